@@ -1,0 +1,3 @@
+"""The rollout side: engines and workers."""
+
+import tora  # noqa: F401  (installs the import fixes first)

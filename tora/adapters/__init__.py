@@ -1,0 +1,1 @@
+"""LoRA and DoRA: the layer, its injection, and the wire and PEFT formats."""

@@ -1,0 +1,124 @@
+"""The run's config as dataclasses. Imports without torch, so that a wrong key is answered at once.
+
+A field's docstring is its documentation. A `Component` is a mapping with `_component_`, the dotted path of a
+callable, and that callable's keyword arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Component = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    path: str
+    """Hugging Face folder; relative paths are tried from the working directory, then from `configs/`."""
+    lora_type: Literal["full", "lora", "dora", "dora_cache"] = "lora"
+    """`full` trains every weight; `dora_cache` keeps DoRA's row norms between optimizer steps."""
+    lora_rank: int = 8
+    lora_alpha: float = 32.0
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of linear layers, as the Hugging Face model calls them."""
+    adapter_path: str | None = None
+    """PEFT folder to start from."""
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    engine: Literal["vllm", "torch"] = "vllm"
+    num_workers: int = 1
+    """Rollout workers; more than one needs `async_rl=true`."""
+    concurrency: int = 16
+    """Groups a worker has in flight."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """vLLM's weights; the learner's `dtype` where null."""
+    max_model_len: int | None = None
+    """vLLM's longest sequence; the model's own where null."""
+    gpu_memory_utilization: float = 0.5
+    """Share of the GPU that vLLM takes; unused on a CPU."""
+    kv_cache_gib: float = 0.25
+    """vLLM's KV cache on a CPU; unused on a GPU."""
+    enforce_eager: bool = False
+    """vLLM without CUDA graphs."""
+    max_refills: float = 3.0
+    """Groups without signal that a step may drop and replace, as a multiple of `batch_size`."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    dataset: Component
+    num_prompts: int = 128
+    every: int = 10
+    """Steps between evaluations; there is one before the first step and one after the last in any case."""
+    temperature: float = 1.0
+    """0 is greedy."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = 50
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 2
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str
+    output_dir: str = "outputs/${name}"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """The base's dtype. Adapters and optimizer state are float32 whatever this says."""
+    num_threads: int = 0
+    """CPU threads of the learner; 0 leaves torch's choice."""
+
+    async_rl: bool = False
+    """Rollout workers and the learner as Ray actors, instead of everything in this process."""
+    max_staleness: int = 1
+    """With `async_rl`: the most optimizer steps by which a rollout may lag the learner; 0 is the synchronous schedule."""
+    resume_from_checkpoint: bool = False
+    """Go on from the newest checkpoint in `output_dir`."""
+
+    num_steps: int = 100
+    batch_size: int = 16
+    """Prompts a step."""
+    grpo_samples: int = 8
+    """Rollouts a prompt: the group size."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are an error."""
+    max_generated_tokens: int = 512
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    ppo_epochs: int = 1
+    """Optimizer passes over one batch; each is one optimizer update, all of them one step."""
+    micro_batch_tokens: int = 8192
+    """Packed tokens a forward-backward; a longer sequence stands alone."""
+    normalize_advantages: bool = True
+    """Divide the group's centred rewards by their standard deviation."""
+    loss_normalization: Literal["token", "sequence"] = "token"
+    """`token`: mean over response tokens; `sequence`: mean over sequences of their token means."""
+    clip_grad_norm: float | None = 1.0
+
+    model: ModelConfig
+    dataset: Component
+    rewards: list[Component]
+    """Each may carry `weight` (default 1) beside its `_component_`."""
+    loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
+    optimizer: Component = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-4})
+    lr_scheduler: Component = field(
+        default_factory=lambda: {"_component_": "transformers.get_constant_schedule_with_warmup", "num_warmup_steps": 0}
+    )
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metric_logger: list[Component] = field(default_factory=list)
+    """Beside the console and `metrics.jsonl`, e.g. torchtune's WandBLogger and TensorBoardLogger."""

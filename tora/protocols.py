@@ -1,0 +1,97 @@
+"""What the loop and the workers need; `tests/fakes.py` implements each in a few lines.
+
+    for step in range(state.step, cfg.num_steps):
+        batch = rollouts.next_batch(step)
+        result = learner.step(batch)
+        rollouts.publish(learner.snapshot())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tora.types import (
+    Completion,
+    EvalResult,
+    Metrics,
+    PolicySnapshot,
+    Prompt,
+    SampleRequest,
+    StepResult,
+    SyncReport,
+    TrainBatch,
+)
+
+
+class Engine(Protocol):
+    """One generator instance. Token ids in, token ids and log-probs out; knows nothing of Ray, prompts or rewards."""
+
+    def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        """Blocks until every completion is done; one list of `num_samples` completions per request, in order.
+
+        May be called from several threads at once where `concurrent` is true. Every token carries the version
+        that was loaded when its request began.
+        """
+        ...
+
+    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+        """Serve this policy version from now on. Every tensor is used or `SyncError` is raised."""
+        ...
+
+    @property
+    def concurrent(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Rewarder(Protocol):
+    """Scores the completions of one prompt."""
+
+    def __call__(self, prompt: Prompt, texts: Sequence[str]) -> list[dict[str, float]]:
+        """One dict of unweighted reward parts per text."""
+        ...
+
+    def total(self, parts: dict[str, float]) -> float:
+        """Weighted sum of the parts."""
+        ...
+
+    @property
+    def maximum(self) -> float:
+        """The total of a completion that earns 1 in every positively weighted part."""
+        ...
+
+
+class Learner(Protocol):
+    """One learner: a rank in this process, or a handle over N ranks."""
+
+    def step(self, batch: TrainBatch) -> StepResult: ...
+
+    def snapshot(self) -> Any:
+        """A `PolicySnapshot`, or a handle that the run's `Rollouts` can resolve without copying it here."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter in PEFT's format (the whole model for a full-weight run)."""
+        ...
+
+
+class Rollouts(Protocol):
+    """Everything on the generating side. Sync and async runs differ in this object only."""
+
+    def next_batch(self, step: int) -> TrainBatch: ...
+
+    def publish(self, snapshot: Any) -> Metrics: ...
+
+    def evaluate(self) -> EvalResult: ...
+
+    def state(self) -> dict[str, Any]:
+        """What must be stored to go on with the same prompts: the cursor and the prompt ids in flight."""
+        ...
+
+    def close(self) -> None: ...

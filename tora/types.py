@@ -1,0 +1,205 @@
+"""The messages that travel between tasks, actors, learner and loop.
+
+Shape letters: P prompts, G group, B = P·G sequences, L tokens of one sequence, T packed tokens, N response tokens.
+Arrays are numpy, so that Ray moves them without pickling tensors and this module imports without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, tokenised, with its answer key."""
+
+    id: int
+    """Position in the prompt stream; unique within a run."""
+    token_ids: tuple[int, ...]
+    """Chat template applied, generation prompt included."""
+    source: str | list[dict[str, Any]]
+    """The question as the dataset gave it: a string or chat messages. Reward functions see this."""
+    columns: Mapping[str, Any]
+    """The dataset row's other columns (`answer`, ...), handed to reward functions by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    """A stop token ends the completion and is part of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """`num_samples` completions of one prompt, drawn with one seed."""
+
+    token_ids: tuple[int, ...]
+    num_samples: int
+    seed: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one sequence."""
+
+    token_ids: np.ndarray
+    """[L] int64, stop token included."""
+    logprobs: np.ndarray
+    """[L] float32, natural log, of the distribution sampled from (temperature and truncation applied)."""
+    versions: np.ndarray
+    """[L] int64, the policy version that produced each token."""
+    stopped: bool
+    """True when a stop token ended it, False when `max_tokens` did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled and scored completion."""
+
+    token_ids: np.ndarray
+    """[L] int64, exactly as the engine returned them."""
+    actor_logprobs: np.ndarray
+    """[L] float32, by the engine that sampled them."""
+    versions: np.ndarray
+    """[L] int64, policy version of each token."""
+    stopped: bool
+    text: str
+    reward: float
+    """Weighted sum of `reward_parts`."""
+    reward_parts: Mapping[str, float]
+    """Unweighted, by reward name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rollouts of one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    seconds: float = 0.0
+    """Wall time from request to scored."""
+
+    @property
+    def has_signal(self) -> bool:
+        """False when all rewards are equal: such a group has no gradient."""
+        rewards_G = [r.reward for r in self.rollouts]
+        return max(rewards_G) != min(rewards_G)
+
+    @property
+    def version(self) -> int:
+        """Oldest policy version among its tokens."""
+        return int(min(r.versions.min() for r in self.rollouts))
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return sum(len(r.token_ids) for r in self.rollouts)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences packed end to end without padding; one forward-backward."""
+
+    tokens_T: np.ndarray
+    """int64: prompt and completion of each sequence, one after the other."""
+    lengths_B: np.ndarray
+    """int64: length of each sequence; sums to T."""
+    response_N: np.ndarray
+    """int64 indices into T: positions whose next token is a response token."""
+    targets_N: np.ndarray
+    """int64: those next tokens."""
+    sequence_N: np.ndarray
+    """int64 in [0, B): the sequence each response token belongs to."""
+    actor_logprobs_N: np.ndarray
+    """float32."""
+    advantages_N: np.ndarray
+    """float32: the advantage of the token's sequence."""
+    weights_N: np.ndarray
+    """float32: share of each token in the loss; sums to 1 over all micro-batches of all ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """All micro-batches of one step, with what the rollout side measured while making them."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    temperature: float
+    """The learner scores tokens under the same temperature that sampled them."""
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step."""
+
+    version: int
+    """Policy version after the step."""
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies in a snapshot's buffer."""
+
+    name: str
+    dtype: str
+    """As torch spells it: `float32`, `bfloat16`."""
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the buffer."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySnapshot:
+    """The tensors that define one policy version, in one flat buffer. `tora.adapters.snapshot` reads and writes it."""
+
+    version: int
+    entries: tuple[TensorEntry, ...]
+    data: np.ndarray
+    """uint8, all tensors end to end."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(e.nbytes for e in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """An engine's answer to a snapshot."""
+
+    version: int
+    nbytes: int
+    seconds: float
+    sha256: str
+    """Over every tensor as it arrived, see `snapshot.digest`."""
+    num_modules: int
+    """Linear modules written into the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Held-out scores of one policy version."""
+
+    accuracy: float
+    """Share of rollouts whose total reward reaches the largest possible one."""
+    reward: float
+    num_prompts: int
+    sample: Rollout | None = None
+    sample_prompt: Prompt | None = None
