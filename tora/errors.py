@@ -1,5 +1,8 @@
 """One small hierarchy; every error pickles, so it crosses processes as itself."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class ToraError(Exception):
     """Base of all errors that Tora raises on purpose."""
@@ -15,3 +18,11 @@ class SyncError(ToraError, RuntimeError):
 
 class RolloutError(ToraError, RuntimeError):
     """A rollout worker cannot go on."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """A clause that names the option most like `word`, to end a sentence with; empty without options."""
+    names = list(options)
+    by_case = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.0)
+    return f"; the nearest is {by_case[close[0]]}" if close else ""

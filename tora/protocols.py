@@ -50,18 +50,12 @@ class Rewarder(Protocol):
     """Scores the completions of one prompt."""
 
     def __call__(self, prompt: Prompt, texts: Sequence[str]) -> list[dict[str, float]]:
-        """One dict of unweighted reward parts per text."""
+        """One dict of unweighted reward parts per text, the first of the run's rewards first."""
         ...
 
     def total(self, parts: dict[str, float]) -> float:
         """Weighted sum of the parts."""
         ...
-
-    @property
-    def maximum(self) -> float:
-        """The total of a completion that earns 1 in every positively weighted part."""
-        ...
-
 
 class Learner(Protocol):
     """One learner: a rank in this process, or a handle over N ranks."""

@@ -128,6 +128,8 @@ class MicroBatch:
     """int64 in [0, B): the sequence each response token belongs to."""
     actor_logprobs_N: np.ndarray
     """float32."""
+    versions_N: np.ndarray
+    """int64: the policy version that sampled each token."""
     advantages_N: np.ndarray
     """float32: the advantage of the token's sequence."""
     weights_N: np.ndarray
@@ -174,6 +176,8 @@ class PolicySnapshot:
     entries: tuple[TensorEntry, ...]
     data: np.ndarray
     """uint8, all tensors end to end."""
+    sha256: str
+    """By the sender, see `snapshot.digest`; an engine must arrive at the same."""
 
     @property
     def nbytes(self) -> int:
@@ -198,8 +202,8 @@ class EvalResult:
     """Held-out scores of one policy version."""
 
     accuracy: float
-    """Share of rollouts whose total reward reaches the largest possible one."""
+    """Share of rollouts that earn 1 in the first of the run's rewards."""
     reward: float
     num_prompts: int
-    sample: Rollout | None = None
-    sample_prompt: Prompt | None = None
+    sample: tuple[Prompt, Rollout] | None = None
+    """One of them, to look at."""

@@ -31,11 +31,11 @@ def pack(version: int, tensors: Mapping[str, torch.Tensor]) -> PolicySnapshot:
     for entry, tensor in zip(entries, tensors.values(), strict=True):
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         data[entry.offset : entry.offset + entry.nbytes].copy_(flat)
-    return PolicySnapshot(version, tuple(entries), data.numpy())
+    return PolicySnapshot(version, tuple(entries), data.numpy(), digest(tensors))
 
 
 def unpack(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
-    """Views into a private copy of the buffer: what arrives from Ray is read-only and shared, and vLLM scales in place."""
+    """Views into a private copy: what arrives from Ray is read-only and shared, and vLLM scales in place."""
     data = torch.from_numpy(np.array(snapshot.data, copy=True))
     return {
         e.name: data[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape)

@@ -1,0 +1,51 @@
+"""LocalRollouts: one worker in this process; generation and training take turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from actors.assemble import PromptCursor, SignalFilter, make_batch, summarize_evaluation, sync_metrics
+from actors.worker import RolloutWorker
+from tora.config import RunConfig
+from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, TrainBatch
+
+
+class LocalRollouts:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        worker: RolloutWorker,
+        prompt_at: Callable[[int], Prompt],
+        eval_prompts: Sequence[Prompt],
+        state: dict[str, Any],
+    ) -> None:
+        """`prompt_at` is the prompt stream; `state` what `state()` answered when the run was interrupted."""
+        self._cfg, self._worker, self._eval_prompts = cfg, worker, eval_prompts
+        self._cursor = PromptCursor(prompt_at, state)
+        self._filter = SignalFilter(int(cfg.rollout.max_refills * cfg.batch_size))
+
+    def next_batch(self, step: int) -> TrainBatch:
+        """Generate until `batch_size` groups carry a signal, or refills run out."""
+        start = time.perf_counter()
+        groups: list[Group] = []
+        while len(groups) < self._cfg.batch_size:
+            prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
+            groups += [g for g in self._worker.run_groups(prompts) if self._filter.keeps(g)]
+        generated, drops = self._filter.take()
+        return make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
+
+    def publish(self, snapshot: PolicySnapshot) -> Metrics:
+        start = time.perf_counter()
+        report = self._worker.load_snapshot(snapshot)
+        return sync_metrics([report], time.perf_counter() - start)
+
+    def evaluate(self) -> EvalResult:
+        return summarize_evaluation(self._worker.evaluate(self._eval_prompts))
+
+    def state(self) -> dict[str, Any]:
+        return self._cursor.state(())
+
+    def close(self) -> None:
+        self._worker.close()

@@ -1,0 +1,103 @@
+"""Exact DoRA in vLLM 0.32: its LoRA layers with a gain for every output row and adapter slot.
+
+    y = gain ⊙ (W x + B A x) + bias
+
+vLLM fuses the bias into the product with W, so the layer computes `gain ⊙ (W x + bias + B A x) + (1 - gain) ⊙ bias`.
+The buffers' last row, which vLLM's index -1 (a token without adapter) selects, keeps gain 1 and offset 0 for ever: such
+tokens get the base's output to the bit.
+
+Buffers are written in place and read by index, so CUDA graphs and compiled code see new values without a re-capture.
+Shape letters: S slots, T tokens of a batch, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import vllm.lora.utils as lora_utils
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+
+def install() -> None:
+    """From here on every linear layer that vLLM wraps for LoRA has a gain. Call before the model is built."""
+    # vLLM 0.32 refuses DoRA and has no hook for layer classes; its factory looks them up in this tuple.
+    lora_utils._all_lora_classes = tuple(
+        type(cls.__name__, (GainLayer, cls), {})
+        if issubclass(cls, BaseLinearLayerWithLoRA) and not issubclass(cls, GainLayer)
+        else cls
+        for cls in lora_utils._all_lora_classes
+    )
+
+
+class GainLayer(BaseLinearLayerWithLoRA):
+    """Mixed in front of each of vLLM's LoRA linear layers."""
+
+    gain_SO: torch.Tensor
+    """[S+1, O] float32, ones where a slot has no gain; bfloat16 would round every row by up to 0.4 %."""
+    offset_SO: torch.Tensor | None
+    """[S+1, O] float32, (1 - gain) ⊙ bias; None for a layer without bias."""
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        super().create_lora_weights(max_loras, lora_config, model_config)
+        assert self.tp_size == 1, "gains are not sharded over tensor-parallel ranks"
+        shape, device = (max_loras + 1, sum(self.part_sizes)), self.lora_a_stacked[0].device
+        self.register_buffer("gain_SO", torch.ones(shape, device=device), persistent=False)
+        offset_SO = None if self._bias_O is None else torch.zeros(shape, device=device)
+        self.register_buffer("offset_SO", offset_SO, persistent=False)
+        self._slots_with_gain: set[int] = set()
+
+    @property
+    def part_sizes(self) -> list[int]:
+        """Outputs of each Hugging Face module that vLLM packed into this layer, e.g. of q, k and v."""
+        return [b.shape[2] for b in self.lora_b_stacked]
+
+    @property
+    def _bias_O(self) -> torch.Tensor | None:
+        """The bias that this layer adds; one that it hands to its successor lies outside the gain already."""
+        return None if self.base_layer.skip_bias_add else cast("torch.Tensor | None", self.base_layer.bias)
+
+    def set_mapping(self, punica_wrapper: Any) -> None:
+        super().set_mapping(punica_wrapper)
+        # vLLM allocates these indices uninitialised, and padding rows of a CUDA graph read them.
+        punica_wrapper._token_lora_indices.fill_(-1)
+
+    def reset_lora(self, index: int) -> None:
+        """Also called by `set_lora`, before it writes."""
+        super().reset_lora(index)
+        self.gain_SO[index] = 1
+        if self.offset_SO is not None:
+            self.offset_SO[index] = 0
+        self._slots_with_gain.discard(index)
+
+    def set_gain(self, index: int, gains: Sequence[torch.Tensor | None]) -> None:
+        """One gain [O] float32 per packed part, None for a part without. Call after `set_lora`."""
+        if all(gain is None for gain in gains):
+            return
+        parts = [torch.ones(n) if g is None else g for g, n in zip(gains, self.part_sizes, strict=True)]
+        self.gain_SO[index].copy_(torch.cat(parts))
+        if self.offset_SO is not None and self._bias_O is not None:
+            self.offset_SO[index].copy_((1 - self.gain_SO[index]) * self._bias_O.float())
+        self._slots_with_gain.add(index)
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        output = super().apply(x, bias)
+        # Compiled code and CUDA graphs must not depend on what the slots hold; without them plain LoRA is spared.
+        if output.device.type == "cpu" and not self._slots_with_gain:
+            return output
+        offset_SO = None if bias is None else self.offset_SO
+        # The wrapper's property for these indices slices by a Python int, which would be frozen into a graph.
+        return apply_gain(output, self.gain_SO, offset_SO, self.punica_wrapper._token_lora_indices)
+
+
+def apply_gain(
+    output: torch.Tensor, gain_SO: torch.Tensor, offset_SO: torch.Tensor | None, slot_T: torch.Tensor
+) -> torch.Tensor:
+    """`gain ⊙ output + offset` with each token's slot, in float32, rounded once. `output`: [..., O], T rows in all."""
+    flat_TO = output.view(-1, output.shape[-1])
+    slot_T = slot_T[: flat_TO.shape[0]]
+    scaled_TO = flat_TO.float() * gain_SO[slot_T]
+    if offset_SO is not None:
+        scaled_TO = scaled_TO + offset_SO[slot_T]
+    return scaled_TO.to(output.dtype).view_as(output)

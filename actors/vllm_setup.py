@@ -1,0 +1,169 @@
+"""How Tora sets vLLM 0.32 up and speaks to it: environment, engine arguments, sampling parameters, completions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from tora.types import Completion, SampleRequest
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+_REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""The engine lives in this process; else vLLM on a CPU starts one process for the engine and one for the worker."""
+_DEFAULTS = {
+    "DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM's own choice pins every engine to the same cores
+}
+_MIN_TEMPERATURE = 0.01
+"""vLLM raises a lower one to this without a word, and the learner would score under another distribution."""
+
+
+class Environment:
+    """What vLLM needs in `os.environ`, and the way back from what it leaves there.
+
+    On its way up vLLM sets LD_PRELOAD, LOCAL_WORLD_SIZE and more for children that an engine in this process never
+    has; the learner's torchrun contract and later subprocesses would read them. Its own variables it reads again while
+    it runs.
+    """
+
+    def __init__(self) -> None:
+        self._before = dict(os.environ)
+
+    def prepare(self) -> None:
+        """Call before vllm is imported."""
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        os.environ.update(_REQUIRED)
+
+    def restore_others(self) -> None:
+        """All but VLLM_*, once vLLM is up."""
+        self._restore({name for name in self._before.keys() | os.environ.keys() if not name.startswith("VLLM_")})
+
+    def restore_own(self) -> None:
+        """VLLM_*, once it has ended."""
+        self._restore({name for name in self._before.keys() | os.environ.keys() if name.startswith("VLLM_")})
+
+    def _restore(self, names: set[str]) -> None:
+        for name in names:
+            if name in self._before:
+                os.environ[name] = self._before[name]
+            else:
+                del os.environ[name]
+
+
+def engine_rank(rank: int) -> int:
+    """The smallest LoRA rank of vLLM's that holds `rank`. Errors: ValueError above the largest."""
+    from vllm.config.lora import MaxLoRARanks
+
+    allowed = get_args(MaxLoRARanks)
+    if not 0 < rank <= allowed[-1]:
+        raise ValueError(f"lora_rank {rank} is outside of what vLLM can serve, 1 to {allowed[-1]}")
+    return next(r for r in allowed if r >= rank)
+
+
+def engine_args(
+    model_path: str,
+    *,
+    dtype: Literal["bf16", "fp32"],
+    max_model_len: int | None,
+    lora_rank: int,
+    lora_targets: Sequence[str],
+    num_slots: int,
+    seed: int,
+    gpu_memory_utilization: float,
+    kv_cache_gib: float,
+    enforce_eager: bool,
+) -> EngineArgs:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    device: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization, "enforce_eager": enforce_eager}
+    if current_platform.is_cpu():
+        # 32 is the smallest block its kernels take: prefixes are shared in whole blocks.
+        device = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": 32, "enforce_eager": True}
+    return EngineArgs(
+        model=model_path,
+        dtype="float32" if dtype == "fp32" else "bfloat16",
+        max_model_len=max_model_len,  # pyright: ignore[reportArgumentType]  None is vLLM's default
+        seed=seed,
+        distributed_executor_backend="uni",
+        worker_extension_cls="actors.vllm_extension.SnapshotExtension",
+        enable_lora=True,
+        max_lora_rank=engine_rank(lora_rank),  # pyright: ignore[reportArgumentType]
+        max_loras=num_slots,
+        max_cpu_loras=num_slots,
+        # Named, because by default vLLM wraps the head too, whose LoRA layer costs a product with the vocabulary.
+        lora_target_modules=list(lora_targets),
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        # vLLM's cache of compiled code is keyed by its configuration: without a difference, code that stock vLLM left
+        # there would be taken, and drop the gains.
+        additional_config={"tora_gain_layers": 1},
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **device,
+    )
+
+
+def build(args: EngineArgs) -> LLMEngine:
+    """All of vLLM in this process."""
+    from vllm.model_executor.models import registry
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    # vLLM 0.32 looks at the model's class in a new Python, to keep CUDA out of a process that will fork. This one will
+    # not; the other Python would lack the import fixes of `tora.compat`, and takes seconds.
+    registry._run_in_subprocess = lambda inspect: inspect()
+    return LLMEngine.from_engine_args(args)
+
+
+def sampling_params(request: SampleRequest) -> SamplingParams:
+    """Errors: ValueError for what vLLM cannot sample."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = request.sampling
+    if 0 < sampling.temperature < _MIN_TEMPERATURE:
+        raise ValueError(f"temperature {sampling.temperature} is below vLLM's least, {_MIN_TEMPERATURE}; 0 is greedy")
+    try:
+        return SamplingParams(
+            n=1 if sampling.temperature == 0 else request.num_samples,
+            seed=_spread(request.seed),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # stop tokens are those of the request, none of the model's
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+    except VLLMClientError as error:
+        raise ValueError(str(error)) from error
+
+
+def _spread(seed: int) -> int:
+    """vLLM gives sample i the seed `seed + i`: neighbouring seeds would share samples."""
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:6])
+
+
+def completion(output: Any, version: int) -> Completion:
+    """From vLLM's `CompletionOutput` of a finished request."""
+    token_ids = np.asarray(output.token_ids, dtype=np.int64)
+    logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+    assert output.finish_reason in ("stop", "length"), f"vLLM ended a request with {output.finish_reason!r}"
+    assert logprobs.shape == token_ids.shape, "vLLM returned other log-probs than the sampled tokens'"
+    return Completion(token_ids, logprobs, np.full(len(token_ids), version, np.int64), output.finish_reason == "stop")

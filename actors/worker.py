@@ -1,0 +1,89 @@
+"""RolloutWorker: one engine; samples groups and scores them where they were sampled. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tora.errors import SyncError
+from tora.protocols import Engine, Rewarder
+from tora.types import Completion, Group, PolicySnapshot, Prompt, Rollout, SampleRequest, Sampling, SyncReport
+
+
+def seed_of(run_seed: int, purpose: int, prompt_id: int) -> int:
+    """A 63-bit seed for one group; the same in every run and on every worker."""
+    words = np.random.SeedSequence([run_seed, purpose, prompt_id]).generate_state(1, np.uint64)
+    return int(words[0] >> 1)
+
+
+TRAIN, EVAL = 0, 1
+"""Purposes of a seed, so that a training prompt and an evaluation prompt of one id do not share draws."""
+
+
+class RolloutWorker:
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        make_rewarder: Callable[[], Rewarder],
+        tokenizer: Any,
+        *,
+        sampling: Sampling,
+        eval_sampling: Sampling,
+        group_size: int,
+        seed: int,
+    ) -> None:
+        """Engine and rewarder are made here, in the process that uses them. `tokenizer` only decodes."""
+        self._engine, self._rewarder, self._tokenizer = make_engine(), make_rewarder(), tokenizer
+        self._sampling, self._eval_sampling = sampling, eval_sampling
+        self._group_size, self._seed = group_size, seed
+
+    def run_group(self, prompt: Prompt) -> Group:
+        return self.run_groups([prompt])[0]
+
+    def run_groups(self, prompts_P: Sequence[Prompt]) -> list[Group]:
+        """The training rollouts of several prompts, scored."""
+        return self._run(prompts_P, self._sampling, self._group_size, TRAIN)
+
+    def evaluate(self, prompts_P: Sequence[Prompt]) -> list[Group]:
+        """One rollout a prompt, scored."""
+        return self._run(prompts_P, self._eval_sampling, 1, EVAL)
+
+    def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[Group]:
+        start = time.perf_counter()
+        requests = [
+            SampleRequest(p.token_ids, group_size, seed_of(self._seed, purpose, p.id), sampling) for p in prompts_P
+        ]
+        completions = self._engine.generate(requests)
+        seconds = time.perf_counter() - start
+        return [Group(p, self._score(p, c), seconds) for p, c in zip(prompts_P, completions, strict=True)]
+
+    def _score(self, prompt: Prompt, completions_G: Sequence[Completion]) -> tuple[Rollout, ...]:
+        texts_G = [self._tokenizer.decode(c.token_ids.tolist(), skip_special_tokens=True) for c in completions_G]
+        parts_G = self._rewarder(prompt, texts_G)
+        return tuple(
+            Rollout(
+                token_ids=completion.token_ids,
+                actor_logprobs=completion.logprobs,
+                versions=completion.versions,
+                stopped=completion.stopped,
+                text=text,
+                reward=self._rewarder.total(parts),
+                reward_parts=parts,
+            )
+            for completion, text, parts in zip(completions_G, texts_G, parts_G, strict=True)
+        )
+
+    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+        """Errors: SyncError where what the engine holds is not what the learner sent."""
+        report = self._engine.load_snapshot(snapshot)
+        if report.nbytes and report.sha256 != snapshot.sha256:
+            raise SyncError(
+                f"policy version {snapshot.version} arrived as {report.sha256[:12]}, was sent as {snapshot.sha256[:12]}"
+            )
+        return report
+
+    def close(self) -> None:
+        self._engine.close()

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Makes .venv and installs Tora into it; does nothing where that is done already.
+#   ./deploy/setup.sh [EXTRA ...]        for instance ./deploy/setup.sh dev
+# PYTHON            the Python to use, python3 by default
+# TORA_TORCH_INDEX  an index of PyTorch's CPU builds, where pip's own configuration names none
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  echo "$1" >&2
+  exit 1
+}
+
+python=${PYTHON:-python3}
+version=$("$python" --version 2>/dev/null) || fail "There is no $python here: set PYTHON to a Python from 3.11 to 3.13."
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
+  fail "$python is $version, and Tora needs Python 3.11 to 3.13: set PYTHON to one."
+
+if [[ -e /proc/driver/nvidia/version ]] || nvidia-smi -L >/dev/null 2>&1; then
+  extras=(async_rl "$@")
+else
+  extras=(async_rl_cpu "$@")
+fi
+
+# One line an extra, each with what it was installed from: asking for fewer extras later changes nothing.
+stamps=.venv/tora-installed
+basis=$({ cat pyproject.toml && echo "$version"; } | sha256sum | cut -d' ' -f1)
+missing=0
+for extra in "${extras[@]}"; do
+  grep -qsx "$basis $extra" "$stamps" || missing=1
+done
+if ((!missing)); then exit 0; fi
+
+joined=$(IFS=, && echo "${extras[*]}")
+echo "Installing tora[$joined] into $PWD/.venv with $version; the first time takes minutes."
+if [[ $(.venv/bin/python --version 2>/dev/null) != "$version" ]]; then
+  "$python" -m venv --clear .venv
+fi
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+  ${TORA_TORCH_INDEX:+--extra-index-url "$TORA_TORCH_INDEX"} -e ".[$joined]" 2>"$errors"; then
+  if grep -q 'torch==[0-9.]*+cpu' "$errors"; then
+    fail "pip finds no CPU build of PyTorch: set TORA_TORCH_INDEX to PyTorch's CPU wheel index, as its Get Started page names it."
+  fi
+  cat "$errors" >&2
+  exit 1
+fi
+grep -qs "^$basis " "$stamps" || : >"$stamps"
+printf "$basis %s\n" "${extras[@]}" >>"$stamps"

@@ -1,0 +1,187 @@
+"""Learner: one rank. Takes packed batches, answers with metrics and snapshots. Knows nothing of Ray, engines or tasks."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from learner.checkpoint import load_training_state, save_training_state
+from learner.logprobs import token_logprobs
+from learner.loss import LossInputs
+from learner.model import build_policy, device_of
+from learner.optim import build_optimizer, build_schedule
+from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
+from tora.adapters.peft_format import save_peft
+from tora.components import instantiate
+from tora.config import RunConfig
+from tora.models.attention import PackedAttention
+from tora.models.decoder import Decoder
+from tora.models.names import parameter_to_hf
+from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """A micro-batch on the learner's device; see `MicroBatch`."""
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    lengths_B: torch.Tensor
+    response_N: torch.Tensor
+    targets_N: torch.Tensor
+    sequence_N: torch.Tensor
+    actor_logprobs_N: torch.Tensor
+    versions_N: torch.Tensor
+    advantages_N: torch.Tensor
+    weights_N: torch.Tensor
+
+
+def _to_device(batch: MicroBatch, device: torch.device) -> _Tensors:
+    tensors = {f.name: torch.tensor(getattr(batch, f.name), device=device) for f in fields(MicroBatch)}
+    positions_T = torch.cat([torch.arange(n, device=device) for n in batch.lengths_B.tolist()])
+    return _Tensors(positions_T=positions_T, **tensors)
+
+
+class Learner:
+    def __init__(self, cfg: RunConfig) -> None:
+        if cfg.num_threads:
+            torch.set_num_threads(cfg.num_threads)
+        self.cfg, self.device, self.version = cfg, device_of(cfg), 0
+        self.model = build_policy(cfg, self.device)
+        self.loss = instantiate(cfg.loss)
+        self._parameters = trained_parameters(self.model)
+        self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())
+        self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
+        self._reference = self._build_reference()
+
+    def _build_reference(self) -> Decoder | None:
+        """A frozen copy of the start for full-weight runs with a KL term; adapters are simply switched off."""
+        if self.loss.kl_coeff == 0 or adapter_layers(self.model):
+            return None
+        return copy.deepcopy(self.model).requires_grad_(False)
+
+    def _logprobs(self, model: Decoder, x: _Tensors, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the response tokens, [N] each."""
+        attend = PackedAttention(x.lengths_B)
+        hidden = model(x.tokens_T[None], positions=x.positions_T[None], attend=attend)[0]
+        return token_logprobs(
+            model.output,
+            hidden.index_select(0, x.response_N),
+            x.targets_N,
+            temperature=temperature,
+            vocab_size=model.tok_embeddings.num_embeddings,
+        )
+
+    @torch.no_grad()
+    def _ref_logprobs(self, x: _Tensors, temperature: float) -> torch.Tensor | None:
+        if self.loss.kl_coeff == 0:
+            return None
+        if self._reference is not None:
+            return self._logprobs(self._reference, x, temperature)[0]
+        with adapters_off(self.model):
+            return self._logprobs(self.model, x, temperature)[0]
+
+    def step(self, batch: TrainBatch) -> StepResult:
+        """`ppo_epochs` optimizer updates on one batch. An empty batch moves nothing but the version and the schedule."""
+        micro = [_to_device(m, self.device) for m in batch.micro_batches]
+        metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
+        ref = [self._ref_logprobs(x, batch.temperature) for x in micro]
+        proximal: list[torch.Tensor | None] = [None] * len(micro)
+        if self.cfg.ppo_epochs > 1:
+            with torch.no_grad():
+                proximal = [self._logprobs(self.model, x, batch.temperature)[0] for x in micro]
+        for epoch in range(self.cfg.ppo_epochs if micro else 0):
+            update, before = self._update(micro, ref, proximal, batch.temperature)
+            if epoch == 0:
+                metrics |= mismatch_metrics(micro, before)
+            metrics |= update
+        self._schedule.step()
+        self.version += 1
+        return StepResult(self.version, metrics)
+
+    def _update(
+        self,
+        micro: Sequence[_Tensors],
+        ref: Sequence[torch.Tensor | None],
+        proximal: Sequence[torch.Tensor | None],
+        temperature: float,
+    ) -> tuple[Metrics, list[torch.Tensor]]:
+        """One optimizer update over all micro-batches; answers its metrics and the log-probs from before it."""
+        totals: dict[str, torch.Tensor] = {}
+        before = []
+        for x, ref_N, proximal_N in zip(micro, ref, proximal, strict=True):
+            logprobs_N, entropy_N = self._logprobs(self.model, x, temperature)
+            before.append(logprobs_N.detach())
+            inputs = LossInputs(
+                learner_logprobs_N=logprobs_N,
+                proximal_logprobs_N=before[-1] if proximal_N is None else proximal_N,
+                actor_logprobs_N=x.actor_logprobs_N,
+                ref_logprobs_N=ref_N,
+                advantages_N=x.advantages_N,
+                weights_N=x.weights_N,
+            )
+            loss, parts = self.loss(inputs)
+            loss.backward()
+            parts["policy/entropy"] = (x.weights_N * entropy_N).sum()
+            for name, value in parts.items():
+                totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value
+        limit = self.cfg.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), torch.inf if limit is None else limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        refresh(self.model)
+        metrics = {name: value.item() for name, value in totals.items()}
+        return {**metrics, "learner/grad_norm": norm.item()}, before
+
+    def snapshot(self) -> PolicySnapshot:
+        return snapshot(self.model, self.version)
+
+    def save(self, folder: Path) -> None:
+        save_training_state(
+            folder,
+            version=self.version,
+            parameters=self._parameters,
+            optimizer=self._optimizer,
+            schedule=self._schedule,
+        )
+
+    def load(self, folder: Path) -> None:
+        self.version = load_training_state(
+            folder, parameters=self._parameters, optimizer=self._optimizer, schedule=self._schedule
+        )
+        refresh(self.model)
+
+    def export(self, folder: Path) -> None:
+        """The adapter in PEFT's format; a full-weight run writes a Hugging Face folder."""
+        if adapter_layers(self.model):
+            save_peft(self.model, self.cfg.model, folder)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in Path(self.cfg.model.path).iterdir():
+            if file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in file.name:
+                shutil.copy(file, folder)
+        tensors = {parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in self._parameters.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def mismatch_metrics(micro: Sequence[_Tensors], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
+    """How far the learner's log-probs lie from the actors', before the step's first update.
+
+    `mismatch_kl`: k3 estimate of KL(actor ‖ learner) over the batch's youngest tokens, which at staleness 0 measures
+    the engines' numerics alone. `policy_kl`: the same over all tokens. `mismatch_max_ratio`: the largest π_learner/π_actor.
+    """
+    d_N = torch.cat([lp - x.actor_logprobs_N for lp, x in zip(learner_logprobs, micro, strict=True)])
+    versions_N = torch.cat([x.versions_N for x in micro])
+    k3_N = d_N.exp() - d_N - 1
+    return {
+        "mismatch_kl": k3_N[versions_N == versions_N.max()].mean().item(),
+        "policy_kl": k3_N.mean().item(),
+        "mismatch_max_ratio": d_N.max().exp().item(),
+    }

@@ -1,0 +1,35 @@
+"""The policy that a config describes: base from its folder, adapters injected, a starting adapter loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tora.adapters.inject import inject, scaling_of
+from tora.adapters.peft_format import load_peft
+from tora.config import RunConfig
+from tora.models.decoder import Decoder
+from tora.models.load import load_decoder
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def device_of(cfg: RunConfig) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(cfg.device)
+
+
+def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
+    """Trained parameters, and only they, require gradients. The adapters' start follows from `cfg.seed`."""
+    torch.manual_seed(cfg.seed)
+    model = load_decoder(Path(cfg.model.path), dtype=DTYPES[cfg.dtype], device=device)
+    if cfg.model.lora_type == "full":
+        return model.requires_grad_(True)
+    scaling = scaling_of(cfg.model.lora_rank, cfg.model.lora_alpha, cfg.model.use_rslora)
+    inject(model, cfg.model.lora_type, rank=cfg.model.lora_rank, scaling=scaling, targets=cfg.model.lora_targets)
+    if cfg.model.adapter_path:
+        load_peft(model, cfg.model, Path(cfg.model.adapter_path))
+    return model

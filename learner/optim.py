@@ -1,0 +1,20 @@
+"""Optimizer and learning-rate schedule from the config's components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from tora.components import instantiate
+from tora.config import Component
+
+
+def build_optimizer(component: Component, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return instantiate(component, list(parameters))
+
+
+def build_schedule(component: Component, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    """A schedule that is advanced once a step; it learns the run's length if it asks for `num_training_steps`."""
+    return instantiate(component, optimizer, num_training_steps=num_steps)

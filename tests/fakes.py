@@ -1,0 +1,61 @@
+"""Small real implementations of `tora.protocols` and data for tests; no mocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tora.types import Group, Prompt, Rollout, SyncReport
+
+
+def make_prompt(prompt_id: int, length: int = 3) -> Prompt:
+    return Prompt(prompt_id, tuple(range(3, 3 + length)), f"question {prompt_id}", {"answer": str(prompt_id)})
+
+
+def make_rollout(tokens: Sequence[int], reward: float, version: int = 0, logprob: float = -1.0) -> Rollout:
+    count = len(tokens)
+    return Rollout(
+        token_ids=np.asarray(tokens, dtype=np.int64),
+        actor_logprobs=np.full(count, logprob, dtype=np.float32),
+        versions=np.full(count, version, dtype=np.int64),
+        stopped=True,
+        text=" ".join(map(str, tokens)),
+        reward=reward,
+        reward_parts={"fake": reward},
+    )
+
+
+def make_group(prompt: Prompt, rewards: Sequence[float], version: int = 0, length: int = 4) -> Group:
+    return Group(prompt, tuple(make_rollout(range(10, 10 + length + i), r, version) for i, r in enumerate(rewards)))
+
+
+class FakeWorker:
+    """A rollout worker that sleeps, then answers with the version it was given last when the group began."""
+
+    def __init__(self, latency: Callable[[], float], rewards: Callable[[Prompt], Sequence[float]]) -> None:
+        self.latency, self.rewards = latency, rewards
+        self.version = -1
+        self.prompt_ids: list[int] = []
+        self.closed = False
+
+    async def run_group(self, prompt: Prompt) -> Group:
+        assert self.version >= 0, "asked to generate before the first snapshot"
+        self.prompt_ids.append(prompt.id)
+        version = self.version
+        await asyncio.sleep(self.latency())
+        return make_group(prompt, self.rewards(prompt), version)
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        return [make_group(p, [float(p.id % 2)], self.version) for p in prompts]
+
+    async def load_snapshot(self, snapshot: Any) -> SyncReport:
+        """A fake snapshot is its version."""
+        await asyncio.sleep(self.latency())
+        self.version = snapshot
+        return SyncReport(snapshot, 8, 0.0, "", 1)
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,401 @@
+"""vLLM against PEFT, teacher-forced in float32, on tiny random models. One engine per family serves all tests."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import LINEARS, make_text_model
+
+pytest.importorskip("vllm")
+
+from actors.engine import VLLMEngine
+from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
+from tora.errors import RolloutError, SyncError
+from tora.sampling import log_distribution
+from tora.types import Completion, PolicySnapshot, SampleRequest, Sampling
+
+RANK = 4
+TOLERANCE = 1e-4
+PROMPT = tuple(range(20, 32))
+LONG_PROMPT = tuple((7 * i) % 250 + 3 for i in range(100))
+"""More than three KV blocks, so that a second request for it meets the prefix cache."""
+Tensors = dict[str, torch.Tensor]
+
+
+class Reference:
+    """The base model, and PEFT adapters over it, in transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._models: dict[tuple[str, int], Any] = {}
+
+    def model(self, kind: str, seed: int = 0) -> Any:
+        """`kind`: base, lora or dora; a seed is an adapter."""
+        from transformers import AutoModelForCausalLM
+
+        if (kind, seed) not in self._models:
+            base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+            self._models[kind, seed] = base if kind == "base" else _with_adapter(base, kind == "dora", seed)
+        return self._models[kind, seed]
+
+    @torch.no_grad()
+    def tensors(self, kind: str, seed: int) -> Tensors:
+        """On the wire: scaling folded into B, magnitude into a gain."""
+        from peft.tuners.lora import LoraLayer
+
+        wire: Tensors = {}
+        for name, layer in self.model(kind, seed).named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            name = name.removeprefix("base_model.model.")
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight * layer.scaling["default"]
+            wire[name + LORA_A], wire[name + LORA_B] = a.clone(), b.clone()
+            if kind == "dora":
+                norm = (layer.get_base_layer().weight + b @ a).norm(dim=1)
+                wire[name + GAIN] = layer.lora_magnitude_vector["default"].weight / norm
+        return wire
+
+    def snapshot(self, version: int, kind: str, seed: int) -> PolicySnapshot:
+        return pack(version, self.tensors(kind, seed))
+
+    @torch.no_grad()
+    def error(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> float:
+        """Largest difference of a sampled token's log-prob."""
+        start, ids = len(request.token_ids), [*request.token_ids, *completion.token_ids.tolist()]
+        logits = self.model(kind, seed)(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
+        expected = log_distribution(logits, request.sampling)
+        logprobs = expected.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
+        return float((logprobs - torch.from_numpy(completion.logprobs)).abs().max())
+
+
+def _with_adapter(base: Any, dora: bool, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LINEARS), use_dora=dora)
+    model = get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "lora_A" in name:
+                parameter.copy_(noise / math.sqrt(parameter.shape[1]))
+            elif "lora_B" in name:
+                parameter.copy_(0.3 * noise / math.sqrt(RANK))
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.3 * noise)
+    return model
+
+
+def request(
+    prompt: tuple[int, ...] = PROMPT, *, num_samples: int = 2, seed: int = 1, max_tokens: int = 12, **kw: Any
+) -> SampleRequest:
+    return SampleRequest(prompt, num_samples, seed, Sampling(max_tokens, **kw))
+
+
+def start_engine(folder: Path) -> VLLMEngine:
+    return VLLMEngine(
+        str(folder),
+        dtype="fp32",
+        max_model_len=256,
+        lora_rank=RANK,
+        lora_targets=LINEARS,
+        num_slots=2,
+        seed=0,
+        gpu_memory_utilization=0.3,
+        kv_cache_gib=0.02,
+        enforce_eager=True,
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen2"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = make_text_model(tmp_path_factory.mktemp(request.param), request.param, tied=request.param == "qwen3")
+    engine = start_engine(folder)
+    with pytest.raises(RolloutError, match="first snapshot"):
+        engine.generate([SampleRequest(PROMPT, 1, 0, Sampling(4))])
+    yield Served(engine, Reference(folder))
+    engine.close()
+    with pytest.raises(RolloutError, match="closed"):
+        engine.generate([SampleRequest(PROMPT, 1, 0, Sampling(4))])
+
+
+class Served:
+    """An engine, its reference, and a version number that only grows."""
+
+    def __init__(self, engine: VLLMEngine, reference: Reference) -> None:
+        self.engine, self.reference, self.version = engine, reference, 0
+
+    def load(self, kind: str, seed: int) -> int:
+        self.version += 1
+        report = self.engine.load_snapshot(self.reference.snapshot(self.version, kind, seed))
+        assert report.version == self.version
+        return self.version
+
+    def check(self, kind: str, seed: int, *requests: SampleRequest) -> list[list[Completion]]:
+        """Generates, and compares every token with the reference."""
+        groups = self.engine.generate(requests)
+        for r, group in zip(requests, groups, strict=True):
+            assert len(group) == r.num_samples
+            for completion in group:
+                assert (completion.versions == self.version).all()
+                assert self.reference.error(kind, seed, r, completion) < TOLERANCE
+        return groups
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_successive_syncs_serve_the_policy_that_was_sent(served: Served, kind: str) -> None:
+    for seed in (1, 2):
+        served.load(kind, seed)
+        served.check(kind, seed, request(), request(LONG_PROMPT))
+    apart = request(num_samples=1)
+    (completion,) = served.check(kind, 2, apart)[0]
+    assert served.reference.error(kind, 1, apart, completion) > 0.1, "the two adapters differ visibly"
+
+
+def test_report_counts_and_proves_what_arrived(served: Served) -> None:
+    served.version += 1
+    snapshot = served.reference.snapshot(served.version, "dora", 1)
+    report = served.engine.load_snapshot(snapshot)
+    assert (report.nbytes, report.sha256, report.num_modules) == (snapshot.nbytes, snapshot.sha256, 2 * len(LINEARS))
+    assert served.engine.load_snapshot(snapshot) == report, "idempotent"
+
+
+def test_modules_absent_from_a_snapshot_are_those_of_the_base(served: Served) -> None:
+    served.load("dora", 1)
+    served.load("dora", 2)
+    served.version += 1  # into the slot of the first
+    name = "model.layers.1.mlp.down_proj"
+    zero = {name + LORA_A: torch.zeros(RANK, 256), name + LORA_B: torch.zeros(128, RANK)}
+    assert served.engine.load_snapshot(pack(served.version, zero)).num_modules == 1
+    served.check("base", 0, request())
+
+
+def test_truncated_sampling_reports_the_distribution_it_drew_from(served: Served) -> None:
+    served.load("dora", 1)
+    cold = request(temperature=0.7, top_p=0.8, num_samples=4)
+    served.check("dora", 1, cold, request(temperature=1.3, top_k=5))
+    (completion, *_) = served.engine.generate([cold])[0]
+    untruncated = replace(cold, sampling=replace(cold.sampling, top_p=1.0))
+    assert served.reference.error("dora", 1, untruncated, completion) > 0.01
+
+
+def test_greedy_is_finite_and_repeats_one_completion(served: Served) -> None:
+    served.load("lora", 1)
+    greedy = request(temperature=0.0, num_samples=3)
+    first, *others = served.check("lora", 1, greedy, request())[0]
+    assert np.isfinite(first.logprobs).all()
+    assert all((first.token_ids == other.token_ids).all() for other in others)
+
+
+def test_same_seed_same_tokens(served: Served) -> None:
+    served.load("lora", 1)
+    one, two = (served.engine.generate([request(seed=s), request(LONG_PROMPT, seed=9)])[0] for s in (5, 5))
+    (other,) = served.engine.generate([request(seed=6)])
+    tokens = [tuple(c.token_ids) for c in one]
+    assert tokens == [tuple(c.token_ids) for c in two]
+    assert len({*tokens, *(tuple(c.token_ids) for c in other)}) == 4, "neighbouring seeds share no sample"
+
+
+def test_a_stop_token_ends_a_completion_and_is_part_of_it(served: Served) -> None:
+    served.load("lora", 1)
+    ((free,),) = served.check("lora", 1, request(num_samples=1))
+    stop = int(free.token_ids[4])
+    first = free.token_ids.tolist().index(stop)
+    ((stopped,),) = served.check("lora", 1, request(num_samples=1, stop_token_ids=(stop,)))
+    assert stopped.token_ids.tolist() == free.token_ids.tolist()[: first + 1]
+    assert stopped.stopped and not free.stopped
+
+
+def test_prefix_cache_is_not_shared_between_versions(served: Served) -> None:
+    for kind, seed in (("lora", 1), ("lora", 2), ("dora", 1)):
+        served.load(kind, seed)
+        for _ in range(2):  # cold, then from the cache
+            served.check(kind, seed, request(LONG_PROMPT))
+
+
+def test_a_version_number_that_comes_again_brings_its_own_weights(served: Served) -> None:
+    served.load("lora", 1)
+    served.check("lora", 1, request(LONG_PROMPT))
+    served.version -= 1
+    served.load("lora", 2)
+    served.check("lora", 2, request(LONG_PROMPT))
+
+
+def test_versions_in_one_batch_do_not_touch_each_other(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load waits for the last request in its slot, what comes after waits for the load, and the rest goes on."""
+    engine, reference = served.engine, served.reference
+    versions = [served.version + i for i in (1, 2, 3)]  # the third goes where the first is
+    policies = [("lora", 1), ("dora", 2), ("dora", 3)]
+    asked = [request(max_tokens=120, num_samples=3), request(max_tokens=20), request(max_tokens=20)]
+    snapshots = [reference.snapshot(v, *policy) for v, policy in zip(versions, policies, strict=True)]
+    steps, step = threading.Semaphore(0), engine._llm.step
+    monkeypatch.setattr(engine._llm, "step", lambda: steps.acquire() and step())
+    served.version = versions[-1]
+    engine.load_snapshot(snapshots[0])
+    with ThreadPoolExecutor(5) as threads:
+        generations = [threads.submit(engine.generate, [asked[0]])]
+        _wait_until(lambda: bool(engine._running))
+        loads = []
+        for i in (1, 2):  # the thread stands in a step, so commands queue up in this order
+            loads.append(threads.submit(engine.load_snapshot, snapshots[i]))
+            _wait_until(lambda i=i: len(engine._commands) == 2 * i - 1)
+            generations.append(threads.submit(engine.generate, [asked[i]]))
+            _wait_until(lambda i=i: len(engine._commands) == 2 * i)
+        steps.release()
+        loads[0].result(30)
+        steps.release(10_000)
+        loads[1].result(30)
+        assert generations[0].done(), "the third version was written under requests of the first"
+        groups = [generation.result(30)[0] for generation in generations]
+    for version, policy, one, group in zip(versions, policies, asked, groups, strict=True):
+        for completion in group:
+            assert (completion.versions == version).all()
+            assert reference.error(*policy, one, completion) < TOLERANCE
+
+
+def test_rows_without_adapter_are_the_base(served: Served) -> None:
+    """The engine's interface has no such request; vLLM is asked while the engine's thread sleeps."""
+    from vllm.inputs import tokens_input
+
+    from actors.vllm_setup import completion, sampling_params
+
+    served.load("lora", 1)
+    served.load("dora", 2)
+    llm, asked = served.engine._llm, request(num_samples=1, max_tokens=30)
+    policies = {p.lora.lora_name: p.lora for p in served.engine._policies.values()}
+
+    def run(names: list[str]) -> dict[str, Completion]:
+        for name in names:
+            prompt = tokens_input(list(asked.token_ids))
+            llm.add_request(name, prompt, sampling_params(asked), lora_request=policies.get(name))
+        outputs = {}
+        while llm.has_unfinished_requests():
+            outputs |= {o.request_id: completion(o.outputs[0], 0) for o in llm.step()}
+        return outputs
+
+    alone, mixed = run(["base"]), run(["base", *policies])
+    assert (alone["base"].token_ids == mixed["base"].token_ids).all()
+    for outputs in (alone, mixed):
+        assert served.reference.error("base", 0, asked, outputs["base"]) < TOLERANCE
+    (lora, dora) = sorted(policies, key=lambda name: policies[name].lora_path)
+    assert served.reference.error("lora", 1, asked, mixed[lora]) < TOLERANCE
+    assert served.reference.error("dora", 2, asked, mixed[dora]) < TOLERANCE
+
+
+def _without(tensors: Tensors, suffix: str) -> Tensors:
+    dropped = next(name for name in tensors if name.endswith(suffix))
+    return {name: t for name, t in tensors.items() if name != dropped}
+
+
+def _resized(tensors: Tensors, suffix: str, **size: int) -> Tensors:
+    name = next(name for name in tensors if name.endswith(suffix))
+    shape = list(tensors[name].shape)
+    shape[size["dim"]] = size["to"]
+    return {**tensors, name: torch.zeros(shape)}
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "A without B": (lambda t: _without(t, LORA_B), "but no .*lora_B"),
+    "B without A": (lambda t: _without(t, LORA_A), "but no .*lora_A"),
+    "no such layer": (lambda t: {k.replace("layers.1", "layers.7"): v for k, v in t.items()}, "matches no LoRA layer"),
+    "not adapted": (lambda t: {k.replace("mlp.up_proj", "up"): v for k, v in t.items()}, "matches no LoRA layer"),
+    "PEFT's prefix": (lambda t: {f"base_model.model.{k}": v for k, v in t.items()}, "matches no LoRA layer"),
+    "unknown suffix": (lambda t: {**t, "model.norm.weight": torch.ones(128)}, "model.norm.weight"),
+    "rank": (lambda t: {k: v.repeat(3, 1) if k.endswith(LORA_A) else v for k, v in t.items()}, "rank 12, above"),
+    "shape of A": (lambda t: _resized(t, LORA_A, dim=1, to=64), "has shape"),
+    "shape of B": (lambda t: _resized(t, LORA_B, dim=0, to=7), "has shape"),
+    "shape of the gain": (lambda t: _resized(t, GAIN, dim=0, to=7), "has shape"),
+    "dtype": (lambda t: {k: v.bfloat16() for k, v in t.items()}, "travel in float32"),
+    "nothing": (lambda t: {}, "is empty"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_snapshot_is_refused_whole(served: Served, case: str) -> None:
+    if case == next(iter(BROKEN)):
+        served.load("dora", 1)
+    breakage, message = BROKEN[case]
+    with pytest.raises(SyncError, match=message):
+        served.engine.load_snapshot(pack(served.version + 1, breakage(served.reference.tensors("dora", 2))))
+    if case == list(BROKEN)[-1]:
+        served.check("dora", 1, request())
+
+
+def test_a_damaged_snapshot_is_refused(served: Served) -> None:
+    served.load("dora", 1)
+    good = served.reference.snapshot(served.version + 1, "dora", 2)
+    flipped = good.data.copy()
+    flipped[5] ^= 1
+    repeated = replace(good, entries=(*good.entries, good.entries[0]))
+    for damaged in (replace(good, data=flipped), replace(good, data=good.data[:-64]), repeated):
+        with pytest.raises(SyncError):
+            served.engine.load_snapshot(damaged)
+    served.check("dora", 1, request())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (request(max_tokens=250), "262 tokens, more than max_model_len 256"),
+        (request(()), "empty"),
+        (request((1, 320)), "vocabulary of 320"),
+        (request(temperature=0.001), "temperature 0.001"),
+        (request(top_p=0.0), "top_p"),
+    ],
+)
+def test_impossible_requests_are_refused_before_vllm(served: Served, asked: SampleRequest, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        served.engine.generate([asked])
+
+
+def test_death_of_the_thread_reaches_every_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(os.environ)
+    folder = make_text_model(tmp_path, num_layers=1)
+    engine = start_engine(folder)
+    changed = {name for name, value in os.environ.items() if before.get(name) != value}
+    assert all(name.startswith("VLLM_") for name in changed), "LD_PRELOAD and the like are not left to children"
+    reference = Reference(folder)
+    engine.load_snapshot(reference.snapshot(0, "lora", 1))
+    enough = threading.Event()
+
+    def die() -> list[Any]:
+        enough.wait(30)
+        raise MemoryError("out of memory in step")
+
+    monkeypatch.setattr(engine._llm, "step", die)
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(engine.generate, [request()]) for _ in range(2)]
+        _wait_until(lambda: bool(engine._running))
+        waiting.append(threads.submit(engine.load_snapshot, reference.snapshot(2, "lora", 2)))
+        enough.set()
+        for future in waiting:
+            with pytest.raises(RolloutError, match="MemoryError: out of memory in step"):
+                future.result(30)
+    for call in (lambda: engine.generate([request()]), lambda: engine.load_snapshot(reference.snapshot(1, "lora", 1))):
+        with pytest.raises(RolloutError, match="out of memory in step"):
+            call()
+    engine.close()
+    assert dict(os.environ) == before
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match="did not start"):
+        start_engine(tmp_path / "nowhere")
+
+
+def _wait_until(condition: Any) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        threading.Event().wait(0.005)
+    raise AssertionError("waited in vain")

@@ -1,0 +1,5 @@
+import sys
+
+from tora.cli import main
+
+sys.exit(main())

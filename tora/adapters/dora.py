@@ -1,0 +1,115 @@
+"""Weight-decomposed LoRA: y = g ⊙ (W x + s·B A x) + b, g = m / ‖W + s·B A‖ by row (DoRA, Liu et al. 2024, eq. 5, 11).
+
+The norm is a constant to autograd, as section 4.3 of that paper proposes, and is never formed from the product B A:
+    ‖W + s·B A‖² = ‖W‖² + 2s·rowsum((W Aᵀ) ∘ B) + s²·rowsum((B (A Aᵀ)) ∘ B)
+Shape letters: R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tora.adapters.lora import LoRALinear
+from tora.adapters.snapshot import GAIN
+
+_SLAB_ROWS = 1024
+
+
+def _slabs(weight_OI: torch.Tensor) -> Iterator[torch.Tensor]:
+    """float32 slabs of rows, so that no whole float32 copy of a bf16 weight exists."""
+    return (slab.float() for slab in weight_OI.split(_SLAB_ROWS))
+
+
+def squared_row_norm(weight_OI: torch.Tensor) -> torch.Tensor:
+    """[O] float32"""
+    return torch.cat([slab.square().sum(1) for slab in _slabs(weight_OI)])
+
+
+def adapted_row_norm(
+    squared_O: torch.Tensor, w_a_OR: torch.Tensor, lora_a_RI: torch.Tensor, lora_b_OR: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """‖W + s·B A‖ by row, [O] float32, from ‖W‖² and W Aᵀ."""
+    gram_RR = lora_a_RI @ lora_a_RI.T
+    cross_O = (w_a_OR * lora_b_OR).sum(1)
+    update_O = ((lora_b_OR @ gram_RR) * lora_b_OR).sum(1)
+    return (squared_O + 2 * scaling * cross_O + scaling**2 * update_O).clamp_min(0).sqrt()
+
+
+class DoRALinear(LoRALinear):
+    """Norms anew in every forward: A's rows ride along as extra inputs, so W Aᵀ comes from the layer's own product."""
+
+    use_dora = True
+    squared_norm: torch.Tensor
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
+        super().__init__(base, rank, scaling)
+        device = base.weight.device
+        self.magnitude = nn.Parameter(torch.empty(base.out_features, dtype=torch.float32, device=device))
+        self.register_buffer("squared_norm", torch.empty_like(self.magnitude), persistent=False)
+
+    def adapter_params(self) -> list[str]:
+        return [*super().adapter_params(), "magnitude"]
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        super().reset_adapter()
+        self.squared_norm.copy_(squared_row_norm(self.weight))
+        self.magnitude.copy_(self.squared_norm.sqrt())
+
+    @torch.no_grad()
+    def row_norm(self) -> torch.Tensor:
+        """‖W + s·B A‖ of the present A and B, [O] float32."""
+        w_a_OR = torch.cat([slab @ self.lora_a.T for slab in _slabs(self.weight)])
+        return adapted_row_norm(self.squared_norm, w_a_OR, self.lora_a, self.lora_b, self.scaling)
+
+    def _base_and_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """W x without bias, and the row norm."""
+        lora_a_RI, lora_b_OR = self.lora_a.detach(), self.lora_b.detach()
+        rows = x.reshape(-1, self.in_features)
+        y = F.linear(torch.cat([rows, lora_a_RI.to(x.dtype)]), self.weight)
+        base, w_a_RO = y[: len(rows)], y[len(rows) :].detach()
+        norm_O = adapted_row_norm(self.squared_norm, w_a_RO.T.float(), lora_a_RI, lora_b_OR, self.scaling)
+        return base.view(*x.shape[:-1], -1), norm_O
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., I] -> [..., O]. Disabled, the layer is its base: the magnitude is off too."""
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
+        base, norm_O = self._base_and_norm(x)
+        y = (base + self._update(x)) * (self.magnitude / norm_O).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def wire(self) -> dict[str, torch.Tensor]:
+        return {**super().wire(), GAIN: self.magnitude.detach() / self.row_norm()}
+
+    @torch.no_grad()
+    def load_wire(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().load_wire(tensors)
+        self.magnitude.copy_(tensors[GAIN] * self.row_norm())
+        self.refresh()
+
+
+class CachedDoRALinear(DoRALinear):
+    """Keeps the norm until `refresh`, which must follow every change of A or B. Exact, since the norm is a constant."""
+
+    norm: torch.Tensor
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
+        super().__init__(base, rank, scaling)
+        self.register_buffer("norm", torch.empty_like(self.magnitude), persistent=False)
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        super().reset_adapter()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.norm.copy_(self.row_norm())
+
+    def _base_and_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.linear(x, self.weight), self.norm

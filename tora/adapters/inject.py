@@ -1,0 +1,108 @@
+"""Put adapters into a model, and reach them all at once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tora.adapters.dora import CachedDoRALinear, DoRALinear
+from tora.adapters.lora import LoRALinear
+from tora.adapters.snapshot import pack, split_by_module
+from tora.errors import ConfigError
+from tora.models.names import module_from_hf, module_to_hf, parameter_to_hf
+from tora.types import PolicySnapshot
+
+LAYERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear, "dora_cache": CachedDoRALinear}
+
+
+def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def inject(model: nn.Module, lora_type: str, *, rank: int, scaling: float, targets: Sequence[str]) -> None:
+    """Replace every linear layer whose Hugging Face name ends in a target. The base is frozen, its weights loaded.
+
+    Errors: ConfigError for a target that matches no layer.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("layers.")
+    }
+    leaves = {name: module_to_hf(name).rpartition(".")[2] for name in linears}
+    for target in targets:
+        if target not in leaves.values():
+            known = sorted(set(leaves.values()))
+            near = difflib.get_close_matches(target, known, 1, cutoff=0) or known
+            raise ConfigError(f"model.lora_targets: {target!r} matches no linear layer; the nearest is {near[0]!r}")
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        if leaves[name] in targets:
+            layer = LAYERS[lora_type](linear, rank, scaling)
+            layer.reset_adapter()
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """By Hugging Face module name, in the model's order."""
+    return {module_to_hf(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By the model's own parameter name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def refresh(model: nn.Module) -> None:
+    """After every change of adapter weights."""
+    for layer in adapter_layers(model).values():
+        layer.refresh()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model, DoRA's magnitude off too."""
+    layers = list(adapter_layers(model).values())
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+@torch.no_grad()
+def snapshot(model: nn.Module, version: int) -> PolicySnapshot:
+    """The trained tensors: the adapters', or for a full-weight run every parameter under its Hugging Face name."""
+    layers = adapter_layers(model)
+    if layers:
+        return pack(version, {f"{hf}{suffix}": t for hf, layer in layers.items() for suffix, t in layer.wire().items()})
+    return pack(version, {parameter_to_hf(name): p for name, p in trained_parameters(model).items()})
+
+
+def load_wire(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Inverse of `snapshot` for adapters; answers the number of layers written.
+
+    Errors: ValueError where the tensors and the model's adapters do not match one to one.
+    """
+    layers, modules = adapter_layers(model), split_by_module(tensors)
+    if layers.keys() != modules.keys():
+        odd = sorted(layers.keys() ^ modules.keys())
+        raise ValueError(f"snapshot and model differ in {len(odd)} adapted layers, e.g. {odd[0]!r}")
+    for name, layer in layers.items():
+        layer.load_wire(modules[name])
+    return len(layers)
+
+
+def submodule_from_hf(model: nn.Module, hf_name: str) -> nn.Module | None:
+    """The model's layer for a Hugging Face module name, or None."""
+    ours = module_from_hf(hf_name)
+    return dict(model.named_modules()).get(ours) if ours else None

@@ -1,0 +1,61 @@
+"""A frozen linear layer with a low-rank update: y = W x + s·B A x + b (LoRA, Hu et al. 2021, eq. 3).
+
+Shape letters: R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tora.adapters.snapshot import LORA_A, LORA_B
+
+
+class LoRALinear(nn.Module):
+    """Takes over an `nn.Linear`'s parameters. A and B are float32 whatever the base's dtype."""
+
+    use_dora = False
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scaling = base.in_features, base.out_features, scaling
+        self.weight, self.bias = base.weight, base.bias
+        self.enabled = True
+        device = base.weight.device
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
+        self.lora_b = nn.Parameter(torch.empty(base.out_features, rank, dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """A Kaiming-uniform, B zero: the layer starts as its base. Call once the base's weights are loaded."""
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b)
+
+    def refresh(self) -> None:
+        """Bring up to date whatever is derived from A, B and the base; nothing here."""
+
+    def adapter_params(self) -> list[str]:
+        """torchtune's adapter protocol: the names of this layer's trained parameters."""
+        return ["lora_a", "lora_b"]
+
+    def _update(self, x: torch.Tensor) -> torch.Tensor:
+        """s·B A x, in x's dtype."""
+        return self.scaling * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., I] -> [..., O]"""
+        y = F.linear(x, self.weight, self.bias)
+        return y + self._update(x) if self.enabled else y
+
+    def wire(self) -> dict[str, torch.Tensor]:
+        """What an engine needs, by wire suffix; the scaling is folded into B."""
+        return {LORA_A: self.lora_a.detach(), LORA_B: self.scaling * self.lora_b.detach()}
+
+    @torch.no_grad()
+    def load_wire(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Inverse of `wire`: the layer then computes what the sender's computes, by generation alone."""
+        self.lora_a.copy_(tensors[LORA_A])
+        self.lora_b.copy_(tensors[LORA_B] / self.scaling)

@@ -1,0 +1,82 @@
+"""PEFT's folder format: adapter_config.json and adapter_model.safetensors, read and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tora.adapters.inject import adapter_layers
+from tora.config import ModelConfig
+from tora.errors import ConfigError
+
+_PREFIX = "base_model.model."
+_SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def _peft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """PEFT's tensor name -> our parameter."""
+    return {
+        f"{_PREFIX}{module}.{_SUFFIX[name]}": getattr(layer, name)
+        for module, layer in adapter_layers(model).items()
+        for name in layer.adapter_params()
+    }
+
+
+def peft_config(cfg: ModelConfig) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": cfg.path,
+        "r": cfg.lora_rank,
+        "lora_alpha": cfg.lora_alpha,
+        "use_rslora": cfg.use_rslora,
+        "use_dora": cfg.lora_type != "lora",
+        "target_modules": list(cfg.lora_targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def save_peft(model: nn.Module, cfg: ModelConfig, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in _peft_tensors(model).items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(peft_config(cfg), indent=2) + "\n")
+
+
+@torch.no_grad()
+def load_peft(model: nn.Module, cfg: ModelConfig, folder: Path) -> None:
+    """Start from a PEFT adapter.
+
+    Errors: ConfigError where it is absent, of another kind, rank or scale, or does not fit the model's adapters.
+    """
+    if not (folder / _CONFIG).is_file():
+        raise ConfigError(f"model.adapter_path {str(folder)!r} holds no {_CONFIG}")
+    theirs = json.loads((folder / _CONFIG).read_text())
+    ours = peft_config(cfg)
+    for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
+        if theirs.get(key, False) != ours[key]:
+            raise ConfigError(
+                f"the adapter in {str(folder)!r} has {key}={theirs.get(key)!r}, this run has {ours[key]!r}"
+            )
+    places, tensors = _peft_tensors(model), load_file(folder / _WEIGHTS)
+    if places.keys() != tensors.keys():
+        odd = sorted(places.keys() ^ tensors.keys())
+        raise ConfigError(
+            f"the adapter in {str(folder)!r} and model.lora_targets differ in {len(odd)} tensors, e.g. {odd[0]!r}"
+        )
+    for name, place in places.items():
+        if place.shape != tensors[name].shape:
+            raise ConfigError(
+                f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, the model's {tuple(place.shape)}"
+            )
+        place.copy_(tensors[name])
+    for layer in adapter_layers(model).values():
+        layer.refresh()

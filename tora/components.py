@@ -1,0 +1,204 @@
+"""`_component_` mappings: checked by reading the source where it is ours, and called by `instantiate`.
+
+A config must be refused before torch is imported, so `check_component` parses our own files and imports nothing.
+Anybody else's callable is checked by its signature when it is built.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tora.config import Component
+from tora.config_build import join, show
+from tora.errors import ConfigError, nearest
+
+_ROOT = Path(__file__).resolve().parent.parent
+_OWN = ("tora", "actors", "learner")
+_Definition = ast.FunctionDef | ast.ClassDef | None
+"""None: a name that is bound in a way whose arguments cannot be read off, such as an assignment."""
+
+
+def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
+    """Call the component's callable with `args` and its own arguments.
+
+    `offered` arguments go in where the callable takes their name and the component does not set it, so that one call
+    serves callables that want them and others that do not. Raises `ConfigError` for a path that leads nowhere, an
+    unknown argument or a missing one; what the callable itself raises passes through.
+    """
+    path = _path_of(component, "")
+    target = locate(path)
+    own = {name: value for name, value in component.items() if name != "_component_"}
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # some builtins have none; Python then checks the call
+        return target(*args, **own)
+    names = _keywords(signature)
+    if names is None:
+        return _call(target, signature, path, args, {**offered, **own})
+    _refuse_unknown(path, own, names, "")
+    taken = {name: value for name, value in offered.items() if name in names}
+    return _call(target, signature, path, args, {**taken, **own})
+
+
+def locate(path: str) -> Callable[..., Any]:
+    """The callable at a dotted path; modules in the working directory count. Raises `ConfigError`."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, names = _import_longest(path)
+    found: Any = module
+    for name in names:
+        if not hasattr(found, name):
+            options = [option for option in dir(found) if not option.startswith("_")]
+            raise ConfigError(f"_component_={path}: {name} does not exist there{nearest(name, options)}.")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ConfigError(f"_component_={path} cannot be called.")
+    return found
+
+
+def check_component(component: Component, key: str) -> None:
+    """Refuse a missing `_component_`, and in our own packages a wrong name or argument. Imports nothing.
+
+    `key` is where the component stands in the config. Raises `ConfigError`.
+    """
+    path, definition = _definition_of(component, key)
+    names = _parameters(definition)
+    if names is not None:
+        own = {name: value for name, value in component.items() if name != "_component_"}
+        _refuse_unknown(path, own, names, key)
+
+
+def check_reward(component: Component, key: str) -> None:
+    """`check_component` for a reward function: the config sets its keyword-only parameters, `name` and `weight`.
+
+    Its other parameters, `**columns` among them, are what the dataset's rows bring.
+    """
+    path, definition = _definition_of(component, key)
+    if isinstance(definition, ast.FunctionDef) and not definition.decorator_list:
+        own = {name: value for name, value in component.items() if name != "_component_"}
+        _refuse_unknown(path, own, ["name", "weight", *(arg.arg for arg in definition.args.kwonlyargs)], key)
+
+
+def _definition_of(component: Component, key: str) -> tuple[str, _Definition]:
+    """The component's path and, in our own packages, its source."""
+    path = _path_of(component, key)
+    ours = path.split(".")[0] in _OWN
+    return path, _find(path, join(key, "_component_")) if ours else None
+
+
+def _path_of(component: Component, key: str) -> str:
+    path = component.get("_component_")
+    if path is None:
+        raise ConfigError(f"Missing key {join(key, '_component_')}.")
+    if not (isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))):
+        raise ConfigError(f"{join(key, '_component_')}={show(path)} must be a dotted path, as in package.module.name.")
+    return path
+
+
+def _refuse_unknown(path: str, own: Mapping[str, Any], names: Iterable[str], key: str) -> None:
+    for name, value in own.items():
+        if name not in names:
+            near = nearest(str(name), names)
+            raise ConfigError(f"{join(key, name)}={show(value)} is not an argument of {path}{near}.")
+
+
+def _import_longest(path: str) -> tuple[ModuleType, list[str]]:
+    """The innermost module on the path, and the names that are left."""
+    parts = path.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:i])
+        try:
+            return importlib.import_module(name), parts[i:]
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # the module is there, and imports something that is not
+    raise ConfigError(f"_component_={path}: there is no module {parts[0]} here.")
+
+
+def _keywords(signature: inspect.Signature) -> list[str] | None:
+    """Names that may be passed by keyword; None where any may."""
+    parameters = signature.parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _call(
+    target: Callable[..., Any], signature: inspect.Signature, path: str, args: tuple[Any, ...], own: Mapping[str, Any]
+) -> Any:
+    try:
+        signature.bind(*args, **own)
+    except TypeError as error:
+        raise ConfigError(f"_component_={path} cannot be called so: {error}.") from error
+    return target(*args, **own)
+
+
+def _find(path: str, key: str) -> _Definition:
+    """The definition that a dotted path into our own packages names."""
+    file, names = _source_of(path)
+    if not names:
+        raise ConfigError(f"{key}={show(path)} is a module, not something to call.")
+    bound = _bindings(file)
+    if names[0] not in bound:
+        prefix = path.removesuffix(".".join(names))
+        options = [prefix + name for name, found in bound.items() if isinstance(found, ast.AST) and name[0] != "_"]
+        if file.name == "__init__.py":
+            modules = (p.stem for p in file.parent.glob("*.py") if p.stem != "__init__")
+            options += [".".join([prefix + module, *names[1:]]) for module in modules]
+        raise ConfigError(f"{key}={show(path)} does not exist{nearest(path, options)}.")
+    found = bound[names[0]]
+    if isinstance(found, str):
+        return _find(".".join([found, *names[1:]]), key)
+    return found if len(names) == 1 else None
+
+
+def _source_of(path: str) -> tuple[Path, list[str]]:
+    """The file of the innermost module on the path, and the names that are left."""
+    names, place = path.split("."), _ROOT
+    while names:
+        if (place / f"{names[0]}.py").is_file():
+            return place / f"{names[0]}.py", names[1:]
+        if not (place / names[0]).is_dir():
+            break
+        place /= names.pop(0)
+    return place / "__init__.py", names
+
+
+def _bindings(file: Path) -> dict[str, _Definition | str]:
+    """What a module binds at its top; a name imported from our own packages stands for its dotted path."""
+    bound: dict[str, _Definition | str] = {}
+    for node in ast.parse(file.read_text()).body if file.is_file() else ():
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound[node.name] = node
+        elif isinstance(node, ast.ImportFrom):
+            ours = node.level == 0 and (node.module or "").split(".")[0] in _OWN
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{node.module}.{alias.name}" if ours else None
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound.update({target.id: None for target in targets if isinstance(target, ast.Name)})
+    return bound
+
+
+def _parameters(definition: _Definition) -> list[str] | None:
+    """Names that the definition takes by keyword; None where any may be, or where only running it would tell."""
+    if isinstance(definition, ast.ClassDef):
+        for node in definition.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                names = _parameters(node)
+                return None if names is None else names[1:]
+        annotated = [node.target for node in definition.body if isinstance(node, ast.AnnAssign)]
+        is_dataclass = any("dataclass" in ast.unparse(node) for node in definition.decorator_list)
+        fields = [target.id for target in annotated if isinstance(target, ast.Name)]
+        return fields if is_dataclass and not definition.bases else None
+    if definition is None or definition.decorator_list or definition.args.kwarg:
+        return None
+    return [arg.arg for arg in definition.args.args + definition.args.kwonlyargs]

@@ -1,0 +1,119 @@
+"""A tree of plain values -> the config's dataclasses, strictly: no unknown key, no wrong type, no guess."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tora.config import RunConfig
+from tora.errors import ConfigError, nearest
+
+_SCALARS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """The schema's defaults as a tree, so that interpolations see them."""
+    tree: dict[str, Any] = {}
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[field.name]):
+            tree[field.name] = defaults(hints[field.name])
+        elif field.default_factory is not dataclasses.MISSING:
+            tree[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            tree[field.name] = field.default
+    return tree
+
+
+def build(schema: type, tree: Any, key: str) -> Any:
+    """An instance of the dataclass `schema`. `key` is the dotted path so far. Raises `ConfigError`."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{key}={show(tree)} must hold keys and values.")
+    hints = get_type_hints(schema)
+    for name, value in tree.items():
+        if name not in hints:
+            near = _nearest_key(str(name), list(hints), key)
+            raise ConfigError(f"Unknown key {join(key, name)}={show(value)}; the nearest is {near}.")
+    for field in dataclasses.fields(schema):
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if field.name not in tree and not optional:
+            raise ConfigError(f"Missing key {join(key, field.name)}.")
+    return schema(**{name: _convert(hints[name], value, join(key, name)) for name, value in tree.items()})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """The value as its field's type wants it."""
+    if value is None and _inner(hint) is not hint:
+        return None
+    hint = _inner(hint)
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, key)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{key}={show(value)} must be one of {', '.join(args)}{nearest(str(value), args)}.")
+    if origin is list:
+        if isinstance(value, list):
+            return [_convert(args[0], item, f"{key}.{i}") for i, item in enumerate(value)]
+        raise ConfigError(f"{key}={show(value)} must be a list, as in [a,b].")
+    if origin is dict:
+        if isinstance(value, dict):
+            return value
+        raise ConfigError(f"{key}={show(value)} must hold _component_ and its arguments.")
+    return _convert_scalar(hint, value, key)
+
+
+def _convert_scalar(kind: type, value: Any, key: str) -> Any:
+    if type(value) is kind and not (kind is float and not math.isfinite(value)):
+        return value
+    if kind is float and type(value) in (int, str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan  # refused below, by name
+        if math.isfinite(number):
+            return number
+    raise ConfigError(f"{key}={show(value)} must be {_SCALARS[kind]}.")
+
+
+def _inner(hint: Any) -> Any:
+    """`T` of `T | None`; any other hint as it is."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(arg for arg in get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _nearest_key(name: str, siblings: list[str], key: str) -> str:
+    """Beside the wrong key first, then a key of that name elsewhere in the config."""
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
+    if not close:
+        paths = {path.rpartition(".")[2]: path for path in _all_keys(RunConfig, "")}
+        far = difflib.get_close_matches(name, paths, n=1, cutoff=0.75)
+        if far:
+            return paths[far[0]]
+        close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.0)
+    return join(key, close[0])
+
+
+def _all_keys(schema: type, key: str) -> Iterator[str]:
+    for name, hint in get_type_hints(schema).items():
+        yield join(key, name)
+        if dataclasses.is_dataclass(_inner(hint)):
+            yield from _all_keys(_inner(hint), join(key, name))
+
+
+def join(key: str, name: Any) -> str:
+    """`key.name`, or `name` at the top."""
+    return f"{key}.{name}" if key else str(name)
+
+
+def show(value: Any) -> str:
+    """A value for a sentence: as in YAML, on one short line."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,174 @@
+"""YAML files and `key=value` overrides -> `RunConfig`. Imports without torch.
+
+A file may carry `extends:`, one name or a list, looked for beside the file first and then in `configs/`; later files
+and then the overrides win, key by key. Every fault in the user's input is a `ConfigError` of one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tora.components import check_component, check_reward
+from tora.config import Component, RunConfig
+from tora.config_build import build, defaults, join, show
+from tora.config_rules import check
+from tora.errors import ConfigError, nearest
+
+_BASES = "base"
+"""Folder in `configs/` of the files that others extend; they are no runs of their own."""
+
+
+def configs_dir() -> Path:
+    """`configs/`: inside the package when installed from a wheel, at the repository's root otherwise."""
+    package = Path(__file__).resolve().parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def config_names() -> list[str]:
+    """Names that `load_config` takes, sorted."""
+    files = (path.relative_to(configs_dir()) for path in configs_dir().rglob("*.yaml"))
+    return sorted(file.as_posix().removesuffix(".yaml") for file in files if file.parts[0] != _BASES)
+
+
+def config_file(name_or_path: str) -> Path:
+    """The file behind a path to a YAML file or a name in `configs/`. Raises `ConfigError` if there is none."""
+    path = Path(name_or_path).expanduser()
+    is_path = path.suffix in (".yaml", ".yml")
+    for candidate in (path, configs_dir() / path) if is_path else (configs_dir() / f"{path}.yaml",):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(f"There is no config {name_or_path}{nearest(name_or_path, config_names())}.")
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, merge, interpolate and check. Raises `ConfigError`."""
+    tree = _merge(_read(config_file(name_or_path), ()), _parse_overrides(overrides), "")
+    try:
+        tree = OmegaConf.create(_merge(defaults(RunConfig), tree, ""))
+        tree = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or name_or_path}: {_reason(error)}.") from error
+    cfg = build(RunConfig, tree, "")
+    cfg.model.path = _find_folder(cfg.model.path)
+    if cfg.model.adapter_path is not None:
+        cfg.model.adapter_path = _find_folder(cfg.model.adapter_path)
+    check(cfg)
+    for key, component in _components(cfg):
+        check_component(component, key)
+    for i, reward in enumerate(cfg.rewards):
+        check_reward(reward, f"rewards.{i}")
+    return cfg
+
+
+def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
+    """Every component of the run but the rewards, with its dotted key."""
+    for name in ("dataset", "loss", "optimizer", "lr_scheduler"):
+        yield name, getattr(cfg, name)
+    if cfg.eval is not None:
+        yield "eval.dataset", cfg.eval.dataset
+    for i, logger in enumerate(cfg.metric_logger):
+        yield f"metric_logger.{i}", logger
+
+
+def missing_folders(cfg: RunConfig) -> list[str]:
+    """A clause for each folder that the config names and that is not there (yet)."""
+    paths = {"model.path": cfg.model.path, "model.adapter_path": cfg.model.adapter_path}
+    return [f"{key}={show(path)} is not a folder" for key, path in paths.items() if path and not Path(path).is_dir()]
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    return dataclasses.asdict(cfg)
+
+
+def dump_yaml(cfg: RunConfig) -> str:
+    """The whole config as YAML that `load_config` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """One file merged over the files that it extends."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path} extends itself by way of {seen[-1]}.")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {_reason(error)}.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold keys and values.")
+    extends = tree.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for name in extends if isinstance(extends, list) else [extends]:
+        merged = _merge(merged, _read(_find_base(str(name), path), (*seen, path)), "")
+    return _merge(merged, tree, "")
+
+
+def _find_base(name: str, path: Path) -> Path:
+    for folder in (path.parent, configs_dir()):
+        if (folder / name).is_file():
+            return folder / name
+    bases = (base.relative_to(configs_dir()).as_posix() for base in (configs_dir() / _BASES).glob("*.yaml"))
+    raise ConfigError(f"{path}: extends={show(name)} is not a file{nearest(name, bases)}.")
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Together rather than one by one, so that a new `_component_` keeps its arguments in whatever order they come."""
+    tree = OmegaConf.create()
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"The override {override} is not of the form key=value.")
+        try:
+            tree.merge_with_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"The override {override} cannot be read: {_reason(error)}.") from error
+    return dict(OmegaConf.to_container(tree))  # type: ignore[arg-type]
+
+
+def _merge(base: Any, over: Any, key: str) -> Any:
+    """`over` on top of `base`. Another `_component_` replaces the whole component: arguments belong to a callable."""
+    if isinstance(base, list) and isinstance(over, dict):
+        return _merge_items(base, over, key)
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if "_component_" in base and over.get("_component_", base["_component_"]) != base["_component_"]:
+        return over
+    merged = dict(base)
+    for name, value in over.items():
+        merged[name] = _merge(base[name], value, join(key, name)) if name in base else value
+    return merged
+
+
+def _merge_items(base: list[Any], over: dict[Any, Any], key: str) -> list[Any]:
+    """`rewards.0.weight=2`: overrides of single items, by position."""
+    merged = list(base)
+    for name, value in over.items():
+        if not (str(name).isdigit() and int(name) < len(base)):
+            near = nearest(join(key, name), [join(key, i) for i in range(len(base))])
+            raise ConfigError(f"Unknown key {join(key, name)}={show(value)}{near}.")
+        merged[int(name)] = _merge(base[int(name)], value, join(key, name))
+    return merged
+
+
+def _reason(error: BaseException) -> str:
+    """What a library complains of, as a clause."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        return f"{line}{error.problem}"
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return first.rpartition("raised while resolving interpolation: ")[2].strip('".')
+
+
+def _find_folder(path: str) -> str:
+    """A relative path, tried from the working directory and then from `configs/`; as it was if neither has it."""
+    for root in (Path.cwd(), configs_dir()):
+        folder = root / Path(path).expanduser()
+        if folder.is_dir():
+            return str(folder)
+    return path

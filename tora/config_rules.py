@@ -1,0 +1,101 @@
+"""What a well-typed config must also satisfy: ranges, and rules between keys."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from typing import Any, TypeGuard
+
+from tora.config import RunConfig
+from tora.config_build import show
+from tora.errors import ConfigError
+
+_WORDS = {operator.ge: "at least", operator.gt: "greater than", operator.le: "at most"}
+_BOUNDS = (
+    (
+        operator.ge,
+        1,
+        "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens model.lora_rank "
+        "rollout.num_workers rollout.concurrency rollout.max_model_len eval.num_prompts eval.every "
+        "checkpoint.every checkpoint.keep",
+    ),
+    (operator.ge, 2, "grpo_samples"),
+    (operator.ge, 0, "seed num_threads max_staleness top_k eval.temperature rollout.max_refills"),
+    (
+        operator.gt,
+        0,
+        "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization",
+    ),
+    (operator.le, 1, "top_p rollout.gpu_memory_utilization"),
+)
+_NO_ADAPTER = ("lm_head", "embed_tokens")
+"""Shared with the embedding in a tied model, and outside what the rollout engine adapts."""
+
+
+def check(cfg: RunConfig) -> None:
+    """Raises `ConfigError` with the first rule that the config breaks."""
+    for sentence in _broken(cfg):
+        raise ConfigError(sentence)
+
+
+def _broken(cfg: RunConfig) -> Iterator[str]:
+    for holds, bound, keys in _BOUNDS:
+        for key in keys.split():
+            value = _get(cfg, key)
+            if value is not None and not holds(value, bound):
+                yield f"{key}={value} must be {_WORDS[holds]} {bound}."
+    if not cfg.name:
+        yield 'name="" must not be empty.'
+    yield from _broken_model(cfg)
+    yield from _broken_components(cfg)
+    if cfg.rollout.num_workers > 1 and not cfg.async_rl:
+        yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
+    longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
+    if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
+        yield (
+            f"rollout.max_model_len={cfg.rollout.max_model_len} must be at least "
+            f"max_prompt_tokens + max_generated_tokens, which is {longest}."
+        )
+
+
+def _broken_model(cfg: RunConfig) -> Iterator[str]:
+    model = cfg.model
+    if model.lora_type == "full":
+        if model.adapter_path is not None:
+            yield f"model.adapter_path={model.adapter_path} needs an adapter, and model.lora_type is full."
+        return
+    if not model.lora_targets:
+        yield "model.lora_targets=[] must name at least one linear layer."
+    for target in model.lora_targets:
+        if target in _NO_ADAPTER or target.endswith(tuple(f".{name}" for name in _NO_ADAPTER)):
+            yield f"model.lora_targets must not name {target}, which cannot carry an adapter."
+
+
+def _broken_components(cfg: RunConfig) -> Iterator[str]:
+    lr = cfg.optimizer.get("lr")
+    if not _is_number(lr) or not lr > 0:
+        yield f"optimizer.lr={show(lr)} must be a number greater than 0."
+    if not cfg.rewards:
+        yield "rewards=[] must name at least one reward."
+    weights = [reward.get("weight", 1.0) for reward in cfg.rewards]
+    for i, weight in enumerate(weights):
+        if not _is_number(weight):
+            yield f"rewards.{i}.weight={show(weight)} must be a finite number."
+    names = [str(reward.get("name") or reward.get("_component_")).rpartition(".")[2] for reward in cfg.rewards]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield f"rewards.{i}.name={name} is taken by an earlier reward."
+    if cfg.rewards and not any(weights):
+        yield "rewards must have at least one weight other than 0."
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _get(cfg: RunConfig, key: str) -> float | None:
+    """The value at a dotted key; None inside an `eval` that is switched off."""
+    if key.startswith("eval.") and cfg.eval is None:
+        return None
+    return operator.attrgetter(key)(cfg)

@@ -1,0 +1,136 @@
+"""TorchEngine: batched decode with a key-value cache, on the learner's own modules.
+
+A group's prompt is prefilled once; rows that have finished leave the batch.
+Shape letters: P prompts, B rows (rollouts), L tokens of a row, T packed prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tora.adapters.inject import adapter_layers, load_wire
+from tora.adapters.snapshot import digest, unpack
+from tora.errors import RolloutError, SyncError
+from tora.models.attention import CachedAttention, PrefillAttention
+from tora.models.decoder import Decoder
+from tora.sampling import draw, log_distribution
+from tora.types import Completion, PolicySnapshot, SampleRequest, SyncReport
+
+
+class TorchEngine:
+    """Generates with `model` as it stands. `shared`: the learner trains this very model, so a snapshot moves no bytes."""
+
+    concurrent = False
+
+    def __init__(self, model: Decoder, *, device: torch.device, shared: bool, max_rows: int) -> None:
+        """`max_rows`: rollouts decoded at once, unless one request asks for more."""
+        self._model, self._device, self._shared, self._max_rows = model, device, shared, max_rows
+        self._version: int | None = None
+
+    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+        """Errors: SyncError where a copied model and the snapshot do not match."""
+        start = time.perf_counter()
+        if self._shared:
+            self._version = snapshot.version
+            return SyncReport(snapshot.version, 0, time.perf_counter() - start, "", len(adapter_layers(self._model)))
+        tensors = unpack(snapshot)
+        try:
+            modules = load_wire(self._model, tensors)
+        except ValueError as error:
+            raise SyncError(str(error)) from error
+        self._version = snapshot.version
+        return SyncReport(snapshot.version, snapshot.nbytes, time.perf_counter() - start, digest(tensors), modules)
+
+    def close(self) -> None:
+        """Holds nothing of its own."""
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        """All requests share one `Sampling`. Errors: RolloutError before the first snapshot."""
+        if self._version is None:
+            raise RolloutError("the engine was asked to generate before it was given a snapshot")
+        result: list[list[Completion]] = []
+        for part in _parts(requests, self._max_rows):
+            result += self._generate_at_once(part)
+        return result
+
+    def _generate_at_once(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        assert len({r.sampling for r in requests}) == 1, "one Sampling a call"
+        tokens_LB, logprobs_LB, lengths_B = self._decode(requests)
+        stop = set(requests[0].sampling.stop_token_ids)
+        completions = [
+            self._completion(tokens_LB[:n, b], logprobs_LB[:n, b], stop) for b, n in enumerate(lengths_B.tolist())
+        ]
+        rows = iter(completions)
+        return [[next(rows) for _ in range(r.num_samples)] for r in requests]
+
+    def _completion(self, tokens_L: np.ndarray, logprobs_L: np.ndarray, stop: set[int]) -> Completion:
+        versions_L = np.full(len(tokens_L), self._version, dtype=np.int64)
+        return Completion(tokens_L.copy(), logprobs_L.copy(), versions_L, int(tokens_L[-1]) in stop)
+
+    def _prefill(self, requests: Sequence[SampleRequest], room: int) -> tuple[CachedAttention, torch.Tensor]:
+        """A cache with a row for each rollout, and the logits of each rollout's first token [B, V]."""
+        lengths_P = torch.tensor([len(r.token_ids) for r in requests], device=self._device)
+        tokens_T = torch.tensor([t for r in requests for t in r.token_ids], device=self._device)
+        positions_T = torch.cat([torch.arange(len(r.token_ids), device=self._device) for r in requests])
+        attend = PrefillAttention(lengths_P)
+        hidden = self._model(tokens_T[None], positions=positions_T[None], attend=attend)[0]
+        samples_P = torch.tensor([r.num_samples for r in requests], device=self._device)
+        rows_B = torch.arange(len(requests), device=self._device).repeat_interleave(samples_P)
+        logits_PV = self._model.output(hidden[lengths_P.cumsum(0) - 1])
+        return CachedAttention(attend, lengths_P[rows_B], rows_B, room), logits_PV[rows_B]
+
+    def _decode(self, requests: Sequence[SampleRequest]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [L, B] int64, their log-probs [L, B] float32, and each row's length [B]; beyond it lies zero."""
+        sampling = requests[0].sampling
+        uniform_LB = _random_numbers(requests, sampling.max_tokens).to(self._device)
+        cache, logits = self._prefill(requests, sampling.max_tokens)
+        stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self._device)
+        shape = tuple(uniform_LB.shape)
+        tokens_LB = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        logprobs_LB = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        lengths_B = torch.zeros(shape[1], dtype=torch.int64, device=self._device)
+        alive = torch.arange(shape[1], device=self._device)
+        for step in range(sampling.max_tokens):
+            logprobs = log_distribution(logits, sampling)
+            token = draw(logprobs, uniform_LB[step, alive], greedy=sampling.temperature == 0)
+            tokens_LB[step, alive] = token
+            logprobs_LB[step, alive] = logprobs.gather(1, token[:, None])[:, 0]
+            lengths_B[alive] = step + 1
+            going = ~torch.isin(token, stop)
+            if not bool(going.all()):
+                rows = going.nonzero()[:, 0]
+                alive, token = alive[rows], token[rows]
+                cache.keep(rows)
+            if len(alive) == 0 or step + 1 == sampling.max_tokens:
+                break
+            hidden = self._model(token[:, None], positions=cache.lengths_B[:, None], attend=cache)
+            cache.advance()
+            logits = self._model.output(hidden[:, 0])
+        return tokens_LB.cpu().numpy(), logprobs_LB.cpu().numpy(), lengths_B.cpu().numpy()
+
+
+def _parts(requests: Sequence[SampleRequest], max_rows: int) -> list[list[SampleRequest]]:
+    """Runs of requests that ask for at most `max_rows` samples together."""
+    parts: list[list[SampleRequest]] = []
+    rows = max_rows
+    for request in requests:
+        if rows + request.num_samples > max_rows or not parts:
+            parts.append([])
+            rows = 0
+        parts[-1].append(request)
+        rows += request.num_samples
+    return parts
+
+
+def _random_numbers(requests: Sequence[SampleRequest], max_tokens: int) -> torch.Tensor:
+    """[max_tokens, B] float64 in [0, 1): each request's from its own seed, on the CPU, so that devices agree."""
+    columns = []
+    for request in requests:
+        generator = torch.Generator().manual_seed(request.seed)
+        columns.append(torch.rand(max_tokens, request.num_samples, generator=generator, dtype=torch.float64))
+    return torch.cat(columns, 1)

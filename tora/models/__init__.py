@@ -1,0 +1,1 @@
+"""Decoders built on torchtune's modules from a Hugging Face folder."""

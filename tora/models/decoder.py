@@ -1,0 +1,172 @@
+"""One decoder for all text families, on torchtune's modules. config.json decides every size.
+
+torchtune's own attention normalises q and k after the rotation; these families do it before, hence `Attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.modules import (
+    FeedForward,
+    RMSNorm,
+    TiedLinear,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
+
+from tora.errors import ConfigError
+from tora.models.attention import AttentionContext
+from tora.models.family import ModelFamily
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """x [b, s, heads, D]; rope cos and sin [b, s, D/2], float32. The halves of D rotate together, as in Hugging Face."""
+    cos, sin = (t.unsqueeze(-2) for t in rope)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class RotaryTable(nn.Module):
+    """cos and sin for positions; scaled variants come from transformers' own tables."""
+
+    inverse_frequency: torch.Tensor
+
+    def __init__(self, config: Any, head_dim: int) -> None:
+        super().__init__()
+        self.config, self.head_dim = config, head_dim
+        self.reset()
+
+    def reset(self) -> None:
+        """(Re)compute on the default device; needed after a build on the meta device."""
+        parameters = self.config.rope_parameters
+        kind = parameters.get("rope_type", "default")
+        if kind == "default":
+            exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+            frequency, self.scale = 1.0 / parameters["rope_theta"] ** exponent, 1.0
+        elif kind in ("linear", "llama3", "yarn"):
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            frequency, self.scale = ROPE_INIT_FUNCTIONS[kind](self.config, device=None)
+        else:
+            raise ConfigError(
+                f"rope_type {kind!r} in config.json is not supported; default, linear, llama3 and yarn are"
+            )
+        self.register_buffer("inverse_frequency", frequency, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, positions: torch.Tensor) -> Rope:
+        """positions [b, s] -> cos, sin [b, s, D/2], float32."""
+        angle = positions[..., None].float() * self.inverse_frequency
+        return angle.cos() * self.scale, angle.sin() * self.scale
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention: projections, optional q/k norms, rotation, then the context attends."""
+
+    def __init__(
+        self,
+        layer: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_proj: nn.Module,
+        k_proj: nn.Module,
+        v_proj: nn.Module,
+        output_proj: nn.Module,
+        q_norm: nn.Module | None,
+        k_norm: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.layer, self.num_heads, self.num_kv_heads, self.head_dim = layer, num_heads, num_kv_heads, head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.output_proj = q_proj, k_proj, v_proj, output_proj
+        self.q_norm, self.k_norm = q_norm, k_norm
+
+    def forward(
+        self, x: torch.Tensor, _: torch.Tensor | None = None, *, mask: AttentionContext, input_pos: Rope
+    ) -> torch.Tensor:
+        """x [b, s, hidden]; torchtune's layer calls it with the context as `mask` and the rotation as `input_pos`."""
+        b, s, _width = x.shape
+        q = self.q_proj(x).view(b, s, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(b, s, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(b, s, self.num_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = mask(self.layer, rotate(q, input_pos), rotate(k, input_pos), v)
+        return self.output_proj(out.flatten(2))
+
+
+class Decoder(TransformerDecoder):
+    """torchtune's decoder with positions and attention given from outside."""
+
+    def __init__(self, *, rope: RotaryTable, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rope = rope
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, tokens: torch.Tensor, *, positions: torch.Tensor, attend: AttentionContext
+    ) -> torch.Tensor:
+        """tokens, positions [b, s] -> hidden states after the final norm [b, s, hidden]. `self.output` makes logits."""
+        h = self.tok_embeddings(tokens)
+        rope = self.rope(positions)
+        for layer in self.layers:
+            h = layer(h, mask=attend, input_pos=rope)
+        return self.norm(h)
+
+
+def _check_supported(config: Any) -> None:
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
+        raise ConfigError("config.json asks for sliding-window attention, which is not supported")
+    if config.hidden_act != "silu":
+        raise ConfigError(f"hidden_act {config.hidden_act!r} in config.json is not supported; silu is")
+
+
+def build_decoder(config: Any, family: ModelFamily) -> Decoder:
+    """`config` is transformers' config of a text model. Builds on the default device, weights unset."""
+    _check_supported(config)
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    eps, mlp, mlp_bias = config.rms_norm_eps, config.intermediate_size, getattr(config, "mlp_bias", False)
+    attention_bias = getattr(config, "attention_bias", False)
+    qkv_bias = attention_bias if family.qkv_bias is None else family.qkv_bias
+    output_bias = attention_bias if family.output_bias is None else family.output_bias
+
+    def layer(index: int) -> TransformerSelfAttentionLayer:
+        attention = Attention(
+            index, heads, kv_heads, head_dim,
+            q_proj=nn.Linear(hidden, heads * head_dim, bias=qkv_bias),
+            k_proj=nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias),
+            v_proj=nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias),
+            output_proj=nn.Linear(heads * head_dim, hidden, bias=output_bias),
+            q_norm=RMSNorm(head_dim, eps) if family.qk_norm else None,
+            k_norm=RMSNorm(head_dim, eps) if family.qk_norm else None,
+        )  # fmt: skip
+        feed_forward = FeedForward(
+            gate_proj=nn.Linear(hidden, mlp, bias=mlp_bias),
+            down_proj=nn.Linear(mlp, hidden, bias=mlp_bias),
+            up_proj=nn.Linear(hidden, mlp, bias=mlp_bias),
+        )
+        return TransformerSelfAttentionLayer(
+            attention,  # pyright: ignore[reportArgumentType]
+            feed_forward,
+            sa_norm=RMSNorm(hidden, eps),
+            mlp_norm=RMSNorm(hidden, eps),
+        )
+
+    embedding = nn.Embedding(config.vocab_size, hidden)
+    return Decoder(
+        rope=RotaryTable(config, head_dim),
+        tok_embeddings=embedding,
+        layers=[layer(i) for i in range(config.num_hidden_layers)],
+        max_seq_len=config.max_position_embeddings,
+        num_heads=heads,
+        head_dim=head_dim,
+        norm=RMSNorm(hidden, eps),
+        output=TiedLinear(embedding)
+        if config.tie_word_embeddings
+        else nn.Linear(hidden, config.vocab_size, bias=False),
+    )

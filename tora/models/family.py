@@ -1,0 +1,27 @@
+"""A model family is data: what its config.json does not say about its decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+
+_MODULES = ("qwen2_5", "qwen3", "llama3")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    name: str
+    model_type: str
+    """`model_type` of config.json."""
+    qk_norm: bool
+    """RMS norm of every query and key head, before the rotation."""
+    qkv_bias: bool | None
+    """None: `attention_bias` of config.json."""
+    output_bias: bool | None
+    """Bias of the attention's output projection; None: `attention_bias` of config.json."""
+
+
+def families() -> dict[str, ModelFamily]:
+    """All families by `model_type`."""
+    found = (import_module(f"tora.models.{name}").FAMILY for name in _MODULES)
+    return {family.model_type: family for family in found}

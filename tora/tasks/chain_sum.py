@@ -1,0 +1,77 @@
+"""Chained sums of one-digit numbers, as in reasoning-gym: a task that a model of half a million weights can learn.
+
+The split hangs on a hash of the question, so that no seed ever lets a held-out problem into training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from tora.errors import ConfigError
+
+PREFIX = "State the final answer to the following arithmetic problem: "
+_SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Terms from 1 to 9, with `+` or `-` between them."""
+
+    terms: tuple[int, ...]
+    operators: tuple[str, ...]
+
+    @property
+    def question(self) -> str:
+        rest = "".join(f" {o} {t}" for o, t in zip(self.operators, self.terms[1:], strict=True))
+        return f"{PREFIX}{self.terms[0]}{rest} ="
+
+    def worked(self) -> list[str]:
+        """One line per operator: `9 + 3 = 12`, `12 - 5 = 7`."""
+        total, lines = self.terms[0], []
+        for operator, term in zip(self.operators, self.terms[1:], strict=True):
+            after = total + term if operator == "+" else total - term
+            lines.append(f"{total} {operator} {term} = {after}")
+            total = after
+        return lines
+
+    @property
+    def answer(self) -> int:
+        return self.terms[0] + sum(t if o == "+" else -t for o, t in zip(self.operators, self.terms[1:], strict=True))
+
+
+def is_held_out(question: str) -> bool:
+    """One question in ten, the same ones on every machine and in every Python."""
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") % 10 == 0
+
+
+def draw(rng: random.Random, split: str, min_terms: int = 3, max_terms: int = 5) -> Problem:
+    """One problem of a split, drawn uniformly over lengths, terms and operators."""
+    while True:
+        n = rng.randint(min_terms, max_terms)
+        terms = tuple(rng.randint(1, 9) for _ in range(n))
+        problem = Problem(terms, tuple(rng.choice("+-") for _ in range(n - 1)))
+        if is_held_out(problem.question) == (split == "test"):
+            return problem
+
+
+def chain_sum(
+    split: str = "train", num_rows: int = 4096, min_terms: int = 3, max_terms: int = 5, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows `{prompt, answer}`, drawn independently: short problems may repeat within a split.
+
+    Raises `ConfigError` for an unknown split, no rows, or fewer than two terms.
+    """
+    if split not in _SPLITS:
+        raise ConfigError(f"chain_sum: split is {split!r}, expected one of {', '.join(_SPLITS)}")
+    if num_rows < 1:
+        raise ConfigError(f"chain_sum: num_rows is {num_rows}, expected at least 1")
+    if not 2 <= min_terms <= max_terms:
+        raise ConfigError(
+            f"chain_sum: min_terms={min_terms} and max_terms={max_terms}, expected 2 <= min_terms <= max_terms"
+        )
+    rng = random.Random(f"chain_sum/{split}/{seed}")
+    problems = (draw(rng, split, min_terms, max_terms) for _ in range(num_rows))
+    return [{"prompt": p.question, "answer": str(p.answer)} for p in problems]

@@ -1,0 +1,120 @@
+"""Reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float | None]`.
+
+Every argument is a list with one entry per completion. `prompts` and `completions` are strings where the dataset's
+prompt is a string, and lists of chat messages where it is one; each further dataset column arrives under its name.
+None means that the function does not apply to the completion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from tora.tasks import math_judge
+
+Completion = str | list[dict[str, Any]]
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ANSWER_AT_END = re.compile(r"<answer>([^<]*)</answer>\s*\Z")
+_NUMBER = re.compile(r"[-+]?\d{1,30}(\.\d{1,30})?")
+ONE_ANSWER_AT_END = r"((?!</?answer>).)*<answer>((?!</?answer>).)+</answer>"
+
+
+def text_of(completion: Completion) -> str:
+    """The completion's text, in TRL's string form or in its chat form."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def answer_tag(
+    prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
+) -> list[float]:
+    """1 when the completion ends in `<answer>X</answer>` and X is the `answer` column's text, else 0."""
+    matches = [_ANSWER_AT_END.search(text_of(c)) for c in completions]
+    return [
+        float(match is not None and match[1].strip() == str(gold).strip())
+        for match, gold in zip(matches, answer, strict=True)
+    ]
+
+
+def math_answer(
+    prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
+) -> list[float]:
+    """1 when the final answer equals the `answer` column as mathematics (`1/2`, `0.5`, `\\frac{1}{2}`), else 0.
+
+    The final answer is what stands in the last `\\boxed{}` or, without one, in the last `<answer>` tag; a completion
+    with neither earns 0, and so does a comparison that takes over 5 s.
+    """
+    finals = [final_answer(text_of(c)) for c in completions]
+    golds = [final_answer(str(gold)) or str(gold) for gold in answer]
+    return [float(final is not None and _same(gold, final)) for final, gold in zip(finals, golds, strict=True)]
+
+
+def format(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    *,
+    pattern: str = ONE_ANSWER_AT_END,
+    **columns: Any,
+) -> list[float]:
+    """1 when `pattern` (a regular expression; `.` also matches newlines) matches the whole stripped completion, else 0.
+
+    The default asks for exactly one `<answer>` tag, at the end.
+    """
+    shape = re.compile(pattern, re.DOTALL)
+    return [float(shape.fullmatch(text_of(c).strip()) is not None) for c in completions]
+
+
+def length(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    *,
+    target: int,
+    limit: int | None = None,
+    **columns: Any,
+) -> list[float]:
+    """1 up to `target` characters, then falling linearly to 0 at `limit` (twice `target` by default)."""
+    limit = 2 * target if limit is None else limit
+    if not 0 < target < limit:
+        raise ValueError(f"length: target={target} and limit={limit}, expected 0 < target < limit")
+    over = [(limit - len(text_of(c))) / (limit - target) for c in completions]
+    return [min(1.0, max(0.0, share)) for share in over]
+
+
+def final_answer(text: str) -> str | None:
+    """What stands in the last `\\boxed{}`, else in the last `<answer>` tag, else None."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    tagged = _ANSWER.findall(text)
+    return tagged[-1].strip() if tagged else None
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return None
+
+
+def _same(gold: str, final: str) -> bool:
+    """Equal as text or as numbers; only what is neither goes to math-verify."""
+    if gold == final:
+        return True
+    numbers = [_number(gold), _number(final)]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return math_judge.shared.equal(f"\\boxed{{{gold}}}", f"\\boxed{{{final}}}")
+
+
+def _number(text: str) -> Fraction | None:
+    """A plain number, thousands separators, currency sign and full stop aside."""
+    plain = text.strip().rstrip(".").replace(",", "").replace("$", "")
+    return Fraction(plain) if _NUMBER.fullmatch(plain) else None
