@@ -96,4 +96,8 @@ def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
 
 def sync_metrics(reports: Sequence[SyncReport], seconds: float) -> Metrics:
     """`sync/bytes` is what one worker received; `sync/seconds` the wall time until all had it."""
-    return {"sync/bytes": float(reports[0].nbytes), "sync/seconds": seconds, "sync/modules": float(reports[0].num_modules)}
+    return {
+        "sync/bytes": float(reports[0].nbytes),
+        "sync/seconds": seconds,
+        "sync/modules": float(reports[0].num_modules),
+    }

@@ -16,15 +16,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed
 
-from actors.vllm_setup import Environment, build, completion, engine_args, sampling_params
+from actors.vllm_setup import (
+    Environment,
+    LoadedPolicy,
+    build,
+    completion,
+    engine_args,
+    loaded_policy,
+    sampling_params,
+    shut_down,
+)
 from tora.errors import RolloutError, SyncError
 from tora.types import Completion, PolicySnapshot, SampleRequest, SyncReport
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.lora.request import LoRARequest
-    from vllm.v1.engine.llm_engine import LLMEngine
 
 _END_SECONDS = 60.0
 """How long `close` waits for vLLM to end; its thread never keeps the process alive."""
@@ -62,8 +69,8 @@ class VLLMEngine:
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
-        self._policies: dict[int, _Policy] = {}  # by slot; from here on the engine's thread's own
-        self._newest: _Policy | None = None
+        self._policies: dict[int, LoadedPolicy] = {}  # by slot; from here on the engine's thread's own
+        self._newest: LoadedPolicy | None = None
         self._in_flight: Counter[int] = Counter()  # unfinished vLLM requests by slot
         self._running: dict[str, tuple[_Generate, int]] = {}  # by vLLM's request id
         self._request_ids = count()
@@ -155,10 +162,11 @@ class VLLMEngine:
             self._abandon(None)
         except BaseException as error:  # whatever it was, nobody may be left waiting
             if not started.done():
-                started.set_exception(RolloutError(f"vLLM did not start: {error}"))
+                refused = isinstance(error, ValueError)
+                started.set_exception(error if refused else RolloutError(f"vLLM did not start: {error}"))
             self._abandon(error)
         if llm is not None:
-            _shut_down(llm, owns_group)
+            shut_down(llm, owns_group)
             del self._llm
 
     def _wait_for_work(self) -> bool:
@@ -201,7 +209,7 @@ class VLLMEngine:
             except SyncError as error:
                 command.future.set_exception(error)
                 return
-            self._policies[slot] = _policy(slot, report)
+            self._policies[slot] = loaded_policy(slot, report)
         self._newest = self._policies[slot]
         command.future.set_result(self._newest.report)
 
@@ -223,7 +231,7 @@ class VLLMEngine:
 
     def _deliver(self, output: Any) -> None:
         """Only finished requests come out, with all their samples."""
-        command, index = self._running.pop(output.request_id)
+        command, index = self._running[output.request_id]
         assert command.policy is not None
         self._in_flight[command.policy.lora.lora_int_id] -= 1
         completions = [completion(sample, command.policy.version) for sample in output.outputs]
@@ -232,6 +240,7 @@ class VLLMEngine:
         command.done[index] = completions
         if len(command.done) == len(command.requests):
             command.future.set_result([command.done[i] for i in range(len(command.requests))])
+        del self._running[output.request_id]  # only now, so that `_abandon` finds it if something raises
 
     def _abandon(self, cause: BaseException | None) -> None:
         """No command will be answered any more."""
@@ -244,20 +253,11 @@ class VLLMEngine:
                 command.future.set_exception(_gone(cause))
 
 
-@dataclass(frozen=True)
-class _Policy:
-    """A policy version in a slot."""
-
-    version: int
-    lora: LoRARequest
-    report: SyncReport
-
-
 @dataclass(eq=False)
 class _Generate:
     requests: Sequence[SampleRequest]
     params: list[SamplingParams]
-    policy: _Policy | None = None
+    policy: LoadedPolicy | None = None
     done: dict[int, list[Completion]] = field(default_factory=dict)
     """By index into `requests`."""
     future: Future[list[list[Completion]]] = field(default_factory=Future)
@@ -269,28 +269,9 @@ class _Load:
     future: Future[SyncReport] = field(default_factory=Future)
 
 
-def _policy(slot: int, report: SyncReport) -> _Policy:
-    """vLLM's prefix and encoder caches are keyed by the adapter's name: by version, and by content too, because a run
-    that resumed from a checkpoint comes to a version number for the second time."""
-    from vllm.lora.request import LoRARequest
-
-    name = f"policy@{report.version}:{report.sha256[:16]}"
-    return _Policy(report.version, LoRARequest(name, slot, f"mem://{report.version}"), report)
-
-
 def _gone(cause: BaseException | None) -> RolloutError:
     if cause is None:
         return RolloutError("the engine is closed")
     error = RolloutError(f"the engine's thread ended with {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error
-
-
-def _shut_down(llm: LLMEngine, owns_group: bool) -> None:
-    """`owns_group`: vLLM made this process's default process group; one that it found is the learner's and stays."""
-    from vllm.distributed import parallel_state
-
-    llm.engine_core.shutdown()
-    parallel_state.destroy_model_parallel()
-    if owns_group:
-        parallel_state.destroy_distributed_environment()

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class WorkerHandle(Protocol):
-    """A `RolloutWorker` elsewhere. Each call may be awaited; snapshots may be references that only the far side opens."""
+    """A `RolloutWorker` elsewhere. Snapshots may be references that only the far side opens."""
 
     async def run_group(self, prompt: Prompt) -> Group: ...
 

@@ -1,19 +1,22 @@
-"""How Tora sets vLLM 0.32 up and speaks to it: environment, engine arguments, sampling parameters, completions."""
+"""How Tora sets vLLM 0.32 up, speaks to it and ends it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from tora.types import Completion, SampleRequest
+from tora.types import Completion, SampleRequest, SyncReport
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
 
 _REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -85,13 +88,22 @@ def engine_args(
     kv_cache_gib: float,
     enforce_eager: bool,
 ) -> EngineArgs:
+    """Errors: ValueError for an impossible argument."""
+    if not Path(model_path, "config.json").is_file():
+        raise ValueError(f"{model_path} is not a Hugging Face model folder: it has no config.json")
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
     device: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization, "enforce_eager": enforce_eager}
     if current_platform.is_cpu():
-        # 32 is the smallest block its kernels take: prefixes are shared in whole blocks.
-        device = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": 32, "enforce_eager": True}
+        # 32 is the smallest block its kernels take: prefixes are shared in whole blocks. vLLM 0.32 rewinds a seeded
+        # request's generator after each chunk of a prompt, which torch's CPU generators cannot do: no chunks.
+        device = {
+            "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+            "block_size": 32,
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+        }
     return EngineArgs(
         model=model_path,
         dtype="float32" if dtype == "fp32" else "bfloat16",
@@ -117,14 +129,54 @@ def engine_args(
 
 
 def build(args: EngineArgs) -> LLMEngine:
-    """All of vLLM in this process."""
+    """All of vLLM in this process. Errors: ValueError for arguments that vLLM refuses; anything else is a failure."""
+    import pydantic
     from vllm.model_executor.models import registry
     from vllm.v1.engine.llm_engine import LLMEngine
 
     # vLLM 0.32 looks at the model's class in a new Python, to keep CUDA out of a process that will fork. This one will
     # not; the other Python would lack the import fixes of `tora.compat`, and takes seconds.
     registry._run_in_subprocess = lambda inspect: inspect()
-    return LLMEngine.from_engine_args(args)
+    try:
+        return LLMEngine.from_engine_args(args)
+    except pydantic.ValidationError as error:  # a ValueError of many lines
+        raise ValueError("; ".join(e["msg"] for e in error.errors())) from error
+
+
+def shut_down(llm: LLMEngine, owns_group: bool) -> None:
+    """`owns_group`: vLLM made this process's default process group; one that it found is the learner's and stays."""
+    from vllm.v1.engine import core
+
+    if not owns_group:
+        # vLLM 0.32 ends by destroying the default group, whoever made it.
+        setattr(core, "cleanup_dist_env_and_memory", _free_own_groups)  # noqa: B010
+    llm.engine_core.shutdown()
+
+
+def _free_own_groups() -> None:
+    import torch.distributed
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    if torch.distributed.is_initialized():  # the learner may have ended first
+        destroy_model_parallel()
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy version in an adapter slot."""
+
+    version: int
+    lora: LoRARequest
+    report: SyncReport
+
+
+def loaded_policy(slot: int, report: SyncReport) -> LoadedPolicy:
+    """vLLM's prefix and encoder caches are keyed by the adapter's name: by version, and by content too, because a run
+    that resumed from a checkpoint comes to a version number for the second time."""
+    from vllm.lora.request import LoRARequest
+
+    name = f"policy@{report.version}:{report.sha256[:16]}"
+    return LoadedPolicy(report.version, LoRARequest(name, slot, f"mem://{report.version}"), report)
 
 
 def sampling_params(request: SampleRequest) -> SamplingParams:

@@ -36,15 +36,15 @@ echo "Installing tora[$joined] into $PWD/.venv with $version; the first time tak
 if [[ $(.venv/bin/python --version 2>/dev/null) != "$version" ]]; then
   "$python" -m venv --clear .venv
 fi
-errors=$(mktemp)
-trap 'rm -f "$errors"' EXIT
-if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-  ${TORA_TORCH_INDEX:+--extra-index-url "$TORA_TORCH_INDEX"} -e ".[$joined]" 2>"$errors"; then
-  if grep -q 'torch==[0-9.]*+cpu' "$errors"; then
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+if ! .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+  ${TORA_TORCH_INDEX:+--extra-index-url "$TORA_TORCH_INDEX"} -e ".[$joined]" >"$log" 2>&1; then
+  if grep -Eq '(depends on|found for) torch==[0-9.]+\+cpu' "$log"; then
     fail "pip finds no CPU build of PyTorch: set TORA_TORCH_INDEX to PyTorch's CPU wheel index, as its Get Started page names it."
   fi
-  cat "$errors" >&2
+  grep -i error "$log" >&2 || tail "$log" >&2
   exit 1
 fi
-grep -qs "^$basis " "$stamps" || : >"$stamps"
-printf "$basis %s\n" "${extras[@]}" >>"$stamps"
+{ grep -s "^$basis " "$stamps" || true; printf '%s\n' "${extras[@]/#/$basis }"; } | sort -u >"$stamps.new"
+mv "$stamps.new" "$stamps"

@@ -12,7 +12,7 @@ from tora.types import StepResult, TrainBatch
 
 
 class LearnerGroup:
-    """Blocks on its ranks; what they log and hold stays with them. `snapshot` answers a reference, not bytes."""
+    """Blocks on its ranks. `snapshot` answers a reference, not bytes."""
 
     def __init__(self, ranks: Sequence[Any]) -> None:
         """`ranks` are Ray actor handles of `Learner`, rank 0 first."""
@@ -25,7 +25,7 @@ class LearnerGroup:
         return self._all("step", ray.put(batch))[0]
 
     def snapshot(self) -> Any:
-        """An ObjectRef that this process owns, so that it outlives the learner; the bytes go straight to the workers."""
+        """An ObjectRef that this process owns, so it outlives the learner; its bytes go straight to the workers."""
         refs = [rank.snapshot.remote() for rank in self._ranks]
         ray.wait(refs, num_returns=len(refs), fetch_local=False)
         return refs[0]

@@ -1,4 +1,4 @@
-"""Learner: one rank. Takes packed batches, answers with metrics and snapshots. Knows nothing of Ray, engines or tasks."""
+"""Learner: one rank. Takes packed batches, answers with metrics and snapshots; knows no Ray, engines or tasks."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Learner:
             return self._logprobs(self.model, x, temperature)[0]
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """`ppo_epochs` optimizer updates on one batch. An empty batch moves nothing but the version and the schedule."""
+        """`ppo_epochs` optimizer updates on one batch. An empty batch moves only the version and the schedule."""
         micro = [_to_device(m, self.device) for m in batch.micro_batches]
         metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
         ref = [self._ref_logprobs(x, batch.temperature) for x in micro]
@@ -175,11 +175,12 @@ def mismatch_metrics(micro: Sequence[_Tensors], learner_logprobs: Sequence[torch
     """How far the learner's log-probs lie from the actors', before the step's first update.
 
     `mismatch_kl`: k3 estimate of KL(actor ‖ learner) over the batch's youngest tokens, which at staleness 0 measures
-    the engines' numerics alone. `policy_kl`: the same over all tokens. `mismatch_max_ratio`: the largest π_learner/π_actor.
+    the engines' numerics alone. `policy_kl`: the same over all tokens. `mismatch_max_ratio`: the largest π_learner /
+    π_actor.
     """
     d_N = torch.cat([lp - x.actor_logprobs_N for lp, x in zip(learner_logprobs, micro, strict=True)])
     versions_N = torch.cat([x.versions_N for x in micro])
-    k3_N = d_N.exp() - d_N - 1
+    k3_N = d_N.expm1() - d_N
     return {
         "mismatch_kl": k3_N[versions_N == versions_N.max()].mean().item(),
         "policy_kl": k3_N.mean().item(),

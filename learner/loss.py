@@ -40,12 +40,10 @@ def kl_estimate(
         return -d
     if kind == "k2":
         return d.square() / 2
-    return d.exp() - d - 1
+    return d.expm1() - d  # exp(d) - 1 loses small d to rounding
 
 
-def importance_weights(
-    proximal_logprobs_N: torch.Tensor, actor_logprobs_N: torch.Tensor, cap: float
-) -> torch.Tensor:
+def importance_weights(proximal_logprobs_N: torch.Tensor, actor_logprobs_N: torch.Tensor, cap: float) -> torch.Tensor:
     """min(π_proximal / π_actor, cap) per token, a constant to autograd (truncated importance sampling)."""
     return (proximal_logprobs_N - actor_logprobs_N).detach().exp().clamp_max(cap)
 
@@ -71,7 +69,9 @@ class GRPOLoss:
         clipped_N = ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high)
         surrogate_N = torch.minimum(ratio_N * x.advantages_N, clipped_N * x.advantages_N)
         if self.importance_correction == "token_tis":
-            surrogate_N = surrogate_N * importance_weights(x.proximal_logprobs_N, x.actor_logprobs_N, self.importance_cap)
+            surrogate_N = surrogate_N * importance_weights(
+                x.proximal_logprobs_N, x.actor_logprobs_N, self.importance_cap
+            )
         loss = -(x.weights_N * surrogate_N).sum()
         metrics = {"loss/policy": loss.detach()}
         with torch.no_grad():

@@ -81,7 +81,9 @@ def test_outputs_and_gradients_equal_peft(tmp_path: Path, family: Any, lora_type
 
     loss_of(ours_logits).backward()
     loss_of(their_logits).backward()
-    their_gradients = {n.removeprefix("base_model.model."): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    their_gradients = {
+        n.removeprefix("base_model.model."): p.grad for n, p in theirs.named_parameters() if p.requires_grad
+    }
     names = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
     names["magnitude"] = "lora_magnitude_vector.default.weight"
     compared = 0
@@ -108,7 +110,9 @@ def test_a_peft_adapter_loads(tmp_path: Path, lora_type: str) -> None:
     load_peft(ours, cfg, tmp_path / "adapter")
     sequence = random_sequences(17)
     with torch.no_grad():
-        torch.testing.assert_close(packed_logits(ours, sequence), theirs(sequence[0][None]).logits[0], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            packed_logits(ours, sequence), theirs(sequence[0][None]).logits[0], atol=1e-4, rtol=1e-5
+        )
 
     wrong = model_config(folder, lora_type, lora_targets=["q_proj"])
     with pytest.raises(ConfigError, match="differ in"):
@@ -205,7 +209,9 @@ def test_a_snapshot_carries_the_policy(tmp_path: Path, lora_type: str) -> None:
     assert any(name.endswith(GAIN) for name in tensors) == (lora_type != "lora")
     assert load_wire(receiver, tensors) == 2 * 3
     with torch.no_grad():
-        torch.testing.assert_close(packed_logits(receiver, sequence), packed_logits(sender, sequence), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            packed_logits(receiver, sequence), packed_logits(sender, sequence), atol=1e-4, rtol=1e-5
+        )
     dropped = "model.layers.1.self_attn.v_proj"
     with pytest.raises(ValueError, match="differ in 1"):
         load_wire(receiver, {n: t for n, t in tensors.items() if not n.startswith(dropped)})

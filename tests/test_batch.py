@@ -9,9 +9,7 @@ from tora.batch import bins, micro_batches, token_weights
 
 def make(capacity: int = 1000, normalization="token", groups=None):
     groups = groups or [make_group(make_prompt(i, length=3 + i), [0.0, 1.0, i / 2]) for i in range(3)]
-    return groups, micro_batches(
-        groups, normalize_advantages=False, normalization=normalization, capacity=capacity
-    )
+    return groups, micro_batches(groups, normalize_advantages=False, normalization=normalization, capacity=capacity)
 
 
 def test_every_response_token_is_predicted_by_the_position_before_it() -> None:

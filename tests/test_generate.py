@@ -64,7 +64,9 @@ def test_a_rollout_depends_on_its_seed_alone(model) -> None:
     apart = [ready(model).generate([r])[0] for r in requests(Sampling(12))]
     in_parts = ready(model, max_rows=4).generate(requests(Sampling(12)))
     for a, b, c in zip(together, apart, in_parts, strict=True):
-        assert [x.token_ids.tolist() for x in a] == [x.token_ids.tolist() for x in b] == [x.token_ids.tolist() for x in c]
+        assert (
+            [x.token_ids.tolist() for x in a] == [x.token_ids.tolist() for x in b] == [x.token_ids.tolist() for x in c]
+        )
     samples = [tuple(x.token_ids) for group in together for x in group]
     assert len(set(samples)) == len(samples)
 

@@ -41,7 +41,9 @@ def reference_loss(x: LossInputs, low: float, high: float, kl_coeff: float, kind
     """Token by token in float64, straight from the papers' formulas."""
     total = 0.0
     for i in range(len(x.weights_N)):
-        new, prox, actor = (float(t[i].detach()) for t in (x.learner_logprobs_N, x.proximal_logprobs_N, x.actor_logprobs_N))
+        new, prox, actor = (
+            float(t[i].detach()) for t in (x.learner_logprobs_N, x.proximal_logprobs_N, x.actor_logprobs_N)
+        )
         ratio, advantage = math.exp(new - prox), float(x.advantages_N[i])
         surrogate = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
         if cap is not None:
@@ -85,7 +87,12 @@ def test_gradient_by_hand() -> None:
 def test_on_policy_gradient_is_plain_reinforce() -> None:
     x = inputs(with_ref=False)
     on_policy = LossInputs(
-        x.learner_logprobs_N, x.learner_logprobs_N.detach(), x.learner_logprobs_N.detach(), None, x.advantages_N, x.weights_N
+        x.learner_logprobs_N,
+        x.learner_logprobs_N.detach(),
+        x.learner_logprobs_N.detach(),
+        None,
+        x.advantages_N,
+        x.weights_N,
     )
     loss, _ = GRPOLoss()(on_policy)
     loss.backward()
@@ -95,7 +102,7 @@ def test_on_policy_gradient_is_plain_reinforce() -> None:
 def test_micro_batches_add_up_to_the_whole() -> None:
     x = inputs()
     whole, _ = GRPOLoss(kl_coeff=0.1)(x)
-    fields = [f for f in LossInputs.__slots__]
+    fields = list(LossInputs.__slots__)
     halves = [LossInputs(**{f: getattr(x, f)[part] for f in fields}) for part in (slice(0, 11), slice(11, None))]
     parts = [GRPOLoss(kl_coeff=0.1)(half)[0] for half in halves]
     torch.testing.assert_close(sum(parts), whole)

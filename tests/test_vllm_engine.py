@@ -102,12 +102,12 @@ def request(
     return SampleRequest(prompt, num_samples, seed, Sampling(max_tokens, **kw))
 
 
-def start_engine(folder: Path) -> VLLMEngine:
+def start_engine(folder: Path, *, lora_rank: int = RANK, max_model_len: int = 256) -> VLLMEngine:
     return VLLMEngine(
         str(folder),
         dtype="fp32",
-        max_model_len=256,
-        lora_rank=RANK,
+        max_model_len=max_model_len,
+        lora_rank=lora_rank,
         lora_targets=LINEARS,
         num_slots=2,
         seed=0,
@@ -388,9 +388,16 @@ def test_death_of_the_thread_reaches_every_caller(tmp_path: Path, monkeypatch: p
     assert dict(os.environ) == before
 
 
-def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(RolloutError, match="did not start"):
+def test_impossible_arguments_are_one_sentence(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match="nowhere is not a Hugging Face model folder"):
         start_engine(tmp_path / "nowhere")
+    folder = make_text_model(tmp_path, num_layers=1)
+    with pytest.raises(ValueError, match="lora_rank 513"):
+        start_engine(folder, lora_rank=513)
+    with pytest.raises(ValueError, match=r"max_model_len \(100000\) is greater"):
+        start_engine(folder, max_model_len=100_000)
+    assert dict(os.environ) == before
 
 
 def _wait_until(condition: Any) -> None:

@@ -94,6 +94,8 @@ def _is_torchtunes(argv: Sequence[str]) -> bool:
     match argv:
         case ["download" | "cat", *_]:
             return True
+        case ["validate", name]:
+            return torchtune_cli.owns_config(Path(name))
         case ["run", *rest] if "--config" in rest and not set(rest) & {*_RECIPES, "-h", "--help"}:
             words = [word for word in rest[: rest.index("--config")] if word[0] != "-" and "=" not in word]
             known = torchtune_cli.recipes()

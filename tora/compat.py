@@ -70,11 +70,11 @@ def _alias_torchao_names() -> None:
         if not hasattr(quantization, name):
             setattr(quantization, name, removed(name))
     if not hasattr(dtypes, "TensorCoreTiledLayout"):
-        dtypes.TensorCoreTiledLayout = removed("TensorCoreTiledLayout")
+        vars(dtypes)["TensorCoreTiledLayout"] = removed("TensorCoreTiledLayout")
     if importlib.util.find_spec("torchao.dtypes.nf4tensor") is None:
         nf4 = importlib.import_module("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
         sys.modules["torchao.dtypes.nf4tensor"] = nf4
-        dtypes.nf4tensor, dtypes.NF4Tensor, dtypes.to_nf4 = nf4, nf4.NF4Tensor, nf4.to_nf4
+        vars(dtypes).update(nf4tensor=nf4, NF4Tensor=nf4.NF4Tensor, to_nf4=nf4.to_nf4)
 
 
 _keep_alive: list[object] = []

@@ -82,7 +82,7 @@ class RunConfig:
     async_rl: bool = False
     """Rollout workers and the learner as Ray actors, instead of everything in this process."""
     max_staleness: int = 1
-    """With `async_rl`: the most optimizer steps by which a rollout may lag the learner; 0 is the synchronous schedule."""
+    """With `async_rl`: the most steps by which a rollout may lag the learner; 0 is the synchronous schedule."""
     resume_from_checkpoint: bool = False
     """Go on from the newest checkpoint in `output_dir`."""
 

@@ -64,6 +64,8 @@ def _broken_model(cfg: RunConfig) -> Iterator[str]:
     if model.lora_type == "full":
         if model.adapter_path is not None:
             yield f"model.adapter_path={model.adapter_path} needs an adapter, and model.lora_type is full."
+        if cfg.rollout.engine == "vllm":
+            yield "rollout.engine=vllm serves adapters; model.lora_type=full needs rollout.engine=torch."
         return
     if not model.lora_targets:
         yield "model.lora_targets=[] must name at least one linear layer."

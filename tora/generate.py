@@ -22,12 +22,15 @@ from tora.types import Completion, PolicySnapshot, SampleRequest, SyncReport
 
 
 class TorchEngine:
-    """Generates with `model` as it stands. `shared`: the learner trains this very model, so a snapshot moves no bytes."""
+    """Generates with `model` as it stands; where the learner trains this very model, a snapshot moves no bytes."""
 
     concurrent = False
 
     def __init__(self, model: Decoder, *, device: torch.device, shared: bool, max_rows: int) -> None:
-        """`max_rows`: rollouts decoded at once, unless one request asks for more."""
+        """`shared`: the learner trains this very model.
+
+        `max_rows`: rollouts decoded at once, unless one request asks for more.
+        """
         self._model, self._device, self._shared, self._max_rows = model, device, shared, max_rows
         self._version: int | None = None
 

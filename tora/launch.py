@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -26,8 +27,11 @@ from tora.tasks.text import load_tokenizer, stop_token_ids
 from tora.types import Prompt, Sampling
 
 
-def run(cfg: RunConfig) -> None:
-    """Train, evaluate, export, report. Errors: ConfigError for what only shows once data and model are opened."""
+def run(cfg: RunConfig) -> bool:
+    """Train, evaluate, export, report; False when a signal ended it before its last step.
+
+    Errors: ConfigError for what only shows once data and model are opened.
+    """
     folder = Path(cfg.output_dir).absolute()
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
     resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
@@ -52,6 +56,7 @@ def run(cfg: RunConfig) -> None:
     curve = folder / "reward_curve.png"
     reward_curve(folder / "metrics.jsonl", curve)
     _report(cfg, outcome, state, folder, curve)
+    return state.step == cfg.num_steps
 
 
 class _Prompts:
@@ -174,7 +179,9 @@ class _OnRay:
         options = {"num_cpus": 1, "num_gpus": self._gpus, "max_concurrency": self._cfg.rollout.concurrency + 2}
         remote = ray.remote(RolloutWorker).options(**options)
         arguments = _worker_arguments(self._cfg, prompts)
-        self._workers = [remote.remote(partial(make, self._cfg), **arguments) for _ in range(self._cfg.rollout.num_workers)]
+        self._workers = [
+            remote.remote(partial(make, self._cfg), **arguments) for _ in range(self._cfg.rollout.num_workers)
+        ]
 
     def learner(self) -> Learner:
         from learner.group import LearnerGroup
@@ -226,7 +233,7 @@ def _on_ray(cfg: RunConfig) -> Iterator[_OnRay]:
         object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         _temp_dir=scratch,
         _node_ip_address="127.0.0.1",
     )

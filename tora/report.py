@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tora.metrics import duration, read_rows
 
@@ -33,7 +34,9 @@ def reward_curve(metrics_jsonl: Path, out_png: Path) -> None:
     _style(axis)
     _draw_reward(axis, *reward)
     _draw_accuracy(_accuracy_axis(axis, reward[1]), *accuracy)
-    figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor="#374151")
+    lines = [line for each in figure.axes for line in each.get_legend_handles_labels()[0]]
+    beside_title = {"loc": "lower right", "bbox_to_anchor": (1, 1.015), "ncols": 2, "borderaxespad": 0}
+    axis.legend(handles=lines, frameon=False, labelcolor="#374151", **beside_title)
     figure.savefig(out_png)
 
 
@@ -118,6 +121,6 @@ def print_summary(
         table.add_row("held-out accuracy", f"[bold green]{accuracy_before:.3f} -> {accuracy_after:.3f}")
     table.add_row("steps", f"{num_steps} in {duration(seconds)}")
     table.add_row("bytes per sync", f"{bytes_per_sync:,}")
-    table.add_row("adapter", str(adapter))
-    table.add_row("reward curve", str(curve))
+    table.add_row("adapter", Text(str(adapter)))
+    table.add_row("reward curve", Text(str(curve)))
     (console or Console()).print(table)

@@ -11,7 +11,7 @@ from tora.types import Sampling
 
 
 def truncate(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Logits outside the `top_k` most probable, or outside the smallest set whose probability reaches `top_p`, to -inf."""
+    """To -inf: logits outside the `top_k` largest, or outside the smallest set whose probability reaches `top_p`."""
     if 0 < top_k < logits_BV.shape[1]:
         smallest_B1 = logits_BV.topk(top_k, dim=1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)

@@ -7,6 +7,7 @@ the package installs the fixes, and the recipe follows.
 from __future__ import annotations
 
 import importlib.machinery
+import re
 import runpy
 import sys
 from argparse import Namespace
@@ -21,6 +22,12 @@ def recipes() -> dict[str, list[str]]:
     assert spec is not None and spec.submodule_search_locations is not None  # a dependency
     registry = runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "_recipe_registry.py"))
     return {recipe.name: [config.name for config in recipe.configs] for recipe in registry["get_all_recipes"]()}
+
+
+def owns_config(path: Path) -> bool:
+    """Whether a file is a config of torchtune's, whose `model` is a component; ours names a folder instead."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return re.search(r"^model:\s*\n(\s*#.*\n)*\s+_component_:", text, re.MULTILINE) is not None
 
 
 def delegate(argv: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from tora.adapters.dora import CachedDoRALinear, DoRALinear
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import pack, split_by_module
 from tora.errors import ConfigError
-from tora.models.names import module_from_hf, module_to_hf, parameter_to_hf
+from tora.models.names import module_to_hf, parameter_to_hf
 from tora.types import PolicySnapshot
 
 LAYERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear, "dora_cache": CachedDoRALinear}
@@ -85,24 +85,34 @@ def snapshot(model: nn.Module, version: int) -> PolicySnapshot:
     layers = adapter_layers(model)
     if layers:
         return pack(version, {f"{hf}{suffix}": t for hf, layer in layers.items() for suffix, t in layer.wire().items()})
-    return pack(version, {parameter_to_hf(name): p for name, p in trained_parameters(model).items()})
+    return pack(version, _full_weights(model))
 
 
+def _full_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {parameter_to_hf(name): p for name, p in trained_parameters(model).items()}
+
+
+@torch.no_grad()
 def load_wire(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Inverse of `snapshot` for adapters; answers the number of layers written.
+    """Inverse of `snapshot`; answers the number of modules written.
 
-    Errors: ValueError where the tensors and the model's adapters do not match one to one.
+    Errors: ValueError where the tensors and what the model trains do not match one to one.
     """
-    layers, modules = adapter_layers(model), split_by_module(tensors)
-    if layers.keys() != modules.keys():
-        odd = sorted(layers.keys() ^ modules.keys())
-        raise ValueError(f"snapshot and model differ in {len(odd)} adapted layers, e.g. {odd[0]!r}")
+    layers = adapter_layers(model)
+    if not layers:
+        places = _full_weights(model)
+        _check_same("trained parameters", places, tensors)
+        for name, place in places.items():
+            place.copy_(tensors[name])
+        return len({name.rpartition(".")[0] for name in places})
+    modules = split_by_module(tensors)
+    _check_same("adapted layers", layers, modules)
     for name, layer in layers.items():
         layer.load_wire(modules[name])
     return len(layers)
 
 
-def submodule_from_hf(model: nn.Module, hf_name: str) -> nn.Module | None:
-    """The model's layer for a Hugging Face module name, or None."""
-    ours = module_from_hf(hf_name)
-    return dict(model.named_modules()).get(ours) if ours else None
+def _check_same(what: str, model: Mapping[str, object], snapshot: Mapping[str, object]) -> None:
+    odd = sorted(model.keys() ^ snapshot.keys())
+    if odd:
+        raise ValueError(f"snapshot and model differ in {len(odd)} {what}, e.g. {odd[0]!r}")

@@ -1,7 +1,8 @@
 """How queries meet keys: packed documents in training, a key-value cache in decoding.
 
 An attention context is called once a layer and replaces torchtune's `mask`, which its layers hand through untouched.
-Shape letters: T packed tokens, B sequences, L longest sequence, S cache slots, H query heads, K key-value heads, D head.
+Shape letters: T packed tokens, B sequences, L longest sequence, S cache slots, H query heads, K key-value heads, D
+head size.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """x [b, s, heads, D]; rope cos and sin [b, s, D/2], float32. The halves of D rotate together, as in Hugging Face."""
+    """x [b, s, heads, D]; rope: cos and sin [b, s, D/2], float32. The two halves of D rotate together."""
     cos, sin = (t.unsqueeze(-2) for t in rope)
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -115,11 +115,12 @@ def load_hub(name: str, subset: str | None, split: str) -> Any:
 
 
 def _load(source: str, *args: Any, **kwargs: Any) -> Any:
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(*args, **kwargs)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        return load_dataset(*args, **kwargs)
+    except (DatasetsError, ValueError, OSError) as error:
         # The library reports a wrong name, subset, split or file and a missing network by these; none can be retried.
         raise ConfigError(f"dataset {source!r} cannot be loaded: {_first_line(error)}") from error
 

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -47,7 +48,7 @@ def answer_text(rng: random.Random, problem: Problem, worked_share: float) -> st
     return f"<answer>{problem.answer}</answer>"
 
 
-def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Iterator[str]) -> Any:
     tokenizer = Tokenizer(models.BPE())
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(WORDS, "isolated"), to_bytes])
@@ -70,7 +71,7 @@ def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def make_model(tokenizer: Any) -> Any:
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -90,16 +91,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     )
 
 
-def render(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
-    return str(text)
+def render(tokenizer: Any, question: str) -> str:
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def batch_loss(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
-) -> torch.Tensor:
+def batch_loss(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens, end-of-turn included."""
     prompts = [tokenizer(render(tokenizer, question))["input_ids"] for question, _ in pairs]
     answers = [[*tokenizer(answer)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs]
@@ -114,7 +111,7 @@ def batch_loss(
     return model(input_ids=tokens_BL, attention_mask=mask_BL.long(), labels=labels_BL).loss
 
 
-def train(seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+def train(seed: int) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     rng = random.Random(seed)
 
@@ -149,7 +146,7 @@ def accuracy(folder: Path, temperature: float, num_problems: int = 256, seed: in
     """Share of held-out problems answered right; the weights are read back from `folder` as float32."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = chain_sum(split="test", num_rows=num_problems)
     prompts = [row["prompt"] for row in rows]
     inputs = tokenizer([render(tokenizer, p) for p in prompts], return_tensors="pt", padding=True)

@@ -74,8 +74,12 @@ def _serve(cpu_seconds: int) -> None:
     """Answers `true` or `false` to each JSON line `[gold, answer]` until its input ends, as when the parent dies."""
     import logging
     import resource
+    import signal
     import time
 
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C in a terminal reaches it too, and the parent may finish a step
     from math_verify import parse, verify
 
     logging.disable()  # math-verify warns of its missing time-outs and logs each expression that it cannot parse

@@ -1,0 +1,249 @@
+"""The command line: what reaches the run, what reaches torchtune, and how fast and plainly mistakes are answered."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tora import torchtune_cli
+from tora.cli import main
+from tora.config import RunConfig
+from tora.config_loader import config_file, load_config
+from tora.errors import RolloutError
+
+HEAVY = ("torch", "transformers", "ray", "vllm", "torchtune")
+LORA = ["lora_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo_single_device"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The configs that reached `tora.launch.run`, which does nothing."""
+    configs: list[RunConfig] = []
+    monkeypatch.setitem(sys.modules, "tora.launch", SimpleNamespace(run=configs.append))
+    return configs
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A models folder that has Qwen3-0.6B, and an empty working directory."""
+    (tmp_path / "models/Qwen3-0.6B").mkdir(parents=True)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.setenv("TORA_MODELS", str(tmp_path / "models"))
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "models"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr with which a command is refused, with exit code 2 and nothing written."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and err.endswith(".\n")
+    assert not any(Path.cwd().iterdir())
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], 0),
+        (["run", "--help"], 0),
+        (["ls"], 0),
+        (["validate", "quickstart", "qwen3/0.6B_lora_grpo"], 0),
+        (["validate", "quickstart", "batch_size=0"], 2),
+        (["run", "quickstart", "model.lora_typ=dora"], 2),
+        (["run", "lora_grpo_single_devic", "--config", "quickstart"], 2),
+        (["cp", "quickstar", "."], 2),
+        (["no-such-command"], 2),
+    ],
+)
+def test_answers_at_once_and_without_heavy_imports(argv: list[str], code: int, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from tora.cli import main
+try:
+    code = main({argv!r})
+except SystemExit as exit:  # argparse
+    code = exit.code or 0
+assert not set({HEAVY!r}) & set(sys.modules), sorted(sys.modules)
+sys.exit(code)
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1  # a busy machine's clock lies
+
+
+def test_python_m_tora(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tora", "run", "quickstart", "grpo_samples=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "grpo_samples=1 must be at least 2.\n" and not any(tmp_path.iterdir())
+
+
+def test_run_config(launched: list[RunConfig], models: Path) -> None:
+    assert main(["run", LORA[2], "async_rl=true"]) == 0
+    assert launched[0].async_rl and launched[0].model.path == str(models / "Qwen3-0.6B")
+
+
+def test_run_recipe_as_the_seed_writes_it(launched: list[RunConfig], models: Path) -> None:
+    assert main(["run", *LORA, "model.lora_type=dora", "batch_size=4"]) == 0
+    assert main(["run", "--nproc_per_node", "1", "full_grpo_distributed", "--config", "qwen3/0.6B_full_grpo"]) == 0
+    assert main(["run", "--config", LORA[2], LORA[0], "num_steps=7"]) == 0
+    assert [cfg.model.lora_type for cfg in launched] == ["dora", "full", "lora"]
+    assert (launched[0].batch_size, launched[2].num_steps) == (4, 7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["full_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo"], "needs model.lora_type=full"),
+        (["lora_grpo_distributed", "--config", "qwen3/0.6B_full_grpo"], "other than full"),
+        (["--nproc_per_node", "2", *LORA], "runs on one device"),
+        (["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "qwen3/0.6B_lora_grpo"], "--nproc_per_node=2"),
+        (["--nproc_per_node", "0", "lora_grpo_distributed", "--config", "qwen3/0.6B_lora_grpo"], "--nproc_per_node=0"),
+        (["lora_grpo_single_device"], "needs --config"),
+        (["lora_grpo_single_devic", "--config", "quickstart"], "the nearest is lora_grpo_single_device"),
+        (["quickstart", "seed"], "not of the form key=value"),
+        (["qwen3/1.7B_lora_grpo"], "is not a folder"),
+        (["nothing_here.yaml"], "nothing_here.yaml"),
+    ],
+)
+def test_run_refuses(
+    argv: list[str], words: str, launched: list[RunConfig], models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refusal(capsys, "run", *argv)
+    assert not launched
+
+
+def test_unknown_options_are_not_taken_for_overrides(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["run", *LORA, "--lr", "3"], ["ls", "x=1"]):
+        with pytest.raises(SystemExit) as exit:
+            main(argv)
+        assert exit.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_one_sentence(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(cfg: RunConfig) -> None:
+        raise RolloutError("The worker is gone.")
+
+    monkeypatch.setitem(sys.modules, "tora.launch", SimpleNamespace(run=run))
+    assert main(["run", *LORA]) == 1
+    assert capsys.readouterr().err == "The worker is gone.\n"
+
+
+def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("extends: quickstart.yaml\nbatch_siz: 3\n")
+    assert main(["validate", "quickstart", str(bad), "qwen3/0.6B_lora_grpo", "model.path=/none"]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f'{n}: OK (model.path="/none" is not a folder)' for n in ("quickstart", LORA[2][:20])]
+    assert err == f"{bad}: Unknown key batch_siz=3; the nearest is batch_size.\n"
+
+
+def test_ls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/tora"])
+    assert main(["ls"]) == 0
+    ours = capsys.readouterr().out
+    assert "lora_grpo_distributed                    llama3_1/8B_lora_grpo\n" in ours
+    assert "quickstart" in ours and "base/" not in ours and "finetune" not in ours
+    monkeypatch.setattr(sys, "argv", ["/bin/tune"])
+    assert main(["ls"]) == 0
+    both = capsys.readouterr().out
+    assert both.startswith(ours) and "lora_finetune_single_device              llama2/7B_lora_single_device\n" in both
+
+
+def test_cp(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = LORA[2]
+    assert main(["cp", name, "."]) == 0
+    assert main(["cp", name, "mine"]) == 0
+    for copy in ("0.6B_lora_grpo_single_device.yaml", "mine.yaml"):
+        assert Path(copy).read_text() == config_file(name).read_text()
+    assert load_config("mine.yaml").model.path == str(models / "Qwen3-0.6B")
+    assert main(["cp", "quickstart", "mine", "-n"]) == 0
+    assert load_config("mine.yaml").name == "qwen3_0.6B_lora_grpo_single_device"
+    assert main(["cp", "quickstart", "new/mine.yml"]) == 2
+    assert main(["cp", "quickstart", "new/mine.yml", "--make-parents"]) == 0
+    assert load_config("new/mine.yml").name == "quickstart"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["download", "Qwen/Qwen3-VL-2B-Instruct", "--output-dir", "somewhere"],
+        ["cat", "llama2/7B_full"],
+        ["validate", "theirs.yaml"],
+        ["cp", "llama2/7B_full", "."],
+        ["cp", "lora_finetune_single_device", "."],
+        ["run", "lora_finetune_single_device", "--config", "llama2/7B_lora_single_device", "batch_size=3"],
+        ["run", "--nnodes", "1", "--nproc_per_node", "2", "full_finetune_distributed", "--config", "llama2/7B_full"],
+        ["run", "my/recipe.py", "--config", "mine.yaml"],
+    ],
+)
+def test_the_rest_is_torchtunes(argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.yaml").write_text(
+        "# a comment\nmodel:\n  # another\n  _component_: torchtune.models.llama2.llama2_7b\n"
+    )
+    delegated: list[list[str]] = []
+    monkeypatch.setattr(torchtune_cli, "delegate", delegated.append)
+    assert main(argv) == 0
+    assert delegated == [argv]
+
+
+def test_download_reaches_the_hub(tmp_path: Path) -> None:
+    script = f"""
+import inspect, huggingface_hub
+from pathlib import Path
+real = inspect.signature(huggingface_hub.snapshot_download)
+def fake(*args, **kwargs):
+    call = real.bind(*args, **kwargs).arguments
+    print("called", call["repo_id"], call["local_dir"])
+    Path(call["local_dir"]).mkdir()
+    return str(call["local_dir"])
+huggingface_hub.snapshot_download = fake
+from tora.cli import main
+main(["download", "Qwen/Qwen3-VL-2B-Instruct", "--output-dir", {str(tmp_path / "m")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"called Qwen/Qwen3-VL-2B-Instruct {tmp_path / 'm'}" in done.stdout
+
+
+PROBE = """
+import json, sys
+from tora import compat
+fixed = any(type(finder).__module__ == compat.__name__ for finder in sys.meta_path)
+import os
+with open(f"seen{os.environ.get('RANK', '')}.json", "w") as file:
+    json.dump([__name__, fixed, sys.argv[1:]], file)
+"""
+
+
+@pytest.mark.parametrize(("how", "target"), [("path", "probe.py"), ("module", "probe")])
+def test_a_rank_has_the_fixes_before_its_recipe_starts(how: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(PROBE.replace("from tora import compat", "compat = sys.modules['tora.compat']"))
+    subprocess.run([sys.executable, "-m", "tora.torchtune_cli", how, target, "a=1"], cwd=tmp_path, check=True)
+    assert json.loads((tmp_path / "seen.json").read_text()) == ["__main__", True, ["a=1"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--nproc_per_node", "2"]])
+def test_torchtune_runs_a_recipe_with_the_fixes(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(PROBE + "import torchtune.modules\n")
+    (tmp_path / "c.yaml").write_text("a: 1\n")
+    command = [sys.executable, "-m", "tora", "run", *options, "probe.py", "--config", "c.yaml", "a=2"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    seen = sorted(tmp_path.glob("seen*.json"))
+    assert len(seen) == (2 if options else 1)
+    for file in seen:
+        assert json.loads(file.read_text()) == ["__main__", True, ["--config", "c.yaml", "a=2"]]

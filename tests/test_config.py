@@ -1,0 +1,262 @@
+"""Config files and overrides: what they become, and the one sentence that each mistake earns."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tora.components import instantiate, locate
+from tora.config import RunConfig
+from tora.config_loader import config_names, configs_dir, dump_yaml, load_config, missing_folders, to_dict
+from tora.errors import ConfigError
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+def refusal(name: str = "quickstart", *overrides: str) -> str:
+    """The sentence with which a config is refused."""
+    with pytest.raises(ConfigError) as error:
+        load_config(name, overrides)
+    sentence = str(error.value)
+    assert sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+def test_quickstart_is_the_documented_run() -> None:
+    cfg = load_config("quickstart")
+    assert cfg.async_rl and cfg.rollout.engine == "vllm" and cfg.dtype == "fp32"
+    assert (cfg.model.lora_rank, cfg.model.lora_alpha, len(cfg.model.lora_targets)) == (1, 32.0, 7)
+    assert (cfg.num_steps, cfg.batch_size, cfg.grpo_samples, cfg.max_generated_tokens) == (40, 16, 8, 56)
+    assert cfg.optimizer["lr"] == 3e-4 and cfg.output_dir == "outputs/quickstart"
+
+
+def test_every_shipped_config_loads() -> None:
+    names = config_names()
+    assert len(names) > 50
+    for name in names:
+        cfg = load_config(name)
+        kind = "full" if "_full_" in name else "lora"
+        assert cfg.model.lora_type == kind
+        assert name == "quickstart" or cfg.name == name.replace("/", "_")
+
+
+def test_adapters_learn_ten_times_faster_than_full_weights() -> None:
+    lora, full = load_config("qwen3/0.6B_lora_grpo"), load_config("qwen3/0.6B_full_grpo")
+    assert lora.optimizer["lr"] == pytest.approx(10 * full.optimizer["lr"])
+
+
+def test_overrides() -> None:
+    overrides = ['model.lora_type="dora"', "clip_grad_norm=null", "model.lora_targets=[q_proj,v_proj]", "name=mine"]
+    overrides += ["optimizer.betas=[0.8,0.9]", "rewards.0.weight=2", "rollout.kv_cache_gib=1", "eval.temperature=0"]
+    cfg = load_config("quickstart", overrides)
+    assert cfg.model.lora_type == "dora" and cfg.clip_grad_norm is None
+    assert cfg.model.lora_targets == ["q_proj", "v_proj"]
+    assert cfg.optimizer["betas"] == [0.8, 0.9] and cfg.optimizer["lr"] == 3e-4
+    assert cfg.rewards[0]["weight"] == 2 and cfg.output_dir == "outputs/mine"
+    assert isinstance(cfg.eval and cfg.eval.temperature, float) and isinstance(cfg.rollout.kv_cache_gib, float)
+    assert load_config("quickstart", ["eval=null"]).eval is None
+
+
+def test_another_component_drops_the_arguments_of_the_one_before() -> None:
+    overrides = ["optimizer.lr=1.0", "optimizer._component_=torch.optim.SGD"]
+    for ordered in (overrides, overrides[::-1]):
+        assert load_config("quickstart", ordered).optimizer == {"_component_": "torch.optim.SGD", "lr": 1.0}
+    assert "optimizer.lr=null" in refusal("quickstart", "optimizer._component_=torch.optim.SGD")
+
+
+def test_extends_merges_in_order_and_beside_the_file_first(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base/full.yaml", "seed: 7\nmodel: {path: here}\n")  # hides the shipped base/full.yaml
+    write(tmp_path / "b.yaml", "extends: base/full.yaml\nnum_steps: 3\nmodel: {lora_rank: 2}\n")
+    path = write(
+        tmp_path / "a.yaml",
+        """\
+        extends: [base/grpo.yaml, base/lora.yaml, b.yaml]
+        name: a
+        num_steps: 4
+        optimizer: {lr: 1e-3}
+        """,
+    )
+    cfg = load_config(path, ["num_steps=5"])
+    assert (cfg.seed, cfg.num_steps, cfg.model.lora_rank, cfg.model.path) == (7, 5, 2, "here")
+    assert cfg.model.lora_alpha == 32 and cfg.optimizer["lr"] == 1e-3 and cfg.optimizer["betas"] == [0.9, 0.95]
+
+
+def test_extends_that_cannot_be_followed(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    assert "extends itself" in refusal(str(tmp_path / "a.yaml"))
+    assert "the nearest is base/grpo.yaml" in refusal(write(tmp_path / "c.yaml", "extends: base/grop.yaml\n"))
+
+
+@pytest.mark.parametrize("text", ["a: [1,\n", "- a\n", "a: 1\na: 2\n", "name: '${oops'\n", "name: \x00\n"])
+def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
+    assert "a.yaml" in refusal(write(tmp_path / "a.yaml", text))
+
+
+def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORA_MODELS", "/models")
+    assert load_config("qwen3/0.6B_lora_grpo").model.path == "/models/Qwen3-0.6B"
+    monkeypatch.delenv("TORA_MODELS")
+    assert load_config("qwen3/0.6B_lora_grpo").model.path == "/tmp/Qwen3-0.6B"
+    assert "NOT_SET" in refusal("quickstart", "model.path=${oc.env:NOT_SET}")
+
+
+def test_relative_model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("quickstart", ["model.path=base"])
+    assert cfg.model.path == str(configs_dir() / "base") and not missing_folders(cfg)
+    (tmp_path / "base").mkdir()
+    assert load_config("quickstart", ["model.path=base"]).model.path == str(tmp_path / "base")
+    cfg = load_config("quickstart", ["model.path=nowhere"])
+    assert missing_folders(cfg) == ['model.path="nowhere" is not a folder']
+
+
+@pytest.mark.parametrize("name", ["quickstart", "qwen3/0.6B_full_grpo"])
+def test_dumped_yaml_reads_back(tmp_path: Path, name: str) -> None:
+    cfg = load_config(name)
+    again = load_config(write(tmp_path / "dump.yaml", dump_yaml(cfg)))
+    assert isinstance(again, RunConfig) and to_dict(again) == to_dict(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.lora_rnk=4", "model.lora_rnk=4; the nearest is model.lora_rank"),
+        ("lora_rank=4", "lora_rank=4; the nearest is model.lora_rank"),
+        ("rollout.num_worker=4", "rollout.num_worker=4; the nearest is rollout.num_workers"),
+        (
+            "model.lora_type=dorra",
+            'model.lora_type="dorra" must be one of full, lora, dora, dora_cache; the nearest is',
+        ),
+        ("batch_size=two", 'batch_size="two" must be a whole number'),
+        ("batch_size=2.5", "batch_size=2.5 must be a whole number"),
+        ("batch_size=true", "batch_size=true must be a whole number"),
+        ("async_rl=1", "async_rl=1 must be true or false"),
+        ("temperature=hot", 'temperature="hot" must be a finite number'),
+        ("temperature=.nan", "temperature=NaN must be a finite number"),
+        ("name=3", "name=3 must be text"),
+        ("name=null", "name=null must be text"),
+        ("model=3", "model=3 must hold keys and values"),
+        ("model.lora_targets=q_proj", 'model.lora_targets="q_proj" must be a list'),
+        ("model.lora_targets=[1]", "model.lora_targets.0=1 must be text"),
+        ("dataset=gsm8k", 'dataset="gsm8k" must hold _component_'),
+        ("rewards.3.weight=1", "rewards.3"),
+        ("output_dir=${nam}", "'nam'"),
+        ("seed", "The override seed"),
+        ("seed=[1,", "The override seed=[1,"),
+    ],
+)
+def test_wrong_keys_and_types(override: str, words: str) -> None:
+    assert words in refusal("quickstart", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("num_steps=0", "num_steps=0 must be at least 1"),
+        ("grpo_samples=1", "grpo_samples=1 must be at least 2"),
+        ("temperature=0", "temperature=0.0 must be greater than 0"),
+        ("eval.temperature=-1", "eval.temperature=-1.0 must be at least 0"),
+        ("top_p=0", "top_p=0.0 must be greater than 0"),
+        ("top_p=1.1", "top_p=1.1 must be at most 1"),
+        ("max_staleness=-1", "max_staleness=-1 must be at least 0"),
+        ("model.lora_rank=0", "model.lora_rank=0 must be at least 1"),
+        ("model.lora_targets=[]", "model.lora_targets=[]"),
+        ("model.lora_targets=[q_proj,lm_head]", "lm_head"),
+        ("model.lora_targets=[model.embed_tokens]", "model.embed_tokens"),
+        ("rollout.max_model_len=64", "max_prompt_tokens + max_generated_tokens"),
+        ("optimizer.lr=0", "optimizer.lr=0"),
+        ("rewards=[]", "rewards=[]"),
+        ("rewards.0.weight=much", 'rewards.0.weight="much" must be a finite number'),
+        ("rewards.0.weight=0", "at least one weight"),
+        ("rewards=[{_component_: a.f},{_component_: b.f}]", "rewards.1.name=f is taken"),
+    ],
+)
+def test_ranges(override: str, words: str) -> None:
+    assert words in refusal("quickstart", override)
+
+
+def test_rules_between_keys() -> None:
+    workers = ["rollout.num_workers=2", "async_rl=false"]
+    assert "needs async_rl=true" in refusal("quickstart", *workers)
+    assert load_config("quickstart", [workers[0]]).rollout.num_workers == 2
+    assert "model.adapter_path" in refusal("quickstart", "model.lora_type=full", "model.adapter_path=/a")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("dataset._component_=null", "Missing key dataset._component_"),
+        ("dataset._component_=chain_sum", "must be a dotted path"),
+        ("dataset._component_=tora.tasks.chain_sum", "is a module"),
+        ("dataset._component_=tora.tasks.chain_sum.chain_sun", "the nearest is tora.tasks.chain_sum.chain_sum"),
+        ("dataset._component_=tora.tasks.chain_sun.chain_sum", "the nearest is tora.tasks.chain_sum.chain_sum"),
+        ("dataset.spilt=test", 'dataset.spilt="test" is not an argument of tora.tasks.chain_sum.chain_sum'),
+        ("eval.dataset.spilt=test", "eval.dataset.spilt"),
+        ("loss._component_=learner.loss.GRPOLos", "the nearest is learner.loss.GRPOLoss"),
+        ("rewards.0.wieght=1", "the nearest is weight"),
+    ],
+)
+def test_components_of_our_own(override: str, words: str) -> None:
+    assert words in refusal("quickstart", override)
+
+
+def test_unknown_config() -> None:
+    assert refusal("quickstrat") == "There is no config quickstrat; the nearest is quickstart."
+    assert "missing.yaml" in refusal("missing.yaml")
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the working directory."""
+    write(
+        tmp_path / "my_own_rewards.py",
+        """\
+        def score(completions, *, scale=1.0):
+            return [scale for _ in completions]
+
+        def open_ended(**anything):
+            return anything
+
+        number = 3
+        """,
+    )
+    monkeypatch.chdir(tmp_path)
+    return "my_own_rewards"
+
+
+def test_instantiate(user_module: str) -> None:
+    score = f"{user_module}.score"
+    assert instantiate({"_component_": score, "scale": 2.0}, ["a", "b"]) == [2.0, 2.0]
+    # offered: taken where the callable knows the name and the config does not set it
+    assert instantiate({"_component_": score}, ["a"], scale=3.0, num_training_steps=9) == [3.0]
+    assert instantiate({"_component_": score, "scale": 2.0}, ["a"], scale=3.0) == [2.0]
+    assert instantiate({"_component_": f"{user_module}.open_ended", "a": 1}, b=2) == {"a": 1, "b": 2}
+    assert instantiate({"_component_": "builtins.dict", "a": 1}) == {"a": 1}
+
+
+def test_instantiate_refuses(user_module: str) -> None:
+    cases: list[tuple[dict[str, object], str]] = [
+        ({}, "Missing key _component_"),
+        ({"_component_": f"{user_module}.scor"}, "the nearest is score"),
+        ({"_component_": "no_such_module_anywhere.f"}, "no_such_module_anywhere"),
+        ({"_component_": f"{user_module}.number"}, "cannot be called"),
+        ({"_component_": f"{user_module}.score", "scael": 1}, "the nearest is scale"),
+        ({"_component_": f"{user_module}.score"}, "missing a required argument: 'completions'"),
+    ]
+    for component, words in cases:
+        with pytest.raises(ConfigError, match=words):
+            instantiate(component)
+
+
+def test_a_module_that_fails_to_import_says_so_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "my_broken_rewards.py", "import not_installed_anywhere\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        locate("my_broken_rewards.score")

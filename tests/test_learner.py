@@ -1,0 +1,217 @@
+"""The learner: what a step computes, and what it stores."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import make_prompt
+from test_adapters import shake
+from test_models import packed_logits
+from tiny import make_text_model
+from transformers import AutoModelForCausalLM
+
+from learner.learner import Learner
+from learner.loss import LossInputs
+from tora.adapters.inject import adapters_off, trained_parameters
+from tora.batch import micro_batches
+from tora.config import ModelConfig, RunConfig
+from tora.types import Group, Rollout, TrainBatch
+
+SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token"}
+
+
+def config(folder: Path, lora_type: str = "lora", **changes: Any) -> RunConfig:
+    return RunConfig(
+        name="test",
+        dtype="fp32",
+        num_steps=10,
+        model=ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=4),
+        dataset={},
+        rewards=[],
+        optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-3},
+        lr_scheduler={"_component_": "transformers.get_cosine_schedule_with_warmup", "num_warmup_steps": 0},
+        **changes,
+    )
+
+
+def make_groups(count: int = 3, seed: int = 0, version: int = 0) -> list[Group]:
+    rng = np.random.default_rng(seed)
+
+    def rollout() -> Rollout:
+        ids = rng.integers(3, 259, size=rng.integers(2, 20))
+        logprobs = -rng.random(len(ids)).astype(np.float32) * 6
+        reward = float(rng.random())
+        return Rollout(ids, logprobs, np.full(len(ids), version), True, "", reward, {"fake": reward})
+
+    return [Group(make_prompt(i, length=4 + i), tuple(rollout() for _ in range(4))) for i in range(count)]
+
+
+def make_batch(groups: list[Group], capacity: int = 10_000, temperature: float = 1.0) -> TrainBatch:
+    return TrainBatch(micro_batches(groups, capacity=capacity, **SETTINGS), temperature)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_model(tmp_path_factory.mktemp("model"))
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trained_parameters(learner.model).items()}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_the_first_step_is_the_hand_made_one(folder: Path, temperature: float) -> None:
+    """Padding-free, chunked, packed: equal to log-probs of transformers' whole sequences, one at a time."""
+    learner = Learner(config(folder))
+    groups = make_groups()
+    result = learner.step(make_batch(groups, temperature=temperature))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, tokens, k3 = 0.0, 0, 0.0
+    for group in groups:
+        rewards = torch.tensor([r.reward for r in group.rollouts], dtype=torch.float64)
+        advantages = (rewards - rewards.mean()) / rewards.std()
+        for rollout, advantage in zip(group.rollouts, advantages.tolist(), strict=True):
+            ids = torch.tensor([*group.prompt.token_ids, *rollout.token_ids.tolist()])
+            with torch.no_grad():
+                logits = reference(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1] / temperature
+            logprobs = logits.log_softmax(1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+            d = logprobs - torch.tensor(rollout.actor_logprobs)
+            total -= float((d.exp().clamp_max(2.0) * advantage).sum())
+            k3 += float((d.exp() - d - 1).sum())
+            tokens += len(d)
+    assert result.version == 1
+    assert result.metrics["loss/total"] == pytest.approx(total / tokens, rel=1e-4)
+    assert result.metrics["mismatch_kl"] == pytest.approx(k3 / tokens, rel=1e-3)
+
+
+@pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
+def test_micro_batches_do_not_change_the_update(folder: Path, lora_type: str) -> None:
+    groups = make_groups()
+    whole, cut = (Learner(config(folder, lora_type)) for _ in range(2))
+    big, small = make_batch(groups), make_batch(groups, capacity=40)
+    assert len(big.micro_batches) == 1 < len(small.micro_batches)
+    for _ in range(3):
+        a, b = whole.step(big), cut.step(small)
+    for name in a.metrics:
+        assert a.metrics[name] == pytest.approx(b.metrics[name], rel=1e-3, abs=1e-5), name
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(cut)[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
+def test_a_step_moves_what_is_trained_and_nothing_else(folder: Path, lora_type: str) -> None:
+    learner = Learner(config(folder, lora_type))
+    before, frozen = (
+        weights(learner),
+        {n: p.clone() for n, p in learner.model.named_parameters() if not p.requires_grad},
+    )
+    for _ in range(2):  # B starts at zero, so A moves from the second update on
+        learner.step(make_batch(make_groups()))
+    after = weights(learner)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(p, dict(learner.model.named_parameters())[n]) for n, p in frozen.items())
+
+
+def test_kl_is_to_the_adapter_off_base_and_zero_at_the_start(folder: Path) -> None:
+    loss = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.1}
+    learner = Learner(config(folder, "dora_cache", loss=loss))
+    batch = make_batch(make_groups())
+    assert learner.step(batch).metrics["kl/mean"] == pytest.approx(0, abs=1e-6)
+    shake(learner.model)
+    tokens, total = 0, 0.0
+    for group in make_groups():
+        for rollout in group.rollouts:
+            ids, start = torch.tensor([*group.prompt.token_ids, *rollout.token_ids]), len(group.prompt.token_ids)
+            with torch.no_grad():
+                on = packed_logits(learner.model, [ids])[start - 1 : -1].log_softmax(1)
+                with adapters_off(learner.model):
+                    off = packed_logits(learner.model, [ids])[start - 1 : -1].log_softmax(1)
+            d = (off - on).gather(1, ids[start:, None])
+            total += float((d.exp() - d - 1).sum())
+            tokens += len(d)
+    assert learner.step(batch).metrics["kl/mean"] == pytest.approx(total / tokens, rel=1e-3)
+
+
+def test_full_weights_keep_a_frozen_reference(folder: Path) -> None:
+    loss = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.1}
+    learner = Learner(config(folder, "full", loss=loss))
+    batch = make_batch(make_groups())
+    kl = [learner.step(batch).metrics["kl/mean"] for _ in range(4)]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
+
+
+def test_several_epochs_clip_around_the_policy_before_the_step(folder: Path) -> None:
+    seen: list[LossInputs] = []
+    learner = Learner(config(folder, ppo_epochs=3))
+    loss = learner.loss
+
+    def spy(inputs: LossInputs) -> Any:
+        seen.append(inputs)
+        return loss(inputs)
+
+    spy.kl_coeff = 0.0  # type: ignore[attr-defined]
+    learner.loss = spy
+    shake(learner.model)
+    start = copy.deepcopy(learner.model)
+    result = learner.step(make_batch(make_groups()))
+    assert result.version == 1 and len(seen) == 3
+    assert all(torch.equal(x.proximal_logprobs_N, seen[0].proximal_logprobs_N) for x in seen)
+    torch.testing.assert_close(seen[0].learner_logprobs_N, seen[0].proximal_logprobs_N)
+    assert not torch.allclose(seen[2].learner_logprobs_N, seen[2].proximal_logprobs_N, atol=1e-4)
+    changed = [not torch.equal(p, q) for p, q in zip(start.parameters(), learner.model.parameters(), strict=True)]
+    assert any(changed)
+
+
+def test_an_empty_batch_moves_only_the_version(folder: Path) -> None:
+    learner = Learner(config(folder))
+    learner.step(make_batch(make_groups()))
+    before = weights(learner)
+    assert learner.step(TrainBatch((), 1.0)).version == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(learner).items())
+
+
+def test_mismatch_looks_at_the_youngest_tokens(folder: Path) -> None:
+    learner = Learner(config(folder))
+    young, old = make_groups(2, seed=1, version=1), make_groups(2, seed=2, version=0)
+    mixed = learner.step(make_batch(young + old)).metrics
+    alone = Learner(config(folder)).step(make_batch(young)).metrics
+    assert mixed["mismatch_kl"] == pytest.approx(alone["mismatch_kl"], rel=1e-4)
+    assert mixed["policy_kl"] != pytest.approx(alone["policy_kl"], rel=1e-2)
+
+
+@pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
+def test_a_restored_learner_goes_on_bit_for_bit(folder: Path, tmp_path: Path, lora_type: str) -> None:
+    batches = [make_batch(make_groups(seed=i)) for i in range(4)]
+    unbroken = Learner(config(folder, lora_type))
+    results = [unbroken.step(b) for b in batches[:2]]
+    unbroken.save(tmp_path)
+    results += [unbroken.step(b) for b in batches[2:]]
+    restored = Learner(dataclasses.replace(config(folder, lora_type), seed=99))  # another start, to be overwritten
+    restored.load(tmp_path)
+    assert [restored.step(b) for b in batches[2:]] == results[2:]
+    assert all(torch.equal(tensor, weights(restored)[name]) for name, tensor in weights(unbroken).items())
+    assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".safetensors")], "nothing that unpickles"
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(folder: Path, tmp_path: Path) -> None:
+    Learner(config(folder, "lora")).save(tmp_path)
+    with pytest.raises(ValueError, match="different parameters"):
+        Learner(config(folder, "dora")).load(tmp_path)
+
+
+def test_full_weights_export_as_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
+    learner = Learner(config(folder, "full"))
+    learner.step(make_batch(make_groups()))
+    learner.export(tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.arange(10, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed_logits(learner.model, [ids]), theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-5
+        )

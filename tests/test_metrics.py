@@ -1,0 +1,149 @@
+"""The log, its sinks and the report."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import wandb
+from rich.console import Console
+
+from tora.config import RunConfig
+from tora.metrics import MetricLog, duration, read_rows
+from tora.report import print_summary, reward_curve, smooth
+from tora.types import EvalResult, Prompt, Rollout
+
+LOGGERS = "torchtune.training.metric_logging"
+METRICS = {
+    "reward/mean": 0.25,
+    "loss/total": -0.01,
+    "staleness/max": 1.0,
+    "rollout/tokens_per_s": 2100.0,
+    "version": 1.0,
+}
+
+
+def make_log(folder: Path, *, first_step: int = 0, loggers: list[dict] | None = None, terminal: bool = False):
+    cfg = SimpleNamespace(name="demo", num_steps=4, metric_logger=loggers or [])
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    return MetricLog(cast(RunConfig, cfg), folder, first_step, console), cast(Any, console.file)
+
+
+def test_rows_are_on_disk_at_once_and_carry_their_step(tmp_path: Path):
+    log, _ = make_log(tmp_path)
+    log.evaluation(0, EvalResult(accuracy=0.25, reward=0.5, num_prompts=4))
+    log.step(0, {**METRICS, "loss/total": math.nan})
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines()]
+    assert rows[0] == {"step": 0, "eval/accuracy": 0.25, "eval/reward": 0.5, "eval/num_prompts": 4.0}
+    assert rows[1] == {"step": 0, **METRICS, "loss/total": None}
+    log.close()
+
+
+def test_resume_cuts_the_rows_that_come_again(tmp_path: Path):
+    log, _ = make_log(tmp_path)
+    for step in range(4):
+        log.step(step, {"version": float(step)})
+    log.close()
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "versi')  # the crash
+    log, _ = make_log(tmp_path, first_step=2)
+    log.step(2, {"version": 20.0})
+    log.close()
+    assert [(row["step"], row["version"]) for row in read_rows(log.path)] == [(0, 0), (1, 1), (2, 20)]
+
+
+def test_console_without_a_terminal_prints_plain_lines(tmp_path: Path):
+    log, out = make_log(tmp_path)
+    log.step(0, METRICS)
+    log.evaluation(1, EvalResult(accuracy=0.75, reward=0.5, num_prompts=4))
+    nothing = np.zeros(0)
+    rollout = Rollout(nothing, nothing, nothing, True, "so [bold]\n<answer>2</answer>", 1.0, {"answer_tag": 1.0})
+    log.sample(
+        Prompt(0, (1,), [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "1?"}]}], {}), rollout
+    )
+    log.close()
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("step 1/4  reward 0.250  loss -0.0100  staleness 1  2,100 tok/s  version 1")
+    assert lines[1] == "after 1 steps: held-out accuracy 0.750 over 4 prompts"
+    assert lines[2:] == ["  │ <image> 1?", "  │ so [bold]", "  │ <answer>2</answer>", "  reward 1"]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_console_on_a_terminal_shows_a_bar_and_gives_the_cursor_back(tmp_path: Path):
+    log, out = make_log(tmp_path, terminal=True)
+    log.step(0, METRICS)
+    log.close()
+    shown = out.getvalue()
+    assert "1/4" in shown and "reward 0.250" in shown and "2,100 tok/s" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_torchtune_loggers_write_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    loggers = [
+        {"_component_": f"{LOGGERS}.WandBLogger", "project": "tora"},
+        {"_component_": f"{LOGGERS}.TensorBoardLogger", "organize_logs": False},
+    ]
+    log, _ = make_log(tmp_path, loggers=loggers)
+    log.step(0, METRICS)
+    log.evaluation(1, EvalResult(accuracy=0.75, reward=0.5, num_prompts=4))
+    log.close()
+    wandb.teardown()  # its service process writes the end of the file on its own time
+    run = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
+    assert b"reward/mean" in run and b"eval/accuracy" in run
+    events = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
+    assert b"reward/mean" in events and b"eval/accuracy" in events
+
+
+def test_reward_curve_draws_both_series(tmp_path: Path):
+    from matplotlib.image import imread
+
+    def draw(name: str, rows: list[dict]) -> np.ndarray:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        reward_curve(folder / "metrics.jsonl", folder / "curve.png")
+        return imread(folder / "curve.png")[..., :3]
+
+    rewards = [{"step": s, "reward/mean": 0.3 + 0.05 * s} for s in range(10)]
+    accuracies = [{"step": 0, "eval/accuracy": 0.3}, {"step": 10, "eval/accuracy": 0.8}]
+    image = draw("run", rewards + accuracies)
+    assert image.shape == (675, 1200, 3)
+    blue = (np.abs(image - np.array([37, 99, 235]) / 255) < 0.02).all(-1)
+    orange = (np.abs(image - np.array([194, 65, 12]) / 255) < 0.02).all(-1)
+    assert np.ptp(np.nonzero(blue)[1]) > 700 and np.ptp(np.nonzero(orange)[1]) > 700
+    draw("other_scale", [{"step": 0, "reward/mean": -3.0}, {"step": 1, "reward/mean": None}, *accuracies])
+    draw("nothing", [])
+
+
+def test_smooth_keeps_length_and_level():
+    assert smooth(np.ones(50)) == pytest.approx(np.ones(50))
+    assert len(smooth(np.array([]))) == 0
+    assert smooth(np.array([0.0, 3.0, 0.0])) == pytest.approx([1.5, 1.0, 1.5])
+
+
+def test_summary_names_what_a_user_looks_for(tmp_path: Path):
+    console = Console(file=io.StringIO(), width=60)
+    adapter = tmp_path / "adapter"
+    print_summary(
+        name="demo",
+        accuracy_before=0.3,
+        accuracy_after=0.875,
+        num_steps=40,
+        seconds=3723,
+        adapter=adapter,
+        curve=tmp_path / "reward_curve.png",
+        bytes_per_sync=28672,
+        console=console,
+    )
+    shown = cast(io.StringIO, console.file).getvalue()
+    assert "0.300 -> 0.875" in shown and "40 in 1:02:03" in shown and "28,672" in shown
+    assert str(adapter) in "".join(line.strip() for line in shown.splitlines())
+    assert duration(59.6) == "1:00"

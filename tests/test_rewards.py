@@ -1,0 +1,219 @@
+"""Reward functions, alone and as the rewarder calls them."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+
+from tora.errors import ConfigError, RolloutError
+from tora.tasks import rewards
+from tora.tasks.math_judge import MathJudge
+from tora.tasks.rewarder import FunctionRewarder, build_rewarder
+from tora.types import Prompt
+
+R = "tora.tasks.rewards"
+TEXT = Prompt(0, (1,), "1 + 1 =", {"answer": "2", "level": 3})
+CHAT = Prompt(0, (1,), [{"role": "user", "content": "1 + 1 ="}], {"answer": "2"})
+
+
+def rewarder(function, name: str = "mine", weight: float = 1.0) -> FunctionRewarder:
+    return FunctionRewarder(((name, function, weight),))
+
+
+# functions
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<answer>2</answer>", 1),
+        ("1 + 1 = 2\n<answer> 2 </answer>\n", 1),
+        ("<answer>3</answer>", 0),
+        ("<answer>2</answer> I think", 0),
+        ("<answer>3</answer><answer>2</answer>", 1),
+        ("<answer>2<answer>", 0),
+        ("The answer is 2.", 0),
+        ("<answer>2.0</answer>", 0),
+    ],
+)
+def test_answer_tag(text: str, score: float):
+    assert rewards.answer_tag(["q"], [text], answer=[2]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "score"),
+    [
+        ("72", r"so \boxed{72}", 1),
+        ("72", r"first \boxed{71}, no: \boxed{72}", 1),
+        ("72", "<answer>72.0</answer>", 1),
+        ("72", "72", 0),
+        ("1234", "<answer>$1,234.</answer>", 1),
+        ("1/2", r"\boxed{\frac{1}{2}}", 1),
+        ("0.5", r"<answer>$\frac{1}{2}$</answer>", 1),
+        (r"\boxed{x+1}", r"\boxed{1+x}", 1),
+        ("x+1", r"\boxed{x}", 0),
+        ("Paris", "<answer>Paris</answer>", 1),
+        ("Paris", "<answer>Rome</answer>", 0),
+        ("72", r"\boxed{72", 0),
+        ("72", r"\boxed{}", 0),
+    ],
+)
+def test_math_answer(gold: str, text: str, score: float):
+    assert rewards.math_answer(["q"], [text], answer=[gold]) == [score]
+
+
+def test_math_answer_in_many_threads():
+    wrong: list[int] = []
+
+    def score(n: int) -> None:
+        texts = [rf"\boxed{{\frac{{{n + k}}}{{7}}}}" for k in range(3)]
+        if rewards.math_answer(["q"] * 3, texts, answer=[rf"\frac{{{n}}}{{7}}"] * 3) != [1, 0, 0]:
+            wrong.append(n)
+
+    threads = [threading.Thread(target=score, args=(n,)) for n in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_answer_that_hangs_sympy_is_wrong_and_the_next_one_is_judged():
+    judge = MathJudge(cpu_seconds=1)
+    start = time.perf_counter()
+    assert not judge.equal(r"\boxed{10}", r"\boxed{9^{9^{9^9}}}")
+    assert time.perf_counter() - start < 20
+    assert judge.equal(r"\boxed{\frac{1}{2}}", r"\boxed{\frac{2}{4}}")
+    judge.close()
+
+
+def test_format():
+    texts = ["why\n<answer>2</answer>\n", "<answer>2</answer><answer>2</answer>", "2", "<answer></answer>"]
+    assert rewards.format(["q"] * 4, texts) == [1, 0, 0, 0]
+    assert rewards.format(["q"] * 2, ["a\nb", "b"], pattern="a.*") == [1, 0]
+
+
+def test_length_falls_from_target_to_limit():
+    texts = ["x" * n for n in (0, 10, 15, 20, 99)]
+    assert rewards.length(["q"] * 5, texts, target=10) == [1, 1, 0.5, 0, 0]
+    assert rewards.length(["q"] * 5, texts, target=10, limit=15) == [1, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="target < limit"):
+        rewards.length(["q"], ["x"], target=10, limit=5)
+
+
+# the rewarder
+
+
+def test_called_once_a_group_as_trl_calls():
+    calls = []
+
+    def mine(prompts, completions, answer, level, **columns):
+        calls.append((prompts, completions, answer, level, columns))
+        return [1.0, 0]
+
+    assert rewarder(mine)(TEXT, ["a", "b"]) == [{"mine": 1.0}, {"mine": 0.0}]
+    assert calls == [(["1 + 1 ="] * 2, ["a", "b"], ["2"] * 2, [3] * 2, {})]
+
+
+def test_chat_prompts_get_chat_completions():
+    def mine(prompts, completions, **columns):
+        assert prompts == [CHAT.source]
+        assert completions == [[{"role": "assistant", "content": "<answer>2</answer>"}]]
+        return [0.5]
+
+    assert rewarder(mine)(CHAT, ["<answer>2</answer>"]) == [{"mine": 0.5}]
+    for name in ("answer_tag", "math_answer", "format"):
+        assert build_rewarder([{"_component_": f"{R}.{name}"}])(CHAT, ["<answer>2</answer>"]) == [{name: 1.0}]
+
+
+@pytest.mark.parametrize("scores", [np.array([1, 0.5]), torch.tensor([1, 0.5]), (1, 0.5), [torch.tensor(1.0), 0.5]])
+def test_arrays_and_tensors_are_scores(scores):
+    assert rewarder(lambda **_: scores)(TEXT, ["a", "b"]) == [{"mine": 1.0}, {"mine": 0.5}]
+
+
+def test_none_counts_as_zero():
+    assert rewarder(lambda **_: [None, 1])(TEXT, ["a", "b"]) == [{"mine": 0.0}, {"mine": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        ([1.0], "returned 1 scores for 2"),
+        ([1.0, math.nan], "returned nan"),
+        ([1.0, math.inf], "returned inf"),
+        ([1.0, "good"], "returned 'good'"),
+        (1.0, "returned a float"),
+        (None, "returned a NoneType"),
+    ],
+)
+def test_a_bad_result_names_the_function(result, reason: str):
+    with pytest.raises(RolloutError, match=f"reward mine {reason}"):
+        rewarder(lambda **_: result)(TEXT, ["a", "b"])
+
+
+def test_an_exception_names_the_function():
+    def mine(prompts, completions, solution, **columns):
+        raise AssertionError
+
+    with pytest.raises(RolloutError, match=r"reward mine raised TypeError: .*solution"):
+        rewarder(mine)(TEXT, ["a"])
+    with pytest.raises(RolloutError, match="reward mine raised ZeroDivisionError"):
+        rewarder(lambda **_: 1 / 0)(TEXT, ["a"])
+
+
+def test_build_binds_arguments_weighs_and_keeps_the_order():
+    built = build_rewarder(
+        [
+            {"_component_": f"{R}.answer_tag"},
+            {"_component_": f"{R}.length", "target": 20, "weight": 0.1},
+            {"_component_": f"{R}.length", "target": 5, "weight": -1, "name": "terse"},
+        ]
+    )
+    parts = built(TEXT, ["<answer>2</answer>"])[0]
+    assert list(parts.items()) == [("answer_tag", 1.0), ("length", 1.0), ("terse", 0.0)]
+    assert built.total(parts) == pytest.approx(1.1)
+
+
+def test_a_bound_argument_hides_the_column_of_its_name():
+    built = build_rewarder([{"_component_": f"{R}.length", "target": 4}])
+    prompt = Prompt(0, (1,), "q", {"target": "a column"})
+    assert built(prompt, ["xxxxxx"]) == [{"length": 0.5}]
+
+
+def test_a_users_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_rewards_of_test.py").write_text(
+        "def short(completions, **kw): return [len(c) for c in completions]"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert build_rewarder([{"_component_": "my_rewards_of_test.short"}])(TEXT, ["abc"]) == [{"short": 3.0}]
+
+
+@pytest.mark.parametrize(
+    ("components", "reason"),
+    [
+        ([], "at least one"),
+        ([{"weight": 1}], "lacks _component_"),
+        ([{"_component_": f"{R}.answer_tga"}], "answer_tag"),
+        ([{"_component_": f"{R}.length", "targte": 3}], "no argument 'targte'; the nearest is target"),
+        ([{"_component_": f"{R}.format", "weight": "much"}], "weight .* 'much'"),
+        ([{"_component_": f"{R}.format"}, {"_component_": f"{R}.format"}], "format is there 2 times"),
+    ],
+)
+def test_build_refuses(components: list[dict], reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        build_rewarder(components)
+
+
+@pytest.mark.parametrize("library", [pickle, cloudpickle])
+def test_a_rewarder_travels(library):
+    built = build_rewarder([{"_component_": f"{R}.length", "target": 5}, {"_component_": f"{R}.math_answer"}])
+    travelled = pickle.loads(library.dumps(built))
+    assert travelled(TEXT, [r"\boxed{2}"]) == built(TEXT, [r"\boxed{2}"])

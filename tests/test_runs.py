@@ -1,0 +1,171 @@
+"""Whole runs of the quick-start config, cut short: real data, real model, real Ray, real vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tora.config_loader import load_config
+from tora.errors import ConfigError
+from tora.launch import run
+
+SHORT = ["num_steps=3", "batch_size=4", "grpo_samples=4", "eval.num_prompts=16", "eval.every=2", "checkpoint.every=2"]
+HERE = ["async_rl=false", "rollout.engine=torch"]
+KEYS = (
+    "reward/mean loss/total mismatch_kl staleness/mean staleness/max sync/bytes sync/seconds "
+    "rollout/tokens_per_s time/step_s version"
+)
+
+
+def train(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl after a run."""
+    assert run(load_config("quickstart", [*SHORT, f"output_dir={folder}", *overrides]))
+    return read(folder)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "version" in row]
+
+
+def check_whole(folder: Path, rows: list[dict[str, Any]]) -> None:
+    assert [row["version"] for row in steps(rows)] == [1, 2, 3]
+    assert all(set(KEYS.split()) <= row.keys() for row in steps(rows))
+    assert len([row for row in rows if "eval/accuracy" in row]) == 3, "before, during and after"
+    for name in ("config.yaml", "reward_curve.png", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+        assert (folder / name).stat().st_size > 0
+    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+
+
+@pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
+def test_in_one_process(tmp_path: Path, lora_type: str) -> None:
+    overrides = [*HERE, f"model.lora_type={lora_type}", "loss.kl_coeff=0.01", "ppo_epochs=2"]
+    if lora_type == "full":
+        assert run(load_config("quickstart", [*SHORT, *overrides, f"output_dir={tmp_path / 'run'}"]))
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").num_parameters() > 0
+        return
+    rows = train(tmp_path / "run", *overrides)
+    check_whole(tmp_path / "run", rows)
+    assert all("kl/mean" in row for row in steps(rows))
+    assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-9, "engine and learner are one model"
+    base = AutoModelForCausalLM.from_pretrained(load_config("quickstart").model.path, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))
+    assert next(iter(adapted.peft_config.values())).use_dora == (lora_type != "lora")
+
+
+def test_a_resumed_run_repeats_the_unbroken_ones_metrics(tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    overrides = [*HERE, "model.lora_type=dora_cache", "num_steps=5", "checkpoint.keep=9", "rollout.max_refills=1"]
+    rows = train(whole, *overrides)
+    shutil.copytree(whole, resumed)
+    for later in ("step_000004", "step_000005"):
+        shutil.rmtree(resumed / "checkpoints" / later)
+    again = train(resumed, *overrides, "resume_from_checkpoint=true")
+
+    def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        timed = ("time/", "sync/seconds", "rollout/tokens_per_s")
+        return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in steps(rows)]
+
+    assert len(steps(again)) == 5
+    assert comparable(again) == comparable(rows)
+    final = "checkpoints/step_000005/weights.safetensors"
+    a, b = load_file(whole / final), load_file(resumed / final)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resuming_nothing_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        train(tmp_path / "run", *HERE, "resume_from_checkpoint=true")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("kept")
+    train(tmp_path / "run", *HERE, "num_steps=1", "eval=null")
+    assert (tmp_path / "run.1" / "precious").read_text() == "kept"
+    assert not (tmp_path / "run" / "precious").exists()
+
+
+def test_a_synchronous_torch_run_imports_neither_ray_nor_vllm(tmp_path: Path) -> None:
+    words = ["run", "quickstart", *SHORT, *HERE, "num_steps=1", f"output_dir={tmp_path / 'run'}"]
+    code = f"import sys; from tora.cli import main; assert main({words!r}) == 0; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert not {"ray", "vllm"} & set(loaded)
+
+
+def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*SHORT, *HERE, "num_steps=500", "eval=null", f"output_dir={folder}"]
+    child = subprocess.Popen([sys.executable, "-m", "tora", "run", "quickstart", *words], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not steps(read(folder)):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 130
+    done = int(sorted((folder / "checkpoints").iterdir())[-1].name.removeprefix("step_"))
+    assert done == len(steps(read(folder)))
+    rows = train(folder, *HERE, "eval=null", "resume_from_checkpoint=true", f"num_steps={done + 1}")
+    assert [row["version"] for row in steps(rows)] == list(range(1, done + 2))
+
+
+def base_bytes() -> int:
+    return os.path.getsize(Path(load_config("quickstart").model.path) / "model.safetensors")
+
+
+@pytest.mark.parametrize(("lora_type", "bound"), [("lora", 1), ("dora_cache", 0)])
+def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> None:
+    rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}")
+    check_whole(tmp_path / "run", rows)
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    # a magnitude in the adapter is a gain on the wire: as many numbers
+    assert {row["sync/bytes"] for row in steps(rows)} == {sum(t.numel() * 4 for t in adapter.values())}
+    assert steps(rows)[0]["sync/bytes"] < 0.05 * base_bytes()
+    assert max(row["staleness/max"] for row in steps(rows)) == bound
+    fresh = [row["mismatch_kl"] for row in steps(rows) if row["staleness/max"] == 0]
+    assert fresh and max(fresh) < 1e-9, "vLLM serves the policy that the learner holds"
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_dist", "plasma"))]
+
+
+def test_asynchronous_with_two_workers_and_the_torch_engine(tmp_path: Path) -> None:
+    rows = train(
+        tmp_path / "run", "rollout.engine=torch", "rollout.num_workers=2", "max_staleness=0", "model.lora_type=dora"
+    )
+    check_whole(tmp_path / "run", rows)
+    assert {row["staleness/max"] for row in steps(rows)} == {0}
+    assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-9
+
+
+def test_in_one_process_with_vllm(tmp_path: Path) -> None:
+    rows = train(tmp_path / "run", "async_rl=false", "model.lora_type=dora")
+    check_whole(tmp_path / "run", rows)
+    assert {row["staleness/max"] for row in steps(rows)} == {0}
+    assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("lora_type", ["lora", "dora", "dora_cache"])
+@pytest.mark.parametrize("where", [HERE, []], ids=["torch", "async vllm"])
+def test_the_quickstart_learns(tmp_path: Path, lora_type: str, where: list[str]) -> None:
+    run(load_config("quickstart", [f"output_dir={tmp_path / 'run'}", f"model.lora_type={lora_type}", *where]))
+    accuracies = [row["eval/accuracy"] for row in read(tmp_path / "run") if "eval/accuracy" in row]
+    assert accuracies[0] < 0.5 and accuracies[-1] >= 0.75
