@@ -41,7 +41,7 @@ def _disable_torchaudio_extension() -> None:
     if torch.version.cuda is not None:
         return
     extension = types.ModuleType("torchaudio._extension")
-    vars(extension).update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=lambda f: f)
+    extension.__dict__.update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=lambda f: f)
     sys.modules[extension.__name__] = extension
 
 
@@ -70,11 +70,11 @@ def _alias_torchao_names() -> None:
         if not hasattr(quantization, name):
             setattr(quantization, name, removed(name))
     if not hasattr(dtypes, "TensorCoreTiledLayout"):
-        vars(dtypes)["TensorCoreTiledLayout"] = removed("TensorCoreTiledLayout")
+        dtypes.__dict__["TensorCoreTiledLayout"] = removed("TensorCoreTiledLayout")
     if importlib.util.find_spec("torchao.dtypes.nf4tensor") is None:
         nf4 = importlib.import_module("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
         sys.modules["torchao.dtypes.nf4tensor"] = nf4
-        vars(dtypes).update(nf4tensor=nf4, NF4Tensor=nf4.NF4Tensor, to_nf4=nf4.to_nf4)
+        dtypes.__dict__.update(nf4tensor=nf4, NF4Tensor=nf4.NF4Tensor, to_nf4=nf4.to_nf4)
 
 
 _keep_alive: list[object] = []
