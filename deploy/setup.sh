@@ -46,5 +46,8 @@ if ! .venv/bin/python -m pip install --disable-pip-version-check --progress-bar 
   grep -i error "$log" >&2 || tail "$log" >&2
   exit 1
 fi
+if grep -q 'tora-rl.* does not provide the extra' "$log"; then
+  fail "pip ignored one of the extras $joined: ask for extras that pyproject.toml has."
+fi
 { grep -s "^$basis " "$stamps" || true; printf '%s\n' "${extras[@]/#/$basis }"; } | sort -u >"$stamps.new"
 mv "$stamps.new" "$stamps"

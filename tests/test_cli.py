@@ -23,9 +23,14 @@ LORA = ["lora_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo_single_devi
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """The configs that reached `tora.launch.run`, which does nothing."""
+    """The configs that reached `tora.launch.run`, which is "interrupted" in a run of 13 steps."""
     configs: list[RunConfig] = []
-    monkeypatch.setitem(sys.modules, "tora.launch", SimpleNamespace(run=configs.append))
+
+    def run(cfg: RunConfig) -> bool:
+        configs.append(cfg)
+        return cfg.num_steps != 13
+
+    monkeypatch.setitem(sys.modules, "tora.launch", SimpleNamespace(run=run))
     return configs
 
 
@@ -90,6 +95,7 @@ def test_python_m_tora(tmp_path: Path) -> None:
 
 def test_run_config(launched: list[RunConfig], models: Path) -> None:
     assert main(["run", LORA[2], "async_rl=true"]) == 0
+    assert main(["run", LORA[2], "num_steps=13"]) == 130
     assert launched[0].async_rl and launched[0].model.path == str(models / "Qwen3-0.6B")
 
 
@@ -133,7 +139,7 @@ def test_unknown_options_are_not_taken_for_overrides(models: Path, capsys: pytes
 def test_a_failed_run_is_one_sentence(
     models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(cfg: RunConfig) -> None:
+    def run(cfg: RunConfig) -> bool:
         raise RolloutError("The worker is gone.")
 
     monkeypatch.setitem(sys.modules, "tora.launch", SimpleNamespace(run=run))

@@ -1,7 +1,7 @@
 """The command line: `tora` and `tune` are one program, which keeps torchtune's own recipes and commands.
 
 Heavy imports happen inside the commands, so that help and every wrong input answer at once. Exit code 2: the input is
-wrong; 1: the run failed; both with one sentence on stderr.
+wrong; 1: the run failed; both with one sentence on stderr. 130: a signal ended the run.
 """
 
 from __future__ import annotations
@@ -118,8 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     cfg = load_config(args.config or args.target, args.overrides)
     if recipe is not None:
         _check_recipe(recipe, cfg, args.nproc_per_node)
-    _launch(cfg, args.nproc_per_node)
-    return 0
+    return 0 if _launch(cfg, args.nproc_per_node) else 130
 
 
 def _check_recipe(recipe: str, cfg: RunConfig, num_ranks: int) -> None:
@@ -135,14 +134,15 @@ def _check_recipe(recipe: str, cfg: RunConfig, num_ranks: int) -> None:
         raise ConfigError(f"The recipe {recipe} runs on one device, not on --nproc_per_node={num_ranks}.")
 
 
-def _launch(cfg: RunConfig, num_ranks: int) -> None:
+def _launch(cfg: RunConfig, num_ranks: int) -> bool:
+    """Whether the run reached its last step; a signal may end it before."""
     if num_ranks != 1:
         raise ConfigError(f"--nproc_per_node={num_ranks} must be 1: more learner ranks than one are not supported yet.")
     for clause in missing_folders(cfg):
         raise ConfigError(f"{clause}; `{_program()} download` fetches models.")
     from tora.launch import run
 
-    run(cfg)
+    return run(cfg)
 
 
 def _validate(args: argparse.Namespace) -> int:

@@ -32,7 +32,8 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    engine: Literal["vllm", "torch"] = "vllm"
+    engine: Literal["auto", "vllm", "torch"] = "auto"
+    """`auto`: vLLM where it is installed and the run trains an adapter, else torch."""
     num_workers: int = 1
     """Rollout workers; more than one needs `async_rl=true`."""
     concurrency: int = 16

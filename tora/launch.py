@@ -9,7 +9,9 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +34,7 @@ def run(cfg: RunConfig) -> bool:
 
     Errors: ConfigError for what only shows once data and model are opened.
     """
+    cfg = with_engine(cfg)
     folder = Path(cfg.output_dir).absolute()
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
     resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
@@ -57,6 +60,20 @@ def run(cfg: RunConfig) -> bool:
     reward_curve(folder / "metrics.jsonl", curve)
     _report(cfg, outcome, state, folder, curve)
     return state.step == cfg.num_steps
+
+
+def with_engine(cfg: RunConfig) -> RunConfig:
+    """`rollout.engine: auto` decided. Errors: ConfigError where what the run needs is not installed."""
+    extra = "pip install -e '.[async_rl]', or '.[async_rl_cpu]' without a GPU"
+    if cfg.async_rl and find_spec("ray") is None:
+        raise ConfigError(f"async_rl=true needs Ray: {extra}.")
+    has_vllm = find_spec("vllm") is not None
+    if cfg.rollout.engine == "vllm" and not has_vllm:
+        raise ConfigError(f"rollout.engine=vllm needs vLLM: {extra}; or set rollout.engine=torch.")
+    if cfg.rollout.engine != "auto":
+        return cfg
+    engine = "vllm" if has_vllm and cfg.model.lora_type != "full" else "torch"
+    return replace(cfg, rollout=replace(cfg.rollout, engine=engine))
 
 
 class _Prompts:
