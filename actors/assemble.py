@@ -77,6 +77,7 @@ def make_batch(
         normalize_advantages=cfg.normalize_advantages,
         normalization=cfg.loss_normalization,
         capacity=cfg.micro_batch_tokens,
+        num_ranks=cfg.learner_ranks,
     )
     metrics["learner/tokens"] = float(sum(len(m.tokens_T) for m in micro))
     return TrainBatch(micro, cfg.temperature, metrics)

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from tora.sharding import as_sharded, fill, gather, own_rows
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "learner.json"
 
@@ -20,21 +23,26 @@ def save_training_state(
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     schedule: Any,
+    is_writer: bool,
 ) -> None:
+    """Every rank calls it; one writes whole tensors, so that any number of ranks may go on from them."""
     state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{key}": value.detach().cpu().contiguous()
-        for index, slot in state["state"].items()
-        for key, value in slot.items()
-    }
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / _WEIGHTS)
-    save_file({**tensors, "rng": torch.get_rng_state()}, folder / _OPTIMIZER)
+    slots = {f"{index}.{key}": value for index, slot in state["state"].items() for key, value in slot.items()}
+    weights, moments = _on_cpu(gather(parameters)), _on_cpu(gather(slots))
+    if not is_writer:
+        return
+    save_file(weights, folder / _WEIGHTS)
+    save_file({**moments, "rng": torch.get_rng_state()}, folder / _OPTIMIZER)
     document = {
         "version": version,
         "param_groups": state["param_groups"],
         "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
     }
     (folder / _STATE).write_text(json.dumps(document))
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -55,13 +63,17 @@ def load_training_state(
         odd = sorted(weights.keys() ^ parameters.keys())
         raise ValueError(f"checkpoint {folder} and this run train different parameters, e.g. {odd[0]!r}")
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        fill(parameter, weights[name])
     tensors = load_file(folder / _OPTIMIZER)
     torch.set_rng_state(tensors.pop("rng"))
+    places = list(parameters.values())
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        slots.setdefault(int(index), {})[key] = tensor
+        # a moment is sharded as its parameter is; a step count is one number
+        sharded = tensor.ndim > 0 and isinstance(places[int(index)], DTensor)
+        part = as_sharded(own_rows(tensor, places[int(index)]), places[int(index)]) if sharded else tensor
+        slots.setdefault(int(index), {})[key] = part
     optimizer.load_state_dict({"state": slots, "param_groups": document["param_groups"]})
     schedule.load_state_dict({**schedule.state_dict(), **document["schedule"]})
     return int(document["version"])

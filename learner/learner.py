@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,13 +16,15 @@ from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
 from learner.model import build_policy, device_of
 from learner.optim import build_optimizer, build_schedule
+from learner.parallel import MAX, SUM, World, join, reduce, shard, share
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
-from tora.adapters.peft_format import save_peft
+from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.components import instantiate
 from tora.config import RunConfig
 from tora.models.attention import PackedAttention
 from tora.models.decoder import Decoder
 from tora.models.names import parameter_to_hf
+from tora.sharding import gather, whole
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
 
 
@@ -52,31 +54,42 @@ class Learner:
     def __init__(self, cfg: RunConfig) -> None:
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
-        self.cfg, self.device, self.version = cfg, device_of(cfg), 0
-        self.model = build_policy(cfg, self.device)
+        self.cfg, self.world, self.version = cfg, World.from_environment(), 0
+        self.device = device_of(cfg, self.world.local_rank)
+        join(self.world, self.device)
+        self.model = self._build()
         self.loss = instantiate(cfg.loss)
         self._parameters = trained_parameters(self.model)
         self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
         self._reference = self._build_reference()
 
+    def _build(self) -> Decoder:
+        model = build_policy(self.cfg, self.device)
+        offload, reshard = self.cfg.fsdp_cpu_offload, self.cfg.fsdp_reshard_after_forward
+        shard(model, self.world, self.device, reshard_after_forward=reshard, cpu_offload=offload)
+        return model
+
     def _build_reference(self) -> Decoder | None:
-        """A frozen copy of the start for full-weight runs with a KL term; adapters are simply switched off."""
+        """The start, frozen, for full-weight runs with a KL term; adapters are simply switched off."""
         if self.loss.kl_coeff == 0 or adapter_layers(self.model):
             return None
-        return copy.deepcopy(self.model).requires_grad_(False)
+        return self._build().requires_grad_(False)
 
     def _logprobs(self, model: Decoder, x: _Tensors, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [N] each."""
+
+        def finish(hidden_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return token_logprobs(
+                model.output,
+                hidden_1TD[0].index_select(0, x.response_N),
+                x.targets_N,
+                temperature=temperature,
+                vocab_size=model.tok_embeddings.num_embeddings,
+            )
+
         attend = PackedAttention(x.lengths_B)
-        hidden = model(x.tokens_T[None], positions=x.positions_T[None], attend=attend)[0]
-        return token_logprobs(
-            model.output,
-            hidden.index_select(0, x.response_N),
-            x.targets_N,
-            temperature=temperature,
-            vocab_size=model.tok_embeddings.num_embeddings,
-        )
+        return model(x.tokens_T[None], positions=x.positions_T[None], attend=attend, finish=finish)
 
     @torch.no_grad()
     def _ref_logprobs(self, x: _Tensors, temperature: float) -> torch.Tensor | None:
@@ -88,8 +101,12 @@ class Learner:
             return self._logprobs(self.model, x, temperature)[0]
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """`ppo_epochs` optimizer updates on one batch. An empty batch moves only the version and the schedule."""
-        micro = [_to_device(m, self.device) for m in batch.micro_batches]
+        """`ppo_epochs` optimizer updates on one batch, the same on every rank, each of which takes its share.
+
+        An empty batch moves only the version and the schedule.
+        """
+        mine = share(batch.micro_batches, self.world.rank, self.world.size)
+        micro = [_to_device(m, self.device) for m in mine]
         metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
         ref = [self._ref_logprobs(x, batch.temperature) for x in micro]
         proximal: list[torch.Tensor | None] = [None] * len(micro)
@@ -99,7 +116,7 @@ class Learner:
         for epoch in range(self.cfg.ppo_epochs if micro else 0):
             update, before = self._update(micro, ref, proximal, batch.temperature)
             if epoch == 0:
-                metrics |= mismatch_metrics(micro, before)
+                metrics |= self._mismatch(micro, before)
             metrics |= update
         self._schedule.step()
         self.version += 1
@@ -136,8 +153,31 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         refresh(self.model)
-        metrics = {name: value.item() for name, value in totals.items()}
-        return {**metrics, "learner/grad_norm": norm.item()}, before
+        metrics = reduce({name: value.item() for name, value in totals.items()}, SUM, self.device)
+        return {**metrics, "learner/grad_norm": whole(norm).item()}, before
+
+    @torch.no_grad()
+    def _mismatch(self, micro: Sequence[_Tensors], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
+        """How far the learner's log-probs lie from the actors', before the step's first update.
+
+        `mismatch_kl`: k3 estimate of KL(actor ‖ learner) over the batch's youngest tokens, which at staleness 0
+        measures the engines' numerics alone. `policy_kl`: over all tokens. `mismatch_max_ratio`: the largest
+        π_learner / π_actor.
+        """
+        counts_N = torch.cat([x.weights_N for x in micro]) > 0  # a rank without a share has another's, unweighted
+        d_N = torch.cat([lp - x.actor_logprobs_N for lp, x in zip(learner_logprobs, micro, strict=True)])
+        versions_N = torch.cat([x.versions_N for x in micro])
+        k3_N = d_N.expm1() - d_N
+        largest = reduce({"ratio": d_N.max().item(), "version": float(versions_N.max())}, MAX, self.device)
+        young_N = counts_N & (versions_N == largest["version"])
+        sums = {"young": k3_N[young_N].sum(), "all": k3_N[counts_N].sum()}
+        sizes = {"num_young": young_N.sum(), "num_all": counts_N.sum()}
+        total = reduce({name: value.item() for name, value in (sums | sizes).items()}, SUM, self.device)
+        return {
+            "mismatch_kl": total["young"] / total["num_young"],
+            "policy_kl": total["all"] / total["num_all"],
+            "mismatch_max_ratio": math.exp(largest["ratio"]),
+        }
 
     def snapshot(self) -> PolicySnapshot:
         return snapshot(self.model, self.version)
@@ -149,6 +189,7 @@ class Learner:
             parameters=self._parameters,
             optimizer=self._optimizer,
             schedule=self._schedule,
+            is_writer=self.world.rank == 0,
         )
 
     def load(self, folder: Path) -> None:
@@ -160,29 +201,16 @@ class Learner:
     def export(self, folder: Path) -> None:
         """The adapter in PEFT's format; a full-weight run writes a Hugging Face folder."""
         if adapter_layers(self.model):
-            save_peft(self.model, self.cfg.model, folder)
+            tensors = gather(peft_tensors(self.model))
+            if self.world.rank == 0:
+                save_peft(tensors, self.cfg.model, folder)
+            return
+        weights = gather(self._parameters)
+        if self.world.rank > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for file in Path(self.cfg.model.path).iterdir():
             if file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in file.name:
                 shutil.copy(file, folder)
-        tensors = {parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in self._parameters.items()}
+        tensors = {parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in weights.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@torch.no_grad()
-def mismatch_metrics(micro: Sequence[_Tensors], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
-    """How far the learner's log-probs lie from the actors', before the step's first update.
-
-    `mismatch_kl`: k3 estimate of KL(actor ‖ learner) over the batch's youngest tokens, which at staleness 0 measures
-    the engines' numerics alone. `policy_kl`: the same over all tokens. `mismatch_max_ratio`: the largest π_learner /
-    π_actor.
-    """
-    d_N = torch.cat([lp - x.actor_logprobs_N for lp, x in zip(learner_logprobs, micro, strict=True)])
-    versions_N = torch.cat([x.versions_N for x in micro])
-    k3_N = d_N.expm1() - d_N
-    return {
-        "mismatch_kl": k3_N[versions_N == versions_N.max()].mean().item(),
-        "policy_kl": k3_N.mean().item(),
-        "mismatch_max_ratio": d_N.max().exp().item(),
-    }

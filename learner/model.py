@@ -15,11 +15,10 @@ from tora.models.load import load_decoder
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def device_of(cfg: RunConfig) -> torch.device:
-    """`auto` is the GPU where there is one."""
-    if cfg.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(cfg.device)
+def device_of(cfg: RunConfig, local_rank: int = 0) -> torch.device:
+    """`auto` is the GPU where there is one; each rank of a machine has its own."""
+    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
 
 def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:

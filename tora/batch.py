@@ -29,6 +29,19 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return result
 
 
+def spread(packed: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Halve the longest bins that can be, until their number is a multiple of `num_ranks`."""
+    packed = list(packed)
+    while len(packed) % num_ranks and any(len(indices) > 1 for indices in packed):
+        longest = max((b for b in packed if len(b) > 1), key=lambda b: sum(lengths[i] for i in b))
+        packed.remove(longest)
+        halves: tuple[list[int], list[int]] = ([], [])
+        for index in sorted(longest, key=lambda i: -lengths[i]):
+            min(halves, key=lambda half: sum(lengths[i] for i in half)).append(index)
+        packed += halves
+    return packed
+
+
 def token_weights(lengths_B: Sequence[int], normalization: Literal["token", "sequence"]) -> list[float]:
     """The weight of each token of sequence b in the loss; over all tokens they sum to 1."""
     if normalization == "token":
@@ -64,8 +77,12 @@ def micro_batches(
     normalize_advantages: bool,
     normalization: Literal["token", "sequence"],
     capacity: int,
+    num_ranks: int = 1,
 ) -> tuple[MicroBatch, ...]:
-    """Every rollout of every group with a signal, packed to `capacity` tokens. Empty where no group has one."""
+    """Every rollout of every group with a signal, packed to `capacity` tokens. Empty where no group has one.
+
+    Their number is a multiple of `num_ranks`, as far as there are sequences for it.
+    """
     sequences: list[Sequence_] = []
     for group in groups_P:
         if group.has_signal:
@@ -76,5 +93,6 @@ def micro_batches(
     weights = token_weights([len(r.token_ids) for _, r, _ in sequences], normalization)
     lengths = [len(p.token_ids) + len(r.token_ids) for p, r, _ in sequences]
     return tuple(
-        pack([sequences[i] for i in indices], [weights[i] for i in indices]) for indices in bins(lengths, capacity)
+        pack([sequences[i] for i in indices], [weights[i] for i in indices])
+        for indices in spread(bins(lengths, capacity), lengths, num_ranks)
     )

@@ -80,6 +80,13 @@ class RunConfig:
     num_threads: int = 0
     """CPU threads of the learner; 0 leaves torch's choice."""
 
+    learner_ranks: int = 1
+    """Processes that share the learner's weights and work; `--nproc_per_node` sets it too."""
+    fsdp_reshard_after_forward: bool = True
+    """With several ranks: give up other ranks' weights between a layer's forward and backward."""
+    fsdp_cpu_offload: bool = False
+    """With several ranks: keep weights, gradients and optimizer state in the CPU's memory."""
+
     async_rl: bool = False
     """Rollout workers and the learner as Ray actors, instead of everything in this process."""
     max_staleness: int = 1

@@ -7,7 +7,8 @@ Shape letters: P prompts, B rows (rollouts), L tokens of a row, T packed prompt 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -26,12 +27,22 @@ class TorchEngine:
 
     concurrent = False
 
-    def __init__(self, model: Decoder, *, device: torch.device, shared: bool, max_rows: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        device: torch.device,
+        shared: bool,
+        max_rows: int,
+        while_generating: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """`shared`: the learner trains this very model.
 
-        `max_rows`: rollouts decoded at once, unless one request asks for more.
+        `max_rows`: rollouts decoded at once, unless one request asks for more. `while_generating` is entered for each
+        call of `generate`; a sharded model needs its weights whole meanwhile.
         """
         self._model, self._device, self._shared, self._max_rows = model, device, shared, max_rows
+        self._while_generating = while_generating
         self._version: int | None = None
 
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
@@ -57,8 +68,9 @@ class TorchEngine:
         if self._version is None:
             raise RolloutError("the engine was asked to generate before it was given a snapshot")
         result: list[list[Completion]] = []
-        for part in _parts(requests, self._max_rows):
-            result += self._generate_at_once(part)
+        with self._while_generating():
+            for part in _parts(requests, self._max_rows):
+                result += self._generate_at_once(part)
         return result
 
     def _generate_at_once(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
@@ -81,10 +93,15 @@ class TorchEngine:
         tokens_T = torch.tensor([t for r in requests for t in r.token_ids], device=self._device)
         positions_T = torch.cat([torch.arange(len(r.token_ids), device=self._device) for r in requests])
         attend = PrefillAttention(lengths_P)
-        hidden = self._model(tokens_T[None], positions=positions_T[None], attend=attend)[0]
         samples_P = torch.tensor([r.num_samples for r in requests], device=self._device)
         rows_B = torch.arange(len(requests), device=self._device).repeat_interleave(samples_P)
-        logits_PV = self._model.output(hidden[lengths_P.cumsum(0) - 1])
+        last_P = lengths_P.cumsum(0) - 1
+        logits_PV = self._model(
+            tokens_T[None],
+            positions=positions_T[None],
+            attend=attend,
+            finish=lambda hidden: self._model.output(hidden[0, last_P]),
+        )
         return CachedAttention(attend, lengths_P[rows_B], rows_B, room), logits_PV[rows_B]
 
     def _decode(self, requests: Sequence[SampleRequest]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -111,9 +128,13 @@ class TorchEngine:
                 cache.keep(rows)
             if len(alive) == 0 or step + 1 == sampling.max_tokens:
                 break
-            hidden = self._model(token[:, None], positions=cache.lengths_B[:, None], attend=cache)
+            logits = self._model(
+                token[:, None],
+                positions=cache.lengths_B[:, None],
+                attend=cache,
+                finish=lambda hidden: self._model.output(hidden[:, 0]),
+            )
             cache.advance()
-            logits = self._model.output(hidden[:, 0])
         return tokens_LB.cpu().numpy(), logprobs_LB.cpu().numpy(), lengths_B.cpu().numpy()
 
 

@@ -7,7 +7,7 @@ Shape letters: R rank, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import nn
 
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import GAIN
+from tora.sharding import local, own_rows
 
 _SLAB_ROWS = 1024
 
@@ -61,10 +62,11 @@ class DoRALinear(LoRALinear):
         self.magnitude.copy_(self.squared_norm.sqrt())
 
     @torch.no_grad()
-    def row_norm(self) -> torch.Tensor:
-        """‖W + s·B A‖ of the present A and B, [O] float32."""
-        w_a_OR = torch.cat([slab @ self.lora_a.T for slab in _slabs(self.weight)])
-        return adapted_row_norm(self.squared_norm, w_a_OR, self.lora_a, self.lora_b, self.scaling)
+    def own_row_norm(self, lora_a_RI: torch.Tensor) -> torch.Tensor:
+        """‖W + s·B A‖ of the rows of W that this rank holds, float32. `lora_a_RI` is all of A."""
+        w_a_OR = torch.cat([slab @ lora_a_RI.T for slab in _slabs(local(self.weight))])
+        squared_O = own_rows(self.squared_norm, self.weight)
+        return adapted_row_norm(squared_O, w_a_OR, lora_a_RI, local(self.lora_b), self.scaling)
 
     def _base_and_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """W x without bias, and the row norm."""
@@ -83,18 +85,18 @@ class DoRALinear(LoRALinear):
         y = (base + self._update(x)) * (self.magnitude / norm_O).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
-    def wire(self) -> dict[str, torch.Tensor]:
-        return {**super().wire(), GAIN: self.magnitude.detach() / self.row_norm()}
+    def wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        assert norm_O is not None
+        return {**super().wire(adapter, norm_O), GAIN: adapter["magnitude"] / norm_O}
 
     @torch.no_grad()
     def load_wire(self, tensors: dict[str, torch.Tensor]) -> None:
         super().load_wire(tensors)
-        self.magnitude.copy_(tensors[GAIN] * self.row_norm())
-        self.refresh()
+        self.magnitude.copy_(tensors[GAIN] * self.own_row_norm(self.lora_a))
 
 
 class CachedDoRALinear(DoRALinear):
-    """Keeps the norm until `refresh`, which must follow every change of A or B. Exact, since the norm is a constant."""
+    """Keeps the norm; `inject.refresh` must follow every change of A or B. Exact, since the norm is a constant."""
 
     norm: torch.Tensor
 
@@ -105,11 +107,7 @@ class CachedDoRALinear(DoRALinear):
     @torch.no_grad()
     def reset_adapter(self) -> None:
         super().reset_adapter()
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        self.norm.copy_(self.row_norm())
+        self.norm.copy_(self.magnitude)
 
     def _base_and_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return F.linear(x, self.weight), self.norm

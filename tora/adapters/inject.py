@@ -15,6 +15,7 @@ from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import pack, split_by_module
 from tora.errors import ConfigError
 from tora.models.names import module_to_hf, parameter_to_hf
+from tora.sharding import as_sharded, gather
 from tora.types import PolicySnapshot
 
 LAYERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear, "dora_cache": CachedDoRALinear}
@@ -60,10 +61,19 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def row_norms(layers: Mapping[str, LoRALinear]) -> dict[str, torch.Tensor]:
+    """‖W + s·B A‖ by row, whole, of each DoRA layer. On several ranks only A and the norms travel, each in one go."""
+    dora = {name: layer for name, layer in layers.items() if isinstance(layer, DoRALinear)}
+    lora_a = gather({name: layer.lora_a for name, layer in dora.items()})
+    return gather({n: as_sharded(layer.own_row_norm(lora_a[n]), layer.weight) for n, layer in dora.items()})
+
+
+@torch.no_grad()
 def refresh(model: nn.Module) -> None:
-    """After every change of adapter weights."""
-    for layer in adapter_layers(model).values():
-        layer.refresh()
+    """Bring cached norms up to date; after every change of adapter weights."""
+    cached = {name: m for name, m in model.named_modules() if isinstance(m, CachedDoRALinear)}
+    for name, norm_O in row_norms(cached).items():
+        cached[name].norm.copy_(norm_O)
 
 
 @contextmanager
@@ -83,9 +93,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def snapshot(model: nn.Module, version: int) -> PolicySnapshot:
     """The trained tensors: the adapters', or for a full-weight run every parameter under its Hugging Face name."""
     layers = adapter_layers(model)
-    if layers:
-        return pack(version, {f"{hf}{suffix}": t for hf, layer in layers.items() for suffix, t in layer.wire().items()})
-    return pack(version, _full_weights(model))
+    if not layers:
+        return pack(version, gather(_full_weights(model)))
+    adapters = gather({f"{hf}/{name}": getattr(m, name) for hf, m in layers.items() for name in m.adapter_params()})
+    norms, tensors = row_norms(layers), {}
+    for hf, layer in layers.items():
+        own = {name: adapters[f"{hf}/{name}"] for name in layer.adapter_params()}
+        tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.wire(own, norms.get(hf)).items()}
+    return pack(version, tensors)
 
 
 def _full_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -94,7 +109,7 @@ def _full_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def load_wire(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Inverse of `snapshot`; answers the number of modules written.
+    """Inverse of `snapshot`, for a model that is not sharded; answers the number of modules written.
 
     Errors: ValueError where the tensors and what the model trains do not match one to one.
     """
@@ -109,6 +124,7 @@ def load_wire(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> int:
     _check_same("adapted layers", layers, modules)
     for name, layer in layers.items():
         layer.load_wire(modules[name])
+    refresh(model)
     return len(layers)
 
 

@@ -6,6 +6,7 @@ Shape letters: R rank, I inputs, O outputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,6 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
 
-    def refresh(self) -> None:
-        """Bring up to date whatever is derived from A, B and the base; nothing here."""
-
     def adapter_params(self) -> list[str]:
         """torchtune's adapter protocol: the names of this layer's trained parameters."""
         return ["lora_a", "lora_b"]
@@ -50,9 +48,10 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         return y + self._update(x) if self.enabled else y
 
-    def wire(self) -> dict[str, torch.Tensor]:
-        """What an engine needs, by wire suffix; the scaling is folded into B."""
-        return {LORA_A: self.lora_a.detach(), LORA_B: self.scaling * self.lora_b.detach()}
+    def wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What an engine needs, by wire suffix, of this layer's whole parameters and row norm; the scaling is folded
+        into B."""
+        return {LORA_A: adapter["lora_a"], LORA_B: self.scaling * adapter["lora_b"]}
 
     @torch.no_grad()
     def load_wire(self, tensors: dict[str, torch.Tensor]) -> None:

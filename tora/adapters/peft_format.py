@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tora.adapters.inject import adapter_layers
+from tora.adapters.inject import adapter_layers, refresh
 from tora.config import ModelConfig
 from tora.errors import ConfigError
 
@@ -19,7 +20,7 @@ _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "l
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def _peft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def peft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """PEFT's tensor name -> our parameter."""
     return {
         f"{_PREFIX}{module}.{_SUFFIX[name]}": getattr(layer, name)
@@ -44,10 +45,11 @@ def peft_config(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def save_peft(model: nn.Module, cfg: ModelConfig, folder: Path) -> None:
+def save_peft(tensors: Mapping[str, torch.Tensor], cfg: ModelConfig, folder: Path) -> None:
+    """`tensors` are `peft_tensors`, whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in _peft_tensors(model).items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    plain = {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
+    save_file(plain, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(peft_config(cfg), indent=2) + "\n")
 
 
@@ -66,7 +68,7 @@ def load_peft(model: nn.Module, cfg: ModelConfig, folder: Path) -> None:
             raise ConfigError(
                 f"the adapter in {str(folder)!r} has {key}={theirs.get(key)!r}, this run has {ours[key]!r}"
             )
-    places, tensors = _peft_tensors(model), load_file(folder / _WEIGHTS)
+    places, tensors = peft_tensors(model), load_file(folder / _WEIGHTS)
     if places.keys() != tensors.keys():
         odd = sorted(places.keys() ^ tensors.keys())
         raise ConfigError(
@@ -78,5 +80,4 @@ def load_peft(model: nn.Module, cfg: ModelConfig, folder: Path) -> None:
                 f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, the model's {tuple(place.shape)}"
             )
         place.copy_(tensors[name])
-    for layer in adapter_layers(model).values():
-        layer.refresh()
+    refresh(model)

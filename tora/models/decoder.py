@@ -5,6 +5,7 @@ torchtune's own attention normalises q and k after the rotation; these families 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,6 +101,10 @@ class Attention(nn.Module):
         return self.output_proj(out.flatten(2))
 
 
+def identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 class Decoder(TransformerDecoder):
     """torchtune's decoder with positions and attention given from outside."""
 
@@ -108,14 +113,23 @@ class Decoder(TransformerDecoder):
         self.rope = rope
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, tokens: torch.Tensor, *, positions: torch.Tensor, attend: AttentionContext
-    ) -> torch.Tensor:
-        """tokens, positions [b, s] -> hidden states after the final norm [b, s, hidden]. `self.output` makes logits."""
+        self,
+        tokens: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        attend: AttentionContext,
+        finish: Callable[[torch.Tensor], Any] = identity,
+    ) -> Any:
+        """tokens, positions [b, s] -> `finish` of the hidden states after the final norm [b, s, hidden].
+
+        `self.output` makes logits of hidden states. It belongs inside `finish`: a sharded head is whole only while the
+        forward lasts.
+        """
         h = self.tok_embeddings(tokens)
         rope = self.rope(positions)
         for layer in self.layers:
             h = layer(h, mask=attend, input_pos=rope)
-        return self.norm(h)
+        return finish(self.norm(h))
 
 
 def _check_supported(config: Any) -> None:
