@@ -24,7 +24,9 @@ def device_of(cfg: RunConfig, local_rank: int = 0) -> torch.device:
 def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
     """Trained parameters, and only they, require gradients. The adapters' start follows from `cfg.seed`."""
     torch.manual_seed(cfg.seed)
-    model = load_decoder(Path(cfg.model.path), dtype=DTYPES[cfg.dtype], device=device)
+    model = load_decoder(
+        Path(cfg.model.path), dtype=DTYPES[cfg.dtype], device=device, quantize_base=cfg.model.quantize_base
+    )
     if cfg.model.lora_type == "full":
         return model.requires_grad_(True)
     scaling = scaling_of(cfg.model.lora_rank, cfg.model.lora_alpha, cfg.model.use_rslora)

@@ -55,8 +55,6 @@ def _hide_torchcodec() -> None:
 
 
 def _alias_torchao_names() -> None:
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # its CUDA extensions complain on a machine without a GPU
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers enums in a deprecated way
     import torchao.dtypes as dtypes
     import torchao.quantization as quantization
 
@@ -95,6 +93,8 @@ class _FixBeforeImport(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # its CUDA extensions complain on a machine without a GPU
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers enums in a deprecated way
     if not any(isinstance(finder, _FixBeforeImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _FixBeforeImport())
         _hide_torchcodec()

@@ -28,6 +28,8 @@ class ModelConfig:
     """Names of linear layers, as the Hugging Face model calls them."""
     adapter_path: str | None = None
     """PEFT folder to start from."""
+    quantize_base: bool = False
+    """Keep the frozen base in NF4, about 4.13 bits a weight: QLoRA, QDoRA."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +42,9 @@ class RolloutConfig:
     """Groups a worker has in flight."""
     dtype: Literal["bf16", "fp32"] | None = None
     """vLLM's weights; the learner's `dtype` where null."""
+    base: Literal["dequantized", "checkpoint"] = "dequantized"
+    """vLLM's base under `model.quantize_base`: the learner's weights, by way of a folder in `output_dir` that lasts as
+    long as the run; or those of `model.path`, which are not the policy's. `mismatch_kl` shows the gap either way."""
     max_model_len: int | None = None
     """vLLM's longest sequence; the model's own where null."""
     gpu_memory_utilization: float = 0.5

@@ -51,6 +51,8 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
     yield from _broken_components(cfg)
     if cfg.rollout.num_workers > 1 and not cfg.async_rl:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
+    if cfg.rollout.base == "checkpoint" and not (cfg.model.quantize_base and cfg.rollout.engine == "vllm"):
+        yield "rollout.base=checkpoint needs model.quantize_base=true and rollout.engine=vllm."
     longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
     if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
         yield (
@@ -64,6 +66,8 @@ def _broken_model(cfg: RunConfig) -> Iterator[str]:
     if model.lora_type == "full":
         if model.adapter_path is not None:
             yield f"model.adapter_path={model.adapter_path} needs an adapter, and model.lora_type is full."
+        if model.quantize_base:
+            yield "model.quantize_base=true freezes the base, and model.lora_type=full trains it."
         if cfg.rollout.engine == "vllm":
             yield "rollout.engine=vllm serves adapters; model.lora_type=full needs rollout.engine=torch."
         return

@@ -45,6 +45,7 @@ def run(cfg: RunConfig) -> bool:
         _move_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(cfg))
+    cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
     with (_on_ray if cfg.async_rl else _here)(cfg) as site, _stop_signals() as stop_requested:
         learner = site.learner()
         state = Checkpoints.load(resume, learner) if resume else RunState()
@@ -56,6 +57,7 @@ def run(cfg: RunConfig) -> bool:
         finally:
             log.close()
             rollouts.close()
+            shutil.rmtree(folder / _ROLLOUT_BASE, ignore_errors=True)
     curve = folder / "reward_curve.png"
     reward_curve(folder / "metrics.jsonl", curve)
     _report(cfg, outcome, state, folder, curve)
@@ -115,11 +117,26 @@ def _worker_arguments(cfg: RunConfig, prompts: _Prompts) -> dict[str, Any]:
     }
 
 
+_ROLLOUT_BASE = "rollout_base"
+"""In `output_dir` while the run lasts: a worker that is restarted, or a run that is resumed, needs it again."""
+
+
+def _rollout_base(cfg: RunConfig) -> str:
+    """The folder that vLLM loads its base from: the learner's own weights, unless the config says otherwise."""
+    if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
+        return cfg.model.path
+    from learner.model import DTYPES, device_of
+    from tora.models.dequantized import dequantized_folder
+
+    cache = Path(cfg.output_dir) / _ROLLOUT_BASE
+    return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device_of(cfg)))
+
+
 def _make_vllm_engine(cfg: RunConfig) -> Engine:
     from actors.engine import VLLMEngine
 
     return VLLMEngine(
-        cfg.model.path,
+        _rollout_base(cfg),
         dtype=cfg.rollout.dtype or cfg.dtype,
         max_model_len=cfg.rollout.max_model_len,
         lora_rank=cfg.model.lora_rank,

@@ -7,27 +7,20 @@ Shape letters: R rank, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import GAIN
+from tora.models.quantize import frozen_linear, row_slabs
 from tora.sharding import local, own_rows
-
-_SLAB_ROWS = 1024
-
-
-def _slabs(weight_OI: torch.Tensor) -> Iterator[torch.Tensor]:
-    """float32 slabs of rows, so that no whole float32 copy of a bf16 weight exists."""
-    return (slab.float() for slab in weight_OI.split(_SLAB_ROWS))
 
 
 def squared_row_norm(weight_OI: torch.Tensor) -> torch.Tensor:
     """[O] float32"""
-    return torch.cat([slab.square().sum(1) for slab in _slabs(weight_OI)])
+    return torch.cat([slab.square().sum(1) for slab in row_slabs(weight_OI)])
 
 
 def adapted_row_norm(
@@ -64,7 +57,7 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def own_row_norm(self, lora_a_RI: torch.Tensor) -> torch.Tensor:
         """‖W + s·B A‖ of the rows of W that this rank holds, float32. `lora_a_RI` is all of A."""
-        w_a_OR = torch.cat([slab @ lora_a_RI.T for slab in _slabs(local(self.weight))])
+        w_a_OR = torch.cat([slab @ lora_a_RI.T for slab in row_slabs(local(self.weight))])
         squared_O = own_rows(self.squared_norm, self.weight)
         return adapted_row_norm(squared_O, w_a_OR, lora_a_RI, local(self.lora_b), self.scaling)
 
@@ -72,7 +65,7 @@ class DoRALinear(LoRALinear):
         """W x without bias, and the row norm."""
         lora_a_RI, lora_b_OR = self.lora_a.detach(), self.lora_b.detach()
         rows = x.reshape(-1, self.in_features)
-        y = F.linear(torch.cat([rows, lora_a_RI.to(x.dtype)]), self.weight)
+        y = frozen_linear(torch.cat([rows, lora_a_RI.to(x.dtype)]), self.weight)
         base, w_a_RO = y[: len(rows)], y[len(rows) :].detach()
         norm_O = adapted_row_norm(self.squared_norm, w_a_RO.T.float(), lora_a_RI, lora_b_OR, self.scaling)
         return base.view(*x.shape[:-1], -1), norm_O
@@ -80,7 +73,7 @@ class DoRALinear(LoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]. Disabled, the layer is its base: the magnitude is off too."""
         if not self.enabled:
-            return F.linear(x, self.weight, self.bias)
+            return frozen_linear(x, self.weight, self.bias)
         base, norm_O = self._base_and_norm(x)
         y = (base + self._update(x)) * (self.magnitude / norm_O).to(x.dtype)
         return y if self.bias is None else y + self.bias
@@ -110,4 +103,4 @@ class CachedDoRALinear(DoRALinear):
         self.norm.copy_(self.magnitude)
 
     def _base_and_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return F.linear(x, self.weight), self.norm
+        return frozen_linear(x, self.weight), self.norm

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tora.adapters.snapshot import LORA_A, LORA_B
+from tora.models.quantize import frozen_linear
 
 
 class LoRALinear(nn.Module):
@@ -45,7 +46,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]"""
-        y = F.linear(x, self.weight, self.bias)
+        y = frozen_linear(x, self.weight, self.bias)
         return y + self._update(x) if self.enabled else y
 
     def wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -139,8 +139,11 @@ def _check_supported(config: Any) -> None:
         raise ConfigError(f"hidden_act {config.hidden_act!r} in config.json is not supported; silu is")
 
 
-def build_decoder(config: Any, family: ModelFamily) -> Decoder:
-    """`config` is transformers' config of a text model. Builds on the default device, weights unset."""
+def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn.Linear) -> Decoder:
+    """`config` is transformers' config of a text model; `linear` makes the layers' linear modules, not the head.
+
+    Builds on the default device, weights unset.
+    """
     _check_supported(config)
     hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -152,17 +155,17 @@ def build_decoder(config: Any, family: ModelFamily) -> Decoder:
     def layer(index: int) -> TransformerSelfAttentionLayer:
         attention = Attention(
             index, heads, kv_heads, head_dim,
-            q_proj=nn.Linear(hidden, heads * head_dim, bias=qkv_bias),
-            k_proj=nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias),
-            v_proj=nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias),
-            output_proj=nn.Linear(heads * head_dim, hidden, bias=output_bias),
+            q_proj=linear(hidden, heads * head_dim, bias=qkv_bias),
+            k_proj=linear(hidden, kv_heads * head_dim, bias=qkv_bias),
+            v_proj=linear(hidden, kv_heads * head_dim, bias=qkv_bias),
+            output_proj=linear(heads * head_dim, hidden, bias=output_bias),
             q_norm=RMSNorm(head_dim, eps) if family.qk_norm else None,
             k_norm=RMSNorm(head_dim, eps) if family.qk_norm else None,
         )  # fmt: skip
         feed_forward = FeedForward(
-            gate_proj=nn.Linear(hidden, mlp, bias=mlp_bias),
-            down_proj=nn.Linear(mlp, hidden, bias=mlp_bias),
-            up_proj=nn.Linear(hidden, mlp, bias=mlp_bias),
+            gate_proj=linear(hidden, mlp, bias=mlp_bias),
+            down_proj=linear(mlp, hidden, bias=mlp_bias),
+            up_proj=linear(hidden, mlp, bias=mlp_bias),
         )
         return TransformerSelfAttentionLayer(
             attention,  # pyright: ignore[reportArgumentType]

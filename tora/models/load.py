@@ -15,6 +15,7 @@ from tora.errors import ConfigError
 from tora.models.decoder import Decoder, RotaryTable, build_decoder
 from tora.models.family import families
 from tora.models.names import parameter_from_hf
+from tora.models.quantize import FrozenLinear, is_quantized, quantize
 
 
 def read_config(folder: Path) -> Any:
@@ -42,22 +43,27 @@ def shard_files(folder: Path) -> list[Path]:
     raise ConfigError(f"model.path {str(folder)!r} holds no safetensors file; other formats are not read")
 
 
-def stream_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def side_files(folder: Path) -> list[Path]:
+    """What lies beside the weights: config, tokenizer, chat template, index."""
+    return [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".txt", ".model")]
+
+
+def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, tensor on the CPU), one at a time."""
-    for file in shard_files(folder):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
-                yield name, shard.get_tensor(name)
+    with safe_open(file, framework="pt") as shard:
+        for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
+            yield name, shard.get_tensor(name)
 
 
-def load_weights(model: nn.Module, folder: Path, *, tied: bool) -> None:
-    """Copy every tensor of the folder into the model, casting to its dtypes.
+def load_weights(model: nn.Module, folder: Path, *, tied: bool, device: torch.device, quantize_base: bool) -> None:
+    """Replace every parameter by the folder's tensor, cast to the parameter's dtype, on `device`.
 
-    Errors: ConfigError for a tensor without a place, of another shape, or missing.
+    One tensor at a time, so that of a quantised model no more is ever there in full than one weight.
+    Errors: ConfigError for a tensor without a place, of another shape, or missing, and for one that cannot be NF4.
     """
     places = dict(model.named_parameters())
     missing = {name for name in places if ".lora_" not in name and not name.endswith(".magnitude")}
-    for hf_name, tensor in stream_tensors(folder):
+    for hf_name, tensor in (pair for file in shard_files(folder) for pair in stream_tensors(file)):
         if hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight"):
             continue
         name = parameter_from_hf(hf_name)
@@ -70,22 +76,25 @@ def load_weights(model: nn.Module, folder: Path, *, tied: bool) -> None:
                 f"tensor {hf_name!r} of {str(folder)!r} has shape {tuple(tensor.shape)}, "
                 f"config.json asks for {tuple(places[name].shape)}"
             )
-        with torch.no_grad():
-            places[name].copy_(tensor)
+        value = tensor.to(device, places[name].dtype, copy=True)  # a copy, since the tensor may be the file's own pages
+        if quantize_base and is_quantized(name):
+            value = quantize(value, hf_name)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
         missing.discard(name)
     if missing:
         raise ConfigError(f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {sorted(missing)[0]!r}")
 
 
-def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Build on the meta device, allocate once, stream the weights in. All parameters frozen."""
+def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
+    """Build on the meta device, then stream the weights in, as NF4 where `quantize_base`. All parameters frozen."""
     config = read_config(folder)
     with torch.device("meta"):
-        model = build_decoder(config, families()[config.model_type])
-    model = model.to(dtype).to_empty(device=device)
+        linear = FrozenLinear if quantize_base else nn.Linear
+        model = build_decoder(config, families()[config.model_type], linear).to(dtype)
     for module in model.modules():
         if isinstance(module, RotaryTable):
             with torch.device(device):
                 module.reset()
-    load_weights(model, folder, tied=config.tie_word_embeddings)
-    return model.requires_grad_(False)
+    load_weights(model, folder, tied=config.tie_word_embeddings, device=device, quantize_base=quantize_base)
+    return model

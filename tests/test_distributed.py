@@ -1,0 +1,166 @@
+"""Two gloo ranks against one: the same losses, updates, snapshots and files, to rounding."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from test_learner import config, make_batch, make_groups
+from tiny import make_text_model
+
+from learner.learner import Learner
+from learner.parallel import leave, unsharded
+from tora.adapters.snapshot import unpack
+from tora.batch import micro_batches, spread
+from tora.generate import TorchEngine
+from tora.types import SampleRequest, Sampling, TrainBatch
+
+RANKS = 2
+TYPES = ("full", "lora", "dora", "dora_cache")
+LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
+SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token", "num_ranks": RANKS}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_ranks(monkeypatch: pytest.MonkeyPatch, function: Any, *args: Any) -> None:
+    """`function(*args)` in fresh processes that see torchrun's variables."""
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
+    with monkeypatch.context() as patch:
+        for name, value in {**variables, "GLOO_SOCKET_IFNAME": "lo"}.items():
+            patch.setenv(name, value)
+        mp.spawn(_rank, (function, args), nprocs=RANKS)
+
+
+def _rank(rank: int, function: Any, args: Any) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    function(*args)
+    leave()
+
+
+def batches() -> list[TrainBatch]:
+    """Of one, of several, and of an odd number of micro-batches."""
+    groups = [make_groups(3, seed=i) for i in range(3)]
+    return [
+        TrainBatch(micro_batches(g, capacity=capacity, **SETTINGS), 1.0)
+        for g, capacity in zip(groups, (10_000, 50, 100), strict=True)
+    ][:2] + [make_batch(groups[2], capacity=100)]
+
+
+def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, Any]) -> None:
+    learner = Learner(config(folder, lora_type, loss=LOSS, **changes))
+    results = [learner.step(batch) for batch in batches()]
+    snapshot = learner.snapshot()
+    if learner.world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        torch.save({"metrics": [r.metrics for r in results], "snapshot": unpack(snapshot)}, out / "seen.pt")
+    learner.save(out)
+    learner.export(out / "export")
+
+
+def compare(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 2e-5) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("lora_type", "changes"),
+    [
+        *((t, {}) for t in TYPES),
+        ("lora", {"ppo_epochs": 2, "fsdp_reshard_after_forward": False}),
+        ("dora_cache", {"fsdp_cpu_offload": True}),
+    ],
+)
+def test_two_ranks_train_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_type: str, changes: dict[str, Any]
+) -> None:
+    folder = make_text_model(tmp_path / "model", "qwen2")
+    train_and_save(folder, tmp_path / "one", lora_type, {k: v for k, v in changes.items() if k == "ppo_epochs"})
+    on_ranks(monkeypatch, train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
+    one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    compare(one["snapshot"], two["snapshot"])
+    files = ["weights.safetensors", "export/model.safetensors" if lora_type == "full" else "export/adapter_model.safetensors"]
+    for file in files:
+        compare(load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file))
+    compare(*(load_file(tmp_path / n / "optimizer.safetensors") for n in ("one", "two")), atol=1e-4)
+
+    resumed = Learner(config(folder, lora_type, loss=LOSS))
+    resumed.load(tmp_path / "two")  # written by two, read by one
+    compare(unpack(resumed.snapshot()), two["snapshot"], atol=1e-6)
+
+
+def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:
+    learner = Learner(config(folder, "dora_cache", loss=LOSS))
+    learner.load(checkpoint)
+    learner.step(batches()[1])
+    snapshot = learner.snapshot()
+    if learner.world.rank == 0:
+        torch.save(unpack(snapshot), out)
+
+
+def test_two_ranks_go_on_from_one_ranks_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_text_model(tmp_path / "model")
+    (tmp_path / "checkpoint").mkdir()
+    learner = Learner(config(folder, "dora_cache", loss=LOSS))
+    learner.step(batches()[0])
+    learner.save(tmp_path / "checkpoint")
+    load_and_step(folder, tmp_path / "checkpoint", tmp_path / "one.pt")
+    on_ranks(monkeypatch, load_and_step, folder, tmp_path / "checkpoint", tmp_path / "two.pt")
+    compare(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"))
+
+
+def generate_apart(folder: Path, out: Path) -> None:
+    """Each rank its own prompts, of its own number: nothing here may wait for the other rank."""
+    learner = Learner(config(folder, "dora"))
+    learner.step(batches()[0])
+    engine = TorchEngine(
+        learner.model,
+        device=learner.device,
+        shared=True,
+        max_rows=100,
+        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
+    )
+    engine.load_snapshot(learner.snapshot())
+    count = 1 + 2 * learner.world.rank
+    requests = [SampleRequest((5, 6, 7 + i), 2, i, Sampling(6 + 5 * learner.world.rank)) for i in range(count)]
+    tokens = [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
+    torch.save((requests, tokens), f"{out}.{learner.world.rank}")
+    learner.step(batches()[1])
+
+
+def test_ranks_generate_their_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_text_model(tmp_path / "model")
+    on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
+    alone = Learner(config(folder, "dora"))
+    alone.step(batches()[0])
+    engine = TorchEngine(alone.model, device=alone.device, shared=True, max_rows=100)
+    engine.load_snapshot(alone.snapshot())
+    for rank in range(RANKS):
+        requests, tokens = torch.load(f"{tmp_path / 'seen'}.{rank}", weights_only=False)
+        assert tokens == [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
+
+
+def test_bins_are_halved_until_every_rank_has_as_many() -> None:
+    lengths = [9, 1, 5, 5, 7]
+    assert spread([[0, 1, 2, 3, 4]], lengths, 1) == [[0, 1, 2, 3, 4]]
+    halves = spread([[0, 1, 2, 3, 4]], lengths, 2)
+    assert sorted(i for half in halves for i in half) == [0, 1, 2, 3, 4]
+    assert {sum(lengths[i] for i in half) for half in halves} == {14, 13}
+    assert len(spread([[0]], lengths, 2)) == 1, "a sequence is never cut"
