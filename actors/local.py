@@ -1,4 +1,4 @@
-"""LocalRollouts: one worker in this process; generation and training take turns."""
+"""LocalRollouts: one worker in this process; generation and training take turns. Under torchrun, one a rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from actors.assemble import PromptCursor, SignalFilter, make_batch, summarize_evaluation, sync_metrics
 from actors.worker import RolloutWorker
 from tora.config import RunConfig
+from tora.peers import Peers
 from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, TrainBatch
 
 
@@ -20,9 +21,13 @@ class LocalRollouts:
         prompt_at: Callable[[int], Prompt],
         eval_prompts: Sequence[Prompt],
         state: dict[str, Any],
+        peers: Peers,
     ) -> None:
-        """`prompt_at` is the prompt stream; `state` what `state()` answered when the run was interrupted."""
-        self._cfg, self._worker, self._eval_prompts = cfg, worker, eval_prompts
+        """`prompt_at` is the prompt stream; `state` what `state()` answered when the run was interrupted.
+
+        Every peer walks the same stream and runs its share of each round; all then hold all groups.
+        """
+        self._cfg, self._worker, self._eval_prompts, self._peers = cfg, worker, eval_prompts, peers
         self._cursor = PromptCursor(prompt_at, state)
         self._filter = SignalFilter(int(cfg.rollout.max_refills * cfg.batch_size))
 
@@ -32,7 +37,8 @@ class LocalRollouts:
         groups: list[Group] = []
         while len(groups) < self._cfg.batch_size:
             prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
-            groups += [g for g in self._worker.run_groups(prompts) if self._filter.keeps(g)]
+            round_ = self._peers.join(self._worker.run_groups(self._peers.share(prompts)))
+            groups += [group for group in round_ if self._filter.keeps(group)]
         generated, drops = self._filter.take()
         return make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
 
@@ -42,7 +48,7 @@ class LocalRollouts:
         return sync_metrics([report], time.perf_counter() - start)
 
     def evaluate(self) -> EvalResult:
-        return summarize_evaluation(self._worker.evaluate(self._eval_prompts))
+        return summarize_evaluation(self._peers.join(self._worker.evaluate(self._peers.share(self._eval_prompts))))
 
     def state(self) -> dict[str, Any]:
         return self._cursor.state(())

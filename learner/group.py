@@ -1,24 +1,81 @@
-"""LearnerGroup: learner ranks in Ray actors, behind the four methods of one `Learner`."""
+"""LearnerGroup: learner ranks in Ray actors, behind the methods of one `Learner`."""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from learner.learner import Learner
+from tora.config import RunConfig
+from tora.errors import ToraError
 from tora.types import StepResult, TrainBatch
+
+_PLACEMENT_TIMEOUT_S = 120
+
+
+class LearnerRank(Learner):
+    """A `Learner` that is built once all ranks know where they are. Plain; `LearnerGroup` makes Ray actors of it."""
+
+    def __init__(self) -> None:
+        """Builds nothing; see `boot`."""
+
+    def place(self) -> tuple[str, int, list[str]]:
+        """This node's address, a port that is free on it, and the GPUs that Ray gave this rank."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return ray.util.get_node_ip_address(), port, gpus
+
+    def boot(self, cfg: RunConfig, variables: dict[str, str]) -> None:
+        """`variables`: torchrun's."""
+        os.environ.update(variables)
+        super().__init__(cfg)
 
 
 class LearnerGroup:
     """Blocks on its ranks. `snapshot` answers a reference, not bytes."""
 
-    def __init__(self, ranks: Sequence[Any]) -> None:
-        """`ranks` are Ray actor handles of `Learner`, rank 0 first."""
-        self._ranks = list(ranks)
+    def __init__(self, cfg: RunConfig, num_gpus: float) -> None:
+        """Starts `cfg.learner_ranks` Ray actors with `num_gpus` each and does not wait for their models; calls do.
+
+        Errors: ToraError where the cluster has no room for them.
+        """
+        count = cfg.learner_ranks
+        self._placement = placement_group([{"CPU": 1, "GPU": num_gpus}] * count, strategy="PACK")
+        try:
+            ray.get(self._placement.ready(), timeout=_PLACEMENT_TIMEOUT_S)
+        except GetTimeoutError as error:
+            remove_placement_group(self._placement)
+            raise ToraError(
+                f"the cluster has no room for {count} learner ranks of 1 CPU and {num_gpus:g} GPUs; "
+                f"free are {ray.available_resources()}"
+            ) from error
+        remote = ray.remote(LearnerRank)
+        self._ranks = [
+            remote.options(
+                num_cpus=1,
+                num_gpus=num_gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
+            ).remote()
+            for index in range(count)
+        ]
+        places = ray.get([rank.place.remote() for rank in self._ranks])
+        self._booted = [
+            rank.boot.remote(cfg, variables)
+            for rank, variables in zip(self._ranks, torchrun_variables(places), strict=True)
+        ]
 
     def _all(self, method: str, *args: Any) -> list[Any]:
+        ray.get(self._booted)
         return ray.get([getattr(rank, method).remote(*args) for rank in self._ranks])
 
     def step(self, batch: TrainBatch) -> StepResult:
@@ -26,6 +83,7 @@ class LearnerGroup:
 
     def snapshot(self) -> Any:
         """An ObjectRef that this process owns, so it outlives the learner; its bytes go straight to the workers."""
+        ray.get(self._booted)
         refs = [rank.snapshot.remote() for rank in self._ranks]
         ray.wait(refs, num_returns=len(refs), fetch_local=False)
         return refs[0]
@@ -38,3 +96,28 @@ class LearnerGroup:
 
     def export(self, folder: Path) -> None:
         self._all("export", folder)
+
+
+def torchrun_variables(places: Sequence[tuple[str, int, list[str]]]) -> list[dict[str, str]]:
+    """What torchrun would set for ranks that lie at these addresses, ports and GPUs; rank 0's port is the group's.
+
+    Every rank of a node sees all its ranks' GPUs, so that LOCAL_RANK picks one as it does under torchrun.
+    """
+    address, port, _ = places[0]
+    result = []
+    for rank, (node, _, gpus) in enumerate(places):
+        on_node = [r for r, place in enumerate(places) if place[0] == node]
+        variables = {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(places)),
+            "LOCAL_RANK": str(on_node.index(rank)),
+            "LOCAL_WORLD_SIZE": str(len(on_node)),
+        }
+        if gpus:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(g for r in on_node for g in places[r][2])
+        if address == "127.0.0.1":
+            variables["GLOO_SOCKET_IFNAME"] = "lo"
+        result.append(variables)
+    return result

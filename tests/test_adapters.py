@@ -39,7 +39,8 @@ def model_config(folder: Path, lora_type: str, **changes: Any) -> ModelConfig:
 
 
 def build(cfg: ModelConfig) -> Any:
-    model = load_decoder(Path(cfg.path), dtype=torch.float32, device=torch.device("cpu"))
+    cpu, path = torch.device("cpu"), Path(cfg.path)
+    model = load_decoder(path, dtype=torch.float32, device=cpu, quantize_base=cfg.quantize_base)
     scaling = scaling_of(cfg.lora_rank, cfg.lora_alpha, cfg.use_rslora)
     inject(model, cfg.lora_type, rank=cfg.lora_rank, scaling=scaling, targets=cfg.lora_targets)
     return model
@@ -69,11 +70,16 @@ def loss_of(logits: torch.Tensor) -> torch.Tensor:
 def test_outputs_and_gradients_equal_peft(tmp_path: Path, family: Any, lora_type: str, use_rslora: bool) -> None:
     folder = make_text_model(tmp_path / "base", family)
     cfg = model_config(folder, lora_type, use_rslora=use_rslora)
+    check_against_peft(cfg, folder, tmp_path / "adapter")
+
+
+def check_against_peft(cfg: ModelConfig, base_folder: Path, adapter_folder: Path) -> None:
+    """Outputs and gradients of a policy equal those of PEFT's, over the base in `base_folder`."""
     ours = build(cfg)
     shake(ours)
-    save_peft(peft_tensors(ours), cfg, tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
+    save_peft(peft_tensors(ours), cfg, adapter_folder)
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True)
     sequences = random_sequences(9, 21)
     ours_logits = packed_logits(ours, sequences)
     their_logits = torch.cat([theirs(s[None]).logits[0] for s in sequences])
@@ -92,7 +98,7 @@ def test_outputs_and_gradients_equal_peft(tmp_path: Path, family: Any, lora_type
             expected = their_gradients[f"{module}.{names[name]}"]
             torch.testing.assert_close(getattr(layer, name).grad, expected, atol=1e-6, rtol=1e-3)
             compared += 1
-    assert compared == len(their_gradients) == 2 * 7 * (2 if lora_type == "lora" else 3)
+    assert compared == len(their_gradients) == 2 * 7 * (2 if cfg.lora_type == "lora" else 3)
 
 
 @pytest.mark.parametrize("lora_type", TYPES)

@@ -53,9 +53,13 @@ def check_whole(folder: Path, rows: list[dict[str, Any]]) -> None:
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
 
 
-@pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
-def test_in_one_process(tmp_path: Path, lora_type: str) -> None:
-    overrides = [*HERE, f"model.lora_type={lora_type}", "loss.kl_coeff=0.01", "ppo_epochs=2"]
+@pytest.mark.parametrize(
+    ("lora_type", "quantize_base"),
+    [("full", False), ("lora", False), ("dora", False), ("dora_cache", False), ("dora_cache", True)],
+)
+def test_in_one_process(tmp_path: Path, lora_type: str, quantize_base: bool) -> None:
+    overrides = [*HERE, f"model.lora_type={lora_type}", f"model.quantize_base={quantize_base}"]
+    overrides += ["loss.kl_coeff=0.01", "ppo_epochs=2"]
     if lora_type == "full":
         assert run(load_config("quickstart", [*SHORT, *overrides, f"output_dir={tmp_path / 'run'}"]))
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").num_parameters() > 0
@@ -69,9 +73,11 @@ def test_in_one_process(tmp_path: Path, lora_type: str) -> None:
     assert next(iter(adapted.peft_config.values())).use_dora == (lora_type != "lora")
 
 
-def test_a_resumed_run_repeats_the_unbroken_ones_metrics(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize_base", [False, True])
+def test_a_resumed_run_repeats_the_unbroken_ones_metrics(tmp_path: Path, quantize_base: bool) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     overrides = [*HERE, "model.lora_type=dora_cache", "num_steps=5", "checkpoint.keep=9", "rollout.max_refills=1"]
+    overrides.append(f"model.quantize_base={quantize_base}")
     rows = train(whole, *overrides)
     shutil.copytree(whole, resumed)
     for later in ("step_000004", "step_000005"):
@@ -143,6 +149,16 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
     fresh = [row["mismatch_kl"] for row in steps(rows) if row["staleness/max"] == 0]
     assert fresh and max(fresh) < 1e-9, "vLLM serves the policy that the learner holds"
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_dist", "plasma"))]
+
+
+@pytest.mark.parametrize("base", ["dequantized", "checkpoint"])
+def test_asynchronous_with_vllm_and_a_quantised_base(tmp_path: Path, base: str) -> None:
+    quantized = ["model.quantize_base=true", f"rollout.base={base}", "model.lora_type=dora_cache", "max_staleness=0"]
+    rows = train(tmp_path / "run", *quantized)
+    check_whole(tmp_path / "run", rows)
+    gaps = [row["mismatch_kl"] for row in steps(rows)]
+    assert max(gaps) < 1e-9 if base == "dequantized" else min(gaps) > 1e-4, gaps
+    assert not (tmp_path / "run" / "rollout_base").exists()
 
 
 def test_asynchronous_with_two_workers_and_the_torch_engine(tmp_path: Path) -> None:

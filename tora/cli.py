@@ -7,10 +7,12 @@ wrong; 1: the run failed; both with one sentence on stderr. 130: a signal ended 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tora import torchtune_cli
 from tora.config import RunConfig
@@ -59,7 +61,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     run.add_argument("target", metavar="CONFIG|RECIPE", help=f"a config, or one of {', '.join(_RECIPES)}")
     run.add_argument("--config", help="name in `ls` or path of a YAML file")
-    run.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1, metavar="N", help="learner ranks")
+    run.add_argument("--nproc_per_node", "--nproc-per-node", type=int, metavar="N", help="learner_ranks=N")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="for instance model.lora_type=dora")
     run.set_defaults(command=_run)
 
@@ -115,13 +117,21 @@ def _run(args: argparse.Namespace) -> int:
     recipe = args.target if args.config is not None else None
     if recipe is None and args.target in _RECIPES:
         raise ConfigError(f"The recipe {args.target} needs --config CONFIG; `{_program()} ls` lists them.")
-    cfg = load_config(args.config or args.target, args.overrides)
+    config = args.config or args.target
+    ranks = [] if args.nproc_per_node is None else [f"learner_ranks={args.nproc_per_node}"]
+    cfg = load_config(config, [*args.overrides, *ranks])
     if recipe is not None:
-        _check_recipe(recipe, cfg, args.nproc_per_node)
-    return 0 if _launch(cfg, args.nproc_per_node) else 130
+        _check_recipe(recipe, cfg)
+    for clause in missing_folders(cfg):
+        raise ConfigError(f"{clause}; `{_program()} download` fetches models.")
+    if cfg.learner_ranks > 1 and not cfg.async_rl:
+        _check_ranks(cfg.learner_ranks) if "RANK" in os.environ else _torchrun(config, [*args.overrides, *ranks], cfg)
+    from tora.launch import run
+
+    return 0 if run(cfg) else 130
 
 
-def _check_recipe(recipe: str, cfg: RunConfig, num_ranks: int) -> None:
+def _check_recipe(recipe: str, cfg: RunConfig) -> None:
     """A recipe's name promises what is trained and on how many devices."""
     if recipe not in _RECIPES:
         raise ConfigError(f"There is no recipe {recipe}{nearest(recipe, _RECIPES)}.")
@@ -130,19 +140,24 @@ def _check_recipe(recipe: str, cfg: RunConfig, num_ranks: int) -> None:
         raise ConfigError(f"The recipe {recipe} needs model.lora_type=full, and the config says {lora_type}.")
     if recipe.startswith("lora") and lora_type == "full":
         raise ConfigError(f"The recipe {recipe} needs a model.lora_type other than full.")
-    if recipe.endswith("single_device") and num_ranks > 1:
-        raise ConfigError(f"The recipe {recipe} runs on one device, not on --nproc_per_node={num_ranks}.")
+    if recipe.endswith("single_device") and cfg.learner_ranks > 1:
+        raise ConfigError(f"The recipe {recipe} runs on one device, not on learner_ranks={cfg.learner_ranks}.")
 
 
-def _launch(cfg: RunConfig, num_ranks: int) -> bool:
-    """Whether the run reached its last step; a signal may end it before."""
-    if num_ranks != 1:
-        raise ConfigError(f"--nproc_per_node={num_ranks} must be 1: more learner ranks than one are not supported yet.")
-    for clause in missing_folders(cfg):
-        raise ConfigError(f"{clause}; `{_program()} download` fetches models.")
-    from tora.launch import run
+def _check_ranks(learner_ranks: int) -> None:
+    """Inside torchrun, which somebody started for this very run."""
+    world = os.environ.get("WORLD_SIZE")
+    if world != str(learner_ranks):
+        raise ConfigError(f"learner_ranks={learner_ranks} must be the {world} ranks that torchrun started.")
 
-    return run(cfg)
+
+def _torchrun(config: str, overrides: Sequence[str], cfg: RunConfig) -> NoReturn:
+    """The same command in as many ranks on this machine, in this process's place."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.num_threads or 1))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    ranks = ["--standalone", f"--nproc_per_node={cfg.learner_ranks}"]
+    words = ["-m", "torch.distributed.run", *ranks, "-m", "tora", "run", config, *overrides]
+    os.execv(sys.executable, [sys.executable, *words])
 
 
 def _validate(args: argparse.Namespace) -> int:

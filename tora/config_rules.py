@@ -16,7 +16,7 @@ _BOUNDS = (
     (
         operator.ge,
         1,
-        "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens model.lora_rank "
+        "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks model.lora_rank "
         "rollout.num_workers rollout.concurrency rollout.max_model_len eval.num_prompts eval.every "
         "checkpoint.every checkpoint.keep",
     ),
@@ -53,6 +53,8 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
     if cfg.rollout.base == "checkpoint" and not (cfg.model.quantize_base and cfg.rollout.engine == "vllm"):
         yield "rollout.base=checkpoint needs model.quantize_base=true and rollout.engine=vllm."
+    if cfg.learner_ranks == 1 and cfg.fsdp_cpu_offload:
+        yield "fsdp_cpu_offload=true needs learner_ranks of at least 2."
     longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
     if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
         yield (

@@ -2,66 +2,71 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-import signal
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tora.config import RunConfig
 from tora.config_loader import dump_yaml
 from tora.errors import ConfigError
 from tora.loop import Outcome, train
-from tora.metrics import MetricLog
+from tora.metrics import MetricLog, NoLog
+from tora.peers import Peers
 from tora.protocols import Engine, Learner, Rollouts
+from tora.ray_session import gpus_each, ray_session
 from tora.report import print_summary, reward_curve
 from tora.run_state import Checkpoints, RunState
-from tora.tasks.dataset import PromptStream
-from tora.tasks.text import load_tokenizer, stop_token_ids
-from tora.types import Prompt, Sampling
+from tora.stop import stop_signals
+from tora.tasks.prompts import RunPrompts
 
 
 def run(cfg: RunConfig) -> bool:
     """Train, evaluate, export, report; False when a signal ended it before its last step.
 
-    Errors: ConfigError for what only shows once data and model are opened.
+    Under torchrun every rank runs this; rank 0 alone writes and reports. Errors: ConfigError for what only shows once
+    data and model are opened.
     """
     cfg = with_engine(cfg)
     folder = Path(cfg.output_dir).absolute()
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
-    resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
-    if cfg.resume_from_checkpoint and resume is None:
-        raise ConfigError(f"resume_from_checkpoint=true, but {folder / 'checkpoints'} holds no checkpoint")
-    prompts = _Prompts(cfg)
-    if resume is None:
-        _move_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_yaml(cfg))
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
-    with (_on_ray if cfg.async_rl else _here)(cfg) as site, _stop_signals() as stop_requested:
+    with (_on_ray if cfg.async_rl else _here)(cfg) as site, stop_signals() as stop_requested:
+        peers = site.peers
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=peers.rank == 0)
+        resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
+        if cfg.resume_from_checkpoint and resume is None:
+            raise ConfigError(f"resume_from_checkpoint=true, but {folder / 'checkpoints'} holds no checkpoint")
+        prompts = RunPrompts(cfg)
         learner = site.learner()
         state = Checkpoints.load(resume, learner) if resume else RunState()
+        log = _open(cfg, folder, state) if peers.rank == 0 else NoLog()
         rollouts = site.rollouts(prompts, state)
-        log = MetricLog(cfg, folder, first_step=state.step)
         try:
-            outcome = train(cfg, learner, rollouts, log, checkpoints, state, stop_requested)
+            outcome = train(cfg, learner, rollouts, log, checkpoints, state, lambda: peers.any(stop_requested()))
             learner.export(folder / "adapter")
         finally:
             log.close()
             rollouts.close()
             shutil.rmtree(folder / _ROLLOUT_BASE, ignore_errors=True)
-    curve = folder / "reward_curve.png"
-    reward_curve(folder / "metrics.jsonl", curve)
-    _report(cfg, outcome, state, folder, curve)
+    if peers.rank == 0:
+        _report(cfg, outcome, state, folder)
     return state.step == cfg.num_steps
+
+
+def _open(cfg: RunConfig, folder: Path, state: RunState) -> MetricLog:
+    """The run's folder; that of an earlier run gets the first free `.1`, `.2`, ... unless it is resumed."""
+    if state.step == 0 and folder.exists() and any(folder.iterdir()):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(cfg))
+    return MetricLog(cfg, folder, first_step=state.step)
 
 
 def with_engine(cfg: RunConfig) -> RunConfig:
@@ -78,40 +83,15 @@ def with_engine(cfg: RunConfig) -> RunConfig:
     return replace(cfg, rollout=replace(cfg.rollout, engine=engine))
 
 
-class _Prompts:
-    """Tokenizer, prompt stream and evaluation set of a run."""
-
-    def __init__(self, cfg: RunConfig) -> None:
-        from tora.components import instantiate
-
-        model = Path(cfg.model.path)
-        self.tokenizer = load_tokenizer(model)
-        self.stop_token_ids = stop_token_ids(model, self.tokenizer)
-        stream = PromptStream(instantiate(cfg.dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed)
-        self.at: Callable[[int], Prompt] = stream.prompt
-        self.held_out: list[Prompt] = []
-        if cfg.eval is not None:
-            held_out = PromptStream(instantiate(cfg.eval.dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed)
-            self.held_out = held_out.sequential(cfg.eval.num_prompts)
-
-
-def _worker_arguments(cfg: RunConfig, prompts: _Prompts) -> dict[str, Any]:
+def _worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """Keyword arguments of `RolloutWorker` that do not depend on where it runs."""
     from tora.tasks.rewarder import build_rewarder
 
-    sampling = Sampling(
-        max_tokens=cfg.max_generated_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        stop_token_ids=prompts.stop_token_ids,
-    )
-    greedy_or_not = cfg.eval.temperature if cfg.eval else 0.0
     return {
         "make_rewarder": partial(build_rewarder, cfg.rewards),
         "tokenizer": prompts.tokenizer,
-        "sampling": sampling,
-        "eval_sampling": Sampling(sampling.max_tokens, greedy_or_not, stop_token_ids=sampling.stop_token_ids),
+        "sampling": prompts.sampling,
+        "eval_sampling": prompts.eval_sampling,
         "group_size": cfg.grpo_samples,
         "seed": cfg.seed,
     }
@@ -149,164 +129,112 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
     )
 
 
-def _make_torch_engine(cfg: RunConfig, learner: Any | None = None) -> Engine:
-    """On the learner's own model where it is in this process, else on a copy of it."""
+def _make_torch_engine(cfg: RunConfig) -> Engine:
+    """On a copy of the learner's model."""
     from learner.model import build_policy, device_of
     from tora.generate import TorchEngine
 
     device = device_of(cfg)
-    model = learner.model if learner is not None else build_policy(cfg, device)
-    max_rows = cfg.rollout.concurrency * cfg.grpo_samples
-    return TorchEngine(model, device=device, shared=learner is not None, max_rows=max_rows)
+    return TorchEngine(build_policy(cfg, device), device=device, shared=False, max_rows=_max_rows(cfg))
+
+
+def _max_rows(cfg: RunConfig) -> int:
+    return cfg.rollout.concurrency * cfg.grpo_samples
 
 
 class _Here:
-    """Everything in this process."""
+    """Everything in this process; under torchrun, in each rank's."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self._cfg = cfg
+        from learner.parallel import World
+
+        world = World.from_environment()
+        self._cfg, self.peers = cfg, Peers(world.rank, world.size)
 
     def learner(self) -> Learner:
-        from learner.learner import Learner as OneRank
+        from learner.learner import Learner as Rank
 
-        self._learner = OneRank(self._cfg)
+        self._learner = Rank(self._cfg)
         return self._learner
 
-    def rollouts(self, prompts: _Prompts, state: RunState) -> Rollouts:
+    def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
         from actors.local import LocalRollouts
         from actors.worker import RolloutWorker
 
         vllm = self._cfg.rollout.engine == "vllm"
         make_engine = partial(_make_vllm_engine, self._cfg) if vllm else self._shared_torch_engine
         worker = RolloutWorker(make_engine, **_worker_arguments(self._cfg, prompts))
-        return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts)
+        return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts, self.peers)
 
     def _shared_torch_engine(self) -> Engine:
-        return _make_torch_engine(self._cfg, self._learner)
+        """On the learner's own model."""
+        from learner.parallel import unsharded
+        from tora.generate import TorchEngine
+
+        return TorchEngine(
+            self._learner.model,
+            device=self._learner.device,
+            shared=True,
+            max_rows=_max_rows(self._cfg),
+            while_generating=partial(
+                unsharded, self._learner.model, reshard_after_forward=self._cfg.fsdp_reshard_after_forward
+            ),
+        )
 
 
 @contextmanager
 def _here(cfg: RunConfig) -> Iterator[_Here]:
-    yield _Here(cfg)
+    from learner.parallel import leave
+
+    try:
+        yield _Here(cfg)
+    finally:
+        leave()
 
 
 class _OnRay:
-    """One learner rank and the rollout workers, each a Ray actor. All are started before any is waited for."""
+    """The learner's ranks and the rollout workers, each a Ray actor. All are started before any is waited for."""
 
     def __init__(self, cfg: RunConfig) -> None:
+        self._cfg, self.peers = cfg, Peers()
+        self._gpus = gpus_each(_num_actors(cfg))
+
+    def learner(self) -> Learner:
+        from learner.group import LearnerGroup
+
+        return LearnerGroup(self._cfg, self._gpus)
+
+    def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
         import ray
 
-        from learner.learner import Learner as OneRank
-
-        self._cfg = cfg
-        self._gpus = _gpus_each(ray.cluster_resources().get("GPU", 0), 1 + cfg.rollout.num_workers)
-        self._rank = ray.remote(OneRank).options(num_cpus=1, num_gpus=self._gpus).remote(cfg)
-        self._workers: list[Any] = []
-
-    def _start_workers(self, prompts: _Prompts) -> None:
-        import ray
-
+        from actors.pool import AsyncRollouts
+        from actors.ray_worker import RayWorker
         from actors.worker import RolloutWorker
 
         make = _make_vllm_engine if self._cfg.rollout.engine == "vllm" else _make_torch_engine
         # one thread for each group in flight, one for evaluation, one for snapshots
         options = {"num_cpus": 1, "num_gpus": self._gpus, "max_concurrency": self._cfg.rollout.concurrency + 2}
-        remote = ray.remote(RolloutWorker).options(**options)
-        arguments = _worker_arguments(self._cfg, prompts)
-        self._workers = [
-            remote.remote(partial(make, self._cfg), **arguments) for _ in range(self._cfg.rollout.num_workers)
+        remote, arguments = ray.remote(RolloutWorker).options(**options), _worker_arguments(self._cfg, prompts)
+        workers = [
+            RayWorker(remote.remote(partial(make, self._cfg), **arguments))
+            for _ in range(self._cfg.rollout.num_workers)
         ]
-
-    def learner(self) -> Learner:
-        from learner.group import LearnerGroup
-
-        return LearnerGroup([self._rank])
-
-    def rollouts(self, prompts: _Prompts, state: RunState) -> Rollouts:
-        from actors.pool import AsyncRollouts
-        from actors.ray_worker import RayWorker
-
-        self._start_workers(prompts)
-        handles = [RayWorker(actor) for actor in self._workers]
-        return AsyncRollouts(self._cfg, handles, prompts.at, prompts.held_out, state.rollouts, version=state.step)
+        return AsyncRollouts(self._cfg, workers, prompts.at, prompts.held_out, state.rollouts, version=state.step)
 
 
-def _gpus_each(total: float, sharers: int) -> float:
-    """A GPU each where there are enough, an equal part where not, none without GPUs."""
-    return 1.0 if total >= sharers else total / sharers
-
-
-_LOCAL_OBJECT_STORE_BYTES = 1 << 30
-_RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then keeps 127.0.0.1 instead of the network card's address
-    "RAY_AUTH_MODE": "disabled",  # a token file would be written to the home folder; nothing listens off loopback
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+def _num_actors(cfg: RunConfig) -> int:
+    return cfg.learner_ranks + cfg.rollout.num_workers
 
 
 @contextmanager
 def _on_ray(cfg: RunConfig) -> Iterator[_OnRay]:
-    """Inside a cluster or a submitted job where one is named by RAY_ADDRESS, else a private one on loopback."""
-    if "RAY_ADDRESS" in os.environ:
-        import ray
-
-        ray.init(log_to_driver=False)
-        try:
-            yield _OnRay(cfg)
-        finally:
-            ray.shutdown()
-        return
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    scratch = tempfile.mkdtemp(prefix="tora-")  # sockets live here, and their paths must be short
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, 1 + cfg.rollout.num_workers),
-        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=scratch,
-        _node_ip_address="127.0.0.1",
-    )
-    try:
+    with ray_session(_num_actors(cfg)):
         yield _OnRay(cfg)
-    finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM end the run after the present step, with a checkpoint; a second one ends it at once."""
-    requested = False
-
-    def request(number: int, frame: FrameType | None) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _move_aside(folder: Path) -> None:
-    """An earlier run's folder gets the first free `.1`, `.2`, ...: a run never mixes with another or deletes it."""
-    if folder.exists() and any(folder.iterdir()):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        folder.rename(aside)
-
-
-def _report(cfg: RunConfig, outcome: Outcome, state: RunState, folder: Path, curve: Path) -> None:
+def _report(cfg: RunConfig, outcome: Outcome, state: RunState, folder: Path) -> None:
+    curve = folder / "reward_curve.png"
+    reward_curve(folder / "metrics.jsonl", curve)
     print_summary(
         name=cfg.name,
         accuracy_before=outcome.before.accuracy if outcome.before else None,

@@ -41,6 +41,18 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
+class NoLog:
+    """For a rank that is not the one that writes."""
+
+    def step(self, step: int, metrics: Metrics) -> None: ...
+
+    def evaluation(self, step: int, result: EvalResult) -> None: ...
+
+    def sample(self, prompt: Prompt, rollout: Rollout) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricLog:
     """Implements `tora.loop.Log`."""
 

@@ -28,16 +28,20 @@ class RunState:
 class Checkpoints:
     """`FOLDER/step_000010`, ...; the newest `keep` of them."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, *, is_writer: bool = True) -> None:
+        """Of several peers, one writes; all must call `save`, which is collective for their learners."""
+        self._folder, self._keep, self._is_writer = folder, keep, is_writer
 
     def newest(self) -> Path | None:
         found = sorted(self._folder.glob("step_??????"))
         return found[-1] if found else None
 
-    def save(self, state: RunState, learner: Learner) -> Path:
+    def save(self, state: RunState, learner: Learner) -> None:
         final = self._folder / f"step_{state.step:06d}"
         aside = self._folder / f".{final.name}"
+        if not self._is_writer:
+            learner.save(aside)
+            return
         shutil.rmtree(aside, ignore_errors=True)  # left by a run that died while writing
         aside.mkdir(parents=True)
         learner.save(aside)
@@ -46,7 +50,6 @@ class Checkpoints:
         aside.rename(final)
         for old in sorted(self._folder.glob("step_??????"))[: -self._keep]:
             shutil.rmtree(old)
-        return final
 
     @staticmethod
     def load(folder: Path, learner: Learner) -> RunState:
