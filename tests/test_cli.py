@@ -107,14 +107,41 @@ def test_run_recipe_as_the_seed_writes_it(launched: list[RunConfig], models: Pat
     assert (launched[0].batch_size, launched[2].num_steps) == (4, 7)
 
 
+RANKS = ["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "qwen3/0.6B_lora_grpo"]
+
+
+def test_several_ranks_start_under_torchrun(
+    launched: list[RunConfig], models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Replaced(Exception):
+        pass
+
+    def execv(path: str, words: list[str]) -> None:
+        raise Replaced(" ".join(words))
+
+    monkeypatch.setattr("os.execv", execv)
+    with pytest.raises(Replaced, match="--nproc_per_node=2 -m tora run qwen3/0.6B_lora_grpo seed=3 learner_ranks=2"):
+        main(["run", *RANKS, "seed=3"])
+    assert main(["run", *RANKS, "async_rl=true"]) == 0, "on Ray the ranks are Ray actors"
+    assert launched[0].learner_ranks == 2
+
+
+def test_a_rank_runs_and_knows_how_many_there_are(
+    launched: list[RunConfig], models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", *RANKS]) == 0
+    assert "must be the 2 ranks" in refusal(capsys, "run", *RANKS, "--nproc_per_node", "3")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["full_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo"], "needs model.lora_type=full"),
         (["lora_grpo_distributed", "--config", "qwen3/0.6B_full_grpo"], "other than full"),
         (["--nproc_per_node", "2", *LORA], "runs on one device"),
-        (["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "qwen3/0.6B_lora_grpo"], "--nproc_per_node=2"),
-        (["--nproc_per_node", "0", "lora_grpo_distributed", "--config", "qwen3/0.6B_lora_grpo"], "--nproc_per_node=0"),
+        (["--nproc_per_node", "0", "lora_grpo_distributed", "--config", "qwen3/0.6B_lora_grpo"], "learner_ranks=0"),
         (["lora_grpo_single_device"], "needs --config"),
         (["lora_grpo_single_devic", "--config", "quickstart"], "the nearest is lora_grpo_single_device"),
         (["quickstart", "seed"], "not of the form key=value"),

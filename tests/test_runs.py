@@ -133,13 +133,26 @@ def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
     assert [row["version"] for row in steps(rows)] == list(range(1, done + 2))
 
 
+def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
+    words = ["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "quickstart", *SHORT, *HERE]
+    command = [sys.executable, "-m", "tora", "run", *words, "model.lora_type=dora", f"output_dir={tmp_path / 'two'}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    two = read(tmp_path / "two")
+    check_whole(tmp_path / "two", two)
+    one = train(tmp_path / "one", *HERE, "model.lora_type=dora")
+    for a, b in zip(steps(one), steps(two), strict=True):
+        for key in ("reward/mean", "loss/total", "learner/grad_norm", "policy/entropy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+
+
 def base_bytes() -> int:
     return os.path.getsize(Path(load_config("quickstart").model.path) / "model.safetensors")
 
 
 @pytest.mark.parametrize(("lora_type", "bound"), [("lora", 1), ("dora_cache", 0)])
 def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> None:
-    rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}")
+    ranks = f"learner_ranks={1 + bound}"
+    rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}", ranks)
     check_whole(tmp_path / "run", rows)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     # a magnitude in the adapter is a gain on the wire: as many numbers
