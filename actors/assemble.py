@@ -76,6 +76,7 @@ def make_batch(
         groups_P,
         normalize_advantages=cfg.normalize_advantages,
         normalization=cfg.loss_normalization,
+        max_generated_tokens=cfg.max_generated_tokens,
         capacity=cfg.micro_batch_tokens,
         num_ranks=cfg.learner_ranks,
     )

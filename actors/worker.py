@@ -61,8 +61,9 @@ class RolloutWorker:
         return [Group(p, self._score(p, c), seconds) for p, c in zip(prompts_P, completions, strict=True)]
 
     def _score(self, prompt: Prompt, completions_G: Sequence[Completion]) -> tuple[Rollout, ...]:
-        texts_G = [self._tokenizer.decode(c.token_ids.tolist(), skip_special_tokens=True) for c in completions_G]
-        parts_G = self._rewarder(prompt, texts_G)
+        ids_G = [c.token_ids.tolist() for c in completions_G]
+        texts_G = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_G]
+        parts_G = self._rewarder(prompt, texts_G, ids_G)
         return tuple(
             Rollout(
                 token_ids=completion.token_ids,

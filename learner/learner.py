@@ -8,21 +8,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from learner.checkpoint import load_training_state, save_training_state
+from learner.compile import compile_layers
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
+from learner.loss.kl import kind_of, sequence_kl
 from learner.model import build_policy, device_of
 from learner.optim import build_optimizer, build_schedule
 from learner.parallel import MAX, SUM, World, join, reduce, shard, share
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
+from tora.batch import penalize
 from tora.components import instantiate
 from tora.config import RunConfig
 from tora.models.attention import PackedAttention
 from tora.models.decoder import Decoder
+from tora.models.load import side_files
 from tora.models.names import parameter_to_hf
 from tora.sharding import gather, whole
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
@@ -45,7 +50,8 @@ class _Tensors:
 
 
 def _to_device(batch: MicroBatch, device: torch.device) -> _Tensors:
-    tensors = {f.name: torch.tensor(getattr(batch, f.name), device=device) for f in fields(MicroBatch)}
+    names = [f.name for f in fields(_Tensors) if f.name != "positions_T"]
+    tensors = {name: torch.tensor(getattr(batch, name), device=device) for name in names}
     positions_T = torch.cat([torch.arange(n, device=device) for n in batch.lengths_B.tolist()])
     return _Tensors(positions_T=positions_T, **tensors)
 
@@ -57,8 +63,8 @@ class Learner:
         self.cfg, self.world, self.version = cfg, World.from_environment(), 0
         self.device = device_of(cfg, self.world.local_rank)
         join(self.world, self.device)
-        self.model = self._build()
         self.loss = instantiate(cfg.loss)
+        self.model = self._build()
         self._parameters = trained_parameters(self.model)
         self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
@@ -66,6 +72,8 @@ class Learner:
 
     def _build(self) -> Decoder:
         model = build_policy(self.cfg, self.device)
+        if self.cfg.compile:
+            compile_layers(model)
         offload, reshard = self.cfg.fsdp_cpu_offload, self.cfg.fsdp_reshard_after_forward
         shard(model, self.world, self.device, reshard_after_forward=reshard, cpu_offload=offload)
         return model
@@ -80,13 +88,8 @@ class Learner:
         """Log-probs and entropies of the response tokens, [N] each."""
 
         def finish(hidden_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return token_logprobs(
-                model.output,
-                hidden_1TD[0].index_select(0, x.response_N),
-                x.targets_N,
-                temperature=temperature,
-                vocab_size=model.tok_embeddings.num_embeddings,
-            )
+            hidden_ND = hidden_1TD[0].index_select(0, x.response_N)
+            return token_logprobs(hidden_ND, model.head, x.targets_N, temperature=temperature)
 
         attend = PackedAttention(x.lengths_B)
         return model(x.tokens_T[None], positions=x.positions_T[None], attend=attend, finish=finish)
@@ -109,12 +112,15 @@ class Learner:
         micro = [_to_device(m, self.device) for m in mine]
         metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
         ref = [self._ref_logprobs(x, batch.temperature) for x in micro]
+        if self.loss.kl_coeff > 0 and self.loss.kl_in == "reward" and micro:
+            micro = self._with_kl_in_reward(batch.micro_batches, micro, ref)
+        total_weight = sum(float(m.weights_N.sum(dtype="float64")) for m in batch.micro_batches)
         proximal: list[torch.Tensor | None] = [None] * len(micro)
         if self.cfg.ppo_epochs > 1:
             with torch.no_grad():
                 proximal = [self._logprobs(self.model, x, batch.temperature)[0] for x in micro]
         for epoch in range(self.cfg.ppo_epochs if micro else 0):
-            update, before = self._update(micro, ref, proximal, batch.temperature)
+            update, before = self._update(micro, ref, proximal, batch.temperature, total_weight)
             if epoch == 0:
                 metrics |= self._mismatch(micro, before)
             metrics |= update
@@ -122,12 +128,31 @@ class Learner:
         self.version += 1
         return StepResult(self.version, metrics)
 
+    def _with_kl_in_reward(
+        self, whole_step: Sequence[MicroBatch], micro: Sequence[_Tensors], ref: Sequence[torch.Tensor | None]
+    ) -> list[_Tensors]:
+        """This rank's share with advantages of r - kl_coeff Σ_t KL_t in place of r's.
+
+        A group may be spread over ranks, so each learns every sequence's KL first.
+        """
+        starts = np.cumsum([0, *(len(m.lengths_B) for m in whole_step)])
+        kl_B, kind = np.zeros(starts[-1]), kind_of(self.loss.kl_type, self.loss.kl_in)
+        mine = range(self.world.rank, len(whole_step), self.world.size)  # `share`, less a copy without weight
+        for i, x, ref_N in zip(mine, micro, ref, strict=False):
+            assert ref_N is not None
+            own_B = sequence_kl(x.actor_logprobs_N, ref_N, x.sequence_N, len(x.lengths_B), kind)
+            kl_B[starts[i] : starts[i + 1]] = own_B.cpu().numpy()
+        kl_B = np.array(list(reduce({str(b): kl for b, kl in enumerate(kl_B)}, SUM, self.device).values()))
+        penalized = penalize(whole_step, self.loss.kl_coeff * kl_B, self.cfg.normalize_advantages)
+        return [_to_device(m, self.device) for m in share(penalized, self.world.rank, self.world.size)]
+
     def _update(
         self,
         micro: Sequence[_Tensors],
         ref: Sequence[torch.Tensor | None],
         proximal: Sequence[torch.Tensor | None],
         temperature: float,
+        total_weight: float,
     ) -> tuple[Metrics, list[torch.Tensor]]:
         """One optimizer update over all micro-batches; answers its metrics and the log-probs from before it."""
         totals: dict[str, torch.Tensor] = {}
@@ -142,10 +167,13 @@ class Learner:
                 ref_logprobs_N=ref_N,
                 advantages_N=x.advantages_N,
                 weights_N=x.weights_N,
+                shares_N=x.weights_N / total_weight,
+                sequence_N=x.sequence_N,
+                num_sequences=len(x.lengths_B),
             )
             loss, parts = self.loss(inputs)
             loss.backward()
-            parts["policy/entropy"] = (x.weights_N * entropy_N).sum()
+            parts["policy/entropy"] = (inputs.shares_N * entropy_N).sum()
             for name, value in parts.items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value
         limit = self.cfg.clip_grad_norm
@@ -209,8 +237,8 @@ class Learner:
         if self.world.rank > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for file in Path(self.cfg.model.path).iterdir():
-            if file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in file.name:
+        for file in side_files(Path(self.cfg.model.path)):
+            if "safetensors" not in file.name:  # the index of weights that come as several files
                 shutil.copy(file, folder)
         tensors = {parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in weights.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

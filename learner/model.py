@@ -11,6 +11,7 @@ from tora.adapters.peft_format import load_peft
 from tora.config import RunConfig
 from tora.models.decoder import Decoder
 from tora.models.load import load_decoder
+from tora.models.quantize import check_shards
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -27,6 +28,7 @@ def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
     model = load_decoder(
         Path(cfg.model.path), dtype=DTYPES[cfg.dtype], device=device, quantize_base=cfg.model.quantize_base
     )
+    check_shards(model, cfg.learner_ranks)
     if cfg.model.lora_type == "full":
         return model.requires_grad_(True)
     scaling = scaling_of(cfg.model.lora_rank, cfg.model.lora_alpha, cfg.model.use_rslora)

@@ -1,15 +1,26 @@
 """Groups to packed micro-batches."""
 
+import math
+
 import numpy as np
 import pytest
 from fakes import make_group, make_prompt
 
-from tora.batch import bins, micro_batches, token_weights
+from tora.advantage import advantages_by_group, group_advantages
+from tora.batch import bins, micro_batches, penalize, token_weights
+
+
+def test_advantages_by_hand() -> None:
+    np.testing.assert_allclose(group_advantages([1, 0, 0, 1], normalize=False), [0.5, -0.5, -0.5, 0.5])
+    std = math.sqrt(4 * 0.25 / 3)
+    np.testing.assert_allclose(group_advantages([1, 0, 0, 1], normalize=True), np.array([0.5, -0.5, -0.5, 0.5]) / std)
+    assert not group_advantages([0.1] * 7, normalize=True).any(), "equal rewards have no advantage, not one of 1e8"
 
 
 def make(capacity: int = 1000, normalization="token", groups=None):
     groups = groups or [make_group(make_prompt(i, length=3 + i), [0.0, 1.0, i / 2]) for i in range(3)]
-    return groups, micro_batches(groups, normalize_advantages=False, normalization=normalization, capacity=capacity)
+    settings = {"normalize_advantages": False, "normalization": normalization, "max_generated_tokens": 20}
+    return groups, micro_batches(groups, capacity=capacity, **settings)
 
 
 def test_every_response_token_is_predicted_by_the_position_before_it() -> None:
@@ -45,8 +56,56 @@ def test_weights_sum_to_one_however_it_is_cut(normalization, capacity) -> None:
 
 
 def test_token_weights_by_hand() -> None:
-    assert token_weights([2, 6], "token") == [1 / 8, 1 / 8]
-    assert token_weights([2, 6], "sequence") == [1 / 4, 1 / 12]
+    assert token_weights([2, 6], "token", 10) == [1 / 8, 1 / 8]
+    assert token_weights([2, 6], "sequence", 10) == [1 / 4, 1 / 12]
+    assert token_weights([2, 6], "constant", 10) == [1 / 20, 1 / 20]
+
+
+def test_constant_weights_do_not_depend_on_the_lengths() -> None:
+    _, micro = make(30, "constant")
+    assert all((x.weights_N == np.float32(1 / (9 * 20))).all() for x in micro)
+
+
+def test_sequences_know_their_reward_and_group_however_it_is_cut() -> None:
+    groups, micro = make(30)
+    assert len(micro) > 1
+    found = sorted((g, r) for x in micro for g, r in zip(x.groups_B, x.rewards_B, strict=True))
+    assert found == sorted((i, r.reward) for i, group in enumerate(groups) for r in group.rollouts)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_advantages_by_group_take_groups_apart(normalize) -> None:
+    rewards, groups = np.array([1.0, 5.0, 0.0, 5.0, 0.5, 3.0]), np.array([7, 2, 7, 2, 7, 2])
+    advantages = advantages_by_group(rewards, groups, normalize)
+    for group in (2, 7):
+        np.testing.assert_array_equal(
+            advantages[groups == group], group_advantages(rewards[groups == group], normalize)
+        )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("capacity", [12, 30, 1000])
+def test_a_penalty_comes_off_the_reward_before_the_advantages(capacity, normalize) -> None:
+    settings = {"normalize_advantages": normalize, "normalization": "token", "max_generated_tokens": 20}
+    groups = make()[0]
+    micro = micro_batches(groups, capacity=capacity, **settings)
+    count = sum(len(x.lengths_B) for x in micro)
+    for before, after in zip(micro, penalize(micro, np.zeros(count), normalize), strict=True):
+        np.testing.assert_array_equal(before.advantages_N, after.advantages_N, strict=True)
+
+    penalties = np.random.default_rng(0).random(count)
+    after = penalize(micro, penalties, normalize)
+    members: dict[int, list[tuple[float, float]]] = {}
+    places = [(x, b) for x in after for b in range(len(x.lengths_B))]
+    for (x, b), penalty in zip(places, penalties, strict=True):
+        advantage = float(x.advantages_N[x.sequence_N == b][0])
+        members.setdefault(int(x.groups_B[b]), []).append((float(x.rewards_B[b]) - penalty, advantage))
+    for pairs in members.values():
+        mean = sum(r for r, _ in pairs) / len(pairs)
+        variance = sum((r - mean) ** 2 for r, _ in pairs) / (len(pairs) - 1)
+        for reward, advantage in pairs:
+            expected = (reward - mean) / (variance**0.5 if normalize else 1)
+            assert advantage == pytest.approx(expected, rel=1e-6)
 
 
 def test_groups_without_signal_carry_no_tokens() -> None:

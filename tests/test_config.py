@@ -55,7 +55,7 @@ def test_overrides() -> None:
     cfg = load_config("quickstart", overrides)
     assert cfg.model.lora_type == "dora" and cfg.clip_grad_norm is None
     assert cfg.model.lora_targets == ["q_proj", "v_proj"]
-    assert cfg.optimizer["betas"] == [0.8, 0.9] and cfg.optimizer["lr"] == 3e-4
+    assert cfg.optimizer["betas"] == [0.8, 0.9] and cfg.optimizer["lr"] == 6e-4
     assert cfg.rewards[0]["weight"] == 2 and cfg.output_dir == "outputs/mine"
     assert isinstance(cfg.eval and cfg.eval.temperature, float) and isinstance(cfg.rollout.kv_cache_gib, float)
     assert load_config("quickstart", ["eval=null"]).eval is None
@@ -84,6 +84,41 @@ def test_extends_merges_in_order_and_beside_the_file_first(tmp_path: Path) -> No
     cfg = load_config(path, ["num_steps=5"])
     assert (cfg.seed, cfg.num_steps, cfg.model.lora_rank, cfg.model.path) == (7, 5, 2, "here")
     assert cfg.model.lora_alpha == 32 and cfg.optimizer["lr"] == 1e-3 and cfg.optimizer["betas"] == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(
+    ("overlay", "loss", "normalization", "normalizes"),
+    [
+        ("dr_grpo", "DrGRPOLoss", "constant", False),
+        ("dapo", "DAPOLoss", "token", True),
+        ("gspo", "GSPOLoss", "sequence", True),
+        ("cispo", "CISPOLoss", "token", True),
+    ],
+)
+def test_a_loss_comes_with_what_belongs_to_it(
+    tmp_path: Path, overlay: str, loss: str, normalization: str, normalizes: bool
+) -> None:
+    text = f"extends: [base/grpo.yaml, base/lora.yaml, base/{overlay}.yaml]\nname: mine\nmodel: {{path: here}}\n"
+    path = write(tmp_path / "mine.yaml", text)
+    cfg = load_config(path, ["max_generated_tokens=1000"])
+    assert cfg.loss["_component_"] == f"learner.loss.{loss}"
+    assert (cfg.loss_normalization, cfg.normalize_advantages) == (normalization, normalizes)
+    assert type(instantiate(cfg.loss)).__name__ == loss
+    if overlay == "dapo":
+        assert [r["_component_"].rpartition(".")[2] for r in cfg.rewards] == ["math_answer", "overlong"]
+        assert (cfg.rewards[1]["max_tokens"], cfg.rewards[1]["buffer"]) == (1000, 128)
+    other = {"constant": "token", "token": "sequence", "sequence": "constant"}[normalization]
+    assert f'loss_normalization="{other}" must be "{normalization}"' in refusal(path, f"loss_normalization={other}")
+
+
+def test_losses_are_found_by_either_path() -> None:
+    for path in ("learner.loss.GRPOLoss", "learner.loss.grpo.GRPOLoss"):
+        cfg = load_config("quickstart", [f"loss._component_={path}", "loss.kl_in=reward", "loss.kl_coeff=0.1"])
+        assert instantiate(cfg.loss).kl_in == "reward"
+        assert "kl_coef=1" in refusal("quickstart", f"loss._component_={path}", "loss.kl_coef=1")
+    assert "learner.loss.dr_grpo.DrGRPOLoss" in refusal(
+        "quickstart", "loss._component_=learner.loss.dr_grpo.DrGRPOLoss"
+    )
 
 
 def test_extends_that_cannot_be_followed(tmp_path: Path) -> None:

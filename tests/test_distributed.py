@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from test_learner import SETTINGS as ONE_RANK
 from test_learner import config, make_batch, make_groups
 from tiny import make_text_model
 
@@ -23,7 +24,7 @@ from tora.types import SampleRequest, Sampling, TrainBatch
 RANKS = 2
 TYPES = ("full", "lora", "dora", "dora_cache")
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
-SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token", "num_ranks": RANKS}
+SETTINGS: dict[str, Any] = {**ONE_RANK, "num_ranks": RANKS}
 
 
 def free_port() -> int:
@@ -60,7 +61,7 @@ def batches() -> list[TrainBatch]:
 
 
 def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, Any]) -> None:
-    learner = Learner(config(folder, lora_type, loss=LOSS, **changes))
+    learner = Learner(config(folder, lora_type, **{"loss": LOSS, **changes}))
     results = [learner.step(batch) for batch in batches()]
     snapshot = learner.snapshot()
     if learner.world.rank == 0:
@@ -82,13 +83,18 @@ def compare(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float 
         *((t, {}) for t in TYPES),
         ("lora", {"ppo_epochs": 2, "fsdp_reshard_after_forward": False}),
         ("dora_cache", {"fsdp_cpu_offload": True}),
+        ("dora_cache", {"compile": True}),
+        ("dora", {"loss": {**LOSS, "kl_in": "reward"}}),
+        ("lora", {"quantize_base": True}),
+        ("dora_cache", {"quantize_base": True}),
     ],
 )
 def test_two_ranks_train_like_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_type: str, changes: dict[str, Any]
 ) -> None:
     folder = make_text_model(tmp_path / "model", "qwen2")
-    train_and_save(folder, tmp_path / "one", lora_type, {k: v for k, v in changes.items() if k == "ppo_epochs"})
+    alone = {key: value for key, value in changes.items() if key in ("loss", "ppo_epochs", "quantize_base")}
+    train_and_save(folder, tmp_path / "one", lora_type, alone)
     on_ranks(monkeypatch, train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
     one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
@@ -101,7 +107,7 @@ def test_two_ranks_train_like_one(
         compare(load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file))
     compare(*(load_file(tmp_path / n / "optimizer.safetensors") for n in ("one", "two")), atol=1e-4)
 
-    resumed = Learner(config(folder, lora_type, loss=LOSS))
+    resumed = Learner(config(folder, lora_type, **{"loss": LOSS, **alone}))
     resumed.load(tmp_path / "two")  # written by two, read by one
     compare(unpack(resumed.snapshot()), two["snapshot"], atol=1e-6)
 

@@ -23,15 +23,15 @@ from tora.batch import micro_batches
 from tora.config import ModelConfig, RunConfig
 from tora.types import Group, Rollout, TrainBatch
 
-SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token"}
+SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token", "max_generated_tokens": 20}
 
 
-def config(folder: Path, lora_type: str = "lora", **changes: Any) -> RunConfig:
+def config(folder: Path, lora_type: str = "lora", *, quantize_base: bool = False, **changes: Any) -> RunConfig:
     return RunConfig(
         name="test",
         dtype="fp32",
         num_steps=10,
-        model=ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=4),
+        model=ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=4, quantize_base=quantize_base),
         dataset={},
         rewards=[],
         optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-3},
@@ -52,8 +52,8 @@ def make_groups(count: int = 3, seed: int = 0, version: int = 0) -> list[Group]:
     return [Group(make_prompt(i, length=4 + i), tuple(rollout() for _ in range(4))) for i in range(count)]
 
 
-def make_batch(groups: list[Group], capacity: int = 10_000, temperature: float = 1.0) -> TrainBatch:
-    return TrainBatch(micro_batches(groups, capacity=capacity, **SETTINGS), temperature)
+def make_batch(groups: list[Group], capacity: int = 10_000, temperature: float = 1.0, **changes: Any) -> TrainBatch:
+    return TrainBatch(micro_batches(groups, capacity=capacity, **{**SETTINGS, **changes}), temperature)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,71 @@ def test_kl_is_to_the_adapter_off_base_and_zero_at_the_start(folder: Path) -> No
     assert learner.step(batch).metrics["kl/mean"] == pytest.approx(total / tokens, rel=1e-3)
 
 
+def spy_on(learner: Learner) -> list[LossInputs]:
+    """What the learner's loss is called with from now on."""
+    seen: list[LossInputs] = []
+    loss = learner.loss
+
+    class Spy:
+        kl_coeff, kl_type, kl_in = loss.kl_coeff, loss.kl_type, loss.kl_in
+
+        def __call__(self, inputs: LossInputs) -> Any:
+            seen.append(inputs)
+            return loss(inputs)
+
+    learner.loss = Spy()
+    return seen
+
+
+@pytest.mark.parametrize("capacity", [10_000, 40])
+def test_kl_in_the_reward_moves_the_advantages_and_adds_no_loss(folder: Path, capacity: int) -> None:
+    loss = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.1, "kl_in": "reward"}
+    learner = Learner(config(folder, "dora", loss=loss))
+    shake(learner.model)
+    seen = spy_on(learner)
+    batch = make_batch(make_groups(), capacity)
+    metrics = learner.step(batch).metrics
+    assert metrics["loss/total"] == metrics["loss/policy"]
+    assert metrics["kl/mean"] != pytest.approx(0, abs=1e-3)
+    members: dict[int, list[tuple[float, float]]] = {}
+    for x, m in zip(seen, batch.micro_batches, strict=True):
+        assert x.ref_logprobs_N is not None
+        for b, (group, reward) in enumerate(zip(m.groups_B, m.rewards_B, strict=True)):
+            mine = x.sequence_N == b
+            kl = (x.actor_logprobs_N[mine].double() - x.ref_logprobs_N[mine].double()).sum().item()
+            members.setdefault(int(group), []).append((reward - 0.1 * kl, x.advantages_N[mine][0].item()))
+    for pairs in members.values():
+        rewards = np.array([reward for reward, _ in pairs])
+        expected = (rewards - rewards.mean()) / rewards.std(ddof=1)
+        np.testing.assert_allclose([advantage for _, advantage in pairs], expected, rtol=1e-5)
+
+
+LOSSES = {
+    "GRPOLoss": {},
+    "DrGRPOLoss": {"normalization": "constant", "normalize_advantages": False},
+    "DAPOLoss": {},
+    "GSPOLoss": {"normalization": "sequence"},
+    "CISPOLoss": {},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("correction", ["none", "token_tis", "token_mask", "sequence_mask"])
+def test_every_loss_trains(folder: Path, name: str, correction: str) -> None:
+    """Wide bounds keep something to learn from: the actor's log-probs are made up, and a mask may take them all."""
+    loss: dict[str, Any] = {"_component_": f"learner.loss.{name}", "importance_correction": correction}
+    if correction.endswith("mask"):
+        loss |= {"importance_low": 0.01, "importance_high": 100.0}
+    learner = Learner(config(folder, "dora_cache", loss=loss, ppo_epochs=2))
+    before, batch = weights(learner), make_batch(make_groups(), 60, **LOSSES[name])
+    results = [learner.step(batch) for _ in range(2)]
+    for result in results:
+        assert all(np.isfinite(value) for value in result.metrics.values())
+        assert 0 <= result.metrics["importance/cut_share"] <= 1 and 0 <= result.metrics["loss/clip_share"] <= 1
+        assert 3 < result.metrics["policy/entropy"] < 6, "a mean over tokens, whatever the weights sum to"
+    assert all(not torch.equal(before[key], tensor) for key, tensor in weights(learner).items())
+
+
 def test_full_weights_keep_a_frozen_reference(folder: Path) -> None:
     loss = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.1}
     learner = Learner(config(folder, "full", loss=loss))
@@ -147,16 +212,8 @@ def test_full_weights_keep_a_frozen_reference(folder: Path) -> None:
 
 
 def test_several_epochs_clip_around_the_policy_before_the_step(folder: Path) -> None:
-    seen: list[LossInputs] = []
     learner = Learner(config(folder, ppo_epochs=3))
-    loss = learner.loss
-
-    def spy(inputs: LossInputs) -> Any:
-        seen.append(inputs)
-        return loss(inputs)
-
-    spy.kl_coeff = 0.0  # type: ignore[attr-defined]
-    learner.loss = spy
+    seen = spy_on(learner)
     shake(learner.model)
     start = copy.deepcopy(learner.model)
     result = learner.step(make_batch(make_groups()))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_adapters import RANK, TYPES, build, check_against_peft, model_config, shake
+from test_learner import config
 from test_models import packed_logits, random_sequences
 from tiny import LINEARS, make_text_model
 from torch import nn
@@ -20,6 +21,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from transformers import AutoModelForCausalLM
 
 import tora.models.load
+from learner.model import build_policy
 from tora.adapters.dora import DoRALinear
 from tora.adapters.inject import LAYERS, adapter_layers, load_wire, snapshot
 from tora.adapters.snapshot import unpack
@@ -102,6 +104,14 @@ def test_a_weight_that_cannot_be_nf4_is_named() -> None:
             ConfigError, match=r"model.quantize_base=true: model\.x\.weight has shape .* multiple of 64"
         ):
             quantize(torch.zeros(shape), "model.x.weight")
+
+
+def test_ranks_that_cannot_share_are_refused(tmp_path: Path) -> None:
+    folder = make_text_model(tmp_path)
+    for ranks in (1, 2, 4, 8):
+        build_policy(config(folder, quantize_base=True, learner_ranks=ranks), CPU)
+    with pytest.raises(ConfigError, match=r"learner_ranks=3 cannot share layers\.0\.attn\.q_proj\.weight.* 128 x 128"):
+        build_policy(config(folder, quantize_base=True, learner_ranks=3), CPU)
 
 
 def test_config_refuses() -> None:

@@ -28,6 +28,11 @@ def rewarder(function, name: str = "mine", weight: float = 1.0) -> FunctionRewar
     return FunctionRewarder(((name, function, weight),))
 
 
+def score(scorer: FunctionRewarder, prompt: Prompt, texts: list[str]) -> list[dict[str, float]]:
+    """With a token for each character."""
+    return scorer(prompt, texts, [[ord(c) for c in text] for text in texts])
+
+
 # functions
 
 
@@ -109,6 +114,16 @@ def test_length_falls_from_target_to_limit():
         rewards.length(["q"], ["x"], target=10, limit=5)
 
 
+def test_overlong_is_dapos_equation_13():
+    lengths = [0, 12, 13, 14, 16, 17]
+    ids = [list(range(n)) for n in lengths]
+    scores = rewards.overlong(["q"] * 6, [""] * 6, ids, max_tokens=16, buffer=4)
+    assert scores == [0, 0, -0.25, -0.5, -1, -1]
+    for bounds in ({"max_tokens": 4, "buffer": 5}, {"max_tokens": 4, "buffer": 0}):
+        with pytest.raises(ValueError, match="0 < buffer <= max_tokens"):
+            rewards.overlong(["q"], [""], [[]], **bounds)
+
+
 # the rewarder
 
 
@@ -119,7 +134,7 @@ def test_called_once_a_group_as_trl_calls():
         calls.append((prompts, completions, answer, level, columns))
         return [1.0, 0]
 
-    assert rewarder(mine)(TEXT, ["a", "b"]) == [{"mine": 1.0}, {"mine": 0.0}]
+    assert score(rewarder(mine), TEXT, ["a", "b"]) == [{"mine": 1.0}, {"mine": 0.0}]
     assert calls == [(["1 + 1 ="] * 2, ["a", "b"], ["2"] * 2, [3] * 2, {})]
 
 
@@ -129,18 +144,29 @@ def test_chat_prompts_get_chat_completions():
         assert completions == [[{"role": "assistant", "content": "<answer>2</answer>"}]]
         return [0.5]
 
-    assert rewarder(mine)(CHAT, ["<answer>2</answer>"]) == [{"mine": 0.5}]
+    assert score(rewarder(mine), CHAT, ["<answer>2</answer>"]) == [{"mine": 0.5}]
     for name in ("answer_tag", "math_answer", "format"):
-        assert build_rewarder([{"_component_": f"{R}.{name}"}])(CHAT, ["<answer>2</answer>"]) == [{name: 1.0}]
+        assert score(build_rewarder([{"_component_": f"{R}.{name}"}]), CHAT, ["<answer>2</answer>"]) == [{name: 1.0}]
+
+
+def test_token_ids_go_to_functions_that_name_them():
+    def counts(completion_ids, **columns):
+        return [len(ids) for ids in completion_ids]
+
+    assert score(rewarder(counts), TEXT, ["a", "bcd"]) == [{"mine": 1.0}, {"mine": 3.0}]
+    built = build_rewarder([{"_component_": f"{R}.overlong", "max_tokens": 4, "buffer": 2}])
+    assert score(built, CHAT, ["ab", "abc", "abcd"]) == [{"overlong": 0.0}, {"overlong": -0.5}, {"overlong": -1.0}]
+    with pytest.raises(ConfigError, match="no argument 'completion_ids'"):
+        build_rewarder([{"_component_": f"{R}.overlong", "max_tokens": 4, "buffer": 2, "completion_ids": []}])
 
 
 @pytest.mark.parametrize("scores", [np.array([1, 0.5]), torch.tensor([1, 0.5]), (1, 0.5), [torch.tensor(1.0), 0.5]])
 def test_arrays_and_tensors_are_scores(scores):
-    assert rewarder(lambda **_: scores)(TEXT, ["a", "b"]) == [{"mine": 1.0}, {"mine": 0.5}]
+    assert score(rewarder(lambda **_: scores), TEXT, ["a", "b"]) == [{"mine": 1.0}, {"mine": 0.5}]
 
 
 def test_none_counts_as_zero():
-    assert rewarder(lambda **_: [None, 1])(TEXT, ["a", "b"]) == [{"mine": 0.0}, {"mine": 1.0}]
+    assert score(rewarder(lambda **_: [None, 1]), TEXT, ["a", "b"]) == [{"mine": 0.0}, {"mine": 1.0}]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +182,7 @@ def test_none_counts_as_zero():
 )
 def test_a_bad_result_names_the_function(result, reason: str):
     with pytest.raises(RolloutError, match=f"reward mine {reason}"):
-        rewarder(lambda **_: result)(TEXT, ["a", "b"])
+        score(rewarder(lambda **_: result), TEXT, ["a", "b"])
 
 
 def test_an_exception_names_the_function():
@@ -164,9 +190,9 @@ def test_an_exception_names_the_function():
         raise AssertionError
 
     with pytest.raises(RolloutError, match=r"reward mine raised TypeError: .*solution"):
-        rewarder(mine)(TEXT, ["a"])
+        score(rewarder(mine), TEXT, ["a"])
     with pytest.raises(RolloutError, match="reward mine raised ZeroDivisionError"):
-        rewarder(lambda **_: 1 / 0)(TEXT, ["a"])
+        score(rewarder(lambda **_: 1 / 0), TEXT, ["a"])
 
 
 def test_build_binds_arguments_weighs_and_keeps_the_order():
@@ -177,7 +203,7 @@ def test_build_binds_arguments_weighs_and_keeps_the_order():
             {"_component_": f"{R}.length", "target": 5, "weight": -1, "name": "terse"},
         ]
     )
-    parts = built(TEXT, ["<answer>2</answer>"])[0]
+    parts = score(built, TEXT, ["<answer>2</answer>"])[0]
     assert list(parts.items()) == [("answer_tag", 1.0), ("length", 1.0), ("terse", 0.0)]
     assert built.total(parts) == pytest.approx(1.1)
 
@@ -185,7 +211,7 @@ def test_build_binds_arguments_weighs_and_keeps_the_order():
 def test_a_bound_argument_hides_the_column_of_its_name():
     built = build_rewarder([{"_component_": f"{R}.length", "target": 4}])
     prompt = Prompt(0, (1,), "q", {"target": "a column"})
-    assert built(prompt, ["xxxxxx"]) == [{"length": 0.5}]
+    assert score(built, prompt, ["xxxxxx"]) == [{"length": 0.5}]
 
 
 def test_a_users_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -193,7 +219,7 @@ def test_a_users_module_in_the_working_directory(tmp_path: Path, monkeypatch: py
         "def short(completions, **kw): return [len(c) for c in completions]"
     )
     monkeypatch.chdir(tmp_path)
-    assert build_rewarder([{"_component_": "my_rewards_of_test.short"}])(TEXT, ["abc"]) == [{"short": 3.0}]
+    assert score(build_rewarder([{"_component_": "my_rewards_of_test.short"}]), TEXT, ["abc"]) == [{"short": 3.0}]
 
 
 @pytest.mark.parametrize(
@@ -216,4 +242,4 @@ def test_build_refuses(components: list[dict], reason: str):
 def test_a_rewarder_travels(library):
     built = build_rewarder([{"_component_": f"{R}.length", "target": 5}, {"_component_": f"{R}.math_answer"}])
     travelled = pickle.loads(library.dumps(built))
-    assert travelled(TEXT, [r"\boxed{2}"]) == built(TEXT, [r"\boxed{2}"])
+    assert score(travelled, TEXT, [r"\boxed{2}"]) == score(built, TEXT, [r"\boxed{2}"])

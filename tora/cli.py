@@ -79,6 +79,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     cp.add_argument("--make-parents", action="store_true", help="make the folders that are missing")
     cp.set_defaults(command=_cp)
 
+    _add_bench(commands.add_parser("bench", help="measure speed and memory on random weights", allow_abbrev=False))
+
     commands.add_parser("download", help="download a model (torchtune's command)")
     commands.add_parser("cat", help="print a torchtune config (torchtune's command)")
 
@@ -89,6 +91,35 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides += rest
     return args
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument(
+        "what", choices=("learner", "rollout", "sync", "table"), help="rollout and table also generate; sync needs vLLM"
+    )
+    bench.add_argument("--config", help="a config whose model's shapes to take, or tiny or small")
+    bench.add_argument("--json", metavar="FILE", help="write the rows there")
+    bench.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    bench.add_argument("--rank", type=int, default=8)
+    bench.add_argument("--compile", choices=("both", "yes", "no"), default="both")
+    bench.add_argument("--only", metavar="NAME,...", help="of full, lora, dora, dora_cache, qlora, qdora, qdora_cache")
+    bench.add_argument("--together", action="store_true", help="on a GPU: all models in memory, measured in turn")
+    bench.add_argument("--threads", type=int, help="of the CPU")
+    for name, of in {
+        "tokens": "packed tokens a step",
+        "sequence": "tokens of a prompt and its completion",
+        "rows": "rollouts decoded at once",
+        "new-tokens": "tokens decoded",
+        "rounds": "rounds measured",
+    }.items():
+        bench.add_argument(f"--{name}", type=int, help=of)
+    bench.set_defaults(command=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from tora.bench.command import run
+
+    return run(args)
 
 
 def _is_torchtunes(argv: Sequence[str]) -> bool:

@@ -149,8 +149,10 @@ def _find(path: str, key: str) -> _Definition:
     bound = _bindings(file)
     if names[0] not in bound:
         prefix = path.removesuffix(".".join(names))
-        options = [prefix + name for name, found in bound.items() if isinstance(found, ast.AST) and name[0] != "_"]
-        if file.name == "__init__.py":
+        is_package = file.name == "__init__.py"
+        theirs = (ast.AST, str) if is_package else ast.AST  # what a package imports of ours, it exports
+        options = [prefix + name for name, found in bound.items() if isinstance(found, theirs) and name[0] != "_"]
+        if is_package:
             modules = (p.stem for p in file.parent.glob("*.py") if p.stem != "__init__")
             options += [".".join([prefix + module, *names[1:]]) for module in modules]
         raise ConfigError(f"{key}={show(path)} does not exist{nearest(path, options)}.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Component = dict[str, Any]
+LossNormalization = Literal["token", "sequence", "constant"]
 
 
 @dataclass(kw_only=True)
@@ -92,6 +93,9 @@ class RunConfig:
     fsdp_cpu_offload: bool = False
     """With several ranks: keep weights, gradients and optimizer state in the CPU's memory."""
 
+    compile: bool = False
+    """torch.compile the learner's layers; the first steps take minutes longer."""
+
     async_rl: bool = False
     """Rollout workers and the learner as Ray actors, instead of everything in this process."""
     max_staleness: int = 1
@@ -117,8 +121,9 @@ class RunConfig:
     """Packed tokens a forward-backward; a longer sequence stands alone."""
     normalize_advantages: bool = True
     """Divide the group's centred rewards by their standard deviation."""
-    loss_normalization: Literal["token", "sequence"] = "token"
-    """`token`: mean over response tokens; `sequence`: mean over sequences of their token means."""
+    loss_normalization: LossNormalization = "token"
+    """`token`: mean over response tokens; `sequence`: mean over sequences of their token means; `constant`: mean over
+    sequences of their token sums, over `max_generated_tokens`."""
     clip_grad_norm: float | None = 1.0
 
     model: ModelConfig

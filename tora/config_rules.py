@@ -16,9 +16,9 @@ _BOUNDS = (
     (
         operator.ge,
         1,
-        "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks model.lora_rank "
-        "rollout.num_workers rollout.concurrency rollout.max_model_len eval.num_prompts eval.every "
-        "checkpoint.every checkpoint.keep",
+        "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks "
+        "model.lora_rank rollout.num_workers rollout.concurrency rollout.max_model_len eval.num_prompts "
+        "eval.every checkpoint.every checkpoint.keep",
     ),
     (operator.ge, 2, "grpo_samples"),
     (operator.ge, 0, "seed num_threads max_staleness top_k eval.temperature rollout.max_refills"),
@@ -29,6 +29,13 @@ _BOUNDS = (
     ),
     (operator.le, 1, "top_p rollout.gpu_memory_utilization"),
 )
+_LOSS_NEEDS = {
+    "DrGRPOLoss": {"loss_normalization": "constant", "normalize_advantages": False},
+    "DAPOLoss": {"loss_normalization": "token"},
+    "GSPOLoss": {"loss_normalization": "sequence"},
+    "CISPOLoss": {"loss_normalization": "token"},
+}
+"""What the papers' objectives consist of beside what our losses compute; `configs/base/` has a file for each."""
 _NO_ADAPTER = ("lm_head", "embed_tokens")
 """Shared with the embedding in a tied model, and outside what the rollout engine adapts."""
 
@@ -84,6 +91,11 @@ def _broken_components(cfg: RunConfig) -> Iterator[str]:
     lr = cfg.optimizer.get("lr")
     if not _is_number(lr) or not lr > 0:
         yield f"optimizer.lr={show(lr)} must be a number greater than 0."
+    path = str(cfg.loss.get("_component_"))
+    needs = _LOSS_NEEDS.get(path.rpartition(".")[2], {}) if path.startswith("learner.loss.") else {}
+    for key, needed in needs.items():
+        if getattr(cfg, key) != needed:
+            yield f"{key}={show(getattr(cfg, key))} must be {show(needed)} with loss._component_={path}."
     if not cfg.rewards:
         yield "rewards=[] must name at least one reward."
     weights = [reward.get("weight", 1.0) for reward in cfg.rewards]

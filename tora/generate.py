@@ -68,7 +68,8 @@ class TorchEngine:
         if self._version is None:
             raise RolloutError("the engine was asked to generate before it was given a snapshot")
         result: list[list[Completion]] = []
-        with self._while_generating():
+        # a cache grows with every token: compiled layers would be compiled again and again
+        with self._while_generating(), torch.compiler.set_stance("force_eager"):
             for part in _parts(requests, self._max_rows):
                 result += self._generate_at_once(part)
         return result

@@ -44,6 +44,7 @@ def run(cfg: RunConfig) -> bool:
         learner = site.learner()
         state = Checkpoints.load(resume, learner) if resume else RunState()
         log = _open(cfg, folder, state) if peers.rank == 0 else NoLog()
+        peers.any(False)  # nobody writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
         try:
             outcome = train(cfg, learner, rollouts, log, checkpoints, state, lambda: peers.any(stop_requested()))
@@ -106,10 +107,11 @@ def _rollout_base(cfg: RunConfig) -> str:
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
     from learner.model import DTYPES, device_of
+    from learner.parallel import World
     from tora.models.dequantized import dequantized_folder
 
-    cache = Path(cfg.output_dir) / _ROLLOUT_BASE
-    return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device_of(cfg)))
+    cache, device = Path(cfg.output_dir) / _ROLLOUT_BASE, device_of(cfg, World.from_environment().local_rank)
+    return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device))
 
 
 def _make_vllm_engine(cfg: RunConfig) -> Engine:

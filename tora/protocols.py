@@ -49,8 +49,13 @@ class Engine(Protocol):
 class Rewarder(Protocol):
     """Scores the completions of one prompt."""
 
-    def __call__(self, prompt: Prompt, texts: Sequence[str]) -> list[dict[str, float]]:
-        """One dict of unweighted reward parts per text, the first of the run's rewards first."""
+    def __call__(
+        self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+    ) -> list[dict[str, float]]:
+        """One dict of unweighted reward parts per completion, the first of the run's rewards first.
+
+        A completion is given as text, without special tokens, and as the token ids that the engine returned.
+        """
         ...
 
     def total(self, parts: dict[str, float]) -> float:

@@ -133,7 +133,11 @@ class MicroBatch:
     advantages_N: np.ndarray
     """float32: the advantage of the token's sequence."""
     weights_N: np.ndarray
-    """float32: share of each token in the loss; sums to 1 over all micro-batches of all ranks."""
+    """float32: share of each token in the loss, see `tora.batch.token_weights`."""
+    rewards_B: np.ndarray
+    """float64: the reward of each sequence."""
+    groups_B: np.ndarray
+    """int64: the group of each sequence; a group may be spread over the step's micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)

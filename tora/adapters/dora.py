@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tora.adapters.lora import LoRALinear
@@ -75,8 +76,10 @@ class DoRALinear(LoRALinear):
         if not self.enabled:
             return frozen_linear(x, self.weight, self.bias)
         base, norm_O = self._base_and_norm(x)
-        y = (base + self._update(x)) * (self.magnitude / norm_O).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        gain_O = self.magnitude / norm_O
+        # g ⊙ (B z) is (g ⊙ B) z: as many passes over the outputs as LoRA makes
+        update = F.linear(self._down(x), (gain_O[:, None] * self.lora_b).to(x.dtype), self.bias)
+        return torch.addcmul(update, base, gain_O.to(x.dtype))
 
     def wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
         assert norm_O is not None

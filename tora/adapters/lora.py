@@ -40,14 +40,14 @@ class LoRALinear(nn.Module):
         """torchtune's adapter protocol: the names of this layer's trained parameters."""
         return ["lora_a", "lora_b"]
 
-    def _update(self, x: torch.Tensor) -> torch.Tensor:
-        """s·B A x, in x's dtype."""
-        return self.scaling * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+    def _down(self, x: torch.Tensor) -> torch.Tensor:
+        """s·A x, [..., R] in x's dtype: scaled where it is smallest."""
+        return self.scaling * F.linear(x, self.lora_a.to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]"""
         y = frozen_linear(x, self.weight, self.bias)
-        return y + self._update(x) if self.enabled else y
+        return y + F.linear(self._down(x), self.lora_b.to(x.dtype)) if self.enabled else y
 
     def wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """What an engine needs, by wire suffix, of this layer's whole parameters and row norm; the scaling is folded

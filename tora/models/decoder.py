@@ -112,6 +112,12 @@ class Decoder(TransformerDecoder):
         super().__init__(**kwargs)
         self.rope = rope
 
+    @property
+    def head(self) -> torch.Tensor:
+        """The head's weight [vocabulary, hidden]; in a tied model the embedding's."""
+        module: Any = self.tok_embeddings if isinstance(self.output, TiedLinear) else self.output
+        return module.weight
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         tokens: torch.Tensor,
@@ -122,8 +128,8 @@ class Decoder(TransformerDecoder):
     ) -> Any:
         """tokens, positions [b, s] -> `finish` of the hidden states after the final norm [b, s, hidden].
 
-        `self.output` makes logits of hidden states. It belongs inside `finish`: a sharded head is whole only while the
-        forward lasts.
+        `self.output` makes logits of hidden states, with the weight `self.head`. Both belong inside `finish`: a
+        sharded head is whole only while the forward lasts.
         """
         h = self.tok_embeddings(tokens)
         rope = self.rope(positions)

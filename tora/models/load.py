@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from torchtune.modules import RMSNorm
 
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder, RotaryTable, build_decoder
@@ -93,6 +94,8 @@ def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quan
         linear = FrozenLinear if quantize_base else nn.Linear
         model = build_decoder(config, families()[config.model_type], linear).to(dtype)
     for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.float()  # torch's fused kernel wants the scale in the dtype it computes in
         if isinstance(module, RotaryTable):
             with torch.device(device):
                 module.reset()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,20 @@ def quantize(weight_OI: torch.Tensor, name: str) -> NF4Tensor:
             f"of weights is a multiple of {BLOCK_SIZE}."
         )
     return to_nf4(weight_OI.contiguous(), BLOCK_SIZE, scaler_block_size(*weight_OI.shape))
+
+
+def check_shards(model: nn.Module, num_ranks: int) -> None:
+    """Errors: ConfigError where a rank's equal share of some NF4 weight's rows is not whole scaler blocks."""
+    weights: dict[str, Any] = dict(model.named_parameters())
+    for name, weight in weights.items():
+        if not isinstance(weight, NF4Tensor):
+            continue
+        rows, columns = weight.shape
+        if rows % num_ranks or rows // num_ranks * columns % (BLOCK_SIZE * weight.scaler_block_size):
+            raise ConfigError(
+                f"learner_ranks={num_ranks} cannot share {name}, an NF4 matrix of {rows} x {columns}, in whole blocks; "
+                f"1, 2, 4 and 8 suit every released model."
+            )
 
 
 def _scalers(weight: NF4Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from tora.errors import ConfigError, RolloutError, nearest
 from tora.types import Prompt
 
 RewardFunction = Callable[..., Sequence[float | None]]
-_ARGUMENTS = ("prompts", "completions")
+_ARGUMENTS = ("prompts", "completions", "completion_ids")
 _OWN_KEYS = ("_component_", "name", "weight")
 
 
@@ -27,15 +27,17 @@ class FunctionRewarder:
     rewards: tuple[tuple[str, RewardFunction, float], ...]
     """Name, function and weight. Arguments bound by `functools.partial` hide dataset columns of the same name."""
 
-    def __call__(self, prompt: Prompt, texts: Sequence[str]) -> list[dict[str, float]]:
-        """One dict of unweighted parts per text, in the order of `rewards`; a function's None counts as 0.
+    def __call__(
+        self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+    ) -> list[dict[str, float]]:
+        """One dict of unweighted parts per completion, in the order of `rewards`; a function's None counts as 0.
 
         Raises `RolloutError`, naming the function, when one raises or returns something else than a finite number or
-        None for each text.
+        None for each completion.
         """
         parts: list[dict[str, float]] = [{} for _ in texts]
         for name, function, _ in self.rewards:
-            for part, score in zip(parts, _scores(name, function, prompt, texts), strict=True):
+            for part, score in zip(parts, _scores(name, function, prompt, texts, token_ids), strict=True):
                 part[name] = score
         return parts
 
@@ -76,10 +78,14 @@ def _build(component: Component) -> tuple[str, RewardFunction, float]:
     return name, partial(function, **bound) if bound else function, float(weight)
 
 
-def _scores(name: str, function: RewardFunction, prompt: Prompt, texts: Sequence[str]) -> list[float]:
+def _scores(
+    name: str, function: RewardFunction, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+) -> list[float]:
     chat = not isinstance(prompt.source, str)
     bound = function.keywords if isinstance(function, partial) else {}
     columns = {key: [value] * len(texts) for key, value in prompt.columns.items() if key not in bound}
+    if "completion_ids" in inspect.signature(function).parameters:
+        columns["completion_ids"] = [list(ids) for ids in token_ids]
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
     try:
         scores = function(prompts=[prompt.source] * len(texts), completions=completions, **columns)

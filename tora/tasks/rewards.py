@@ -2,6 +2,7 @@
 
 Every argument is a list with one entry per completion. `prompts` and `completions` are strings where the dataset's
 prompt is a string, and lists of chat messages where it is one; each further dataset column arrives under its name.
+A function that names `completion_ids` is given the token ids of each completion, an end-of-text token included.
 None means that the function does not apply to the completion.
 """
 
@@ -80,6 +81,25 @@ def length(
         raise ValueError(f"length: target={target} and limit={limit}, expected 0 < target < limit")
     over = [(limit - len(text_of(c))) / (limit - target) for c in completions]
     return [min(1.0, max(0.0, share)) for share in over]
+
+
+def overlong(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    buffer: int,
+    **columns: Any,
+) -> list[float]:
+    """0 up to `max_tokens - buffer` tokens, then falling linearly to -1 at `max_tokens`, and -1 beyond.
+
+    DAPO's soft overlong punishment (Yu et al. 2025, arXiv:2503.14476, eq. 13), to stand beside a task's own rewards.
+    """
+    if not 0 < buffer <= max_tokens:
+        raise ValueError(f"overlong: max_tokens={max_tokens} and buffer={buffer}, expected 0 < buffer <= max_tokens")
+    over = [(max_tokens - buffer - len(ids)) / buffer for ids in completion_ids]
+    return [max(-1.0, min(0.0, share)) for share in over]
 
 
 def final_answer(text: str) -> str | None:

@@ -1,0 +1,39 @@
+"""CISPO: clipped importance-sampling policy optimization (Chen et al. 2025, MiniMax-M1, arXiv:2506.13585, eq. 4 and 5).
+
+Its mean over tokens is `loss_normalization: token`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from learner.loss.inputs import LossInputs
+from learner.loss.objective import LossOutput, check, policy_ratio, total
+
+
+@dataclass(frozen=True)
+class CISPOLoss:
+    """A sg(clip(r)) log π_learner: the clip bounds a token's weight and never takes its gradient away.
+
+    `kl_*` and `importance_*`: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
+    """
+
+    clip_low: float = 1.0
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]: at 1 there is no lower bound, as in the paper."""
+    clip_high: float = 4.0
+    """The paper leaves its value open; a weight of at most 5 is usual."""
+    kl_coeff: float = 0.0
+    kl_type: Literal["k1", "k2", "k3"] | None = None
+    kl_in: Literal["loss", "reward"] = "loss"
+    importance_correction: Literal["none", "token_tis", "token_mask", "sequence_mask"] = "token_tis"
+    importance_low: float | None = None
+    importance_high: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self, self.clip_low, self.clip_high)
+
+    def __call__(self, x: LossInputs) -> LossOutput:
+        ratio_N = policy_ratio(x).detach()
+        weight_N = ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high)
+        return total(self, x, weight_N * x.advantages_N * x.learner_logprobs_N, weight_N != ratio_N)

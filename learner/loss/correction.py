@@ -1,0 +1,48 @@
+"""Importance correction between the learner and the actor that sampled, by ρ = π_proximal / π_actor.
+
+- `token_tis`: min(ρ_t, high). Truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly
+  Brings You Off-Policy RL Training").
+- `token_mask`: ρ_t where low <= ρ_t <= high, else 0. IcePop (Ling Team 2025, arXiv:2510.18855, "Every Step Evolves").
+- `sequence_mask`: the same of a sequence's geometric mean ρ = exp(mean_t log ρ_t), for all of its tokens. Masked
+  importance sampling at the geometric level (Liu et al. 2025, "When Speed Kills Stability"): unlike the product of the
+  ratios, it can be bounded alike for short and long sequences.
+
+What is masked stays in the denominator of the loss, as in IcePop.
+
+Shape letters: N response tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from learner.loss.inputs import LossInputs, sequence_mean
+
+Correction = Literal["none", "token_tis", "token_mask", "sequence_mask"]
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "token_tis": (0.0, 2.0),
+    "token_mask": (0.5, 5.0),
+    "sequence_mask": (0.99, 1.01),
+}
+"""Low and high where the config names none: the papers' own, and SkyRL's for the geometric mean."""
+
+
+def importance_weights(
+    x: LossInputs, kind: Correction, low: float | None, high: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [N], constants to autograd, and which tokens [N] (bool) the bounds changed. None: the bound's default."""
+    log_ratio_N = (x.proximal_logprobs_N - x.actor_logprobs_N).detach()
+    if kind == "none":
+        return torch.ones_like(log_ratio_N), torch.zeros_like(log_ratio_N, dtype=torch.bool)
+    default_low, default_high = BOUNDS[kind]
+    low, high = default_low if low is None else low, default_high if high is None else high
+    if kind == "sequence_mask":
+        log_ratio_N = sequence_mean(log_ratio_N, x.sequence_N, x.num_sequences)[x.sequence_N]
+    ratio_N = log_ratio_N.exp()
+    if kind == "token_tis":
+        return ratio_N.clamp_max(high), ratio_N > high
+    outside_N = (ratio_N < low) | (ratio_N > high)
+    return ratio_N.masked_fill(outside_N, 0.0), outside_N

@@ -1,0 +1,41 @@
+"""GSPO: Group Sequence Policy Optimization (Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7).
+
+Its mean over sequences is `loss_normalization: sequence`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from learner.loss.inputs import LossInputs, sequence_mean
+from learner.loss.objective import LossOutput, check, clipped_surrogate, total
+
+
+@dataclass(frozen=True)
+class GSPOLoss:
+    """The clipped surrogate of a sequence's ratio, the geometric mean of its tokens' (eq. 7), at each of its tokens.
+
+    `kl_*` and `importance_*`: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
+    """
+
+    clip_low: float = 3e-4
+    """The sequence's ratio is clipped to [1 - clip_low, 1 + clip_high]; the bounds are the paper's, section 5.1."""
+    clip_high: float = 4e-4
+    kl_coeff: float = 0.0
+    kl_type: Literal["k1", "k2", "k3"] | None = None
+    kl_in: Literal["loss", "reward"] = "loss"
+    importance_correction: Literal["none", "token_tis", "token_mask", "sequence_mask"] = "token_tis"
+    importance_low: float | None = None
+    importance_high: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self, self.clip_low, self.clip_high)
+
+    def __call__(self, x: LossInputs) -> LossOutput:
+        log_ratio_N = x.learner_logprobs_N - x.proximal_logprobs_N
+        ratio_B = sequence_mean(log_ratio_N, x.sequence_N, x.num_sequences).exp()
+        objective_N, is_clipped_N = clipped_surrogate(
+            ratio_B[x.sequence_N], x.advantages_N, self.clip_low, self.clip_high
+        )
+        return total(self, x, objective_N, is_clipped_N)

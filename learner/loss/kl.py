@@ -1,0 +1,52 @@
+"""The KL divergence from the reference, in the loss or in the reward.
+
+Estimators: Schulman, "Approximating KL divergence", 2020; k3 in the loss is GRPO's (Shao et al. 2024, arXiv:2402.03300,
+eq. 4). In the reward: r - β log(π / π_ref), as in RLHF (Ouyang et al. 2022, arXiv:2203.02155, eq. 2).
+
+Shape letters: N response tokens, B sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from learner.loss.inputs import sequence_sum
+
+KLType = Literal["k1", "k2", "k3"]
+KLPlace = Literal["loss", "reward"]
+
+
+def kind_of(kl_type: KLType | None, kl_in: KLPlace) -> KLType:
+    """The estimator, and where none is named the one that suits the place.
+
+    As a loss k1 has a gradient whose mean is zero; as a reward it alone is unbiased, value and policy gradient.
+    """
+    return kl_type or ("k3" if kl_in == "loss" else "k1")
+
+
+def kl_estimate(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor, kind: KLType) -> torch.Tensor:
+    """Per-token estimate of KL(π ‖ reference) from tokens that π sampled; `logprobs_N` are π's.
+
+    With d = log π_ref - log π: k1 = -d, k2 = d²/2, k3 = exp(d) - d - 1.
+    """
+    d = ref_logprobs_N - logprobs_N
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return d.square() / 2
+    return d.expm1() - d  # exp(d) - 1 loses small d to rounding
+
+
+@torch.no_grad()
+def sequence_kl(
+    actor_logprobs_N: torch.Tensor,
+    ref_logprobs_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    num_sequences: int,
+    kind: KLType,
+) -> torch.Tensor:
+    """[B] float64: Σ_t KL_t of each sequence, between the policy that sampled it and the reference."""
+    kl_N = kl_estimate(actor_logprobs_N.double(), ref_logprobs_N.double(), kind)
+    return sequence_sum(kl_N, sequence_N, num_sequences)

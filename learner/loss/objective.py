@@ -1,0 +1,119 @@
+"""What the losses share: the clipped surrogate, and how objective, importance correction and KL make a loss.
+
+Shape letters: N response tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, get_args
+
+import torch
+
+from learner.loss.correction import BOUNDS, Correction, importance_weights
+from learner.loss.inputs import LossInputs
+from learner.loss.kl import KLPlace, KLType, kind_of, kl_estimate
+from tora.errors import ConfigError, nearest
+
+LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""The loss of a micro-batch's tokens, and metrics; both add up over a step's micro-batches."""
+
+
+class Terms(Protocol):
+    """The fields that every loss has beside its clip bounds."""
+
+    @property
+    def kl_coeff(self) -> float:
+        """β; 0 needs no reference."""
+        ...
+
+    @property
+    def kl_type(self) -> KLType | None:
+        """The estimator; null is k3 in the loss and k1 in the reward."""
+        ...
+
+    @property
+    def kl_in(self) -> KLPlace:
+        """`reward`: β Σ_t KL_t off a sequence's reward, before the advantages of its group are made."""
+        ...
+
+    @property
+    def importance_correction(self) -> Correction:
+        """Between learner and actor, see `learner.loss.correction`."""
+        ...
+
+    @property
+    def importance_low(self) -> float | None:
+        """Lower bound of the two masks; null is the published one."""
+        ...
+
+    @property
+    def importance_high(self) -> float | None:
+        """Upper bound; null is the published one."""
+        ...
+
+
+def policy_ratio(x: LossInputs) -> torch.Tensor:
+    """π_learner / π_proximal of each token, [N]."""
+    return (x.learner_logprobs_N - x.proximal_logprobs_N).exp()
+
+
+def clipped_surrogate(
+    ratio_N: torch.Tensor, advantages_N: torch.Tensor, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), [N], and where the clip holds (Schulman et al. 2017, PPO,
+    arXiv:1707.06347, eq. 7)."""
+    free_N = ratio_N * advantages_N
+    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantages_N
+    return torch.minimum(free_N, clipped_N), clipped_N < free_N
+
+
+def total(terms: Terms, x: LossInputs, objective_N: torch.Tensor, is_clipped_N: torch.Tensor) -> LossOutput:
+    """-Σ w c · objective + β Σ w KL, with the importance correction c; the second sum only where the KL is in the loss.
+
+    Metrics: `loss/policy` and `loss/total`; `loss/clip_share`, the share of tokens that the clip holds;
+    `importance/cut_share`, of those that the correction truncates or masks; `kl/mean`, the KL a token.
+    """
+    correction_N, is_cut_N = importance_weights(
+        x, terms.importance_correction, terms.importance_low, terms.importance_high
+    )
+    loss = -(x.weights_N * correction_N * objective_N).sum()
+    metrics = {
+        "loss/policy": loss.detach(),
+        "loss/clip_share": (x.shares_N * is_clipped_N).sum(),
+        "importance/cut_share": (x.shares_N * is_cut_N).sum(),
+    }
+    if x.ref_logprobs_N is not None:
+        kl_N = kl_estimate(x.learner_logprobs_N, x.ref_logprobs_N, kind_of(terms.kl_type, terms.kl_in))
+        metrics["kl/mean"] = (x.shares_N * kl_N.detach()).sum()
+        if terms.kl_in == "loss":
+            loss = loss + terms.kl_coeff * (x.weights_N * kl_N).sum()
+    metrics["loss/total"] = loss.detach()
+    return loss, metrics
+
+
+def check(terms: Terms, clip_low: float, clip_high: float) -> None:
+    """Raises `ConfigError` for a value that the loss could not mean."""
+    _one_of("kl_type", terms.kl_type, (None, *get_args(KLType)))
+    _one_of("kl_in", terms.kl_in, get_args(KLPlace))
+    _one_of("importance_correction", terms.importance_correction, get_args(Correction))
+    low, high = terms.importance_low, terms.importance_high
+    numbers = {"clip_low": clip_low, "clip_high": clip_high, "kl_coeff": terms.kl_coeff}
+    for name, value in (numbers | {"importance_low": low or 0, "importance_high": high or 0}).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ConfigError(f"loss.{name}={value} must be a number of at least 0.")
+    kind = terms.importance_correction
+    if low is not None and kind not in ("token_mask", "sequence_mask"):
+        raise ConfigError(f"loss.importance_low={low} is a bound of the masks, and importance_correction is {kind}.")
+    if kind == "none":
+        if high is not None:
+            raise ConfigError(f"loss.importance_high={high} bounds a correction, and importance_correction is none.")
+        return
+    bounds = [default if given is None else given for given, default in zip((low, high), BOUNDS[kind], strict=True)]
+    if not bounds[0] < bounds[1]:
+        raise ConfigError(f"loss.importance_low={bounds[0]} must be less than importance_high={bounds[1]}.")
+
+
+def _one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
+    if value not in options:
+        words = [str(option) for option in options if option is not None]
+        raise ConfigError(f"loss.{name}={value} must be one of {', '.join(words)}{nearest(str(value), words)}.")

@@ -1,0 +1,53 @@
+"""Compiled layers: the same numbers, whole graphs, and none made anew once they are warm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from test_learner import config, make_batch, make_groups
+from tiny import make_text_model
+from torch._dynamo.utils import counters
+
+from learner.learner import Learner
+from tora.generate import TorchEngine
+from tora.types import SampleRequest, Sampling
+
+LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
+
+
+def generate(learner: Learner) -> None:
+    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=100)
+    engine.load_snapshot(learner.snapshot())
+    engine.generate([SampleRequest((5, 6, 7), 3, 0, Sampling(12)), SampleRequest((8, 9), 2, 0, Sampling(12))])
+
+
+@pytest.mark.parametrize(
+    ("lora_type", "changes"),
+    [("full", {}), ("lora", {}), ("dora", {}), ("dora_cache", {})],
+)
+def test_compiled_training_equals_eager_and_stays_compiled(
+    tmp_path: Path, lora_type: str, changes: dict[str, Any]
+) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    folder = make_text_model(tmp_path, "qwen2")
+    eager, compiled = (Learner(config(folder, lora_type, loss=LOSS, compile=c, **changes)) for c in (False, True))
+    # one document and several, long and short; then lengths never seen
+    warm = [make_batch(make_groups(3, seed=i), capacity=c) for i, c in enumerate((10_000, 20))]
+    fresh = [make_batch(make_groups(2 + i, seed=9 + i), capacity=c) for i, c in enumerate((10_000, 45, 25))]
+    for batch in warm:
+        a, b = eager.step(batch), compiled.step(batch)
+        for name in a.metrics:
+            assert a.metrics[name] == pytest.approx(b.metrics[name], rel=2e-3, abs=1e-5), name
+    graphs = counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 16
+    generate(compiled)
+    for batch in fresh:
+        a, b = eager.step(batch), compiled.step(batch)
+        assert a.metrics["loss/total"] == pytest.approx(b.metrics["loss/total"], rel=2e-3, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] == graphs, "recompiled after warm-up"
+    assert not counters["graph_break"]

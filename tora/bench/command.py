@@ -1,0 +1,69 @@
+"""`tora bench`, once torch may be imported."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tora.bench.rows import print_rows, write_json
+from tora.bench.shapes import write_random_model
+
+_CPU_SHAPES, _GPU_SHAPES = "tiny", "qwen2_5/1.5B"
+
+
+def shapes_of(config: str | None) -> str:
+    """The shapes that a config's name speaks of: `qwen2_5/7B_lora_grpo` -> `qwen2_5/7B`; by default what suits here."""
+    if config is None:
+        return _GPU_SHAPES if torch.cuda.is_available() else _CPU_SHAPES
+    family, slash, size = config.removesuffix(".yaml").rpartition("/")
+    return f"{family}{slash}{size.partition('_')[0]}" if slash else config
+
+
+def run(args: argparse.Namespace) -> int:
+    gpu = torch.cuda.is_available()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shapes = shapes_of(args.config)
+    with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
+        folder = write_random_model(shapes, Path(scratch), dtype="float32" if args.dtype == "fp32" else "bfloat16")
+        rows = _sync(args, folder) if args.what == "sync" else _table(args, folder, shapes, gpu)
+    if args.json is not None:
+        write_json(rows, Path(args.json))
+    return 0
+
+
+def _table(args: argparse.Namespace, folder: Path, shapes: str, gpu: bool) -> list[object]:
+    from tora.bench.learner import Load, all_settings, run
+
+    small = {"tokens": 512, "sequence": 128, "rows": 8, "new_tokens": 8, "rounds": 3} if not gpu else {}
+    names = ("tokens", "sequence", "rows", "new_tokens", "rounds")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    compiled = {"both": (False, True), "yes": (True,), "no": (False,)}[args.compile]
+    settings = [s for s in all_settings(compiled) if args.only is None or s.name in args.only.split(",")]
+    rows = run(
+        folder,
+        settings,
+        Load(**{**small, **given}),
+        dtype=args.dtype,
+        rank=args.rank,
+        generate=args.what != "learner",
+        together=not gpu or args.together,
+    )
+    print_rows(f"{shapes}, {args.dtype}, rank {args.rank}, {_device(gpu)}", rows)
+    return list(rows)
+
+
+def _sync(args: argparse.Namespace, folder: Path) -> list[object]:
+    from tora.bench.sync import describe, run
+
+    rounds = args.rounds or 20
+    rows = run(folder, dtype=args.dtype, rank=args.rank, rows=args.rows or 16, new_tokens=64, rounds=rounds)
+    print("\n".join(describe(rows)))
+    return list(rows)
+
+
+def _device(gpu: bool) -> str:
+    return torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"

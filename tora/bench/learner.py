@@ -1,0 +1,135 @@
+"""Seconds a gradient step and generated tokens a second, of every setting side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from learner.learner import Learner
+from tora.batch import micro_batches
+from tora.bench.memory import peak_bytes
+from tora.bench.rows import LoraType, Row, Samples, Setting, make_row
+from tora.config import ModelConfig, RunConfig
+from tora.generate import TorchEngine
+from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, TrainBatch
+
+Dtype = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a step trains and an engine generates."""
+
+    tokens: int = 2048
+    """Packed tokens a step."""
+    sequence: int = 256
+    """Tokens of a prompt and its completion, half each."""
+    rows: int = 16
+    """Rollouts decoded at once."""
+    new_tokens: int = 32
+    rounds: int = 7
+    """Measured rounds; each measures every setting once. The first one on top is thrown away."""
+
+
+def all_settings(compiled: Sequence[bool]) -> list[Setting]:
+    kinds: tuple[LoraType, ...] = ("lora", "dora", "dora_cache")
+    one = [Setting("full"), *(Setting(kind, quantize) for quantize in (False, True) for kind in kinds)]
+    return [replace(setting, compile=compile_) for compile_ in compiled for setting in one]
+
+
+def make_config(folder: Path, setting: Setting, *, dtype: Dtype, rank: int, tokens: int) -> RunConfig:
+    return RunConfig(
+        name="bench",
+        dtype=dtype,
+        compile=setting.compile,
+        micro_batch_tokens=tokens,
+        model=ModelConfig(
+            path=str(folder), lora_type=setting.lora_type, lora_rank=rank, quantize_base=setting.quantize_base
+        ),
+        dataset={},
+        rewards=[],
+    )
+
+
+def make_batch(load: Load, vocab_size: int) -> TrainBatch:
+    """Random tokens and rewards, in sequences of one length."""
+    rng = np.random.default_rng(0)
+    length, count = load.sequence // 2, max(2, load.tokens // load.sequence)
+
+    def rollout() -> Rollout:
+        ids = rng.integers(0, vocab_size, length)
+        logprobs, reward = np.full(length, -np.log(vocab_size), dtype=np.float32), float(rng.random())
+        return Rollout(ids, logprobs, np.zeros(length, dtype=np.int64), True, "", reward, {"random": reward})
+
+    prompt = Prompt(0, tuple(rng.integers(0, vocab_size, length).tolist()), "", {})
+    group = Group(prompt, tuple(rollout() for _ in range(count)))
+    micro = micro_batches(
+        [group],
+        normalize_advantages=True,
+        normalization="token",
+        max_generated_tokens=length,
+        capacity=load.tokens,
+    )
+    return TrainBatch(micro, 1.0)
+
+
+def static_bytes(learner: Learner) -> int:
+    """Weights, gradients of what is trained, and the optimizer's moments."""
+    weights = sum(p.nbytes for p in learner.model.parameters())
+    return weights + sum(3 * p.nbytes for p in learner.model.parameters() if p.requires_grad)
+
+
+def measure(learner: Learner, batch: TrainBatch, load: Load, samples: Samples, *, generate: bool) -> None:
+    """One round of one setting."""
+
+    def step() -> None:
+        _synchronize(learner.device)
+        start = time.perf_counter()
+        learner.step(batch)
+        _synchronize(learner.device)
+        samples.seconds.append(time.perf_counter() - start)
+
+    samples.peak_bytes.append(static_bytes(learner) + peak_bytes(learner.device, step))
+    if generate:
+        samples.tokens_per_s.append(tokens_per_second(learner, load))
+
+
+def tokens_per_second(learner: Learner, load: Load) -> float:
+    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=load.rows)
+    engine.load_snapshot(learner.snapshot())
+    prompt = tuple(range(1, 1 + load.sequence // 2))
+    request = SampleRequest(prompt, load.rows, 0, Sampling(load.new_tokens))
+    _synchronize(learner.device)
+    start = time.perf_counter()
+    (completions,) = engine.generate([request])
+    _synchronize(learner.device)
+    return sum(len(c.token_ids) for c in completions) / (time.perf_counter() - start)
+
+
+def run(
+    folder: Path, settings: Sequence[Setting], load: Load, *, dtype: Dtype, rank: int, generate: bool, together: bool
+) -> list[Row]:
+    """`together`: every model in memory at once and measured in turn, which is fair to all on a drifting machine;
+    otherwise one after the other, for models of which only one fits."""
+    samples = {setting: Samples() for setting in settings}
+    for share in [list(settings)] if together else [[s] for s in settings]:
+        learners = {s: Learner(make_config(folder, s, dtype=dtype, rank=rank, tokens=load.tokens)) for s in share}
+        batch = make_batch(load, next(iter(learners.values())).model.tok_embeddings.num_embeddings)
+        for round_ in range(load.rounds + 1):
+            for setting, learner in learners.items():
+                sink = samples[setting] if round_ else Samples()  # the first warms up compilers and allocators
+                measure(learner, batch, load, sink, generate=generate)
+        del learners
+        torch.cuda.empty_cache()
+    return [make_row(setting, samples) for setting in settings]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
