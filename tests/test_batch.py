@@ -41,7 +41,7 @@ def test_every_response_token_is_predicted_by_the_position_before_it() -> None:
 
 
 def test_advantages_follow_their_sequences_and_sum_to_zero_in_each_group() -> None:
-    groups, (x,) = make()
+    _, (x,) = make()
     by_sequence = {b: x.advantages_N[x.sequence_N == b] for b in range(len(x.lengths_B))}
     assert all(len(set(values.tolist())) == 1 for values in by_sequence.values())
     assert sum(float(v[0]) for v in by_sequence.values()) == pytest.approx(0, abs=1e-6)

@@ -120,7 +120,7 @@ def test_several_ranks_start_under_torchrun(
         raise Replaced(" ".join(words))
 
     monkeypatch.setattr("os.execv", execv)
-    with pytest.raises(Replaced, match="--nproc_per_node=2 -m tora run qwen3/0.6B_lora_grpo seed=3 learner_ranks=2"):
+    with pytest.raises(Replaced, match=r"--nproc_per_node=2 -m tora run qwen3/0\.6B_lora_grpo seed=3 learner_ranks=2"):
         main(["run", *RANKS, "seed=3"])
     assert main(["run", *RANKS, "async_rl=true"]) == 0, "on Ray the ranks are Ray actors"
     assert launched[0].learner_ranks == 2

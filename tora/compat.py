@@ -41,7 +41,8 @@ def _disable_torchaudio_extension() -> None:
     if torch.version.cuda is not None:
         return
     extension = types.ModuleType("torchaudio._extension")
-    extension.__dict__.update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=lambda f: f)
+    absent = {"_IS_TORCHAUDIO_EXT_AVAILABLE": False, "_IS_ALIGN_AVAILABLE": False, "fail_if_no_align": lambda f: f}
+    extension.__dict__.update(absent)
     sys.modules[extension.__name__] = extension
 
 
