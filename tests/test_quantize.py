@@ -139,13 +139,12 @@ def test_loading_quantises_the_linears_whole_and_one_at_a_time(
     checkpoint, quantized = load_file(folder / "model.safetensors"), set()
     for name, parameter in model.named_parameters():
         hf = parameter_to_hf(name)
-        expected = checkpoint[hf].to(dtype)
+        expected = checkpoint[hf].to(torch.float32 if "norm" in hf else dtype)
         assert not parameter.requires_grad and isinstance(parameter, nn.Parameter)
         if isinstance(parameter, NF4Tensor):
             quantized.add(hf)
             parameter, expected = dequantize(parameter), dequantize(quantize(expected, hf))
-        assert parameter.dtype == (torch.float32 if "norm" in hf else dtype)
-        assert torch.equal(parameter, expected.to(parameter.dtype))
+        assert parameter.dtype == expected.dtype and torch.equal(parameter, expected)
     assert quantized == {n for n in checkpoint if n.endswith("_proj.weight")} and len(quantized) == 2 * len(LINEARS)
 
 

@@ -20,9 +20,9 @@ class AttentionContext(Protocol):
 
 
 def _sdpa(q_BHLD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    grouped = q_BHLD.shape[1] != k_BKSD.shape[1]
+    # a comparison of head counts could be a symbol to the compiler, which this argument may not be
     return F.scaled_dot_product_attention(
-        q_BHLD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        q_BHLD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
 
 
