@@ -93,7 +93,8 @@ def test_pool_under_random_latencies(bound: int) -> None:
         state = rollouts.state()
         ids = [i for w in workers for i in w.prompt_ids]
         assert len(ids) == len(set(ids)), "no prompt twice"
-        assert set(range(state["cursor"])) == set(ids) | set(state["pending"])
+        started = set(ids) | set(state["pending"])  # read after the state: the workers may have begun some more
+        assert set(range(state["cursor"])) <= started, "no prompt lost"
     finally:
         rollouts.close()
     assert all(w.closed for w in workers)
