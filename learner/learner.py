@@ -87,9 +87,9 @@ class Learner:
     def _logprobs(self, model: Decoder, x: _Tensors, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [N] each."""
 
-        def finish(hidden_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            hidden_ND = hidden_1TD[0].index_select(0, x.response_N)
-            return token_logprobs(hidden_ND, model.head, x.targets_N, temperature=temperature)
+        def finish(hidden_1TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden_NH = hidden_1TH[0].index_select(0, x.response_N)
+            return token_logprobs(hidden_NH, model.head, x.targets_N, temperature=temperature)
 
         attend = PackedAttention(x.lengths_B)
         return model(x.tokens_T[None], positions=x.positions_T[None], attend=attend, finish=finish)

@@ -8,6 +8,7 @@ Shape letters: I inputs, O outputs.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -54,7 +55,17 @@ def quantize(weight_OI: torch.Tensor, name: str) -> NF4Tensor:
             f"model.quantize_base=true: {name} has shape {tuple(weight_OI.shape)}, and NF4 needs a matrix whose number "
             f"of weights is a multiple of {BLOCK_SIZE}."
         )
-    return to_nf4(weight_OI.contiguous(), BLOCK_SIZE, scaler_block_size(*weight_OI.shape))
+    quantized = to_nf4(weight_OI.contiguous(), BLOCK_SIZE, scaler_block_size(*weight_OI.shape))
+    if weight_OI.device.type == "cpu":
+        _return_free_memory()
+    return quantized
+
+
+def _return_free_memory() -> None:
+    """To the system: the GNU C library would hoard more scratch memory than the whole model takes unquantised."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def check_shards(model: nn.Module, num_ranks: int) -> None:
