@@ -324,5 +324,4 @@ def test_vllm_serves_the_quantised_policy(served: tuple[str, Any], checkpoint: P
             logprobs = packed_logits(learner, [ids])[len(PROMPT) - 1 : -1].log_softmax(-1)
         own = logprobs.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
         largest = max(largest, float((own - torch.from_numpy(completion.logprobs)).abs().max()))
-    print(base, lora_type, largest)
     assert largest < 1e-3 if base == "dequantized" else largest > 0.1

@@ -170,7 +170,6 @@ def test_with_vllm_and_a_quantised_base(tmp_path: Path, base: str, where: str) -
     rows = train(tmp_path / "run", *quantized, where)
     check_whole(tmp_path / "run", rows)
     gaps = [row["mismatch_kl"] for row in steps(rows)]
-    print(base, gaps)
     assert max(gaps) < 1e-9 if base == "dequantized" else min(gaps) > 1e-4
     assert not (tmp_path / "run" / "rollout_base").exists()
 
