@@ -79,6 +79,7 @@ def make_batch(
         max_generated_tokens=cfg.max_generated_tokens,
         capacity=cfg.micro_batch_tokens,
         num_ranks=cfg.learner_ranks,
+        share_prefix=cfg.share_prefix,
     )
     metrics["learner/tokens"] = float(sum(len(m.tokens_T) for m in micro))
     return TrainBatch(micro, cfg.temperature, metrics)

@@ -17,9 +17,7 @@ from tora.models.decoder import Decoder
 _EVERY = {"full": 1, "selective": 2}
 
 
-def checkpoint_layers(
-    model: Decoder, kind: ActivationCheckpointing, *, offload: bool, device: torch.device
-) -> None:
+def checkpoint_layers(model: Decoder, kind: ActivationCheckpointing, *, offload: bool, device: torch.device) -> None:
     """In place, after `compile_layers` and before FSDP2 wraps the layers: a layer that is computed again runs its
     compiled graph, inside FSDP2's hooks, which have gathered its weights by then.
 

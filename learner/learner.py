@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from learner.activation import checkpoint_layers
 from learner.checkpoint import load_training_state, save_training_state
 from learner.compile import compile_layers
 from learner.logprobs import token_logprobs
@@ -25,10 +26,10 @@ from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.batch import penalize
 from tora.components import instantiate
 from tora.config import RunConfig
-from tora.models.attention import PackedAttention
 from tora.models.decoder import Decoder
 from tora.models.load import side_files
 from tora.models.names import parameter_to_hf
+from tora.models.shared_prefix import training_attention
 from tora.sharding import gather, whole
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
 
@@ -39,7 +40,9 @@ class _Tensors:
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
+    prompt_lengths_P: torch.Tensor
     lengths_B: torch.Tensor
+    prompt_B: torch.Tensor
     response_N: torch.Tensor
     targets_N: torch.Tensor
     sequence_N: torch.Tensor
@@ -50,10 +53,7 @@ class _Tensors:
 
 
 def _to_device(batch: MicroBatch, device: torch.device) -> _Tensors:
-    names = [f.name for f in fields(_Tensors) if f.name != "positions_T"]
-    tensors = {name: torch.tensor(getattr(batch, name), device=device) for name in names}
-    positions_T = torch.cat([torch.arange(n, device=device) for n in batch.lengths_B.tolist()])
-    return _Tensors(positions_T=positions_T, **tensors)
+    return _Tensors(**{f.name: torch.tensor(getattr(batch, f.name), device=device) for f in fields(_Tensors)})
 
 
 class Learner:
@@ -74,6 +74,8 @@ class Learner:
         model = build_policy(self.cfg, self.device)
         if self.cfg.compile:
             compile_layers(model)
+        kind, away = self.cfg.activation_checkpointing, self.cfg.activation_offloading
+        checkpoint_layers(model, kind, offload=away, device=self.device)
         offload, reshard = self.cfg.fsdp_cpu_offload, self.cfg.fsdp_reshard_after_forward
         shard(model, self.world, self.device, reshard_after_forward=reshard, cpu_offload=offload)
         return model
@@ -91,7 +93,7 @@ class Learner:
             hidden_NH = hidden_1TH[0].index_select(0, x.response_N)
             return token_logprobs(hidden_NH, model.head, x.targets_N, temperature=temperature)
 
-        attend = PackedAttention(x.lengths_B)
+        attend = training_attention(x.prompt_lengths_P, x.lengths_B, x.prompt_B)
         return model(x.tokens_T[None], positions=x.positions_T[None], attend=attend, finish=finish)
 
     @torch.no_grad()

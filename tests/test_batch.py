@@ -7,7 +7,8 @@ import pytest
 from fakes import make_group, make_prompt
 
 from tora.advantage import advantages_by_group, group_advantages
-from tora.batch import bins, micro_batches, penalize, token_weights
+from tora.batch import micro_batches, penalize, token_weights
+from tora.packing import bins
 
 
 def test_advantages_by_hand() -> None:

@@ -17,8 +17,9 @@ from tiny import make_text_model
 from learner.learner import Learner
 from learner.parallel import leave, unsharded
 from tora.adapters.snapshot import unpack
-from tora.batch import micro_batches, spread
+from tora.batch import micro_batches
 from tora.generate import TorchEngine
+from tora.packing import spread
 from tora.types import SampleRequest, Sampling, TrainBatch
 
 RANKS = 2
@@ -85,6 +86,7 @@ def compare(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float 
         ("lora", {"ppo_epochs": 2, "fsdp_reshard_after_forward": False}),
         ("dora_cache", {"fsdp_cpu_offload": True}),
         ("dora_cache", {"compile": True}),
+        ("full", {"activation_checkpointing": "full"}),
         ("dora", {"loss": {**LOSS, "kl_in": "reward"}}),
         ("lora", {"quantize_base": True}),
         ("dora_cache", {"quantize_base": True}),

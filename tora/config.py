@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Component = dict[str, Any]
 LossNormalization = Literal["token", "sequence", "constant"]
+ActivationCheckpointing = Literal["none", "full", "selective"]
 
 
 @dataclass(kw_only=True)
@@ -95,6 +96,11 @@ class RunConfig:
 
     compile: bool = False
     """torch.compile the learner's layers; the first steps take minutes longer."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """Keep only the input of every layer (`full`) or every other layer (`selective`) and compute the rest again in the
+    backward pass."""
+    activation_offloading: bool = False
+    """On a GPU, with `activation_checkpointing`: keep those inputs in the CPU's memory meanwhile."""
 
     async_rl: bool = False
     """Rollout workers and the learner as Ray actors, instead of everything in this process."""
@@ -119,6 +125,9 @@ class RunConfig:
     """Optimizer passes over one batch; each is one optimizer update, all of them one step."""
     micro_batch_tokens: int = 8192
     """Packed tokens a forward-backward; a longer sequence stands alone."""
+    share_prefix: bool = False
+    """A group's prompt goes through the learner once, not once for each completion: the same numbers, and faster the
+    longer prompts are beside completions."""
     normalize_advantages: bool = True
     """Divide the group's centred rewards by their standard deviation."""
     loss_normalization: LossNormalization = "token"

@@ -60,6 +60,8 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
     if cfg.rollout.base == "checkpoint" and not (cfg.model.quantize_base and cfg.rollout.engine == "vllm"):
         yield "rollout.base=checkpoint needs model.quantize_base=true and rollout.engine=vllm."
+    if cfg.activation_offloading and cfg.activation_checkpointing == "none":
+        yield "activation_offloading=true needs activation_checkpointing=full or selective, whose inputs it moves."
     if cfg.learner_ranks == 1 and cfg.fsdp_cpu_offload:
         yield "fsdp_cpu_offload=true needs learner_ranks of at least 2."
     longest = cfg.max_prompt_tokens + cfg.max_generated_tokens

@@ -1,9 +1,9 @@
 """What the loop and the workers need; `tests/fakes.py` implements each in a few lines.
 
-    for step in range(state.step, cfg.num_steps):
-        batch = rollouts.next_batch(step)
-        result = learner.step(batch)
-        rollouts.publish(learner.snapshot())
+for step in range(state.step, cfg.num_steps):
+    batch = rollouts.next_batch(step)
+    result = learner.step(batch)
+    rollouts.publish(learner.snapshot())
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Rewarder(Protocol):
     def total(self, parts: dict[str, float]) -> float:
         """Weighted sum of the parts."""
         ...
+
 
 class Learner(Protocol):
     """One learner: a rank in this process, or a handle over N ranks."""

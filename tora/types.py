@@ -117,13 +117,21 @@ class MicroBatch:
     """Sequences packed end to end without padding; one forward-backward."""
 
     tokens_T: np.ndarray
-    """int64: prompt and completion of each sequence, one after the other."""
+    """int64: the shared prompts, if there are any, then the sequences, one after the other. A sequence is prompt and
+    completion, or with a shared prompt the completion alone."""
+    positions_T: np.ndarray
+    """int64: from 0 at each prompt's start; a completion goes on where its prompt ends."""
+    prompt_lengths_P: np.ndarray
+    """int64: length of each shared prompt; empty where every sequence has its own."""
     lengths_B: np.ndarray
-    """int64: length of each sequence; sums to T."""
+    """int64: length of each sequence; together with the shared prompts' they sum to T."""
+    prompt_B: np.ndarray
+    """int64 in [0, P): the shared prompt of each sequence; empty where there are none."""
     response_N: np.ndarray
-    """int64 indices into T: positions whose next token is a response token."""
+    """int64 indices into T: the positions that predict the response tokens, each the one before it. A shared prompt's
+    last position predicts the first token of several."""
     targets_N: np.ndarray
-    """int64: those next tokens."""
+    """int64: those response tokens."""
     sequence_N: np.ndarray
     """int64 in [0, B): the sequence each response token belongs to."""
     actor_logprobs_N: np.ndarray

@@ -1,0 +1,74 @@
+"""Attention of completions that share their group's prompt: it goes through the model once.
+
+Shape letters: T packed tokens, B sequences, P prompts, L longest completion, S longest prompt and longest completion
+together, H query heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tora.models.attention import AttentionContext, PackedAttention
+
+
+class SharedPrefixAttention:
+    """Prompts lie first in the row and completions after them: a prompt is causal to itself; a completion sees all of
+    its prompt and is causal to itself.
+
+    As in `PackedAttention`, documents are set side by side for the attention alone. A completion's keys are its
+    prompt's and then its own, so what it may see is no longer a triangle, and a mask says it: B x L x S booleans, made
+    once for all layers. Queries are the completions' own, so no product is computed twice.
+    """
+
+    def __init__(self, prompt_lengths_P: torch.Tensor, lengths_B: torch.Tensor, prompt_B: torch.Tensor) -> None:
+        """int64 on the model's device; see `MicroBatch`."""
+        device = lengths_B.device
+        self._prompts = PackedAttention(prompt_lengths_P)
+        starts_P = prompt_lengths_P.cumsum(0) - prompt_lengths_P
+        starts_B = prompt_lengths_P.sum() + lengths_B.cumsum(0) - lengths_B
+        prompt_column = torch.arange(int(prompt_lengths_P.max()), device=device)
+        own_column_L = torch.arange(int(lengths_B.max()), device=device)
+
+        in_prompt = prompt_column < prompt_lengths_P[prompt_B, None]
+        in_own_BL = own_column_L < lengths_B[:, None]
+        prompt_index = torch.where(in_prompt, starts_P[prompt_B, None] + prompt_column, 0)
+        own_index_BL = torch.where(in_own_BL, starts_B[:, None] + own_column_L, 0)
+        self._query_shape = own_index_BL.shape
+        self._query_BL = own_index_BL.flatten()
+        key_index_BS = torch.cat([prompt_index, own_index_BL], 1)
+        self._key_shape = key_index_BS.shape
+        self._key_BS = key_index_BS.flatten()
+        self._unpad = in_own_BL.flatten().nonzero()[:, 0]
+
+        causal_LL = own_column_L[:, None] >= own_column_L
+        shape = (len(lengths_B), len(own_column_L), -1)
+        self._seen_B1LS = torch.cat([in_prompt[:, None].expand(shape), causal_LL.expand(shape)], 2)[:, None]
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out_BHLD = F.scaled_dot_product_attention(
+            _rows(q, self._query_BL, self._query_shape),
+            *(_as_many_heads(_rows(x, self._key_BS, self._key_shape), q.shape[2]) for x in (k, v)),
+            attn_mask=self._seen_B1LS,
+        )
+        completions = out_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self._unpad)[None]
+        return torch.cat([self._prompts(layer, q, k, v), completions], 1)
+
+
+def _rows(x_1TND: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[1, T, n, D] -> [B, n, L or S, D]"""
+    return x_1TND[0].index_select(0, index).unflatten(0, shape).transpose(1, 2)
+
+
+def _as_many_heads(x_BKSD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[B, K, S, D] -> [B, H, S, D]: GPU kernels that take a mask know no grouped heads."""
+    return x_BKSD.repeat_interleave(num_heads // x_BKSD.shape[1], 1)
+
+
+def training_attention(
+    prompt_lengths_P: torch.Tensor, lengths_B: torch.Tensor, prompt_B: torch.Tensor
+) -> AttentionContext:
+    """What a micro-batch's layout asks for."""
+    if len(prompt_lengths_P) == 0:
+        return PackedAttention(lengths_B)
+    return SharedPrefixAttention(prompt_lengths_P, lengths_B, prompt_B)

@@ -1,0 +1,143 @@
+"""Which sequences share a micro-batch, and where their tokens lie in it. Pure numpy.
+
+Shape letters as in `tora.types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tora.types import Prompt, Rollout
+
+Sequence_ = tuple[Prompt, Rollout, float, int]
+"""A rollout with its prompt, its advantage and the number of its group."""
+Layout = dict[str, np.ndarray]
+"""`MicroBatch`'s tokens_T, positions_T, prompt_lengths_P, lengths_B, prompt_B and response_N."""
+
+
+class Packing(Protocol):
+    def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
+        """Indices of the sequences of each micro-batch, which holds at most `capacity` tokens unless a single sequence
+        has more. Their number is a multiple of `num_ranks`, as far as there are sequences for it."""
+        ...
+
+    def lay_out(self, sequences_B: Sequence[Sequence_]) -> Layout: ...
+
+
+class OwnPrompts:
+    """Prompt and completion of each sequence end to end."""
+
+    def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
+        lengths = [len(prompt.token_ids) + len(rollout.token_ids) for prompt, rollout, _, _ in sequences]
+        return spread(bins(lengths, capacity), lengths, num_ranks)
+
+    def lay_out(self, sequences_B: Sequence[Sequence_]) -> Layout:
+        prompt_lengths = [len(prompt.token_ids) for prompt, _, _, _ in sequences_B]
+        counts = [len(rollout.token_ids) for _, rollout, _, _ in sequences_B]
+        lengths = np.add(prompt_lengths, counts)
+        starts = np.cumsum(lengths) - lengths
+        # the position before a response token is the one that predicts it
+        response = [s + n - 1 + np.arange(c) for s, n, c in zip(starts, prompt_lengths, counts, strict=True)]
+        return _integers(
+            tokens_T=[ids for prompt, rollout, _, _ in sequences_B for ids in (prompt.token_ids, rollout.token_ids)],
+            positions_T=[np.arange(n) for n in lengths],
+            prompt_lengths_P=[[]],
+            lengths_B=[lengths],
+            prompt_B=[[]],
+            response_N=response,
+        )
+
+
+class SharedPrompts:
+    """The prompts of all groups, each once, then the completions. A group too long for one micro-batch is cut into
+    several, each with the prompt."""
+
+    def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
+        groups: dict[int, list[int]] = {}
+        for index, (_, _, _, number) in enumerate(sequences):
+            groups.setdefault(number, []).append(index)
+        prompt_lengths = [len(prompt.token_ids) for prompt, _, _, _ in sequences]
+        counts = [len(rollout.token_ids) for _, rollout, _, _ in sequences]
+
+        def cost(block: list[int]) -> int:
+            return prompt_lengths[block[0]] + sum(counts[i] for i in block)
+
+        blocks: list[list[int]] = []
+        for members in groups.values():
+            room = capacity - prompt_lengths[members[0]]
+            blocks += [[members[i] for i in part] for part in bins([counts[i] for i in members], room)]
+        while True:
+            costs = [cost(block) for block in blocks]
+            packed = spread(bins(costs, capacity), costs, num_ranks)
+            several = [block for block in blocks if len(block) > 1]
+            if len(packed) % num_ranks == 0 or not several:
+                return [[i for b in indices for i in blocks[b]] for indices in packed]
+            largest = max(several, key=cost)  # a prompt twice costs less than a rank without work
+            blocks.remove(largest)
+            blocks += halves(largest, counts)
+
+    def lay_out(self, sequences_B: Sequence[Sequence_]) -> Layout:
+        prompts = {number: prompt.token_ids for prompt, _, _, number in sequences_B}
+        place = {number: p for p, number in enumerate(prompts)}
+        prompt_lengths = np.array([len(ids) for ids in prompts.values()])
+        prompt_B = np.array([place[number] for _, _, _, number in sequences_B])
+        counts = np.array([len(rollout.token_ids) for _, rollout, _, _ in sequences_B])
+        prompt_ends, ends = np.cumsum(prompt_lengths), prompt_lengths.sum() + np.cumsum(counts)
+        # a prompt's last position predicts the first token of each of its completions
+        response = [
+            np.concatenate([[prompt_ends[p] - 1], np.arange(end - count, end - 1)])
+            for p, end, count in zip(prompt_B, ends, counts, strict=True)
+        ]
+        offsets = prompt_lengths[prompt_B]
+        return _integers(
+            tokens_T=[*prompts.values(), *(rollout.token_ids for _, rollout, _, _ in sequences_B)],
+            positions_T=[
+                *(np.arange(n) for n in prompt_lengths),
+                *(n + np.arange(count) for n, count in zip(offsets, counts, strict=True)),
+            ],
+            prompt_lengths_P=[prompt_lengths],
+            lengths_B=[counts],
+            prompt_B=[prompt_B],
+            response_N=response,
+        )
+
+
+def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices packed first-fit by decreasing length; no bin exceeds `capacity` unless a single length does."""
+    result: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
+        if place is None:
+            result.append([])
+            room.append(capacity)
+            place = len(room) - 1
+        result[place].append(index)
+        room[place] -= lengths[index]
+    return result
+
+
+def spread(packed: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Halve the longest bins that can be, until their number is a multiple of `num_ranks`."""
+    packed = list(packed)
+    while len(packed) % num_ranks and any(len(indices) > 1 for indices in packed):
+        longest = max((b for b in packed if len(b) > 1), key=lambda b: sum(lengths[i] for i in b))
+        packed.remove(longest)
+        packed += halves(longest, lengths)
+    return packed
+
+
+def halves(indices: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Two parts of about the same length in all."""
+    parts: tuple[list[int], list[int]] = ([], [])
+    for index in sorted(indices, key=lambda i: -lengths[i]):
+        min(parts, key=lambda part: sum(lengths[i] for i in part)).append(index)
+    return parts
+
+
+def _integers(**arrays: Sequence[Sequence[int] | np.ndarray]) -> Layout:
+    """Each one's parts end to end, int64."""
+    return {name: np.concatenate(parts).astype(np.int64) for name, parts in arrays.items()}
