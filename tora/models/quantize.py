@@ -89,10 +89,58 @@ def _scalers(weight: NF4Tensor) -> torch.Tensor:
 def _decode(weight: NF4Tensor, scalers: torch.Tensor, first_row: int, last_row: int) -> torch.Tensor:
     """Rows [first, last), to the bit as `get_original_weight` has them, with a quarter of its scratch memory."""
     first, last, block = first_row * weight.shape[1], last_row * weight.shape[1], weight.block_size
-    lut = weight.nf4
-    both_codes = torch.stack([lut.repeat_interleave(16), lut.repeat(16)], -1)  # a byte is two weights, high bits first
-    values = both_codes[weight.quantized_data[first // 2 : last // 2].int()].view(-1, block)
-    return (values * scalers[first // block : last // block, None]).view(-1, weight.shape[1])
+    codes, scalers = weight.quantized_data[first // 2 : last // 2], scalers[first // block : last // block]
+    # on a CPU the compiler's loop over a table is eight times slower than torch's; on a GPU it is the better one
+    opaque = torch.compiler.is_compiling() and codes.device.type == "cpu"
+    return (_decode_op if opaque else _decode_codes)(codes, scalers, weight.nf4).view(-1, weight.shape[1])
+
+
+def _decode_codes(codes: torch.Tensor, scalers: torch.Tensor, values_16: torch.Tensor) -> torch.Tensor:
+    """uint8 pairs of codes, a scaler for each block, and what the codes mean -> [blocks, block size] in its dtype."""
+    if torch.compiler.is_compiling():
+        values = _pairs(values_16)[codes.int()]
+    else:  # as many weights at once as a 64-bit integer holds
+        table = _table(values_16)
+        wide = codes if len(table) == 256 else codes.view(torch.uint16)
+        values = table.index_select(0, wide.int()).view(values_16.dtype)
+    return values.view(len(scalers), -1) * scalers[:, None]
+
+
+def _pairs(values_16: torch.Tensor) -> torch.Tensor:
+    """[256, 2]: the two weights of each byte, that of the high bits first."""
+    return torch.stack([values_16.repeat_interleave(16), values_16.repeat(16)], -1)
+
+
+_tables: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def _table(values_16: torch.Tensor) -> torch.Tensor:
+    """The weights of each byte, or where they are 2 bytes wide those of each two bytes, as int64. `values_16` is the
+    same for all of a dtype."""
+    key = values_16.dtype, values_16.device
+    if key not in _tables:
+        pairs = _pairs(values_16)
+        if values_16.itemsize == 2:
+            pairs = torch.cat([pairs.repeat(256, 1), pairs.repeat_interleave(256, 0)], 1)  # the first is the low one
+        _tables[key] = pairs.view(torch.int64)[:, 0].contiguous()
+    return _tables[key]
+
+
+_decode_op = torch.library.custom_op("tora::decode_nf4", _decode_codes, mutates_args=())
+
+
+@_decode_op.register_fake
+def _(codes: torch.Tensor, scalers: torch.Tensor, values_16: torch.Tensor) -> torch.Tensor:
+    return values_16.new_empty(scalers.shape[0], 2 * codes.shape[0] // scalers.shape[0])
+
+
+def _cache_key(weight: NF4Tensor) -> str:
+    """What compiled code may depend on; without it torch's cache of such code complains at length, and is unused."""
+    sizes = (weight.shape, weight.stride(), weight.block_size, weight.scaler_block_size, weight.n_blocks)
+    return repr((*map(tuple, sizes[:2]), *sizes[2:], weight.dtype, weight.device))
+
+
+setattr(NF4Tensor, "_stable_hash_for_caching", _cache_key)  # noqa: B010
 
 
 def dequantize(weight: NF4Tensor) -> torch.Tensor:
@@ -130,10 +178,11 @@ def frozen_linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor
     if not isinstance(weight_OI, NF4Tensor):
         return F.linear(x, weight_OI, bias_O)
     if torch.compiler.is_compiling():
-        # the compiler sees one decoding in the forward and the same in the backward, and would keep the first's result
-        y = checkpoint(_NF4Product.apply, x, weight_OI, use_reentrant=False, preserve_rng_state=False)
-    else:
-        y = _NF4Product.apply(x, weight_OI)
+        # The compiler sees one decoding in the forward and the same in the backward, and would keep the first's result.
+        # The product stays outside: where the backward needs it, it is kept.
+        decoded = checkpoint(dequantize, weight_OI, use_reentrant=False, preserve_rng_state=False)
+        return F.linear(x, decoded.to(x.dtype), bias_O)
+    y = _NF4Product.apply(x, weight_OI)
     return y if bias_O is None else y + bias_O
 
 
