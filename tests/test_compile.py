@@ -19,10 +19,12 @@ from tora.types import SampleRequest, Sampling
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 
 
-def generate(learner: Learner) -> None:
+def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
+    """Three rollouts a prompt."""
     engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=100)
     engine.load_snapshot(learner.snapshot())
-    engine.generate([SampleRequest((5, 6, 7), 3, 0, Sampling(12)), SampleRequest((8, 9), 2, 0, Sampling(12))])
+    groups = engine.generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])
+    return [completion.token_ids.tolist() for group in groups for completion in group]
 
 
 @pytest.mark.parametrize(
@@ -43,9 +45,11 @@ def test_compiled_training_equals_eager_and_stays_compiled(
         a, b = eager.step(batch), compiled.step(batch)
         for name in a.metrics:
             assert a.metrics[name] == pytest.approx(b.metrics[name], rel=2e-3, abs=1e-5), name
+    decoded = [generate(learner, (5, 6, 7), (8, 9)) for learner in (eager, compiled)]
+    assert decoded[0] == decoded[1]
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs <= 16
-    generate(compiled)
+    generate(compiled, (8, 9), (1, 2, 3), tuple(range(1, 133)))  # more rows, and a cache that grows on the way
     for batch in fresh:
         a, b = eager.step(batch), compiled.step(batch)
         assert a.metrics["loss/total"] == pytest.approx(b.metrics["loss/total"], rel=2e-3, abs=1e-5)

@@ -14,7 +14,8 @@ from tora.generate import TorchEngine
 from tora.sampling import draw, truncate
 from tora.types import SampleRequest, Sampling
 
-PROMPTS = [(5, 9, 30, 41), (7, 8), (100, 101, 102, 103, 104, 105)]
+PROMPTS = [(5, 9, 30, 41), (7, 8), tuple(range(1, 130))]
+"""The last one fills the cache's first slots on the way."""
 CPU = torch.device("cpu")
 
 

@@ -68,7 +68,7 @@ def test_cached_decode_equals_the_packed_forward(tmp_path: Path) -> None:
         prefill = PrefillAttention(lengths)
         positions = torch.cat([torch.arange(5), torch.arange(9)])
         model(torch.cat(prompts)[None], positions=positions[None], attend=prefill)
-        cache = CachedAttention(prefill, lengths[rows], rows, room=4)
+        cache = CachedAttention(prefill, lengths[rows], rows)
         decoded = []
         for i in range(4):
             tokens = torch.stack([t[i] for t in tails])[:, None]

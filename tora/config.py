@@ -54,7 +54,7 @@ class RolloutConfig:
     kv_cache_gib: float = 0.25
     """vLLM's KV cache on a CPU; unused on a GPU."""
     enforce_eager: bool = False
-    """vLLM without CUDA graphs."""
+    """Without CUDA graphs."""
     max_refills: float = 3.0
     """Groups without signal that a step may drop and replace, as a multiple of `batch_size`."""
 

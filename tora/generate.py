@@ -1,6 +1,7 @@
 """TorchEngine: batched decode with a key-value cache, on the learner's own modules.
 
-A group's prompt is prefilled once; rows that have finished leave the batch.
+A group's prompt is prefilled once; rows that have finished leave the batch, several at a time, since whoever stays
+moves. Layers that were compiled run compiled here, and on a GPU a step may be one CUDA graph.
 Shape letters: P prompts, B rows (rollouts), L tokens of a row, T packed prompt tokens, V vocabulary.
 """
 
@@ -15,11 +16,15 @@ import torch
 
 from tora.adapters.inject import adapter_layers, load_wire
 from tora.adapters.snapshot import digest, unpack
+from tora.cuda_graph import DecodeStep, GraphedStep
 from tora.errors import RolloutError, SyncError
 from tora.models.attention import CachedAttention, PrefillAttention
 from tora.models.decoder import Decoder
 from tora.sampling import draw, log_distribution
 from tora.types import Completion, PolicySnapshot, SampleRequest, SyncReport
+
+_CROWDED = 0.75
+"""Finished rows are dropped once no more than this share goes on: each time the whole cache is copied."""
 
 
 class TorchEngine:
@@ -35,14 +40,17 @@ class TorchEngine:
         shared: bool,
         max_rows: int,
         while_generating: Callable[[], AbstractContextManager[None]] = nullcontext,
+        cuda_graphs: bool = False,
     ) -> None:
         """`shared`: the learner trains this very model.
 
         `max_rows`: rollouts decoded at once, unless one request asks for more. `while_generating` is entered for each
-        call of `generate`; a sharded model needs its weights whole meanwhile.
+        call of `generate`; a sharded model needs its weights whole meanwhile. `cuda_graphs`: for a model on a GPU that
+        is not sharded.
         """
         self._model, self._device, self._shared, self._max_rows = model, device, shared, max_rows
         self._while_generating = while_generating
+        self._step: DecodeStep = GraphedStep(self._forward) if cuda_graphs else self._forward
         self._version: int | None = None
 
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
@@ -68,8 +76,7 @@ class TorchEngine:
         if self._version is None:
             raise RolloutError("the engine was asked to generate before it was given a snapshot")
         result: list[list[Completion]] = []
-        # a cache grows with every token: compiled layers would be compiled again and again
-        with self._while_generating(), torch.compiler.set_stance("force_eager"):
+        with self._while_generating():
             for part in _parts(requests, self._max_rows):
                 result += self._generate_at_once(part)
         return result
@@ -88,7 +95,15 @@ class TorchEngine:
         versions_L = np.full(len(tokens_L), self._version, dtype=np.int64)
         return Completion(tokens_L.copy(), logprobs_L.copy(), versions_L, int(tokens_L[-1]) in stop)
 
-    def _prefill(self, requests: Sequence[SampleRequest], room: int) -> tuple[CachedAttention, torch.Tensor]:
+    def _forward(self, token_B: torch.Tensor, cache: CachedAttention) -> torch.Tensor:
+        return self._model(
+            token_B[:, None],
+            positions=cache.lengths_B[:, None],
+            attend=cache,
+            finish=lambda hidden: self._model.output(hidden[:, 0]),
+        )
+
+    def _prefill(self, requests: Sequence[SampleRequest]) -> tuple[CachedAttention, torch.Tensor]:
         """A cache with a row for each rollout, and the logits of each rollout's first token [B, V]."""
         lengths_P = torch.tensor([len(r.token_ids) for r in requests], device=self._device)
         tokens_T = torch.tensor([t for r in requests for t in r.token_ids], device=self._device)
@@ -97,44 +112,41 @@ class TorchEngine:
         samples_P = torch.tensor([r.num_samples for r in requests], device=self._device)
         rows_B = torch.arange(len(requests), device=self._device).repeat_interleave(samples_P)
         last_P = lengths_P.cumsum(0) - 1
-        logits_PV = self._model(
-            tokens_T[None],
-            positions=positions_T[None],
-            attend=attend,
-            finish=lambda hidden: self._model.output(hidden[0, last_P]),
-        )
-        return CachedAttention(attend, lengths_P[rows_B], rows_B, room), logits_PV[rows_B]
+        with torch.compiler.set_stance("force_eager"):  # once a call: not worth a graph
+            logits_PV = self._model(
+                tokens_T[None],
+                positions=positions_T[None],
+                attend=attend,
+                finish=lambda hidden: self._model.output(hidden[0, last_P]),
+            )
+        return CachedAttention(attend, lengths_P[rows_B], rows_B), logits_PV[rows_B]
 
     def _decode(self, requests: Sequence[SampleRequest]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [L, B] int64, their log-probs [L, B] float32, and each row's length [B]; beyond it lies zero."""
+        """Tokens [L, B] int64, their log-probs [L, B] float32, and lengths [B]; nothing of use lies beyond."""
         sampling = requests[0].sampling
         uniform_LB = _random_numbers(requests, sampling.max_tokens).to(self._device)
-        cache, logits = self._prefill(requests, sampling.max_tokens)
+        cache, logits_BV = self._prefill(requests)
         stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self._device)
-        shape = tuple(uniform_LB.shape)
-        tokens_LB = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        logprobs_LB = torch.zeros(shape, dtype=torch.float32, device=self._device)
-        lengths_B = torch.zeros(shape[1], dtype=torch.int64, device=self._device)
-        alive = torch.arange(shape[1], device=self._device)
+        tokens_LB = torch.zeros_like(uniform_LB, dtype=torch.int64)
+        logprobs_LB = torch.zeros_like(uniform_LB, dtype=torch.float32)
+        lengths_B = torch.zeros_like(tokens_LB[0])
+        rows_B = torch.arange(len(lengths_B), device=self._device)  # of the batch as it was, those still in it
+        alive_B = torch.ones_like(rows_B, dtype=torch.bool)
         for step in range(sampling.max_tokens):
-            logprobs = log_distribution(logits, sampling)
-            token = draw(logprobs, uniform_LB[step, alive], greedy=sampling.temperature == 0)
-            tokens_LB[step, alive] = token
-            logprobs_LB[step, alive] = logprobs.gather(1, token[:, None])[:, 0]
-            lengths_B[alive] = step + 1
-            going = ~torch.isin(token, stop)
-            if not bool(going.all()):
-                rows = going.nonzero()[:, 0]
-                alive, token = alive[rows], token[rows]
-                cache.keep(rows)
-            if len(alive) == 0 or step + 1 == sampling.max_tokens:
+            logprobs_BV = log_distribution(logits_BV, sampling)
+            token_B = draw(logprobs_BV, uniform_LB[step, rows_B], greedy=sampling.temperature == 0)
+            tokens_LB[step, rows_B] = token_B
+            logprobs_LB[step, rows_B] = logprobs_BV.gather(1, token_B[:, None])[:, 0]
+            lengths_B[rows_B] += alive_B
+            alive_B = alive_B & ~torch.isin(token_B, stop)
+            num_alive = int(alive_B.sum())
+            if num_alive == 0 or step + 1 == sampling.max_tokens:
                 break
-            logits = self._model(
-                token[:, None],
-                positions=cache.lengths_B[:, None],
-                attend=cache,
-                finish=lambda hidden: self._model.output(hidden[:, 0]),
-            )
+            if num_alive <= _CROWDED * len(rows_B):
+                staying = alive_B.nonzero()[:, 0]
+                cache.keep(staying)
+                rows_B, token_B, alive_B = rows_B[staying], token_B[staying], alive_B[staying]
+            logits_BV = self._step(token_B, cache)
             cache.advance()
         return tokens_LB.cpu().numpy(), logprobs_LB.cpu().numpy(), lengths_B.cpu().numpy()
 

@@ -133,11 +133,21 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
 
 def _make_torch_engine(cfg: RunConfig) -> Engine:
     """On a copy of the learner's model."""
+    from learner.compile import compile_layers
     from learner.model import build_policy, device_of
     from tora.generate import TorchEngine
 
     device = device_of(cfg)
-    return TorchEngine(build_policy(cfg, device), device=device, shared=False, max_rows=_max_rows(cfg))
+    model = build_policy(cfg, device)
+    if cfg.compile:
+        compile_layers(model)
+    return TorchEngine(
+        model, device=device, shared=False, max_rows=_max_rows(cfg), cuda_graphs=_cuda_graphs(cfg, device)
+    )
+
+
+def _cuda_graphs(cfg: RunConfig, device: Any) -> bool:
+    return device.type == "cuda" and not cfg.rollout.enforce_eager
 
 
 def _max_rows(cfg: RunConfig) -> int:
@@ -181,6 +191,7 @@ class _Here:
             while_generating=partial(
                 unsharded, self._learner.model, reshard_after_forward=self._cfg.fsdp_reshard_after_forward
             ),
+            cuda_graphs=_cuda_graphs(self._cfg, self._learner.device) and self._learner.world.size == 1,
         )
 
 

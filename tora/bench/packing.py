@@ -24,17 +24,22 @@ from tora.batch import micro_batches
 from tora.bench.learner import make_config
 from tora.bench.rows import Setting, ratio
 from tora.bench.shapes import write_random_model
-from tora.models.attention import PackedAttention
+from tora.models.attention import LayerAttention, PackedAttention
 from tora.models.decoder import Decoder
 from tora.types import Group, Prompt, Rollout, TrainBatch
 
 
-def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+class Causal:
     """[B, L, heads, D]: what lies right of a token, padding too, is not seen."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-    )
-    return out.transpose(1, 2)
+
+    def at(self, layer: int) -> LayerAttention:
+        return self
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+        )
+        return out.transpose(1, 2)
 
 
 class PaddedLearner(Learner):
@@ -50,7 +55,7 @@ class PaddedLearner(Learner):
             hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, rows.unpad_T[x.response_N])
             return token_logprobs(hidden_NH, model.head, x.targets_N, temperature=temperature)
 
-        return model(tokens_BL, positions=positions_BL, attend=causal, finish=finish)
+        return model(tokens_BL, positions=positions_BL, attend=Causal(), finish=finish)
 
 
 def make_group(prompt_tokens: int, completion_tokens: Sequence[int], vocab_size: int) -> Group:

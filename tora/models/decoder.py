@@ -19,7 +19,7 @@ from torchtune.modules import (
 )
 
 from tora.errors import ConfigError
-from tora.models.attention import AttentionContext
+from tora.models.attention import AttentionContext, LayerAttention
 from tora.models.family import ModelFamily
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -67,11 +67,10 @@ class RotaryTable(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention: projections, optional q/k norms, rotation, then the context attends."""
+    """Grouped-query self-attention: projections, optional q/k norms, rotation, then `mask` attends."""
 
     def __init__(
         self,
-        layer: int,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
@@ -83,21 +82,21 @@ class Attention(nn.Module):
         k_norm: nn.Module | None,
     ) -> None:
         super().__init__()
-        self.layer, self.num_heads, self.num_kv_heads, self.head_dim = layer, num_heads, num_kv_heads, head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.q_proj, self.k_proj, self.v_proj, self.output_proj = q_proj, k_proj, v_proj, output_proj
         self.q_norm, self.k_norm = q_norm, k_norm
 
     def forward(
-        self, x: torch.Tensor, _: torch.Tensor | None = None, *, mask: AttentionContext, input_pos: Rope
+        self, x: torch.Tensor, _: torch.Tensor | None = None, *, mask: LayerAttention, input_pos: Rope
     ) -> torch.Tensor:
-        """x [b, s, hidden]; torchtune's layer calls it with the context as `mask` and the rotation as `input_pos`."""
+        """x [b, s, hidden]; torchtune's layer calls it with its attention as `mask` and the rotation as `input_pos`."""
         b, s, _width = x.shape
         q = self.q_proj(x).view(b, s, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(b, s, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).view(b, s, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = mask(self.layer, rotate(q, input_pos), rotate(k, input_pos), v)
+        out = mask(rotate(q, input_pos), rotate(k, input_pos), v)
         return self.output_proj(out.flatten(2))
 
 
@@ -133,8 +132,8 @@ class Decoder(TransformerDecoder):
         """
         h = self.tok_embeddings(tokens)
         rope = self.rope(positions)
-        for layer in self.layers:
-            h = layer(h, mask=attend, input_pos=rope)
+        for index, layer in enumerate(self.layers):
+            h = layer(h, mask=attend.at(index), input_pos=rope)
         return finish(self.norm(h))
 
 
@@ -158,9 +157,9 @@ def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn
     qkv_bias = attention_bias if family.qkv_bias is None else family.qkv_bias
     output_bias = attention_bias if family.output_bias is None else family.output_bias
 
-    def layer(index: int) -> TransformerSelfAttentionLayer:
+    def layer() -> TransformerSelfAttentionLayer:
         attention = Attention(
-            index, heads, kv_heads, head_dim,
+            heads, kv_heads, head_dim,
             q_proj=linear(hidden, heads * head_dim, bias=qkv_bias),
             k_proj=linear(hidden, kv_heads * head_dim, bias=qkv_bias),
             v_proj=linear(hidden, kv_heads * head_dim, bias=qkv_bias),
@@ -184,7 +183,7 @@ def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn
     return Decoder(
         rope=RotaryTable(config, head_dim),
         tok_embeddings=embedding,
-        layers=[layer(i) for i in range(config.num_hidden_layers)],
+        layers=[layer() for _ in range(config.num_hidden_layers)],
         max_seq_len=config.max_position_embeddings,
         num_heads=heads,
         head_dim=head_dim,

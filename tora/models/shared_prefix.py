@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tora.models.attention import AttentionContext, PackedAttention
+from tora.models.attention import AttentionContext, LayerAttention, PackedAttention
 
 
 class SharedPrefixAttention:
@@ -45,14 +45,17 @@ class SharedPrefixAttention:
         shape = (len(lengths_B), len(own_column_L), -1)
         self._seen_B1LS = torch.cat([in_prompt[:, None].expand(shape), causal_LL.expand(shape)], 2)[:, None]
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def at(self, layer: int) -> LayerAttention:
+        return self
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out_BHLD = F.scaled_dot_product_attention(
             _rows(q, self._query_BL, self._query_shape),
             *(_as_many_heads(_rows(x, self._key_BS, self._key_shape), q.shape[2]) for x in (k, v)),
             attn_mask=self._seen_B1LS,
         )
         completions = out_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self._unpad)[None]
-        return torch.cat([self._prompts(layer, q, k, v), completions], 1)
+        return torch.cat([self._prompts(q, k, v), completions], 1)
 
 
 def _rows(x_1TND: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
