@@ -164,6 +164,22 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_dist", "plasma"))]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_asynchronous_with_updates_in_flight(tmp_path: Path, recompute: bool) -> None:
+    words = [
+        "rollout.update=in_flight",
+        f"rollout.recompute_kv={recompute}",
+        "max_staleness=2",
+        "rollout.concurrency=3",
+    ]
+    rows = train(tmp_path / "run", *words)
+    check_whole(tmp_path / "run", rows)
+    assert max(row["staleness/max"] for row in steps(rows)) <= 2
+    assert all(row["sync/stall_ms"] > 0 for row in steps(rows))
+    if recompute:
+        assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-9, "the newest tokens owe nothing to older weights"
+
+
 @pytest.mark.parametrize(("base", "where"), [("dequantized", "async_rl=true"), ("checkpoint", "async_rl=false")])
 def test_with_vllm_and_a_quantised_base(tmp_path: Path, base: str, where: str) -> None:
     quantized = ["model.quantize_base=true", f"rollout.base={base}", "model.lora_type=dora_cache", "max_staleness=0"]

@@ -47,6 +47,12 @@ class RolloutConfig:
     base: Literal["dequantized", "checkpoint"] = "dequantized"
     """vLLM's base under `model.quantize_base`: the learner's weights, by way of a folder in `output_dir` that lasts as
     long as the run; or those of `model.path`, which are not the policy's. `mismatch_kl` shows the gap either way."""
+    update: Literal["between_rollouts", "in_flight"] = "between_rollouts"
+    """When a new policy version takes over: from the next rollout on, or within running ones, whose later tokens are
+    then the new version's; vLLM with `async_rl`."""
+    recompute_kv: bool = False
+    """With `update: in_flight`: compute the keys and values that running rollouts have so far again under the new
+    version, instead of keeping them."""
     max_model_len: int | None = None
     """vLLM's longest sequence; the model's own where null."""
     gpu_memory_utilization: float = 0.5

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tora.types import (
     Completion,
@@ -19,10 +19,14 @@ from tora.types import (
     PolicySnapshot,
     Prompt,
     SampleRequest,
+    ScoreRequest,
     StepResult,
     SyncReport,
     TrainBatch,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Engine(Protocol):
@@ -31,17 +35,21 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         """Blocks until every completion is done; one list of `num_samples` completions per request, in order.
 
-        May be called from several threads at once where `concurrent` is true. Every token carries the version
-        that was loaded when its request began.
+        May be called from several threads at once. Every token carries the version that sampled it.
         """
         ...
 
-    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
-        """Serve this policy version from now on. Every tensor is used or `SyncError` is raised."""
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
+        """Log-probs of each completion's tokens, [L] float32, at temperature 1 and untruncated, under the newest
+        version; under the base where `adapter` is false."""
         ...
 
-    @property
-    def concurrent(self) -> bool: ...
+    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+        """Serve this policy version from now on. Every tensor is used or `SyncError` is raised.
+
+        One caller at a time.
+        """
+        ...
 
     def close(self) -> None: ...
 
