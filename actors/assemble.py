@@ -59,21 +59,21 @@ def make_batch(
     the filter left. `seconds`: wall time since the last batch. `staleness/*`: of a group's oldest token;
     `rollout/mixed_share`: of rollouts sampled by more than one policy version."""
     staleness_P = [version - group.version for group in groups_P]
-    rollouts = [r for group in generated for r in group.rollouts]
+    measured = generated or groups_P  # all of the step's groups may have been there already at the last one
+    rollouts = [r for group in measured for r in group.rollouts]
     metrics: Metrics = {
         "staleness/mean": float(np.mean(staleness_P)),
         "staleness/max": float(max(staleness_P)),
-        "rollout/signal_share": float(np.mean([g.has_signal for g in generated])) if generated else 0.0,
+        "rollout/signal_share": float(np.mean([g.has_signal for g in measured])),
         "rollout/groups_dropped": float(drops),
         "rollout/tokens_per_s": sum(g.num_tokens for g in generated) / max(seconds, 1e-9),
+        "rollout/length_mean": float(np.mean([len(r.token_ids) for r in rollouts])),
+        "rollout/mixed_share": float(np.mean([r.versions[0] != r.versions[-1] for r in rollouts])),
+        "rollout/stopped_share": float(np.mean([r.stopped for r in rollouts])),
+        "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }
-    if rollouts:
-        metrics["reward/mean"] = float(np.mean([r.reward for r in rollouts]))
-        metrics["rollout/length_mean"] = float(np.mean([len(r.token_ids) for r in rollouts]))
-        metrics["rollout/mixed_share"] = float(np.mean([r.versions[0] != r.versions[-1] for r in rollouts]))
-        metrics["rollout/stopped_share"] = float(np.mean([r.stopped for r in rollouts]))
-        for part in rollouts[0].reward_parts:
-            metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
+    for part in rollouts[0].reward_parts:
+        metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
     micro = micro_batches(
         groups_P,
         normalize_advantages=cfg.normalize_advantages,

@@ -149,7 +149,7 @@ def test_the_oldest_token_of_a_mixed_rollout_keeps_the_bound() -> None:
             batch = rollouts.next_batch(step)
             versions_N = np.concatenate([m.versions_N for m in batch.micro_batches])
             assert batch.metrics["staleness/max"] == step - versions_N.min() <= 2
-            mixed += batch.metrics.get("rollout/mixed_share", 0.0)  # absent where nothing came since the last step
+            mixed += batch.metrics["rollout/mixed_share"]
             rollouts.publish(step + 1)
         assert mixed > 0
     finally:

@@ -66,6 +66,15 @@ class RolloutConfig:
 
 
 @dataclass(kw_only=True)
+class SyncConfig:
+    canary_every: int = 10
+    """Steps between comparisons of the learner's and every engine's log-probs on fixed tokens, with the adapter and
+    without; there is one at the start in any case, and 0 is never. The run stops where they differ."""
+    canary_max_gap: float | None = None
+    """Largest mean difference of a token's log-prob; where null, 1e-4 between float32 and 0.1 with bf16 on a side."""
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
     dataset: Component
     num_prompts: int = 128
@@ -151,6 +160,7 @@ class RunConfig:
         default_factory=lambda: {"_component_": "transformers.get_constant_schedule_with_warmup", "num_warmup_steps": 0}
     )
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     eval: EvalConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metric_logger: list[Component] = field(default_factory=list)

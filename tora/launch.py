@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tora.canary import NUM_PROBES, Canary
 from tora.config import RunConfig
 from tora.config_loader import dump_yaml
 from tora.config_rules import check
@@ -48,7 +49,10 @@ def run(cfg: RunConfig) -> bool:
         peers.any(False)  # nobody writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
         try:
-            outcome = train(cfg, learner, rollouts, log, checkpoints, state, lambda: peers.any(stop_requested()))
+            canary = Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)])
+            outcome = train(
+                cfg, learner, rollouts, canary, log, checkpoints, state, lambda: peers.any(stop_requested())
+            )
             learner.export(folder / "adapter")
         finally:
             log.close()

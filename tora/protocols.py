@@ -16,6 +16,7 @@ from tora.types import (
     Completion,
     EvalResult,
     Metrics,
+    MicroBatch,
     PolicySnapshot,
     Prompt,
     SampleRequest,
@@ -80,6 +81,10 @@ class Learner(Protocol):
         """A `PolicySnapshot`, or a handle that the run's `Rollouts` can resolve without copying it here."""
         ...
 
+    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+        """Log-probs of the response tokens, [N] float32, at temperature 1; under the base where `adapter` is false."""
+        ...
+
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
@@ -97,6 +102,10 @@ class Rollouts(Protocol):
     def publish(self, snapshot: Any) -> Metrics: ...
 
     def evaluate(self) -> EvalResult: ...
+
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[list[np.ndarray]]:
+        """What each rollout worker's engine answers, see `Engine.score`."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """What must be stored to go on with the same prompts: the cursor and the prompt ids in flight."""
