@@ -56,22 +56,24 @@ def make_batch(
     cfg: RunConfig, groups_P: Sequence[Group], generated: Sequence[Group], drops: int, version: int, seconds: float
 ) -> TrainBatch:
     """`generated` are all groups since the last step, dropped ones too: rewards are averaged over them, not over what
-    the filter left. `seconds`: wall time since the last batch."""
+    the filter left. `seconds`: wall time since the last batch. `staleness/*`: of a group's oldest token;
+    `rollout/mixed_share`: of rollouts sampled by more than one policy version."""
     staleness_P = [version - group.version for group in groups_P]
-    rollouts = [r for group in generated for r in group.rollouts]
+    measured = generated or groups_P  # all of the step's groups may have been there already at the last one
+    rollouts = [r for group in measured for r in group.rollouts]
     metrics: Metrics = {
         "staleness/mean": float(np.mean(staleness_P)),
         "staleness/max": float(max(staleness_P)),
-        "rollout/signal_share": float(np.mean([g.has_signal for g in generated])) if generated else 0.0,
+        "rollout/signal_share": float(np.mean([g.has_signal for g in measured])),
         "rollout/groups_dropped": float(drops),
         "rollout/tokens_per_s": sum(g.num_tokens for g in generated) / max(seconds, 1e-9),
+        "rollout/length_mean": float(np.mean([len(r.token_ids) for r in rollouts])),
+        "rollout/mixed_share": float(np.mean([r.versions[0] != r.versions[-1] for r in rollouts])),
+        "rollout/stopped_share": float(np.mean([r.stopped for r in rollouts])),
+        "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }
-    if rollouts:
-        metrics["reward/mean"] = float(np.mean([r.reward for r in rollouts]))
-        metrics["rollout/length_mean"] = float(np.mean([len(r.token_ids) for r in rollouts]))
-        metrics["rollout/stopped_share"] = float(np.mean([r.stopped for r in rollouts]))
-        for part in rollouts[0].reward_parts:
-            metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
+    for part in rollouts[0].reward_parts:
+        metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
     micro = micro_batches(
         groups_P,
         normalize_advantages=cfg.normalize_advantages,
@@ -98,9 +100,11 @@ def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
 
 
 def sync_metrics(reports: Sequence[SyncReport], seconds: float) -> Metrics:
-    """`sync/bytes` is what one worker received; `sync/seconds` the wall time until all had it."""
+    """`sync/bytes` is what one worker received; `sync/seconds` the wall time until all had it; `sync/stall_ms` the
+    longest that an engine's generation stood still for it."""
     return {
         "sync/bytes": float(reports[0].nbytes),
         "sync/seconds": seconds,
         "sync/modules": float(reports[0].num_modules),
+        "sync/stall_ms": max(report.stall_seconds for report in reports) * 1000,
     }

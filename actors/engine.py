@@ -1,19 +1,21 @@
 """VLLMEngine: vLLM in this process, stepped by one thread, fed by many.
 
 The thread builds vLLM, writes snapshots between its steps and ends it. Every other thread hands it commands and waits.
-Policy version v lives in the adapter slot 1 + v mod `num_slots`; a request keeps the version that it began with.
+What a new version means for the sequences that are running is `actors.weight_updates`'.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch.distributed
 
 from actors.vllm_setup import (
@@ -21,13 +23,16 @@ from actors.vllm_setup import (
     LoadedPolicy,
     build,
     completion,
+    completion_logprobs,
     engine_args,
     loaded_policy,
     sampling_params,
+    scoring_params,
     shut_down,
 )
-from tora.errors import RolloutError, SyncError
-from tora.types import Completion, PolicySnapshot, SampleRequest, SyncReport
+from actors.weight_updates import WeightUpdate
+from tora.errors import RolloutError
+from tora.types import Completion, PolicySnapshot, SampleRequest, ScoreRequest, SyncReport
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -40,8 +45,6 @@ _END_SECONDS = 60.0
 class VLLMEngine:
     """One vLLM generator; see `tora.protocols.Engine`."""
 
-    concurrent = True
-
     def __init__(
         self,
         model_path: str,
@@ -50,7 +53,7 @@ class VLLMEngine:
         max_model_len: int | None,
         lora_rank: int,
         lora_targets: Sequence[str],
-        num_slots: int,
+        update: WeightUpdate,
         seed: int,
         gpu_memory_utilization: float,
         kv_cache_gib: float,
@@ -58,21 +61,19 @@ class VLLMEngine:
     ) -> None:
         """Blocks until vLLM is up. It seeds this process's random generators with `seed`.
 
-        `max_model_len`: tokens of prompt and completion, the model's own where None. `num_slots`: policy versions that
-        can be in flight at once. `gpu_memory_utilization` is a share, and unused on a CPU; `kv_cache_gib` is unused on
-        a GPU. Errors: ValueError for an impossible argument, RolloutError where vLLM does not start.
+        `max_model_len`: tokens of prompt and completion, the model's own where None. `gpu_memory_utilization` is a
+        share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. Errors: ValueError for an impossible argument,
+        RolloutError where vLLM does not start.
         """
-        if num_slots < 1:
-            raise ValueError(f"num_slots is {num_slots}; an engine needs at least 1")
-        self._num_slots = num_slots
-        self._commands: deque[_Generate | _Load] = deque()
+        self._update = update
+        self._commands: deque[_Ask | _Load] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
         self._policies: dict[int, LoadedPolicy] = {}  # by slot; from here on the engine's thread's own
         self._newest: LoadedPolicy | None = None
         self._in_flight: Counter[int] = Counter()  # unfinished vLLM requests by slot
-        self._running: dict[str, tuple[_Generate, int]] = {}  # by vLLM's request id
+        self._running: dict[str, tuple[_Ask, int]] = {}  # by vLLM's request id
         self._request_ids = count()
         started: Future[None] = Future()
         self._environment = Environment()
@@ -84,7 +85,8 @@ class VLLMEngine:
                 max_model_len=max_model_len,
                 lora_rank=lora_rank,
                 lora_targets=lora_targets,
-                num_slots=num_slots,
+                num_slots=update.num_slots,
+                async_scheduling=update.async_scheduling,
                 seed=seed,
                 gpu_memory_utilization=gpu_memory_utilization,
                 kv_cache_gib=kv_cache_gib,
@@ -103,20 +105,49 @@ class VLLMEngine:
         """See `Engine`. Errors: ValueError for a request vLLM would refuse; RolloutError before the first snapshot, and
         once the engine has failed or is closed."""
         for request in requests:
-            self._check(request)
-        command = _Generate(requests, [sampling_params(request) for request in requests])
-        self._submit(command)
-        return command.future.result()
+            self._check(request.token_ids, request.sampling.max_tokens)
+
+        def completions(output: Any, index: int, policy: LoadedPolicy) -> list[Completion]:
+            samples = [completion(sample, self._update.versions(sample, policy)) for sample in output.outputs]
+            return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: all the same
+
+        prompts = [request.token_ids for request in requests]
+        return self._submit(_Ask(prompts, [sampling_params(request) for request in requests], completions)).result()
+
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
+        """See `Engine`. Errors: as for `generate`."""
+        for request in requests:
+            self._check(request.token_ids + request.completion, 1)
+
+        def logprobs(output: Any, index: int, policy: LoadedPolicy) -> np.ndarray:
+            return completion_logprobs(output, len(requests[index].completion))
+
+        prompts = [request.token_ids + request.completion for request in requests]
+        return self._submit(_Ask(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
 
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
-        """Blocks until it is written: between two steps, and after the last request under the version it overwrites.
+        """Blocks until it is written, between two steps, and read back; see `WeightUpdate` for when it has to wait.
 
         Requests that arrive meanwhile run under the new version. Nothing is written for a snapshot that a slot holds
         already. Errors: SyncError, and the former version stays; RolloutError as for `generate`.
         """
-        command = _Load(snapshot)
-        self._submit(command)
-        return command.future.result()
+        start = time.perf_counter()
+        with self._wake:
+            self._check_alive()
+            llm = self._llm
+        # Reading, hashing and casting happen here, in the caller's thread, while the engine's steps on.
+        (placed,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
+        adapter_id, stall = self._submit(_Load(snapshot, placed)).result()
+        (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, adapter_id))
+        return SyncReport(
+            version=snapshot.version,
+            nbytes=snapshot.nbytes,
+            seconds=time.perf_counter() - start,
+            sha256=held.sha256,
+            num_modules=held.num_modules,
+            dtype=held.dtype,
+            stall_seconds=stall,
+        )
 
     def close(self) -> None:
         """Ends vLLM; whoever waits for a completion gets a RolloutError. May be called twice."""
@@ -126,24 +157,27 @@ class VLLMEngine:
         self._thread.join(_END_SECONDS)
         self._environment.restore_own()
 
-    def _check(self, request: SampleRequest) -> None:
-        num_prompt, num_new = len(request.token_ids), request.sampling.max_tokens
-        if num_prompt == 0:
+    def _check(self, token_ids: tuple[int, ...], num_new: int) -> None:
+        if len(token_ids) == 0:
             raise ValueError("a prompt is empty")
-        if num_prompt + num_new > self._max_model_len:
+        if len(token_ids) + num_new > self._max_model_len:
             raise ValueError(
-                f"a prompt of {num_prompt} tokens with max_tokens {num_new} makes {num_prompt + num_new} tokens, "
-                f"more than max_model_len {self._max_model_len}"
+                f"a prompt of {len(token_ids)} tokens with max_tokens {num_new} makes {len(token_ids) + num_new} "
+                f"tokens, more than max_model_len {self._max_model_len}"
             )
-        if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
+        if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
             raise ValueError(f"a prompt has token ids outside of the model's vocabulary of {self._vocab_size}")
 
-    def _submit(self, command: _Generate | _Load) -> None:
+    def _check_alive(self) -> None:
+        if self._failure is not None or self._closing:
+            raise _gone(self._failure)
+
+    def _submit(self, command: _Ask | _Load) -> Future[Any]:
         with self._wake:
-            if self._failure is not None or self._closing:
-                raise _gone(self._failure)
+            self._check_alive()
             self._commands.append(command)
             self._wake.notify_all()
+        return command.future
 
     # From here on: the engine's thread.
 
@@ -188,44 +222,39 @@ class VLLMEngine:
             with self._wake:
                 self._commands.popleft()  # only now, so that `_abandon` finds it if vLLM raises
 
-    def _must_wait(self, command: _Generate | _Load) -> bool:
-        if isinstance(command, _Generate):
+    def _must_wait(self, command: _Ask | _Load) -> bool:
+        if isinstance(command, _Ask):
             return False
-        slot = self._slot(command.snapshot.version)
-        return self._in_flight[slot] > 0 and not self._holds(slot, command.snapshot)
-
-    def _slot(self, version: int) -> int:
-        return 1 + version % self._num_slots
+        slot = self._update.slot(command.snapshot.version)
+        return self._update.must_wait(self._in_flight[slot]) and not self._holds(slot, command.snapshot)
 
     def _holds(self, slot: int, snapshot: PolicySnapshot) -> bool:
         held = self._policies.get(slot)
-        return held is not None and (held.version, held.report.sha256) == (snapshot.version, snapshot.sha256)
+        return held is not None and (held.version, held.sha256) == (snapshot.version, snapshot.sha256)
 
     def _load(self, command: _Load) -> None:
-        slot = self._slot(command.snapshot.version)
+        start = time.perf_counter()
+        slot = self._update.slot(command.snapshot.version)
         if not self._holds(slot, command.snapshot):
-            try:
-                (report,) = self._llm.collective_rpc("load_policy_snapshot", args=(command.snapshot, slot))
-            except SyncError as error:
-                command.future.set_exception(error)
-                return
-            self._policies[slot] = loaded_policy(slot, report)
+            self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
+            self._policies[slot] = loaded_policy(slot, command.snapshot)
+            self._update.written(self._llm, self._policies[slot])
         self._newest = self._policies[slot]
-        command.future.set_result(self._newest.report)
+        command.future.set_result((slot, time.perf_counter() - start))
 
-    def _begin(self, command: _Generate) -> None:
+    def _begin(self, command: _Ask) -> None:
         from vllm.inputs import tokens_input
 
         if self._newest is None:
             command.future.set_exception(RolloutError("the engine was asked to generate before its first snapshot"))
             return
-        if not command.requests:
+        if not command.prompts:
             command.future.set_result([])
         command.policy = self._newest
-        for index, (request, params) in enumerate(zip(command.requests, command.params, strict=True)):
+        for index, (token_ids, params) in enumerate(zip(command.prompts, command.params, strict=True)):
             name = str(next(self._request_ids))
-            prompt = tokens_input(list(request.token_ids))
-            self._llm.add_request(name, prompt, params, lora_request=self._newest.lora)
+            lora = self._newest.lora if command.adapter else None
+            self._llm.add_request(name, tokens_input(list(token_ids)), params, lora_request=lora)
             self._running[name] = (command, index)
             self._in_flight[self._newest.lora.lora_int_id] += 1
 
@@ -234,12 +263,9 @@ class VLLMEngine:
         command, index = self._running[output.request_id]
         assert command.policy is not None
         self._in_flight[command.policy.lora.lora_int_id] -= 1
-        completions = [completion(sample, command.policy.version) for sample in output.outputs]
-        if len(completions) == 1:
-            completions *= command.requests[index].num_samples  # greedy ones are all the same
-        command.done[index] = completions
-        if len(command.done) == len(command.requests):
-            command.future.set_result([command.done[i] for i in range(len(command.requests))])
+        command.done[index] = command.read(output, index, command.policy)
+        if len(command.done) == len(command.prompts):
+            command.future.set_result([command.done[i] for i in range(len(command.prompts))])
         del self._running[output.request_id]  # only now, so that `_abandon` finds it if something raises
 
     def _abandon(self, cause: BaseException | None) -> None:
@@ -254,19 +280,25 @@ class VLLMEngine:
 
 
 @dataclass(eq=False)
-class _Generate:
-    requests: Sequence[SampleRequest]
-    params: list[SamplingParams]
+class _Ask:
+    prompts: Sequence[tuple[int, ...]]
+    params: Sequence[SamplingParams]
+    read: Callable[[Any, int, LoadedPolicy], Any]
+    """The answer to a prompt from vLLM's `RequestOutput`, its index, and the newest policy when it began."""
+    adapter: bool = True
     policy: LoadedPolicy | None = None
-    done: dict[int, list[Completion]] = field(default_factory=dict)
-    """By index into `requests`."""
-    future: Future[list[list[Completion]]] = field(default_factory=Future)
+    done: dict[int, Any] = field(default_factory=dict)
+    """Answers by index into `prompts`."""
+    future: Future[list[Any]] = field(default_factory=Future)
 
 
 @dataclass(eq=False)
 class _Load:
     snapshot: PolicySnapshot
-    future: Future[SyncReport] = field(default_factory=Future)
+    placed: Any
+    """What `stage_snapshot` answered."""
+    future: Future[tuple[int, float]] = field(default_factory=Future)
+    """The adapter id, and the seconds between two steps that it took."""
 
 
 def _gone(cause: BaseException | None) -> RolloutError:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from actors.assemble import PromptCursor, SignalFilter, make_batch, summarize_evaluation, sync_metrics
 from actors.worker import RolloutWorker
 from tora.config import RunConfig
 from tora.peers import Peers
-from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, TrainBatch
+from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, ScoreRequest, TrainBatch
 
 
 class LocalRollouts:
@@ -49,6 +51,9 @@ class LocalRollouts:
 
     def evaluate(self) -> EvalResult:
         return summarize_evaluation(self._peers.join(self._worker.evaluate(self._peers.share(self._eval_prompts))))
+
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[list[np.ndarray]]:
+        return [self._worker.score(requests, adapter=adapter)]
 
     def state(self) -> dict[str, Any]:
         return self._cursor.state(())

@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from actors.assemble import PromptCursor, SignalFilter, make_batch, summarize_evaluation, sync_metrics
 from actors.buffer import Buffer
 from tora.config import RunConfig
-from tora.types import EvalResult, Group, Metrics, Prompt, SyncReport, TrainBatch
+from tora.types import EvalResult, Group, Metrics, Prompt, ScoreRequest, SyncReport, TrainBatch
 
 T = TypeVar("T")
 
@@ -29,6 +31,8 @@ class WorkerHandle(Protocol):
     async def run_group(self, prompt: Prompt) -> Group: ...
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]: ...
+
+    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]: ...
 
     async def load_snapshot(self, snapshot: Any) -> SyncReport: ...
 
@@ -126,6 +130,12 @@ class AsyncRollouts:
         shares = [self._eval_prompts[i::count] for i in range(count)]
         groups = await asyncio.gather(*(w.evaluate(share) for w, share in zip(self._workers, shares, strict=True)))
         return summarize_evaluation([group for share in groups for group in share])
+
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[list[np.ndarray]]:
+        return self._wait(self._score(requests, adapter))
+
+    async def _score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[list[np.ndarray]]:
+        return await asyncio.gather(*(worker.score(requests, adapter) for worker in self._workers))
 
     def state(self) -> dict[str, Any]:
         return self._wait(self._state())

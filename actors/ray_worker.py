@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
-from tora.types import Group, Prompt, SyncReport
+from tora.types import Group, Prompt, ScoreRequest, SyncReport
 
 _CLOSE_TIMEOUT_S = 20
 
@@ -22,6 +23,9 @@ class RayWorker:
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return await self._actor.evaluate.remote(list(prompts))
+
+    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]:
+        return await self._actor.score.remote(list(requests), adapter=adapter)
 
     async def load_snapshot(self, snapshot: Any) -> SyncReport:
         """`snapshot` is an ObjectRef; Ray hands the actor the bytes from its node's object store."""

@@ -81,6 +81,11 @@ class GainLayer(BaseLinearLayerWithLoRA):
             self.offset_SO[index].copy_((1 - self.gain_SO[index]) * self._bias_O.float())
         self._slots_with_gain.add(index)
 
+    def gain_part(self, index: int, part: int) -> torch.Tensor:
+        """[O] of one packed part, in place."""
+        start = sum(self.part_sizes[:part])
+        return self.gain_SO[index, start : start + self.part_sizes[part]]
+
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         output = super().apply(x, bias)
         # Compiled code and CUDA graphs must not depend on what the slots hold; without them plain LoRA is spared.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from tora.types import Completion, SampleRequest, SyncReport
+from tora.types import Completion, PolicySnapshot, SampleRequest
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -83,6 +83,7 @@ def engine_args(
     lora_rank: int,
     lora_targets: Sequence[str],
     num_slots: int,
+    async_scheduling: bool | None,
     seed: int,
     gpu_memory_utilization: float,
     kv_cache_gib: float,
@@ -110,6 +111,7 @@ def engine_args(
         max_model_len=max_model_len,  # pyright: ignore[reportArgumentType]  None is vLLM's default
         seed=seed,
         distributed_executor_backend="uni",
+        async_scheduling=async_scheduling,
         worker_extension_cls="actors.vllm_extension.SnapshotExtension",
         enable_lora=True,
         max_lora_rank=engine_rank(lora_rank),  # pyright: ignore[reportArgumentType]
@@ -167,16 +169,17 @@ class LoadedPolicy:
 
     version: int
     lora: LoRARequest
-    report: SyncReport
+    sha256: str
+    """The sender's."""
 
 
-def loaded_policy(slot: int, report: SyncReport) -> LoadedPolicy:
+def loaded_policy(slot: int, snapshot: PolicySnapshot) -> LoadedPolicy:
     """vLLM's prefix and encoder caches are keyed by the adapter's name: by version, and by content too, because a run
     that resumed from a checkpoint comes to a version number for the second time."""
     from vllm.lora.request import LoRARequest
 
-    name = f"policy@{report.version}:{report.sha256[:16]}"
-    return LoadedPolicy(report.version, LoRARequest(name, slot, f"mem://{report.version}"), report)
+    name = f"policy@{snapshot.version}:{snapshot.sha256[:16]}"
+    return LoadedPolicy(snapshot.version, LoRARequest(name, slot, f"mem://{snapshot.version}"), snapshot.sha256)
 
 
 def sampling_params(request: SampleRequest) -> SamplingParams:
@@ -212,10 +215,31 @@ def _spread(seed: int) -> int:
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:6])
 
 
-def completion(output: Any, version: int) -> Completion:
+def scoring_params() -> SamplingParams:
+    """For log-probs of the prompt's own tokens; vLLM reports them untempered whatever it samples with."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        prompt_logprobs=0,  # of the prompt's tokens alone; vLLM then takes nothing from the prefix cache
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def completion(output: Any, versions_L: np.ndarray) -> Completion:
     """From vLLM's `CompletionOutput` of a finished request."""
     token_ids = np.asarray(output.token_ids, dtype=np.int64)
     logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
     assert output.finish_reason in ("stop", "length"), f"vLLM ended a request with {output.finish_reason!r}"
     assert logprobs.shape == token_ids.shape, "vLLM returned other log-probs than the sampled tokens'"
-    return Completion(token_ids, logprobs, np.full(len(token_ids), version, np.int64), output.finish_reason == "stop")
+    assert versions_L.shape == token_ids.shape, "vLLM returned versions of other tokens than it sampled"
+    return Completion(token_ids, logprobs, versions_L, output.finish_reason == "stop")
+
+
+def completion_logprobs(output: Any, length: int) -> np.ndarray:
+    """[length] float32: of the last tokens of the prompt, from vLLM's `RequestOutput` to `scoring_params`."""
+    flat = output.prompt_logprobs
+    return np.asarray([flat.logprobs[i] for i in flat.start_indices[-length:]], dtype=np.float32)

@@ -8,9 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from tora.adapters.snapshot import held_digest
 from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
-from tora.types import Completion, Group, PolicySnapshot, Prompt, Rollout, SampleRequest, Sampling, SyncReport
+from tora.types import (
+    Completion,
+    Group,
+    PolicySnapshot,
+    Prompt,
+    Rollout,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    SyncReport,
+)
 
 
 def seed_of(run_seed: int, purpose: int, prompt_id: int) -> int:
@@ -21,6 +32,16 @@ def seed_of(run_seed: int, purpose: int, prompt_id: int) -> int:
 
 TRAIN, EVAL = 0, 1
 """Purposes of a seed, so that a training prompt and an evaluation prompt of one id do not share draws."""
+
+
+def check_held(snapshot: PolicySnapshot, report: SyncReport) -> None:
+    """Errors: SyncError unless the engine holds every tensor as it was sent, in its own dtype."""
+    expected = held_digest(snapshot, report.dtype)
+    if report.sha256 != expected:
+        raise SyncError(
+            f"the engine holds policy version {snapshot.version} as {report.sha256[:12]} in {report.dtype}, "
+            f"the learner's is {expected[:12]}: it was applied in part, or changed on its way"
+        )
 
 
 class RolloutWorker:
@@ -80,11 +101,13 @@ class RolloutWorker:
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
         """Errors: SyncError where what the engine holds is not what the learner sent."""
         report = self._engine.load_snapshot(snapshot)
-        if report.nbytes and report.sha256 != snapshot.sha256:
-            raise SyncError(
-                f"policy version {snapshot.version} arrived as {report.sha256[:12]}, was sent as {snapshot.sha256[:12]}"
-            )
+        if report.nbytes:
+            check_held(snapshot, report)
         return report
+
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
+        """See `Engine.score`."""
+        return self._engine.score(requests, adapter=adapter)
 
     def close(self) -> None:
         self._engine.close()

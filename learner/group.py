@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -16,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from learner.learner import Learner
 from tora.config import RunConfig
 from tora.errors import ToraError
-from tora.types import StepResult, TrainBatch
+from tora.types import MicroBatch, StepResult, TrainBatch
 
 _PLACEMENT_TIMEOUT_S = 120
 
@@ -80,6 +81,10 @@ class LearnerGroup:
 
     def step(self, batch: TrainBatch) -> StepResult:
         return self._all("step", ray.put(batch))[0]
+
+    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+        ray.get(self._booted)
+        return ray.get([rank.score.remote(batch, adapter=adapter) for rank in self._ranks])[0]
 
     def snapshot(self) -> Any:
         """An ObjectRef that this process owns, so it outlives the learner; its bytes go straight to the workers."""

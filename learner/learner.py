@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -208,6 +209,15 @@ class Learner:
             "policy_kl": total["all"] / total["num_all"],
             "mismatch_max_ratio": math.exp(largest["ratio"]),
         }
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+        """Log-probs of the response tokens, [N] float32, at temperature 1; under the base where `adapter` is false."""
+        x = _to_device(batch, self.device)
+        off = nullcontext() if adapter else adapters_off(self.model)
+        # compiled layers would be compiled again for a mode that training never meets
+        with torch.compiler.set_stance("force_eager"), off:
+            return self._logprobs(self.model, x, 1.0)[0].cpu().numpy()
 
     def snapshot(self) -> PolicySnapshot:
         return snapshot(self.model, self.version)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tora.types import Group, Prompt, Rollout, SyncReport
+from tora.types import Group, Prompt, Rollout, ScoreRequest, SyncReport
 
 
 def make_prompt(prompt_id: int, length: int = 3) -> Prompt:
@@ -50,6 +50,9 @@ class FakeWorker:
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return [make_group(p, [float(p.id % 2)], self.version) for p in prompts]
+
+    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]:
+        return [np.full(len(r.completion), -1.0 - adapter, np.float32) for r in requests]
 
     async def load_snapshot(self, snapshot: Any) -> SyncReport:
         """A fake snapshot is its version."""

@@ -1,13 +1,16 @@
 """Bounded staleness: properties over random histories."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from fakes import FakeWorker, make_group, make_prompt
 
 from actors.buffer import Buffer, Slot
 from actors.pool import AsyncRollouts
 from tora.config import EvalConfig, ModelConfig, RolloutConfig, RunConfig
+from tora.types import Group, Prompt
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
@@ -120,5 +123,34 @@ def test_a_failing_worker_ends_the_wait_with_its_error() -> None:
         rollouts.publish(0)
         with pytest.raises(RuntimeError, match="the engine is gone"):
             rollouts.next_batch(0)
+    finally:
+        rollouts.close()
+
+
+class InFlightWorker(FakeWorker):
+    """Its tokens are of every version that it was given while they were sampled."""
+
+    async def run_group(self, prompt: Prompt) -> Group:
+        began = self.version
+        group = await super().run_group(prompt)
+        versions = [np.linspace(began, self.version, len(r.token_ids)).astype(np.int64) for r in group.rollouts]
+        mixed = tuple(replace(r, versions=v) for r, v in zip(group.rollouts, versions, strict=True))
+        return replace(group, rollouts=mixed)
+
+
+def test_the_oldest_token_of_a_mixed_rollout_keeps_the_bound() -> None:
+    rng = random.Random(0)
+    workers = [InFlightWorker(lambda: rng.expovariate(300), lambda p: [0.0, 1.0]) for _ in range(2)]
+    rollouts = AsyncRollouts(config(2), workers, make_prompt, [], {}, version=0)
+    try:
+        rollouts.publish(0)
+        mixed = 0.0
+        for step in range(30):
+            batch = rollouts.next_batch(step)
+            versions_N = np.concatenate([m.versions_N for m in batch.micro_batches])
+            assert batch.metrics["staleness/max"] == step - versions_N.min() <= 2
+            mixed += batch.metrics["rollout/mixed_share"]
+            rollouts.publish(step + 1)
+        assert mixed > 0
     finally:
         rollouts.close()

@@ -219,6 +219,10 @@ def test_ranges(override: str, words: str) -> None:
 def test_rules_between_keys() -> None:
     workers = ["rollout.num_workers=2", "async_rl=false"]
     assert "needs async_rl=true" in refusal("quickstart", *workers)
+    assert "needs rollout.update=in_flight" in refusal("quickstart", "rollout.recompute_kv=true")
+    in_flight = "rollout.update=in_flight"
+    assert "max_staleness of at least 1" in refusal("quickstart", in_flight, "max_staleness=0")
+    assert "needs rollout.engine=vllm" in refusal("quickstart", in_flight, "rollout.engine=torch")
     assert load_config("quickstart", [workers[0]]).rollout.num_workers == 2
     assert "model.adapter_path" in refusal("quickstart", "model.lora_type=full", "model.adapter_path=/a")
 

@@ -23,6 +23,7 @@ from tora.errors import ConfigError
 from tora.launch import run
 
 SHORT = ["num_steps=3", "batch_size=4", "grpo_samples=4", "eval.num_prompts=16", "eval.every=2", "checkpoint.every=2"]
+SHORT += ["sync.canary_every=2"]
 HERE = ["async_rl=false", "rollout.engine=torch"]
 KEYS = (
     "reward/mean loss/total mismatch_kl staleness/mean staleness/max sync/bytes sync/seconds "
@@ -48,6 +49,7 @@ def check_whole(folder: Path, rows: list[dict[str, Any]]) -> None:
     assert [row["version"] for row in steps(rows)] == [1, 2, 3]
     assert all(set(KEYS.split()) <= row.keys() for row in steps(rows))
     assert len([row for row in rows if "eval/accuracy" in row]) == 3, "before, during and after"
+    assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2], "as often as it was asked for"
     for name in ("config.yaml", "reward_curve.png", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
         assert (folder / name).stat().st_size > 0
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
@@ -164,10 +166,27 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_dist", "plasma"))]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_asynchronous_with_updates_in_flight(tmp_path: Path, recompute: bool) -> None:
+    words = [
+        "rollout.update=in_flight",
+        f"rollout.recompute_kv={recompute}",
+        "max_staleness=2",
+        "rollout.concurrency=3",
+    ]
+    rows = train(tmp_path / "run", *words)
+    check_whole(tmp_path / "run", rows)
+    assert max(row["staleness/max"] for row in steps(rows)) <= 2
+    assert all(row["sync/stall_ms"] > 0 for row in steps(rows))
+    if recompute:
+        assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-9, "the newest tokens owe nothing to older weights"
+
+
 @pytest.mark.parametrize(("base", "where"), [("dequantized", "async_rl=true"), ("checkpoint", "async_rl=false")])
 def test_with_vllm_and_a_quantised_base(tmp_path: Path, base: str, where: str) -> None:
     quantized = ["model.quantize_base=true", f"rollout.base={base}", "model.lora_type=dora_cache", "max_staleness=0"]
-    rows = train(tmp_path / "run", *quantized, where)
+    proof = ["sync.canary_every=2" if base == "dequantized" else "sync.canary_max_gap=2"]
+    rows = train(tmp_path / "run", *quantized, where, *proof)
     check_whole(tmp_path / "run", rows)
     gaps = [row["mismatch_kl"] for row in steps(rows)]
     assert max(gaps) < 1e-9 if base == "dequantized" else min(gaps) > 1e-4

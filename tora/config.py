@@ -47,6 +47,12 @@ class RolloutConfig:
     base: Literal["dequantized", "checkpoint"] = "dequantized"
     """vLLM's base under `model.quantize_base`: the learner's weights, by way of a folder in `output_dir` that lasts as
     long as the run; or those of `model.path`, which are not the policy's. `mismatch_kl` shows the gap either way."""
+    update: Literal["between_rollouts", "in_flight"] = "between_rollouts"
+    """When a new policy version takes over: from the next rollout on, or within running ones, whose later tokens are
+    then the new version's; vLLM with `async_rl`."""
+    recompute_kv: bool = False
+    """With `update: in_flight`: compute the keys and values that running rollouts have so far again under the new
+    version, instead of keeping them."""
     max_model_len: int | None = None
     """vLLM's longest sequence; the model's own where null."""
     gpu_memory_utilization: float = 0.5
@@ -57,6 +63,15 @@ class RolloutConfig:
     """Without CUDA graphs."""
     max_refills: float = 3.0
     """Groups without signal that a step may drop and replace, as a multiple of `batch_size`."""
+
+
+@dataclass(kw_only=True)
+class SyncConfig:
+    canary_every: int = 10
+    """Steps between comparisons of the learner's and every engine's log-probs on fixed tokens, with the adapter and
+    without; there is one at the start in any case, and 0 is never. The run stops where they differ."""
+    canary_max_gap: float | None = None
+    """Largest mean difference of a token's log-prob; where null, 1e-4 between float32 and 0.1 with bf16 on a side."""
 
 
 @dataclass(kw_only=True)
@@ -145,6 +160,7 @@ class RunConfig:
         default_factory=lambda: {"_component_": "transformers.get_constant_schedule_with_warmup", "num_warmup_steps": 0}
     )
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     eval: EvalConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metric_logger: list[Component] = field(default_factory=list)

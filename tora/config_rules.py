@@ -21,11 +21,16 @@ _BOUNDS = (
         "eval.every checkpoint.every checkpoint.keep",
     ),
     (operator.ge, 2, "grpo_samples"),
-    (operator.ge, 0, "seed num_threads max_staleness top_k eval.temperature rollout.max_refills"),
+    (
+        operator.ge,
+        0,
+        "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every",
+    ),
     (
         operator.gt,
         0,
-        "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization",
+        "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
+        "sync.canary_max_gap",
     ),
     (operator.le, 1, "top_p rollout.gpu_memory_utilization"),
 )
@@ -60,6 +65,11 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
     if cfg.rollout.base == "checkpoint" and not (cfg.model.quantize_base and cfg.rollout.engine == "vllm"):
         yield "rollout.base=checkpoint needs model.quantize_base=true and rollout.engine=vllm."
+    if cfg.rollout.base == "checkpoint" and cfg.sync.canary_every and cfg.sync.canary_max_gap is None:
+        yield "rollout.base=checkpoint serves another policy; it needs sync.canary_every=0, or sync.canary_max_gap."
+    if cfg.sync.canary_max_gap is not None and not cfg.sync.canary_every:
+        yield f"sync.canary_max_gap={cfg.sync.canary_max_gap} bounds what sync.canary_every=0 never measures."
+    yield from _broken_updates(cfg)
     if cfg.activation_offloading and cfg.activation_checkpointing == "none":
         yield "activation_offloading=true needs activation_checkpointing=full or selective, whose inputs it moves."
     if cfg.learner_ranks == 1 and cfg.fsdp_cpu_offload:
@@ -70,6 +80,17 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
             f"rollout.max_model_len={cfg.rollout.max_model_len} must be at least "
             f"max_prompt_tokens + max_generated_tokens, which is {longest}."
         )
+
+
+def _broken_updates(cfg: RunConfig) -> Iterator[str]:
+    rollout = cfg.rollout
+    if rollout.update == "in_flight":
+        if not cfg.async_rl or cfg.max_staleness == 0:
+            yield "rollout.update=in_flight needs async_rl=true and max_staleness of at least 1."
+        if rollout.engine == "torch":
+            yield "rollout.update=in_flight needs rollout.engine=vllm."
+    elif rollout.recompute_kv:
+        yield "rollout.recompute_kv=true needs rollout.update=in_flight."
 
 
 def _broken_model(cfg: RunConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ Shape letters: P prompts, B rows (rollouts), L tokens of a row, T packed prompt 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,23 +15,24 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from tora.adapters.inject import adapter_layers, load_wire
+from tora.adapters.inject import adapter_layers, adapters_off, load_wire
 from tora.adapters.snapshot import digest, unpack
 from tora.cuda_graph import DecodeStep, GraphedStep
 from tora.errors import RolloutError, SyncError
 from tora.models.attention import CachedAttention, PrefillAttention
 from tora.models.decoder import Decoder
 from tora.sampling import draw, log_distribution
-from tora.types import Completion, PolicySnapshot, SampleRequest, SyncReport
+from tora.types import Completion, PolicySnapshot, SampleRequest, Sampling, ScoreRequest, SyncReport
 
 _CROWDED = 0.75
 """Finished rows are dropped once no more than this share goes on: each time the whole cache is copied."""
 
 
 class TorchEngine:
-    """Generates with `model` as it stands; where the learner trains this very model, a snapshot moves no bytes."""
+    """Generates with `model` as it stands; where the learner trains this very model, a snapshot moves no bytes.
 
-    concurrent = False
+    Calls take turns: a snapshot waits for the rollouts that are running.
+    """
 
     def __init__(
         self,
@@ -52,9 +54,17 @@ class TorchEngine:
         self._while_generating = while_generating
         self._step: DecodeStep = GraphedStep(self._forward) if cuda_graphs else self._forward
         self._version: int | None = None
+        self._turn = threading.Lock()
 
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
-        """Errors: SyncError where a copied model and the snapshot do not match."""
+        """The digest of a copied model is of what arrived: it holds the tensors in a form of its own.
+
+        Errors: SyncError where that model and the snapshot do not match.
+        """
+        with self._turn:
+            return self._load(snapshot)
+
+    def _load(self, snapshot: PolicySnapshot) -> SyncReport:
         start = time.perf_counter()
         if self._shared:
             self._version = snapshot.version
@@ -65,7 +75,9 @@ class TorchEngine:
         except ValueError as error:
             raise SyncError(str(error)) from error
         self._version = snapshot.version
-        return SyncReport(snapshot.version, snapshot.nbytes, time.perf_counter() - start, digest(tensors), modules)
+        seconds = time.perf_counter() - start
+        sha256 = digest(tensors)
+        return SyncReport(snapshot.version, snapshot.nbytes, seconds, sha256, modules, stall_seconds=seconds)
 
     def close(self) -> None:
         """Holds nothing of its own."""
@@ -76,10 +88,31 @@ class TorchEngine:
         if self._version is None:
             raise RolloutError("the engine was asked to generate before it was given a snapshot")
         result: list[list[Completion]] = []
-        with self._while_generating():
+        with self._turn, self._while_generating():
             for part in _parts(requests, self._max_rows):
                 result += self._generate_at_once(part)
         return result
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
+        """See `Engine`. Errors: RolloutError before the first snapshot."""
+        if self._version is None:
+            raise RolloutError("the engine was asked to score before it was given a snapshot")
+        off = nullcontext() if adapter else adapters_off(self._model)
+        with self._turn, self._while_generating(), torch.compiler.set_stance("force_eager"), off:
+            return [self._score(request) for request in requests]
+
+    def _score(self, request: ScoreRequest) -> np.ndarray:
+        tokens_L = torch.tensor(request.token_ids + request.completion, device=self._device)
+        length, start = len(tokens_L), len(request.token_ids)
+        logits_NV = self._model(
+            tokens_L[None],
+            positions=torch.arange(length, device=self._device)[None],
+            attend=PrefillAttention(torch.tensor([length], device=self._device)),
+            finish=lambda hidden: self._model.output(hidden[0, start - 1 : -1]),
+        )
+        logprobs_NV = log_distribution(logits_NV, Sampling(max_tokens=1))
+        return logprobs_NV.gather(1, tokens_L[start:, None])[:, 0].cpu().numpy()
 
     def _generate_at_once(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         assert len({r.sampling for r in requests}) == 1, "one Sampling a call"

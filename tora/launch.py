@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tora.canary import NUM_PROBES, Canary
 from tora.config import RunConfig
 from tora.config_loader import dump_yaml
+from tora.config_rules import check
 from tora.errors import ConfigError
 from tora.loop import Outcome, train
 from tora.metrics import MetricLog, NoLog
@@ -47,7 +49,10 @@ def run(cfg: RunConfig) -> bool:
         peers.any(False)  # nobody writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
         try:
-            outcome = train(cfg, learner, rollouts, log, checkpoints, state, lambda: peers.any(stop_requested()))
+            canary = Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)])
+            outcome = train(
+                cfg, learner, rollouts, canary, log, checkpoints, state, lambda: peers.any(stop_requested())
+            )
             learner.export(folder / "adapter")
         finally:
             log.close()
@@ -81,7 +86,9 @@ def with_engine(cfg: RunConfig) -> RunConfig:
     if cfg.rollout.engine != "auto":
         return cfg
     engine = "vllm" if has_vllm and cfg.model.lora_type != "full" else "torch"
-    return replace(cfg, rollout=replace(cfg.rollout, engine=engine))
+    cfg = replace(cfg, rollout=replace(cfg.rollout, engine=engine))
+    check(cfg)  # what was asked for may need the other one
+    return cfg
 
 
 def _worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
@@ -116,6 +123,7 @@ def _rollout_base(cfg: RunConfig) -> str:
 
 def _make_vllm_engine(cfg: RunConfig) -> Engine:
     from actors.engine import VLLMEngine
+    from actors.weight_updates import BetweenRollouts, InFlight
 
     return VLLMEngine(
         _rollout_base(cfg),
@@ -123,7 +131,9 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
         max_model_len=cfg.rollout.max_model_len,
         lora_rank=cfg.model.lora_rank,
         lora_targets=cfg.model.lora_targets,
-        num_slots=cfg.max_staleness + 1 if cfg.async_rl else 1,
+        update=InFlight(recompute_kv=cfg.rollout.recompute_kv)
+        if cfg.rollout.update == "in_flight"
+        else BetweenRollouts(cfg.max_staleness + 1 if cfg.async_rl else 1),
         seed=cfg.seed,
         gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
         kv_cache_gib=cfg.rollout.kv_cache_gib,

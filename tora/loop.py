@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from tora.canary import Canary
 from tora.config import RunConfig
 from tora.protocols import Learner, Rollouts
 from tora.run_state import Checkpoints, RunState
@@ -37,6 +38,7 @@ def train(
     cfg: RunConfig,
     learner: Learner,
     rollouts: Rollouts,
+    canary: Canary,
     log: Log,
     checkpoints: Checkpoints,
     state: RunState,
@@ -47,7 +49,7 @@ def train(
     Step k trains policy version k and makes version k + 1.
     """
     start = time.perf_counter() - state.seconds
-    sync = rollouts.publish(learner.snapshot())
+    sync = _publish(state.step, learner, rollouts, canary)
     before = after = _evaluate(cfg, rollouts, log, state.step)
     for step in range(state.step, cfg.num_steps):
         began = time.perf_counter()
@@ -55,7 +57,7 @@ def train(
         generated = time.perf_counter()
         result = learner.step(batch)
         learned = time.perf_counter()
-        sync = rollouts.publish(learner.snapshot())
+        sync = _publish(result.version, learner, rollouts, canary)
         state.step = step + 1
         times = {
             "time/rollout_s": generated - began,
@@ -73,6 +75,11 @@ def train(
         if stop:
             break
     return Outcome(before, after, int(sync["sync/bytes"]), time.perf_counter() - start)
+
+
+def _publish(version: int, learner: Learner, rollouts: Rollouts, canary: Canary) -> Metrics:
+    metrics = rollouts.publish(learner.snapshot())
+    return {**metrics, **canary.check(version, learner, rollouts)}
 
 
 def _evaluate(cfg: RunConfig, rollouts: Rollouts, log: Log, step: int) -> EvalResult | None:

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tora.types import (
     Completion,
     EvalResult,
     Metrics,
+    MicroBatch,
     PolicySnapshot,
     Prompt,
     SampleRequest,
+    ScoreRequest,
     StepResult,
     SyncReport,
     TrainBatch,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Engine(Protocol):
@@ -31,17 +36,21 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         """Blocks until every completion is done; one list of `num_samples` completions per request, in order.
 
-        May be called from several threads at once where `concurrent` is true. Every token carries the version
-        that was loaded when its request began.
+        May be called from several threads at once. Every token carries the version that sampled it.
         """
         ...
 
-    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
-        """Serve this policy version from now on. Every tensor is used or `SyncError` is raised."""
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
+        """Log-probs of each completion's tokens, [L] float32, at temperature 1 and untruncated, under the newest
+        version; under the base where `adapter` is false."""
         ...
 
-    @property
-    def concurrent(self) -> bool: ...
+    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+        """Serve this policy version from now on. Every tensor is used or `SyncError` is raised.
+
+        One caller at a time.
+        """
+        ...
 
     def close(self) -> None: ...
 
@@ -72,6 +81,10 @@ class Learner(Protocol):
         """A `PolicySnapshot`, or a handle that the run's `Rollouts` can resolve without copying it here."""
         ...
 
+    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+        """Log-probs of the response tokens, [N] float32, at temperature 1; under the base where `adapter` is false."""
+        ...
+
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
@@ -89,6 +102,10 @@ class Rollouts(Protocol):
     def publish(self, snapshot: Any) -> Metrics: ...
 
     def evaluate(self) -> EvalResult: ...
+
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[list[np.ndarray]]:
+        """What each rollout worker's engine answers, see `Engine.score`."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """What must be stored to go on with the same prompts: the cursor and the prompt ids in flight."""

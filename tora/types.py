@@ -55,6 +55,15 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Given tokens, to be told how probable they are."""
+
+    token_ids: tuple[int, ...]
+    """The prompt."""
+    completion: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine returns for one sequence."""
 
@@ -204,9 +213,13 @@ class SyncReport:
     nbytes: int
     seconds: float
     sha256: str
-    """Over every tensor as it arrived, see `snapshot.digest`."""
+    """Over every tensor where the engine serves it, read back by the engine's own names; see `snapshot.digest`."""
     num_modules: int
     """Linear modules written into the engine."""
+    dtype: str = "float32"
+    """In which the engine holds A and B, and what the digest is over."""
+    stall_seconds: float = 0.0
+    """How long generation stood still for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,14 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
+def held_digest(snapshot: PolicySnapshot, dtype: str) -> str:
+    """The digest of an engine that holds every tensor in `dtype`, the gains excepted."""
+    if dtype == "float32":
+        return snapshot.sha256
+    held = {n: t if n.endswith(GAIN) else t.to(getattr(torch, dtype)) for n, t in unpack(snapshot).items()}
+    return digest(held)
+
+
 def split_by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """`{module: {LORA_A: ..., LORA_B: ..., GAIN: ...}}`; a name without a known suffix is a ValueError."""
     modules: dict[str, dict[str, torch.Tensor]] = {}

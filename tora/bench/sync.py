@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from actors.engine import VLLMEngine
+from actors.weight_updates import BetweenRollouts
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.models.decoder import build_decoder
 from tora.models.family import families
@@ -62,7 +63,7 @@ def run(folder: Path, *, dtype: str, rank: int, rows: int, new_tokens: int, roun
         max_model_len=1024,
         lora_rank=rank,
         lora_targets=_TARGETS,
-        num_slots=2,
+        update=BetweenRollouts(2),
         seed=0,
         gpu_memory_utilization=0.8,
         kv_cache_gib=0.5,

@@ -1,0 +1,145 @@
+"""Where a snapshot's tensors live in vLLM 0.32's adapter slots; writing them there, and reading them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.lora.lora_model import LoRAModel
+
+from actors.vllm_dora import GainLayer
+from tora.adapters.snapshot import GAIN, LORA_A, LORA_B
+from tora.errors import SyncError
+
+Tensors = Mapping[str, torch.Tensor]
+"""One module's tensors, by suffix of the wire format."""
+Placed = dict[str, list[Tensors | None]]
+"""For each vLLM layer that a snapshot touches: the tensors of each module packed into it, None for an absent one."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a Hugging Face module lives in vLLM."""
+
+    layer: str
+    part: int
+    """Position among the modules packed into that layer."""
+
+
+def place_of(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
+    """By Hugging Face name. Errors: SyncError for a module that no LoRA layer of this engine holds, or two that one
+    does."""
+    places, rename = _places(manager), _renamer(manager.model)
+    found: dict[str, Place] = {}
+    for name in modules:
+        place = places.get(rename(name))
+        if place is None:
+            raise SyncError(f"{name} matches no LoRA layer of the engine; it has {_endings(places)}")
+        if place in found.values():
+            raise SyncError(f"{name} and another module of the snapshot are one and the same layer in the engine")
+        found[name] = place
+    return found
+
+
+def _places(manager: Any) -> dict[str, Place]:
+    """By vLLM's name for the unpacked module."""
+    return {
+        module: Place(layer, part)
+        for layer in manager.modules
+        for part, module in enumerate(manager.packed_modules.get(layer, [layer]))
+    }
+
+
+def _renamer(model: Any) -> Any:
+    """Hugging Face's module name to vLLM's; None for one that vLLM leaves out."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return lambda name: name
+    renames = mapper.get_rename_mapper()  # without the rules that pack q, k and v into one name
+    return lambda name: (renames.map_name(f"{name}.weight") or "").removesuffix(".weight") or None
+
+
+def _endings(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
+def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
+    """Each tensor at its place, in the slots' dtype and on their device: A and B are rounded here and nowhere else.
+
+    Errors: SyncError as for `place_of`, and for a tensor that does not fit.
+    """
+    placed: Placed = {}
+    for name, place in place_of(manager, modules).items():
+        layer = manager.modules[place.layer]
+        _check_fits(name, modules[name], layer, place.part)
+        slots = layer.lora_a_stacked[place.part]
+        parts = placed.setdefault(place.layer, [None] * layer.n_slices)
+        parts[place.part] = {
+            suffix: tensor.to(slots.device, torch.float32 if suffix == GAIN else slots.dtype)
+            for suffix, tensor in modules[name].items()
+        }
+    return placed
+
+
+def _check_fits(name: str, tensors: Tensors, layer: Any, part: int) -> None:
+    if not isinstance(layer, GainLayer) or part >= layer.n_slices:
+        raise SyncError(f"the engine cannot adapt {name}, a {type(layer).__name__}")
+    rank_max, size_in = layer.lora_a_stacked[part].shape[2:]
+    size_out = layer.part_sizes[part]
+    rank = tensors[LORA_A].shape[0]
+    if rank > rank_max:
+        raise SyncError(f"{name} has rank {rank}, above the engine's {rank_max}")
+    expected = {LORA_A: (rank, size_in), LORA_B: (size_out, rank), GAIN: (size_out,)}
+    for suffix, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[suffix]:
+            raise SyncError(f"{name}{suffix} has shape {tuple(tensor.shape)}, the engine's is {expected[suffix]}")
+
+
+def slot_of(manager: Any, adapter_id: int) -> int:
+    """The slot of an adapter id, registered at its first use so that vLLM never looks for it on a disk."""
+    if adapter_id not in manager.lora_index_to_id:
+        manager._registered_adapters[adapter_id] = LoRAModel(adapter_id, manager.lora_config.max_lora_rank, {})
+        manager.activate_adapter(adapter_id)
+    return manager.lora_index_to_id.index(adapter_id)
+
+
+def write(manager: Any, slot: int, placed: Placed) -> None:
+    """Modules that are absent run as the base."""
+    for name, layer in manager.modules.items():
+        parts = placed.get(name)
+        if parts is None:
+            layer.reset_lora(slot)
+            continue
+        lora_a = [None if p is None else p[LORA_A] for p in parts]
+        lora_b = [None if p is None else p[LORA_B] for p in parts]
+        packed = len(parts) > 1
+        # The annotations of vLLM 0.32 deny it, but a packed layer takes None for a part that is not adapted.
+        layer.set_lora(slot, lora_a if packed else lora_a[0], lora_b if packed else lora_b[0])
+        layer.set_gain(slot, [None if p is None else p.get(GAIN) for p in parts])
+
+
+def read(manager: Any, slot: int, ranks: Mapping[str, int]) -> dict[str, dict[str, torch.Tensor]]:
+    """What the slot holds of the modules, on the CPU, by Hugging Face name and suffix; `ranks` are their A's.
+
+    A gain is read where the slot has one. Errors: SyncError where the slot adapts any other module.
+    """
+    places = place_of(manager, ranks)
+    for place in set(_places(manager).values()) - set(places.values()):
+        layer = manager.modules[place.layer]
+        if isinstance(layer, GainLayer) and place.part < layer.n_slices and not _is_base(layer, slot, place.part):
+            raise SyncError(f"the engine's {place.layer} is adapted, and the snapshot has nothing for it")
+    held = {}
+    for name, place in places.items():
+        layer, rank = manager.modules[place.layer], ranks[name]
+        held[name] = {
+            LORA_A: layer.lora_a_stacked[place.part][slot, 0, :rank].cpu(),
+            LORA_B: layer.lora_b_stacked[place.part][slot, 0, :, :rank].cpu(),
+            GAIN: layer.gain_part(slot, place.part).cpu(),
+        }
+    return held
+
+
+def _is_base(layer: GainLayer, slot: int, part: int) -> bool:
+    return not layer.lora_b_stacked[part][slot].any() and bool((layer.gain_part(slot, part) == 1).all())

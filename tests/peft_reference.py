@@ -1,0 +1,125 @@
+"""An adapter in transformers and PEFT, to hold vLLM's log-probs against, and an engine to ask."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tiny import LINEARS
+
+from actors.engine import VLLMEngine
+from actors.weight_updates import BetweenRollouts, WeightUpdate
+from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
+from tora.sampling import log_distribution
+from tora.types import Completion, PolicySnapshot, SampleRequest, Sampling
+
+RANK = 4
+TOLERANCE = 1e-4
+PROMPT = tuple(range(20, 32))
+LONG_PROMPT = tuple((7 * i) % 250 + 3 for i in range(100))
+"""More than three KV blocks, so that a second request for it meets the prefix cache."""
+Tensors = dict[str, torch.Tensor]
+
+
+class Reference:
+    """The base model, and PEFT adapters over it, in transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._models: dict[tuple[str, int], Any] = {}
+
+    def model(self, kind: str, seed: int = 0) -> Any:
+        """`kind`: base, lora or dora; a seed is an adapter."""
+        from transformers import AutoModelForCausalLM
+
+        if (kind, seed) not in self._models:
+            base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+            self._models[kind, seed] = base if kind == "base" else _with_adapter(base, kind == "dora", seed)
+        return self._models[kind, seed]
+
+    @torch.no_grad()
+    def tensors(self, kind: str, seed: int) -> Tensors:
+        """On the wire: scaling folded into B, magnitude into a gain."""
+        from peft.tuners.lora import LoraLayer
+
+        wire: Tensors = {}
+        for name, layer in self.model(kind, seed).named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            name = name.removeprefix("base_model.model.")
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight * layer.scaling["default"]
+            wire[name + LORA_A], wire[name + LORA_B] = a.clone(), b.clone()
+            if kind == "dora":
+                norm = (layer.get_base_layer().weight + b @ a).norm(dim=1)
+                wire[name + GAIN] = layer.lora_magnitude_vector["default"].weight / norm
+        return wire
+
+    def snapshot(self, version: int, kind: str, seed: int) -> PolicySnapshot:
+        return pack(version, self.tensors(kind, seed))
+
+    @torch.no_grad()
+    def error(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> float:
+        """Largest difference of a sampled token's log-prob."""
+        start, ids = len(request.token_ids), [*request.token_ids, *completion.token_ids.tolist()]
+        logits = self.model(kind, seed)(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
+        expected = log_distribution(logits, request.sampling)
+        logprobs = expected.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
+        return float((logprobs - torch.from_numpy(completion.logprobs)).abs().max())
+
+
+def _with_adapter(base: Any, dora: bool, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LINEARS), use_dora=dora)
+    model = get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "lora_A" in name:
+                parameter.copy_(noise / math.sqrt(parameter.shape[1]))
+            elif "lora_B" in name:
+                parameter.copy_(0.3 * noise / math.sqrt(RANK))
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.3 * noise)
+    return model
+
+
+def request(
+    prompt: tuple[int, ...] = PROMPT, *, num_samples: int = 2, seed: int = 1, max_tokens: int = 12, **kw: Any
+) -> SampleRequest:
+    return SampleRequest(prompt, num_samples, seed, Sampling(max_tokens, **kw))
+
+
+def start_engine(
+    folder: Path,
+    *,
+    lora_rank: int = RANK,
+    max_model_len: int = 256,
+    update: WeightUpdate | None = None,
+    dtype: Literal["bf16", "fp32"] = "fp32",
+) -> VLLMEngine:
+    """Two slots, unless `update` says otherwise."""
+    return VLLMEngine(
+        str(folder),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        lora_rank=lora_rank,
+        lora_targets=LINEARS,
+        update=update or BetweenRollouts(2),
+        seed=0,
+        gpu_memory_utilization=0.3,
+        kv_cache_gib=0.02,
+        enforce_eager=True,
+    )
+
+
+def wait_until(condition: Any) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        threading.Event().wait(0.005)
+    raise AssertionError("waited in vain")
