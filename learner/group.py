@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,15 @@ class LearnerRank(Learner):
 class LearnerGroup:
     """Blocks on its ranks. `snapshot` answers a reference, not bytes."""
 
-    def __init__(self, cfg: RunConfig, num_gpus: float) -> None:
+    def __init__(self, cfg: RunConfig, num_gpus: float, place: Mapping[str, float]) -> None:
         """Starts `cfg.learner_ranks` Ray actors with `num_gpus` each and does not wait for their models; calls do.
+
+        `place`: Ray resources that each also asks for, by which it lands on certain nodes.
 
         Errors: ToraError where the cluster has no room for them.
         """
         count = cfg.learner_ranks
-        self._placement = placement_group([{"CPU": 1, "GPU": num_gpus}] * count, strategy="PACK")
+        self._placement = placement_group([{"CPU": 1, "GPU": num_gpus, **place}] * count, strategy="PACK")
         try:
             ray.get(self._placement.ready(), timeout=_PLACEMENT_TIMEOUT_S)
         except GetTimeoutError as error:
@@ -65,6 +67,7 @@ class LearnerGroup:
             remote.options(
                 num_cpus=1,
                 num_gpus=num_gpus,
+                resources=dict(place),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
             ).remote()
             for index in range(count)

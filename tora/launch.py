@@ -20,7 +20,7 @@ from tora.loop import Outcome, train
 from tora.metrics import MetricLog, NoLog
 from tora.peers import Peers
 from tora.protocols import Engine, Learner, Rollouts
-from tora.ray_session import gpus_each, ray_session
+from tora.ray_session import gpus_each, output_folder, place_of, ray_session
 from tora.report import print_summary, reward_curve
 from tora.run_state import Checkpoints, RunState
 from tora.stop import stop_signals
@@ -34,7 +34,7 @@ def run(cfg: RunConfig) -> bool:
     data and model are opened.
     """
     cfg = with_engine(cfg)
-    folder = Path(cfg.output_dir).absolute()
+    folder = output_folder(cfg.output_dir)
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
     with (_on_ray if cfg.async_rl else _here)(cfg) as site, stop_signals() as stop_requested:
         peers = site.peers
@@ -220,12 +220,12 @@ class _OnRay:
 
     def __init__(self, cfg: RunConfig) -> None:
         self._cfg, self.peers = cfg, Peers()
-        self._gpus = gpus_each(_num_actors(cfg))
+        self._gpus = gpus_each(_num_actors(cfg), cfg.device)
 
     def learner(self) -> Learner:
         from learner.group import LearnerGroup
 
-        return LearnerGroup(self._cfg, self._gpus)
+        return LearnerGroup(self._cfg, self._gpus, place_of("learner"))
 
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
         import ray
@@ -236,7 +236,13 @@ class _OnRay:
 
         make = _make_vllm_engine if self._cfg.rollout.engine == "vllm" else _make_torch_engine
         # one thread for each group in flight, one for evaluation, one for snapshots
-        options = {"num_cpus": 1, "num_gpus": self._gpus, "max_concurrency": self._cfg.rollout.concurrency + 2}
+        options = {
+            "num_cpus": 1,
+            "num_gpus": self._gpus,
+            "resources": place_of("rollout"),
+            "scheduling_strategy": "SPREAD",
+            "max_concurrency": self._cfg.rollout.concurrency + 2,
+        }
         remote, arguments = ray.remote(RolloutWorker).options(**options), _worker_arguments(self._cfg, prompts)
         workers = [
             RayWorker(remote.remote(partial(make, self._cfg), **arguments))

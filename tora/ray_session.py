@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
 
 _OBJECT_STORE_BYTES = 1 << 30
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then keeps 127.0.0.1 instead of the network card's address
-    "RAY_AUTH_MODE": "disabled",  # a token file would be written to the home folder; nothing listens off loopback
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is, not the network card's address
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -25,6 +27,10 @@ def ray_session(num_actors: int) -> Iterator[None]:
     if not joins:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if (
+            "RAY_AUTH_MODE" not in os.environ
+        ):  # Ray's agent runs what it is sent: other users of this machine are kept out
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
     if joins:
@@ -34,6 +40,13 @@ def ray_session(num_actors: int) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    # Ray reads these variables when it is first imported, which may have been before.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
     scratch = tempfile.mkdtemp(prefix="tora-")  # sockets live here, and their paths must be short
     ray.init(
         num_cpus=max(os.cpu_count() or 1, num_actors),
@@ -51,9 +64,36 @@ def ray_session(num_actors: int) -> Iterator[None]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def gpus_each(num_actors: int) -> float:
-    """A GPU each where the cluster has enough, an equal part where not, none without GPUs."""
+def gpus_each(num_actors: int, device: Literal["auto", "cpu", "cuda"]) -> float:
+    """A GPU each where the cluster has enough, an equal part where not, none without GPUs or on `cpu`.
+
+    On `cuda` one each where there is none yet: a cluster's nodes may be on their way.
+    """
     import ray
 
-    total = ray.cluster_resources().get("GPU", 0)
-    return 1.0 if total >= num_actors else total / num_actors
+    total = ray.cluster_resources().get("GPU", 0.0)
+    if device == "cpu" or (total == 0 and device == "auto"):
+        return 0.0
+    return total / num_actors if 0 < total < num_actors else 1.0
+
+
+Role = Literal["learner", "rollout"]
+
+
+def place_of(role: Role) -> dict[str, float]:
+    """What a Ray actor asks for to land on the nodes meant for its role: those that were started with the resource
+    `tora_learner` or `tora_rollout`. Nothing where no node was."""
+    import ray
+
+    name = f"tora_{role}"
+    return {name: 0.001} if name in ray.cluster_resources() else {}
+
+
+def output_folder(output_dir: str) -> Path:
+    """The absolute folder behind `output_dir`; a relative one starts at TORA_OUTPUT_ROOT or the working directory.
+
+    A submitted job's working directory is a copy that Ray deletes: there it starts at the home folder instead.
+    """
+    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray's, for the program that a job runs
+    root = os.environ.get("TORA_OUTPUT_ROOT") or (Path.home() if is_job else Path.cwd())
+    return (Path(root) / Path(output_dir).expanduser()).absolute()

@@ -1,0 +1,77 @@
+"""Where Ray listens, which GPUs and nodes an actor gets, and where a run's outputs go."""
+
+from __future__ import annotations
+
+import http.client
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tora.ray_session import gpus_each, output_folder, place_of, ray_session
+
+
+def test_a_private_session_is_closed_to_others_and_reports_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray._common.usage.usage_lib import usage_stats_enabled
+
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with ray_session(num_actors=1):
+        started = psutil.Process().children(recursive=True)
+        listening = {c.laddr for p in started for c in p.net_connections("inet") if c.status == "LISTEN"}
+        assert {address.ip for address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+        answers = [http_status(f"http://127.0.0.1:{address.port}/api/job_agent/jobs/x") for address in listening]
+        assert 401 in answers, "the agent, which would run a job, asks who is there"
+        assert not any("client.server" in " ".join(p.cmdline()) for p in started)
+        assert not usage_stats_enabled()
+        assert place_of("learner") == {}
+    assert not ray.is_initialized()
+    assert not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def http_status(url: str) -> int | None:
+    """None where the listener does not speak HTTP."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("total", "num_actors", "device", "each"),
+    [
+        (8, 3, "auto", 1.0),
+        (1, 2, "auto", 0.5),
+        (1, 2, "cuda", 0.5),
+        (0, 2, "auto", 0.0),
+        (0, 2, "cuda", 1.0),
+        (8, 2, "cpu", 0.0),
+    ],
+)
+def test_gpus_each(total: int, num_actors: int, device: str, each: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, **({"GPU": float(total)} if total else {})})
+    assert gpus_each(num_actors, device) == each
+
+
+def test_actors_go_where_nodes_are_marked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "tora_rollout": 2.0})
+    assert place_of("learner") == {}
+    assert list(place_of("rollout")) == ["tora_rollout"] and 0 < place_of("rollout")["tora_rollout"] <= 0.01
+
+
+def test_output_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORA_OUTPUT_ROOT", raising=False)
+    assert output_folder("outputs/a") == tmp_path / "outputs/a"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert output_folder("outputs/a") == Path.home() / "outputs/a"
+    monkeypatch.setenv("TORA_OUTPUT_ROOT", "/shared")
+    assert output_folder("outputs/a") == Path("/shared/outputs/a")
+    assert output_folder("/abs/a") == Path("/abs/a")
+    assert output_folder("~/a") == Path.home() / "a"
