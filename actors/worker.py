@@ -75,7 +75,8 @@ class RolloutWorker:
     def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[Group]:
         start = time.perf_counter()
         requests = [
-            SampleRequest(p.token_ids, group_size, seed_of(self._seed, purpose, p.id), sampling) for p in prompts_P
+            SampleRequest(p.token_ids, group_size, seed_of(self._seed, purpose, p.id), sampling, p.images)
+            for p in prompts_P
         ]
         completions = self._engine.generate(requests)
         seconds = time.perf_counter() - start

@@ -29,7 +29,6 @@ from tora.components import instantiate
 from tora.config import RunConfig
 from tora.models.decoder import Decoder
 from tora.models.load import side_files
-from tora.models.names import parameter_to_hf
 from tora.models.shared_prefix import training_attention
 from tora.sharding import gather, whole
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
@@ -252,5 +251,5 @@ class Learner:
         for file in side_files(Path(self.cfg.model.path)):
             if "safetensors" not in file.name:  # the index of weights that come as several files
                 shutil.copy(file, folder)
-        tensors = {parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in weights.items()}
+        tensors = {self.model.names.parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in weights.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,6 +1,7 @@
 """Groups to packed micro-batches."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,3 +125,15 @@ def test_bins_keep_everything_once_within_capacity() -> None:
         assert sorted(i for b in packed for i in b) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in b) <= 64 for b in packed)
         assert len(packed) <= 2 * -(-sum(lengths) // 64)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_an_image_is_in_a_micro_batch_once_however_many_sequences_show_it(share_prefix: bool) -> None:
+    shown = [(b"cat",), (), (b"dog", b"cat")]
+    prompts = [replace(make_prompt(i), images=images) for i, images in enumerate(shown)]
+    groups = [make_group(prompt, [0.0, 1.0]) for prompt in prompts]
+    settings = {"normalize_advantages": False, "normalization": "token", "max_generated_tokens": 20}
+    (x,) = micro_batches(groups, capacity=1000, share_prefix=share_prefix, **settings)
+    assert sorted(x.images) == [b"cat", b"dog"]
+    in_order = [groups[i].prompt for i in (dict.fromkeys(x.groups_B) if share_prefix else x.groups_B)]
+    assert [x.images[i] for i in x.image_I] == [image for prompt in in_order for image in prompt.images]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tora.errors import ConfigError
 from tora.models.attention import CachedAttention, PackedAttention, PrefillAttention
 from tora.models.load import load_decoder
-from tora.models.names import parameter_from_hf, parameter_to_hf
+from tora.models.names import Names
 
 CPU = torch.device("cpu")
 LLAMA3_ROPE = {
@@ -100,10 +100,11 @@ def test_dtype_is_the_runs_whatever_the_folder_holds(tmp_path: Path) -> None:
 
 
 def test_names_map_both_ways(tmp_path: Path) -> None:
+    names = Names()
     for name in load_file(make_text_model(tmp_path, "qwen2", tied=False) / "model.safetensors"):
-        ours = parameter_from_hf(name)
-        assert ours is not None and parameter_to_hf(ours) == name
-    assert parameter_from_hf("model.visual.patch_embed.weight") is None
+        ours = names.parameter_from_hf(name)
+        assert ours is not None and names.parameter_to_hf(ours) == name
+    assert names.parameter_from_hf("model.visual.patch_embed.weight") is None
 
 
 def _break_missing(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

@@ -29,7 +29,6 @@ from tora.config_loader import load_config
 from tora.errors import ConfigError
 from tora.models.dequantized import dequantized_folder
 from tora.models.load import load_decoder
-from tora.models.names import parameter_to_hf
 from tora.models.quantize import FrozenLinear, dequantize, frozen_linear, quantize, row_slabs, scaler_block_size
 
 CPU = torch.device("cpu")
@@ -138,7 +137,7 @@ def test_loading_quantises_the_linears_whole_and_one_at_a_time(
     model = load_decoder(folder, dtype=dtype, device=CPU, quantize_base=True)
     checkpoint, quantized = load_file(folder / "model.safetensors"), set()
     for name, parameter in model.named_parameters():
-        hf = parameter_to_hf(name)
+        hf = model.names.parameter_to_hf(name)
         expected = checkpoint[hf].to(torch.float32 if "norm" in hf else dtype)
         assert not parameter.requires_grad and isinstance(parameter, nn.Parameter)
         if isinstance(parameter, NF4Tensor):

@@ -29,6 +29,9 @@ def token_weights(lengths_B: Sequence[int], normalization: LossNormalization, ma
 def pack(packing: Packing, sequences_B: Sequence[Sequence_], weights_B: Sequence[float]) -> MicroBatch:
     _, rollouts, advantages, groups = zip(*sequences_B, strict=True)
     counts = [len(rollout.token_ids) for rollout in rollouts]
+    shown_I = [image for prompt in packing.prompts(sequences_B) for image in prompt.images]
+    images = tuple(dict.fromkeys(shown_I))
+    number = {image: i for i, image in enumerate(images)}
     return MicroBatch(
         **packing.lay_out(sequences_B),
         targets_N=np.concatenate([r.token_ids for r in rollouts]).astype(np.int64),
@@ -39,6 +42,8 @@ def pack(packing: Packing, sequences_B: Sequence[Sequence_], weights_B: Sequence
         weights_N=np.repeat(weights_B, counts).astype(np.float32),
         rewards_B=np.asarray([r.reward for r in rollouts], dtype=np.float64),
         groups_B=np.asarray(groups, dtype=np.int64),
+        image_I=np.asarray([number[image] for image in shown_I], dtype=np.int64),
+        images=images,
     )
 
 

@@ -19,6 +19,10 @@ Layout = dict[str, np.ndarray]
 
 
 class Packing(Protocol):
+    def prompts(self, sequences_B: Sequence[Sequence_]) -> list[Prompt]:
+        """In the order in which `lay_out` puts them."""
+        ...
+
     def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
         """Indices of the sequences of each micro-batch, which holds at most `capacity` tokens unless a single sequence
         has more. Their number is a multiple of `num_ranks`, as far as there are sequences for it."""
@@ -29,6 +33,9 @@ class Packing(Protocol):
 
 class OwnPrompts:
     """Prompt and completion of each sequence end to end."""
+
+    def prompts(self, sequences_B: Sequence[Sequence_]) -> list[Prompt]:
+        return [prompt for prompt, _, _, _ in sequences_B]
 
     def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
         lengths = [len(prompt.token_ids) + len(rollout.token_ids) for prompt, rollout, _, _ in sequences]
@@ -54,6 +61,9 @@ class OwnPrompts:
 class SharedPrompts:
     """The prompts of all groups, each once, then the completions. A group too long for one micro-batch is cut into
     several, each with the prompt."""
+
+    def prompts(self, sequences_B: Sequence[Sequence_]) -> list[Prompt]:
+        return list({number: prompt for prompt, _, _, number in sequences_B}.values())
 
     def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
         groups: dict[int, list[int]] = {}

@@ -28,6 +28,9 @@ class Prompt:
     """The question as the dataset gave it: a string or chat messages. Reward functions see this."""
     columns: Mapping[str, Any]
     """The dataset row's other columns (`answer`, ...), handed to reward functions by name."""
+    images: tuple[bytes, ...] = ()
+    """Encoded image files (PNG, JPEG, ...), in the order of their placeholders. `token_ids` are expanded: a placeholder
+    stands there once for each feature of its image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class SampleRequest:
     num_samples: int
     seed: int
     sampling: Sampling
+    images: tuple[bytes, ...] = ()
+    """The prompt's, see `Prompt`; `token_ids` are expanded as there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +160,11 @@ class MicroBatch:
     """float64: the reward of each sequence."""
     groups_B: np.ndarray
     """int64: the group of each sequence; a group may be spread over the step's micro-batches."""
+    image_I: np.ndarray
+    """int64 in [0, len(images)): the image of each of I runs of placeholders, in the order of `tokens_T`. Only prompts
+    hold runs: a placeholder that was sampled stands for no image."""
+    images: tuple[bytes, ...]
+    """Distinct encoded images. However many sequences show one, it is here once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tora.adapters.dora import CachedDoRALinear, DoRALinear
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import pack, split_by_module
 from tora.errors import ConfigError
-from tora.models.names import module_to_hf, parameter_to_hf
+from tora.models.decoder import Decoder
 from tora.sharding import as_sharded, gather
 from tora.types import PolicySnapshot
 
@@ -26,7 +26,7 @@ def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-def inject(model: nn.Module, lora_type: str, *, rank: int, scaling: float, targets: Sequence[str]) -> None:
+def inject(model: Decoder, lora_type: str, *, rank: int, scaling: float, targets: Sequence[str]) -> None:
     """Replace every linear layer whose Hugging Face name ends in a target. The base is frozen, its weights loaded.
 
     Errors: ConfigError for a target that matches no layer.
@@ -36,7 +36,7 @@ def inject(model: nn.Module, lora_type: str, *, rank: int, scaling: float, targe
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("layers.")
     }
-    leaves = {name: module_to_hf(name).rpartition(".")[2] for name in linears}
+    leaves = {name: model.names.module_to_hf(name).rpartition(".")[2] for name in linears}
     for target in targets:
         if target not in leaves.values():
             known = sorted(set(leaves.values()))
@@ -51,12 +51,12 @@ def inject(model: nn.Module, lora_type: str, *, rank: int, scaling: float, targe
             setattr(model.get_submodule(parent), leaf, layer)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def adapter_layers(model: Decoder) -> dict[str, LoRALinear]:
     """By Hugging Face module name, in the model's order."""
-    return {module_to_hf(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {model.names.module_to_hf(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: Decoder) -> dict[str, nn.Parameter]:
     """By the model's own parameter name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -69,7 +69,7 @@ def row_norms(layers: Mapping[str, LoRALinear]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def refresh(model: nn.Module) -> None:
+def refresh(model: Decoder) -> None:
     """Bring cached norms up to date; after every change of adapter weights."""
     cached = {name: m for name, m in model.named_modules() if isinstance(m, CachedDoRALinear)}
     for name, norm_O in row_norms(cached).items():
@@ -77,7 +77,7 @@ def refresh(model: nn.Module) -> None:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: Decoder) -> Iterator[None]:
     """The base model, DoRA's magnitude off too."""
     layers = list(adapter_layers(model).values())
     for layer in layers:
@@ -90,7 +90,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def snapshot(model: nn.Module, version: int) -> PolicySnapshot:
+def snapshot(model: Decoder, version: int) -> PolicySnapshot:
     """The trained tensors: the adapters', or for a full-weight run every parameter under its Hugging Face name."""
     layers = adapter_layers(model)
     if not layers:
@@ -103,12 +103,12 @@ def snapshot(model: nn.Module, version: int) -> PolicySnapshot:
     return pack(version, tensors)
 
 
-def _full_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {parameter_to_hf(name): p for name, p in trained_parameters(model).items()}
+def _full_weights(model: Decoder) -> dict[str, nn.Parameter]:
+    return {model.names.parameter_to_hf(name): p for name, p in trained_parameters(model).items()}
 
 
 @torch.no_grad()
-def load_wire(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> int:
+def load_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
     """Inverse of `snapshot`, for a model that is not sharded; answers the number of modules written.
 
     Errors: ValueError where the tensors and what the model trains do not match one to one.

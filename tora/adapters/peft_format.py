@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from tora.adapters.inject import adapter_layers, refresh
 from tora.config import ModelConfig
 from tora.errors import ConfigError
+from tora.models.decoder import Decoder
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def peft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def peft_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     """PEFT's tensor name -> our parameter."""
     return {
         f"{_PREFIX}{module}.{_SUFFIX[name]}": getattr(layer, name)
@@ -54,7 +54,7 @@ def save_peft(tensors: Mapping[str, torch.Tensor], cfg: ModelConfig, folder: Pat
 
 
 @torch.no_grad()
-def load_peft(model: nn.Module, cfg: ModelConfig, folder: Path) -> None:
+def load_peft(model: Decoder, cfg: ModelConfig, folder: Path) -> None:
     """Start from a PEFT adapter.
 
     Errors: ConfigError where it is absent, of another kind, rank or scale, or does not fit the model's adapters.

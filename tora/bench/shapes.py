@@ -47,9 +47,7 @@ def write_random_model(name: str, folder: Path, *, dtype: str, seed: int = 0) ->
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from tora.models.decoder import build_decoder
-    from tora.models.family import families
-    from tora.models.names import parameter_to_hf
+    from tora.models.load import build_model
 
     family, columns, tied = _TABLE[name]
     settings = {**family, **dict(zip(_COLUMNS, columns, strict=True)), "tie_word_embeddings": tied}
@@ -59,11 +57,11 @@ def write_random_model(name: str, folder: Path, *, dtype: str, seed: int = 0) ->
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        model = build_decoder(config, families()[model_type])
+        model = build_model(config)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for ours, place in model.named_parameters():
         value = torch.randn(place.shape, generator=generator) * 0.02 if place.ndim > 1 else torch.ones(place.shape)
-        tensors[parameter_to_hf(ours)] = value.to(getattr(torch, dtype))
+        tensors[model.names.parameter_to_hf(ours)] = value.to(getattr(torch, dtype))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -13,10 +13,7 @@ import torch
 from actors.engine import VLLMEngine
 from actors.weight_updates import BetweenRollouts
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
-from tora.models.decoder import build_decoder
-from tora.models.family import families
-from tora.models.load import read_config
-from tora.models.names import module_to_hf
+from tora.models.load import build_model, read_config
 from tora.types import PolicySnapshot, SampleRequest, Sampling
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,12 +40,12 @@ def random_snapshot(folder: Path, version: int, rank: int, *, gains: bool) -> Po
     """On every linear layer of the decoder that the folder's config.json describes."""
     config = read_config(folder)
     with torch.device("meta"):
-        model = build_decoder(config, families()[config.model_type])
+        model = build_model(config)
     generator = torch.Generator().manual_seed(version)
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("layers."):
-            hf = module_to_hf(name)
+            hf = model.names.module_to_hf(name)
             tensors[hf + LORA_A] = torch.randn(rank, module.in_features, generator=generator)
             tensors[hf + LORA_B] = 0.01 * torch.randn(module.out_features, rank, generator=generator)
             if gains:

@@ -1,11 +1,11 @@
-"""One decoder for all text families, on torchtune's modules. config.json decides every size.
+"""One decoder for all families, on torchtune's modules. config.json decides every size.
 
 torchtune's own attention normalises q and k after the rotation; these families do it before, hence `Attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torchtune.modules import (
 from tora.errors import ConfigError
 from tora.models.attention import AttentionContext, LayerAttention
 from tora.models.family import ModelFamily
+from tora.models.names import Names
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -107,15 +108,19 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 class Decoder(TransformerDecoder):
     """torchtune's decoder with positions and attention given from outside."""
 
-    def __init__(self, *, rope: RotaryTable, **kwargs: Any) -> None:
+    def __init__(self, *, rope: RotaryTable, names: Names, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.rope = rope
+        self.rope, self.names = rope, names
 
     @property
     def head(self) -> torch.Tensor:
         """The head's weight [vocabulary, hidden]; in a tied model the embedding's."""
         module: Any = self.tok_embeddings if isinstance(self.output, TiedLinear) else self.output
         return module.weight
+
+    def stacks(self) -> list[list[nn.Module]]:
+        """Runs of equal layers: what is compiled, checkpointed and sharded one by one."""
+        return [list(self.layers)]
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -130,11 +135,22 @@ class Decoder(TransformerDecoder):
         `self.output` makes logits of hidden states, with the weight `self.head`. Both belong inside `finish`: a
         sharded head is whole only while the forward lasts.
         """
-        h = self.tok_embeddings(tokens)
+        return finish(self._run(self.tok_embeddings(tokens), positions, attend))
+
+    def _run(
+        self,
+        h: torch.Tensor,
+        positions: torch.Tensor,
+        attend: AttentionContext,
+        after: Sequence[Callable[[torch.Tensor], torch.Tensor]] = (),
+    ) -> torch.Tensor:
+        """Embeddings -> hidden states after the final norm, [b, s, hidden]. `after[i]` changes what leaves layer i."""
         rope = self.rope(positions)
         for index, layer in enumerate(self.layers):
             h = layer(h, mask=attend.at(index), input_pos=rope)
-        return finish(self.norm(h))
+            if index < len(after):
+                h = after[index](h)
+        return self.norm(h)
 
 
 def _check_supported(config: Any) -> None:
@@ -149,6 +165,13 @@ def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn
 
     Builds on the default device, weights unset.
     """
+    return Decoder(**decoder_parts(config, family, linear, tied=config.tie_word_embeddings))
+
+
+def decoder_parts(
+    config: Any, family: ModelFamily, linear: type[nn.Linear], *, tied: bool, rope: type[RotaryTable] = RotaryTable
+) -> dict[str, Any]:
+    """`Decoder`'s arguments."""
     _check_supported(config)
     hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -180,15 +203,14 @@ def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn
         )
 
     embedding = nn.Embedding(config.vocab_size, hidden)
-    return Decoder(
-        rope=RotaryTable(config, head_dim),
-        tok_embeddings=embedding,
-        layers=[layer() for _ in range(config.num_hidden_layers)],
-        max_seq_len=config.max_position_embeddings,
-        num_heads=heads,
-        head_dim=head_dim,
-        norm=RMSNorm(hidden, eps),
-        output=TiedLinear(embedding)
-        if config.tie_word_embeddings
-        else nn.Linear(hidden, config.vocab_size, bias=False),
-    )
+    return {
+        "rope": rope(config, head_dim),
+        "names": family.names,
+        "tok_embeddings": embedding,
+        "layers": [layer() for _ in range(config.num_hidden_layers)],
+        "max_seq_len": config.max_position_embeddings,
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "norm": RMSNorm(hidden, eps),
+        "output": TiedLinear(embedding) if tied else nn.Linear(hidden, config.vocab_size, bias=False),
+    }

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tora.models.load import shard_files, side_files, stream_tensors
-from tora.models.names import parameter_from_hf
+from tora.models.family import families
+from tora.models.load import read_config, shard_files, side_files, stream_tensors
 from tora.models.quantize import BLOCK_SIZE, MAX_SCALER_BLOCK_SIZE, dequantize, is_quantized, quantize
 
 
@@ -52,11 +52,12 @@ def _key(source: Path, dtype: torch.dtype, device: torch.device) -> str:
 
 def _write(source: Path, target: Path, dtype: torch.dtype, device: torch.device) -> None:
     """One weights file in memory at a time, one tensor on the device."""
+    names = families()[read_config(source).model_type].names
     for file in side_files(source):
         shutil.copy(file, target)
     for file in shard_files(source):
         tensors = dict(stream_tensors(file))
         for name, tensor in tensors.items():
-            if is_quantized(parameter_from_hf(name) or ""):
+            if is_quantized(names.parameter_from_hf(name) or ""):
                 tensors[name] = dequantize(quantize(tensor.to(device, dtype), name)).cpu()
         save_file(tensors, target / file.name, metadata={"format": "pt"})

@@ -1,11 +1,15 @@
-"""A model family is data: what its config.json does not say about its decoder."""
+"""A model family is data: what its config.json does not say about its decoder, and who builds the rest of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
-_MODULES = ("qwen2_5", "qwen3", "llama3")
+from tora.models.names import Names
+
+_MODULES = ("qwen2_5", "qwen3", "llama3", "qwen3_vl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,9 @@ class ModelFamily:
     """None: `attention_bias` of config.json."""
     output_bias: bool | None
     """Bias of the attention's output projection; None: `attention_bias` of config.json."""
+    names: Names = field(default_factory=Names)
+    build: Callable[..., Any] | None = None
+    """Takes `build_decoder`'s arguments, for a family that is more than a decoder."""
 
 
 def families() -> dict[str, ModelFamily]:

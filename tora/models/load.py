@@ -15,7 +15,6 @@ from torchtune.modules import RMSNorm
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder, RotaryTable, build_decoder
 from tora.models.family import families
-from tora.models.names import parameter_from_hf
 from tora.models.quantize import FrozenLinear, is_quantized, quantize
 
 
@@ -56,7 +55,16 @@ def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, shard.get_tensor(name)
 
 
-def load_weights(model: nn.Module, folder: Path, *, tied: bool, device: torch.device, quantize_base: bool) -> None:
+def build_model(config: Any, linear: type[nn.Linear] = nn.Linear) -> Decoder:
+    """`config` is transformers' config of a model; `linear` makes the decoder layers' linear modules, not the head.
+
+    Builds on the default device, weights unset.
+    """
+    family = families()[config.model_type]
+    return (family.build or build_decoder)(config, family, linear)
+
+
+def load_weights(model: Decoder, folder: Path, *, tied: bool, device: torch.device, quantize_base: bool) -> None:
     """Replace every parameter by the folder's tensor, cast to the parameter's dtype, on `device`.
 
     One tensor at a time, so that of a quantised model no more is ever there in full than one weight.
@@ -67,7 +75,7 @@ def load_weights(model: nn.Module, folder: Path, *, tied: bool, device: torch.de
     for hf_name, tensor in (pair for file in shard_files(folder) for pair in stream_tensors(file)):
         if hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight"):
             continue
-        name = parameter_from_hf(hf_name)
+        name = model.names.parameter_from_hf(hf_name)
         if name is None or name not in places:
             raise ConfigError(
                 f"tensor {hf_name!r} of {str(folder)!r} has no place in the model that config.json describes"
@@ -92,7 +100,7 @@ def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quan
     config = read_config(folder)
     with torch.device("meta"):
         linear = FrozenLinear if quantize_base else nn.Linear
-        model = build_decoder(config, families()[config.model_type], linear).to(dtype)
+        model = build_model(config, linear).to(dtype)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.float()  # torch's fused kernel wants the scale in the dtype it computes in

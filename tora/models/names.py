@@ -1,13 +1,15 @@
-"""Hugging Face's parameter names <-> torchtune's. A table, applied to whole dotted names."""
+"""Hugging Face's parameter names <-> ours. The decoder's are torchtune's, by a table; a vision tower keeps its own."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
+TOWER = "visual."
+"""Prefix of the vision tower's modules in our models."""
 _MODULES = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
+    "embed_tokens": "tok_embeddings",
+    "norm": "norm",
     "self_attn.q_proj": "attn.q_proj",
     "self_attn.k_proj": "attn.k_proj",
     "self_attn.v_proj": "attn.v_proj",
@@ -21,31 +23,54 @@ _MODULES = {
     "post_attention_layernorm": "mlp_norm",
 }
 _TO_HF = {ours: theirs for theirs, ours in _MODULES.items()}
+_LAYER = re.compile(r"(layers\.\d+\.)(.+)")
 
 
-def module_from_hf(name: str) -> str | None:
-    """`model.layers.3.mlp.up_proj` -> `layers.3.mlp.w3`; None for a name outside the table."""
-    match = re.fullmatch(r"model\.(layers\.\d+)\.(.+)", name)
-    prefix, leaf = (f"{match[1]}.", match[2]) if match else ("", name)
-    return prefix + _MODULES[leaf] if leaf in _MODULES else None
+def _split(name: str) -> tuple[str, str]:
+    """`layers.3.mlp.w3` -> `layers.3.`, `mlp.w3`; a name outside the layers has an empty first part."""
+    match = _LAYER.fullmatch(name)
+    return (match[1], match[2]) if match else ("", name)
 
 
-def module_to_hf(name: str) -> str:
-    """`layers.3.mlp.w3` -> `model.layers.3.mlp.up_proj`."""
-    match = re.fullmatch(r"(layers\.\d+)\.(.+)", name)
-    return f"model.{match[1]}.{_TO_HF[match[2]]}" if match else _TO_HF[name]
+@dataclass(frozen=True, slots=True)
+class Names:
+    """One family's names. Whole dotted names go in and come out."""
 
+    decoder: str = "model."
+    """Hugging Face's prefix of the decoder's modules, all but the head."""
+    tower: str | None = None
+    """Hugging Face's prefix of the vision tower's modules, where there is one."""
 
-def parameter_from_hf(name: str) -> str | None:
-    """`model.norm.weight` -> `norm.scale`; None for a name outside the table."""
-    module, _, leaf = name.rpartition(".")
-    ours = module_from_hf(module)
-    if ours is None:
-        return None
-    return f"{ours}.{'scale' if ours.endswith('norm') and leaf == 'weight' else leaf}"
+    def module_from_hf(self, name: str) -> str | None:
+        """`model.layers.3.mlp.up_proj` -> `layers.3.mlp.w3`; None for a name outside the family."""
+        if name == "lm_head":
+            return "output"
+        if self.tower and name.startswith(self.tower):
+            return TOWER + name.removeprefix(self.tower)
+        if not name.startswith(self.decoder):
+            return None
+        layer, leaf = _split(name.removeprefix(self.decoder))
+        return layer + _MODULES[leaf] if leaf in _MODULES else None
 
+    def module_to_hf(self, name: str) -> str:
+        """`layers.3.mlp.w3` -> `model.layers.3.mlp.up_proj`."""
+        if name == "output":
+            return "lm_head"
+        if self.tower and name.startswith(TOWER):
+            return self.tower + name.removeprefix(TOWER)
+        layer, leaf = _split(name)
+        return self.decoder + layer + _TO_HF[leaf]
 
-def parameter_to_hf(name: str) -> str:
-    """`norm.scale` -> `model.norm.weight`."""
-    module, _, leaf = name.rpartition(".")
-    return f"{module_to_hf(module)}.{'weight' if leaf == 'scale' else leaf}"
+    def parameter_from_hf(self, name: str) -> str | None:
+        """`model.norm.weight` -> `norm.scale`; None for a name outside the family."""
+        module, _, leaf = name.rpartition(".")
+        ours = self.module_from_hf(module)
+        if ours is None:
+            return None
+        scales = ours.endswith("norm") and leaf == "weight" and not ours.startswith(TOWER)
+        return f"{ours}.{'scale' if scales else leaf}"
+
+    def parameter_to_hf(self, name: str) -> str:
+        """`norm.scale` -> `model.norm.weight`."""
+        module, _, leaf = name.rpartition(".")
+        return f"{self.module_to_hf(module)}.{'weight' if leaf == 'scale' else leaf}"
