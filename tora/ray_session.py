@@ -41,7 +41,7 @@ def ray_session(num_actors: int) -> Iterator[None]:
             ray.shutdown()
         return
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
     # Ray reads these variables when it is first imported, which may have been before.
     ray_constants.ENABLE_RAY_CLUSTER = False
