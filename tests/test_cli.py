@@ -59,6 +59,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--help"], 0),
         (["run", "--help"], 0),
         (["ls"], 0),
+        (["doctor", "--help"], 0),
         (["validate", "quickstart", "qwen3/0.6B_lora_grpo"], 0),
         (["validate", "quickstart", "batch_size=0"], 2),
         (["run", "quickstart", "model.lora_typ=dora"], 2),

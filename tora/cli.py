@@ -81,6 +81,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     _add_bench(commands.add_parser("bench", help="measure speed and memory on random weights", allow_abbrev=False))
 
+    doctor = commands.add_parser("doctor", help="check this machine, and say what to do", allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(command=_doctor)
+
     commands.add_parser("download", help="download a model (torchtune's command)")
     commands.add_parser("cat", help="print a torchtune config (torchtune's command)")
 
@@ -120,6 +124,12 @@ def _bench(args: argparse.Namespace) -> int:
     from tora.bench.command import run
 
     return run(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tora.doctor import run
+
+    return run(args.json)
 
 
 def _is_torchtunes(argv: Sequence[str]) -> bool:

