@@ -85,7 +85,8 @@ def with_engine(cfg: RunConfig) -> RunConfig:
         raise ConfigError(f"rollout.engine=vllm needs vLLM: {extra}; or set rollout.engine=torch.")
     if cfg.rollout.engine != "auto":
         return cfg
-    engine = "vllm" if has_vllm and cfg.model.lora_type != "full" else "torch"
+    adapters_only = cfg.model.lora_type != "full" and cfg.model.train_vision != "full"
+    engine = "vllm" if has_vllm and adapters_only else "torch"
     cfg = replace(cfg, rollout=replace(cfg.rollout, engine=engine))
     check(cfg)  # what was asked for may need the other one
     return cfg

@@ -52,3 +52,17 @@ def image_inputs(
         feature_M=torch.from_numpy(feature_M.astype(np.int64)).to(device),
     )
     return inputs, positions_3T
+
+
+def unseen_image(model: Qwen3VL, device: torch.device) -> ImageInputs:
+    """The smallest image, blank and in no place. With it the tower takes part in a forward and backward, as it must on
+    every rank that shares its weights, and gets gradients of zero."""
+    merge = model.visual.merge
+    grid_IT = np.array([[1, merge, merge]])
+    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    return ImageInputs(
+        patches_ND=torch.zeros(merge**2, model.visual.patch_numel, device=device),
+        layout=vision_layout(grid_IT, merge=merge, side=model.visual.side, device=device),
+        where_M=nowhere,
+        feature_M=nowhere,
+    )
