@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tora.models.decoder import Decoder
-from tora.models.image_inputs import image_inputs, unseen_image
+from tora.models.image_inputs import ImageReader, unseen_image
 from tora.models.qwen3_vl import ImageInputs, Qwen3VL
 from tora.models.shared_prefix import training_attention
 from tora.packing import documents
@@ -45,38 +45,27 @@ class InputMaker:
     """Puts micro-batches on the device; makes pixels of their images, of each distinct one once."""
 
     def __init__(self, model: Decoder, processor: Callable[[], ImageProcessor], device: torch.device) -> None:
-        """`processor` is called when the first images come."""
         self._model, self._device = model, device
-        self._open, self._processor = processor, None
+        self._read = ImageReader(model, processor, device)
 
     def __call__(self, batch: MicroBatch, *, others_see: bool) -> Inputs:
-        """`others_see`: another rank's micro-batch of this step has images. Errors: ValueError as of `image_inputs`."""
+        """`others_see`: another rank's micro-batch of this step has images. Errors: ValueError as of `ImageReader`."""
         arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(_Arrays)}
         positions, images = batch.positions_T, None
         if batch.images:
-            positions, images = self._see(batch)
+            document_T, in_prompt_T = documents(batch)
+            images, positions = self._read(
+                batch.images,
+                tokens_T=batch.tokens_T,
+                positions_T=batch.positions_T,
+                document_T=document_T,
+                in_prompt_T=in_prompt_T,
+                image_I=batch.image_I,
+            )
         elif others_see and isinstance(self._model, Qwen3VL):
             images = unseen_image(self._model, self._device)
         on_device = {name: torch.tensor(array, device=self._device) for name, array in arrays.items()}
         return Inputs(**on_device, positions=torch.tensor(positions, device=self._device).unsqueeze(-2), images=images)
-
-    def _see(self, batch: MicroBatch) -> tuple[Any, ImageInputs]:
-        if not isinstance(self._model, Qwen3VL):
-            raise ValueError("prompts have images, and the model that is trained takes none")
-        if self._processor is None:
-            self._processor = self._open()
-        document_T, in_prompt_T = documents(batch)
-        images, positions_3T = image_inputs(
-            self._model,
-            self._processor.pixels(batch.images),
-            tokens_T=batch.tokens_T,
-            positions_T=batch.positions_T,
-            document_T=document_T,
-            in_prompt_T=in_prompt_T,
-            image_I=batch.image_I,
-            device=self._device,
-        )
-        return positions_3T, images
 
 
 def forward(model: Decoder, x: Inputs, finish: Callable[[torch.Tensor], Any]) -> Any:

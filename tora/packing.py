@@ -131,6 +131,12 @@ def documents(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
     return document_T, batch.positions_T <= last[document_T]
 
 
+def distinct(shown_I: Sequence[bytes]) -> tuple[tuple[bytes, ...], np.ndarray]:
+    """Images without repetition, and which of them each one is, int64."""
+    number = {image: i for i, image in enumerate(dict.fromkeys(shown_I))}
+    return tuple(number), np.asarray([number[image] for image in shown_I], dtype=np.int64)
+
+
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices packed first-fit by decreasing length; no bin exceeds `capacity` unless a single length does."""
     result: list[list[int]] = []

@@ -5,13 +5,33 @@ Shape letters: T packed tokens, I runs of placeholders, M placeholders, N patche
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 
+from tora.models.decoder import Decoder
 from tora.models.mrope import multimodal_positions
 from tora.models.qwen3_vl import ImageInputs, Qwen3VL
 from tora.models.vision_layout import vision_layout
-from tora.tasks.images import Pixels
+from tora.tasks.images import ImageProcessor, Pixels
+
+
+class ImageReader:
+    """Opens the model's image processor when the first images come, and reads images with it."""
+
+    def __init__(self, model: Decoder, processor: Callable[[], ImageProcessor] | None, device: torch.device) -> None:
+        """`processor` is None for prompts of text."""
+        self._model, self._open, self._device = model, processor, device
+        self._processor: ImageProcessor | None = None
+
+    def __call__(self, images: Sequence[bytes], **tokens: np.ndarray) -> tuple[ImageInputs, np.ndarray]:
+        """`image_inputs` of distinct encoded images. Errors: ValueError as there, and where the model takes none."""
+        if not isinstance(self._model, Qwen3VL) or self._open is None:
+            raise ValueError("prompts have images, and the model takes none")
+        if self._processor is None:
+            self._processor = self._open()
+        return image_inputs(self._model, self._processor.pixels(images), device=self._device, **tokens)
 
 
 def image_inputs(
