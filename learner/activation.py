@@ -30,8 +30,9 @@ def checkpoint_layers(model: Decoder, kind: ActivationCheckpointing, *, offload:
     if kind == "none":
         return
     away = OffloadActivations() if offload else nullcontext()
-    for layer in list(model.layers)[:: _EVERY[kind]]:
-        layer.forward = _checkpointed(layer.forward, away)
+    for stack in model.stacks():
+        for layer in stack[:: _EVERY[kind]]:
+            layer.forward = _checkpointed(layer.forward, away)
 
 
 def _checkpointed(forward: Callable[..., torch.Tensor], away: AbstractContextManager[Any]) -> Callable[..., Any]:

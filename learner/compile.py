@@ -4,6 +4,7 @@ without gradients, and for passes with the adapters off; lengths are dynamic.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,6 @@ _RECOMPILE_LIMIT = 32
 def compile_layers(model: Decoder) -> None:
     """In place, before FSDP2 wraps the layers: its hooks stay outside. A graph break is an error."""
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
-    for layer in model.layers:
+    for layer in chain(*model.stacks()):
         forward: Any = torch.compile(layer.forward, dynamic=True, fullgraph=True)
         layer.forward = forward

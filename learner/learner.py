@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from learner.activation import checkpoint_layers
 from learner.checkpoint import load_training_state, save_training_state
 from learner.compile import compile_layers
+from learner.inputs import InputMaker, Inputs, forward
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
 from learner.loss.kl import kind_of, sequence_kl
@@ -29,31 +30,9 @@ from tora.components import instantiate
 from tora.config import RunConfig
 from tora.models.decoder import Decoder
 from tora.models.load import side_files
-from tora.models.shared_prefix import training_attention
 from tora.sharding import gather, whole
+from tora.tasks.images import ImageProcessor
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensors:
-    """A micro-batch on the learner's device; see `MicroBatch`."""
-
-    tokens_T: torch.Tensor
-    positions_T: torch.Tensor
-    prompt_lengths_P: torch.Tensor
-    lengths_B: torch.Tensor
-    prompt_B: torch.Tensor
-    response_N: torch.Tensor
-    targets_N: torch.Tensor
-    sequence_N: torch.Tensor
-    actor_logprobs_N: torch.Tensor
-    versions_N: torch.Tensor
-    advantages_N: torch.Tensor
-    weights_N: torch.Tensor
-
-
-def _to_device(batch: MicroBatch, device: torch.device) -> _Tensors:
-    return _Tensors(**{f.name: torch.tensor(getattr(batch, f.name), device=device) for f in fields(_Tensors)})
 
 
 class Learner:
@@ -69,6 +48,8 @@ class Learner:
         self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
         self._reference = self._build_reference()
+        processor = partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
+        self._inputs = InputMaker(self.model, processor, self.device)
 
     def _build(self) -> Decoder:
         model = build_policy(self.cfg, self.device)
@@ -86,18 +67,17 @@ class Learner:
             return None
         return self._build().requires_grad_(False)
 
-    def _logprobs(self, model: Decoder, x: _Tensors, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logprobs(self, model: Decoder, x: Inputs, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [N] each."""
 
         def finish(hidden_1TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             hidden_NH = hidden_1TH[0].index_select(0, x.response_N)
             return token_logprobs(hidden_NH, model.head, x.targets_N, temperature=temperature)
 
-        attend = training_attention(x.prompt_lengths_P, x.lengths_B, x.prompt_B)
-        return model(x.tokens_T[None], positions=x.positions_T[None], attend=attend, finish=finish)
+        return forward(model, x, finish)
 
     @torch.no_grad()
-    def _ref_logprobs(self, x: _Tensors, temperature: float) -> torch.Tensor | None:
+    def _ref_logprobs(self, x: Inputs, temperature: float) -> torch.Tensor | None:
         if self.loss.kl_coeff == 0:
             return None
         if self._reference is not None:
@@ -105,13 +85,17 @@ class Learner:
         with adapters_off(self.model):
             return self._logprobs(self.model, x, temperature)[0]
 
+    def _on_device(self, mine: Sequence[MicroBatch], whole_step: Sequence[MicroBatch]) -> list[Inputs]:
+        others_see = self.world.size > 1 and any(m.images for m in whole_step)
+        return [self._inputs(m, others_see=others_see) for m in mine]
+
     def step(self, batch: TrainBatch) -> StepResult:
         """`ppo_epochs` optimizer updates on one batch, the same on every rank, each of which takes its share.
 
         An empty batch moves only the version and the schedule.
         """
         mine = share(batch.micro_batches, self.world.rank, self.world.size)
-        micro = [_to_device(m, self.device) for m in mine]
+        micro = self._on_device(mine, batch.micro_batches)
         metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
         ref = [self._ref_logprobs(x, batch.temperature) for x in micro]
         if self.loss.kl_coeff > 0 and self.loss.kl_in == "reward" and micro:
@@ -131,8 +115,8 @@ class Learner:
         return StepResult(self.version, metrics)
 
     def _with_kl_in_reward(
-        self, whole_step: Sequence[MicroBatch], micro: Sequence[_Tensors], ref: Sequence[torch.Tensor | None]
-    ) -> list[_Tensors]:
+        self, whole_step: Sequence[MicroBatch], micro: Sequence[Inputs], ref: Sequence[torch.Tensor | None]
+    ) -> list[Inputs]:
         """This rank's share with advantages of r - kl_coeff Σ_t KL_t in place of r's.
 
         A group may be spread over ranks, so each learns every sequence's KL first.
@@ -146,11 +130,11 @@ class Learner:
             kl_B[starts[i] : starts[i + 1]] = own_B.cpu().numpy()
         kl_B = np.array(list(reduce({str(b): kl for b, kl in enumerate(kl_B)}, SUM, self.device).values()))
         penalized = penalize(whole_step, self.loss.kl_coeff * kl_B, self.cfg.normalize_advantages)
-        return [_to_device(m, self.device) for m in share(penalized, self.world.rank, self.world.size)]
+        return self._on_device(share(penalized, self.world.rank, self.world.size), whole_step)
 
     def _update(
         self,
-        micro: Sequence[_Tensors],
+        micro: Sequence[Inputs],
         ref: Sequence[torch.Tensor | None],
         proximal: Sequence[torch.Tensor | None],
         temperature: float,
@@ -187,7 +171,7 @@ class Learner:
         return {**metrics, "learner/grad_norm": whole(norm).item()}, before
 
     @torch.no_grad()
-    def _mismatch(self, micro: Sequence[_Tensors], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
+    def _mismatch(self, micro: Sequence[Inputs], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
         """How far the learner's log-probs lie from the actors', before the step's first update.
 
         `mismatch_kl`: k3 estimate of KL(actor ‖ learner) over the batch's youngest tokens, which at staleness 0
@@ -212,7 +196,7 @@ class Learner:
     @torch.no_grad()
     def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         """Log-probs of the response tokens, [N] float32, at temperature 1; under the base where `adapter` is false."""
-        x = _to_device(batch, self.device)
+        (x,) = self._on_device([batch], [batch])
         off = nullcontext() if adapter else adapters_off(self.model)
         # compiled layers would be compiled again for a mode that training never meets
         with torch.compiler.set_stance("force_eager"), off:
@@ -244,7 +228,7 @@ class Learner:
             if self.world.rank == 0:
                 save_peft(tensors, self.cfg.model, folder)
             return
-        weights = gather(self._parameters)
+        weights = gather(dict(self.model.named_parameters()))  # a vision tower may be among them, untrained
         if self.world.rank > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)

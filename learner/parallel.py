@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def shard(
         return
     mesh = init_device_mesh(device.type, (world.size,))
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-    for layer in model.layers:
+    for layer in chain(*model.stacks()):
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
     for module in model.modules():

@@ -9,7 +9,7 @@ import numpy as np
 
 from tora.advantage import advantages_by_group, group_advantages
 from tora.config import LossNormalization
-from tora.packing import OwnPrompts, Packing, Sequence_, SharedPrompts
+from tora.packing import OwnPrompts, Packing, Sequence_, SharedPrompts, distinct
 from tora.types import Group, MicroBatch
 
 
@@ -29,9 +29,7 @@ def token_weights(lengths_B: Sequence[int], normalization: LossNormalization, ma
 def pack(packing: Packing, sequences_B: Sequence[Sequence_], weights_B: Sequence[float]) -> MicroBatch:
     _, rollouts, advantages, groups = zip(*sequences_B, strict=True)
     counts = [len(rollout.token_ids) for rollout in rollouts]
-    shown_I = [image for prompt in packing.prompts(sequences_B) for image in prompt.images]
-    images = tuple(dict.fromkeys(shown_I))
-    number = {image: i for i, image in enumerate(images)}
+    images, image_I = distinct([image for prompt in packing.prompts(sequences_B) for image in prompt.images])
     return MicroBatch(
         **packing.lay_out(sequences_B),
         targets_N=np.concatenate([r.token_ids for r in rollouts]).astype(np.int64),
@@ -42,7 +40,7 @@ def pack(packing: Packing, sequences_B: Sequence[Sequence_], weights_B: Sequence
         weights_N=np.repeat(weights_B, counts).astype(np.float32),
         rewards_B=np.asarray([r.reward for r in rollouts], dtype=np.float64),
         groups_B=np.asarray(groups, dtype=np.int64),
-        image_I=np.asarray([number[image] for image in shown_I], dtype=np.int64),
+        image_I=image_I,
         images=images,
     )
 

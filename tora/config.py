@@ -19,7 +19,10 @@ class ModelConfig:
     path: str
     """Hugging Face folder; relative paths are tried from the working directory, then from `configs/`."""
     lora_type: Literal["full", "lora", "dora", "dora_cache"] = "lora"
-    """`full` trains every weight; `dora_cache` keeps DoRA's row norms between optimizer steps."""
+    """`full` trains every weight of the decoder; `dora_cache` keeps DoRA's row norms between optimizer steps."""
+    train_vision: Literal["none", "lora", "full"] = "none"
+    """The vision tower and its mergers: frozen, with adapters of `lora_type` on all of their linear layers, or all of
+    their weights. `full` is not for vLLM, and `lora` not for `lora_type: full`."""
     lora_rank: int = 8
     lora_alpha: float = 32.0
     use_rslora: bool = False
@@ -27,7 +30,7 @@ class ModelConfig:
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    """Names of linear layers, as the Hugging Face model calls them."""
+    """Names of the decoder's linear layers, as the Hugging Face model calls them."""
     adapter_path: str | None = None
     """PEFT folder to start from."""
     quantize_base: bool = False
@@ -55,6 +58,9 @@ class RolloutConfig:
     version, instead of keeping them."""
     max_model_len: int | None = None
     """vLLM's longest sequence; the model's own where null."""
+    max_pixels: int | None = None
+    """Larger images are scaled down to at most this many pixels, in engine and learner alike; the limit of the model's
+    own image processor where null."""
     gpu_memory_utilization: float = 0.5
     """Share of the GPU that vLLM takes; unused on a CPU."""
     kv_cache_gib: float = 0.25

@@ -17,8 +17,8 @@ _BOUNDS = (
         operator.ge,
         1,
         "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks "
-        "model.lora_rank rollout.num_workers rollout.concurrency rollout.max_model_len eval.num_prompts "
-        "eval.every checkpoint.every checkpoint.keep",
+        "model.lora_rank rollout.num_workers rollout.concurrency rollout.max_model_len rollout.max_pixels "
+        "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
     ),
     (operator.ge, 2, "grpo_samples"),
     (
@@ -102,7 +102,11 @@ def _broken_model(cfg: RunConfig) -> Iterator[str]:
             yield "model.quantize_base=true freezes the base, and model.lora_type=full trains it."
         if cfg.rollout.engine == "vllm":
             yield "rollout.engine=vllm serves adapters; model.lora_type=full needs rollout.engine=torch."
+        if model.train_vision == "lora":
+            yield "model.train_vision=lora needs an adapter, and model.lora_type is full."
         return
+    if model.train_vision == "full" and cfg.rollout.engine == "vllm":
+        yield "rollout.engine=vllm serves adapters; model.train_vision=full needs rollout.engine=torch."
     if not model.lora_targets:
         yield "model.lora_targets=[] must name at least one linear layer."
     for target in model.lora_targets:

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +23,26 @@ from tora.cuda_graph import DecodeStep, GraphedStep
 from tora.errors import RolloutError, SyncError
 from tora.models.attention import CachedAttention, PrefillAttention
 from tora.models.decoder import Decoder
+from tora.models.image_inputs import ImageReader
+from tora.packing import distinct
 from tora.sampling import draw, log_distribution
+from tora.tasks.images import ImageProcessor
 from tora.types import Completion, PolicySnapshot, SampleRequest, Sampling, ScoreRequest, SyncReport
 
 _CROWDED = 0.75
 """Finished rows are dropped once no more than this share goes on: each time the whole cache is copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Documents end to end, as a forward takes them."""
+
+    arguments: dict[str, Any]
+    """Of the model's forward."""
+    attend: PrefillAttention
+    lengths_P: torch.Tensor
+    next_P: torch.Tensor
+    """The position after each document's last."""
 
 
 class TorchEngine:
@@ -43,15 +60,17 @@ class TorchEngine:
         max_rows: int,
         while_generating: Callable[[], AbstractContextManager[None]] = nullcontext,
         cuda_graphs: bool = False,
+        processor: Callable[[], ImageProcessor] | None = None,
     ) -> None:
         """`shared`: the learner trains this very model.
 
         `max_rows`: rollouts decoded at once, unless one request asks for more. `while_generating` is entered for each
         call of `generate`; a sharded model needs its weights whole meanwhile. `cuda_graphs`: for a model on a GPU that
-        is not sharded.
+        is not sharded. `processor`: of the model's images, for prompts that have some.
         """
         self._model, self._device, self._shared, self._max_rows = model, device, shared, max_rows
         self._while_generating = while_generating
+        self._read = ImageReader(model, processor, device)
         self._step: DecodeStep = GraphedStep(self._forward) if cuda_graphs else self._forward
         self._version: int | None = None
         self._turn = threading.Lock()
@@ -103,16 +122,12 @@ class TorchEngine:
             return [self._score(request) for request in requests]
 
     def _score(self, request: ScoreRequest) -> np.ndarray:
-        tokens_L = torch.tensor(request.token_ids + request.completion, device=self._device)
-        length, start = len(tokens_L), len(request.token_ids)
-        logits_NV = self._model(
-            tokens_L[None],
-            positions=torch.arange(length, device=self._device)[None],
-            attend=PrefillAttention(torch.tensor([length], device=self._device)),
-            finish=lambda hidden: self._model.output(hidden[0, start - 1 : -1]),
-        )
+        start = len(request.token_ids)
+        x = self._pack([request], [request.completion])
+        logits_NV = self._model(**x.arguments, finish=lambda hidden: self._model.output(hidden[0, start - 1 : -1]))
         logprobs_NV = log_distribution(logits_NV, Sampling(max_tokens=1))
-        return logprobs_NV.gather(1, tokens_L[start:, None])[:, 0].cpu().numpy()
+        completion_N = torch.tensor(request.completion, device=self._device)
+        return logprobs_NV.gather(1, completion_N[:, None])[:, 0].cpu().numpy()
 
     def _generate_at_once(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         assert len({r.sampling for r in requests}) == 1, "one Sampling a call"
@@ -131,28 +146,46 @@ class TorchEngine:
     def _forward(self, token_B: torch.Tensor, cache: CachedAttention) -> torch.Tensor:
         return self._model(
             token_B[:, None],
-            positions=cache.lengths_B[:, None],
+            positions=cache.positions_B[:, None],
             attend=cache,
             finish=lambda hidden: self._model.output(hidden[:, 0]),
         )
 
     def _prefill(self, requests: Sequence[SampleRequest]) -> tuple[CachedAttention, torch.Tensor]:
         """A cache with a row for each rollout, and the logits of each rollout's first token [B, V]."""
-        lengths_P = torch.tensor([len(r.token_ids) for r in requests], device=self._device)
-        tokens_T = torch.tensor([t for r in requests for t in r.token_ids], device=self._device)
-        positions_T = torch.cat([torch.arange(len(r.token_ids), device=self._device) for r in requests])
-        attend = PrefillAttention(lengths_P)
+        x = self._pack(requests, [()] * len(requests))
         samples_P = torch.tensor([r.num_samples for r in requests], device=self._device)
         rows_B = torch.arange(len(requests), device=self._device).repeat_interleave(samples_P)
-        last_P = lengths_P.cumsum(0) - 1
+        last_P = x.lengths_P.cumsum(0) - 1
         with torch.compiler.set_stance("force_eager"):  # once a call: not worth a graph
-            logits_PV = self._model(
-                tokens_T[None],
-                positions=positions_T[None],
-                attend=attend,
-                finish=lambda hidden: self._model.output(hidden[0, last_P]),
+            logits_PV = self._model(**x.arguments, finish=lambda hidden: self._model.output(hidden[0, last_P]))
+        cache = CachedAttention(x.attend, x.lengths_P[rows_B], rows_B, x.next_P[rows_B])
+        return cache, logits_PV[rows_B]
+
+    def _pack(self, requests: Sequence[SampleRequest | ScoreRequest], tails: Sequence[tuple[int, ...]]) -> _Packed:
+        """Prompts, each with its tail, end to end."""
+        ids_P = [request.token_ids + tail for request, tail in zip(requests, tails, strict=True)]
+        lengths_P = np.array([len(ids) for ids in ids_P])
+        tokens_T, positions_T = np.concatenate(ids_P), np.concatenate([np.arange(n) for n in lengths_P])
+        next_P, positions, seen = lengths_P, positions_T, None
+        images, image_I = distinct([image for request in requests for image in request.images])
+        if images:
+            prompt_lengths_T = np.repeat([len(request.token_ids) for request in requests], lengths_P)
+            seen, positions = self._read(
+                images,
+                tokens_T=tokens_T,
+                positions_T=positions_T,
+                document_T=np.repeat(np.arange(len(requests)), lengths_P),
+                in_prompt_T=positions_T < prompt_lengths_T,
+                image_I=image_I,
             )
-        return CachedAttention(attend, lengths_P[rows_B], rows_B), logits_PV[rows_B]
+            next_P = positions[:, np.cumsum(lengths_P) - 1].max(0) + 1
+        lengths, next_, tokens, where = (
+            torch.from_numpy(x).to(self._device) for x in (lengths_P, next_P, tokens_T, positions)
+        )
+        attend = PrefillAttention(lengths)
+        arguments = {"tokens": tokens[None], "positions": where.unsqueeze(-2), "attend": attend, "images": seen}
+        return _Packed(arguments, attend, lengths, next_)
 
     def _decode(self, requests: Sequence[SampleRequest]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [L, B] int64, their log-probs [L, B] float32, and lengths [B]; nothing of use lies beyond."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from tora.ray_session import gpus_each, output_folder, place_of, ray_session
 from tora.report import print_summary, reward_curve
 from tora.run_state import Checkpoints, RunState
 from tora.stop import stop_signals
+from tora.tasks.images import ImageProcessor
 from tora.tasks.prompts import RunPrompts
 
 
@@ -85,7 +86,8 @@ def with_engine(cfg: RunConfig) -> RunConfig:
         raise ConfigError(f"rollout.engine=vllm needs vLLM: {extra}; or set rollout.engine=torch.")
     if cfg.rollout.engine != "auto":
         return cfg
-    engine = "vllm" if has_vllm and cfg.model.lora_type != "full" else "torch"
+    adapters_only = cfg.model.lora_type != "full" and cfg.model.train_vision != "full"
+    engine = "vllm" if has_vllm and adapters_only else "torch"
     cfg = replace(cfg, rollout=replace(cfg.rollout, engine=engine))
     check(cfg)  # what was asked for may need the other one
     return cfg
@@ -152,8 +154,17 @@ def _make_torch_engine(cfg: RunConfig) -> Engine:
     if cfg.compile:
         compile_layers(model)
     return TorchEngine(
-        model, device=device, shared=False, max_rows=_max_rows(cfg), cuda_graphs=_cuda_graphs(cfg, device)
+        model,
+        device=device,
+        shared=False,
+        max_rows=_max_rows(cfg),
+        cuda_graphs=_cuda_graphs(cfg, device),
+        processor=_image_processor(cfg),
     )
+
+
+def _image_processor(cfg: RunConfig) -> Callable[[], ImageProcessor]:
+    return partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
 
 
 def _cuda_graphs(cfg: RunConfig, device: Any) -> bool:
@@ -202,6 +213,7 @@ class _Here:
                 unsharded, self._learner.model, reshard_after_forward=self._cfg.fsdp_reshard_after_forward
             ),
             cuda_graphs=_cuda_graphs(self._cfg, self._learner.device) and self._learner.world.size == 1,
+            processor=_image_processor(self._cfg),
         )
 
 

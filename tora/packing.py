@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tora.types import Prompt, Rollout
+from tora.types import MicroBatch, Prompt, Rollout
 
 Sequence_ = tuple[Prompt, Rollout, float, int]
 """A rollout with its prompt, its advantage and the number of its group."""
@@ -113,6 +113,28 @@ class SharedPrompts:
             prompt_B=[prompt_B],
             response_N=response,
         )
+
+
+def documents(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
+    """For each token of T: its document, int64, and whether it is a prompt's. Completions belong to their prompt's."""
+    if len(batch.prompt_lengths_P) == 0:
+        document_T = np.repeat(np.arange(len(batch.lengths_B)), batch.lengths_B)
+    else:
+        prompts = np.arange(len(batch.prompt_lengths_P))
+        document_T = np.repeat(
+            np.concatenate([prompts, batch.prompt_B]), np.concatenate([batch.prompt_lengths_P, batch.lengths_B])
+        )
+    _, first_B = np.unique(batch.sequence_N, return_index=True)
+    prompt_end_B = batch.response_N[first_B]  # predicts a completion's first token
+    last = np.zeros(document_T.max() + 1, dtype=np.int64)
+    last[document_T[prompt_end_B]] = batch.positions_T[prompt_end_B]
+    return document_T, batch.positions_T <= last[document_T]
+
+
+def distinct(shown_I: Sequence[bytes]) -> tuple[tuple[bytes, ...], np.ndarray]:
+    """Images without repetition, and which of them each one is, int64."""
+    number = {image: i for i, image in enumerate(dict.fromkeys(shown_I))}
+    return tuple(number), np.asarray([number[image] for image in shown_I], dtype=np.int64)
 
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:

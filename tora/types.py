@@ -28,7 +28,7 @@ class Prompt:
     """The question as the dataset gave it: a string or chat messages. Reward functions see this."""
     columns: Mapping[str, Any]
     """The dataset row's other columns (`answer`, ...), handed to reward functions by name."""
-    images: tuple[bytes, ...] = ()
+    images: tuple[bytes, ...] = field(default=(), repr=False)
     """Encoded image files (PNG, JPEG, ...), in the order of their placeholders. `token_ids` are expanded: a placeholder
     stands there once for each feature of its image."""
 
@@ -55,7 +55,7 @@ class SampleRequest:
     num_samples: int
     seed: int
     sampling: Sampling
-    images: tuple[bytes, ...] = ()
+    images: tuple[bytes, ...] = field(default=(), repr=False)
     """The prompt's, see `Prompt`; `token_ids` are expanded as there."""
 
 
@@ -66,6 +66,8 @@ class ScoreRequest:
     token_ids: tuple[int, ...]
     """The prompt."""
     completion: tuple[int, ...]
+    images: tuple[bytes, ...] = field(default=(), repr=False)
+    """The prompt's, see `Prompt`."""
 
 
 @dataclass(frozen=True, slots=True)

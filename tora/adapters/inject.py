@@ -15,6 +15,7 @@ from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import pack, split_by_module
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
+from tora.models.names import TOWER
 from tora.sharding import as_sharded, gather
 from tora.types import PolicySnapshot
 
@@ -26,16 +27,16 @@ def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-def inject(model: Decoder, lora_type: str, *, rank: int, scaling: float, targets: Sequence[str]) -> None:
-    """Replace every linear layer whose Hugging Face name ends in a target. The base is frozen, its weights loaded.
+def inject(
+    model: Decoder, lora_type: str, *, rank: int, scaling: float, targets: Sequence[str], tower: bool = False
+) -> None:
+    """Replace every linear layer of the decoder whose Hugging Face name ends in a target, and with `tower` every one of
+    the vision tower and its mergers. The base is frozen, its weights loaded.
 
     Errors: ConfigError for a target that matches no layer.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("layers.")
-    }
+    all_linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in all_linears.items() if name.startswith("layers.")}
     leaves = {name: model.names.module_to_hf(name).rpartition(".")[2] for name in linears}
     for target in targets:
         if target not in leaves.values():
@@ -43,8 +44,8 @@ def inject(model: Decoder, lora_type: str, *, rank: int, scaling: float, targets
             near = difflib.get_close_matches(target, known, 1, cutoff=0) or known
             raise ConfigError(f"model.lora_targets: {target!r} matches no linear layer; the nearest is {near[0]!r}")
     model.requires_grad_(False)
-    for name, linear in linears.items():
-        if leaves[name] in targets:
+    for name, linear in all_linears.items():
+        if leaves.get(name) in targets or (tower and name.startswith(TOWER)):
             layer = LAYERS[lora_type](linear, rank, scaling)
             layer.reset_adapter()
             parent, _, leaf = name.rpartition(".")
@@ -91,20 +92,26 @@ def adapters_off(model: Decoder) -> Iterator[None]:
 
 @torch.no_grad()
 def snapshot(model: Decoder, version: int) -> PolicySnapshot:
-    """The trained tensors: the adapters', or for a full-weight run every parameter under its Hugging Face name."""
+    """The trained tensors: the adapters', and parameters trained whole under their Hugging Face names."""
     layers = adapter_layers(model)
-    if not layers:
-        return pack(version, gather(_full_weights(model)))
     adapters = gather({f"{hf}/{name}": getattr(m, name) for hf, m in layers.items() for name in m.adapter_params()})
-    norms, tensors = row_norms(layers), {}
+    norms, tensors = row_norms(layers), gather(whole_parameters(model))
     for hf, layer in layers.items():
         own = {name: adapters[f"{hf}/{name}"] for name in layer.adapter_params()}
         tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.wire(own, norms.get(hf)).items()}
     return pack(version, tensors)
 
 
-def _full_weights(model: Decoder) -> dict[str, nn.Parameter]:
-    return {model.names.parameter_to_hf(name): p for name, p in trained_parameters(model).items()}
+def whole_parameters(model: Decoder) -> dict[str, nn.Parameter]:
+    """What is trained outside adapters, by Hugging Face name."""
+    own = {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for parameter in module.adapter_params()
+    }
+    trained = trained_parameters(model).items()
+    return {model.names.parameter_to_hf(name): p for name, p in trained if name not in own}
 
 
 @torch.no_grad()
@@ -113,19 +120,17 @@ def load_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
 
     Errors: ValueError where the tensors and what the model trains do not match one to one.
     """
-    layers = adapter_layers(model)
-    if not layers:
-        places = _full_weights(model)
-        _check_same("trained parameters", places, tensors)
-        for name, place in places.items():
-            place.copy_(tensors[name])
-        return len({name.rpartition(".")[0] for name in places})
-    modules = split_by_module(tensors)
+    layers, places = adapter_layers(model), whole_parameters(model)
+    given = {name: t for name, t in tensors.items() if name in places or not layers}
+    _check_same("trained parameters", places, given)
+    modules = split_by_module({name: t for name, t in tensors.items() if name not in given})
     _check_same("adapted layers", layers, modules)
+    for name, place in places.items():
+        place.copy_(given[name])
     for name, layer in layers.items():
         layer.load_wire(modules[name])
     refresh(model)
-    return len(layers)
+    return len(layers) + len({name.rpartition(".")[0] for name in places})
 
 
 def _check_same(what: str, model: Mapping[str, object], snapshot: Mapping[str, object]) -> None:

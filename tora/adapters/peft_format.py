@@ -10,26 +10,31 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tora.adapters.inject import adapter_layers, refresh
+from tora.adapters.inject import adapter_layers, refresh, whole_parameters
 from tora.config import ModelConfig
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_TOWER_LINEARS = ("attn.qkv", "attn.proj", "linear_fc1", "linear_fc2")
+"""All linear layers of a vision tower and its mergers, as PEFT finds them; a bare `proj` would be the patch embedding's
+too, a convolution."""
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def peft_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     """PEFT's tensor name -> our parameter."""
-    return {
+    adapters = {
         f"{_PREFIX}{module}.{_SUFFIX[name]}": getattr(layer, name)
         for module, layer in adapter_layers(model).items()
         for name in layer.adapter_params()
     }
+    return {**adapters, **{f"{_PREFIX}{name}": p for name, p in whole_parameters(model).items()}}
 
 
 def peft_config(cfg: ModelConfig) -> dict[str, Any]:
+    tower = _TOWER_LINEARS if cfg.train_vision == "lora" else ()
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -38,7 +43,8 @@ def peft_config(cfg: ModelConfig) -> dict[str, Any]:
         "lora_alpha": cfg.lora_alpha,
         "use_rslora": cfg.use_rslora,
         "use_dora": cfg.lora_type != "lora",
-        "target_modules": list(cfg.lora_targets),
+        "target_modules": [*cfg.lora_targets, *tower],
+        "modules_to_save": ["visual"] if cfg.train_vision == "full" else None,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

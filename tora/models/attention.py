@@ -88,11 +88,19 @@ class CachedAttention:
     addresses stay what they are until `advance` finds the cache full, or `keep` drops rows.
     """
 
-    def __init__(self, prefill: PrefillAttention, lengths_B: torch.Tensor, rows_B: torch.Tensor) -> None:
-        """Row b continues prefilled document `rows_B[b]`, of length `lengths_B[b]`."""
+    def __init__(
+        self,
+        prefill: PrefillAttention,
+        lengths_B: torch.Tensor,
+        rows_B: torch.Tensor,
+        positions_B: torch.Tensor | None = None,
+    ) -> None:
+        """Row b continues prefilled document `rows_B[b]`, of length `lengths_B[b]`. Its next token has the position
+        `positions_B[b]`, which is its length where nothing is said: images take fewer positions than tokens."""
         self._longest = int(lengths_B.max())  # kept on the host, so that no step waits for the device
         self._size = _round_up(self._longest + 1)
         self.lengths_B = lengths_B.clone()
+        self.positions_B = (lengths_B if positions_B is None else positions_B).clone()
         room = self._size - prefill.keys[0].shape[2]
         self._layers = [
             _LayerCache(*(F.pad(x.index_select(0, rows_B), (0, 0, 0, room)) for x in layer))
@@ -106,6 +114,7 @@ class CachedAttention:
     def advance(self) -> None:
         """After all layers have seen a token."""
         self.lengths_B += 1
+        self.positions_B += 1
         self._longest += 1
         if self._longest == self._size:
             self._size = _round_up(self._size + 1)
@@ -117,7 +126,7 @@ class CachedAttention:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these (indices)."""
-        self.lengths_B = self.lengths_B[rows]
+        self.lengths_B, self.positions_B = self.lengths_B[rows], self.positions_B[rows]
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         self._share()

@@ -129,9 +129,11 @@ class Decoder(TransformerDecoder):
         positions: torch.Tensor,
         attend: AttentionContext,
         finish: Callable[[torch.Tensor], Any] = identity,
+        images: None = None,
     ) -> Any:
         """tokens, positions [b, s] -> `finish` of the hidden states after the final norm [b, s, hidden].
 
+        `images` are for models that take them.
         `self.output` makes logits of hidden states, with the weight `self.head`. Both belong inside `finish`: a
         sharded head is whole only while the forward lasts.
         """

@@ -5,13 +5,33 @@ Shape letters: T packed tokens, I runs of placeholders, M placeholders, N patche
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 
+from tora.models.decoder import Decoder
 from tora.models.mrope import multimodal_positions
 from tora.models.qwen3_vl import ImageInputs, Qwen3VL
 from tora.models.vision_layout import vision_layout
-from tora.tasks.images import Pixels
+from tora.tasks.images import ImageProcessor, Pixels
+
+
+class ImageReader:
+    """Opens the model's image processor when the first images come, and reads images with it."""
+
+    def __init__(self, model: Decoder, processor: Callable[[], ImageProcessor] | None, device: torch.device) -> None:
+        """`processor` is None for prompts of text."""
+        self._model, self._open, self._device = model, processor, device
+        self._processor: ImageProcessor | None = None
+
+    def __call__(self, images: Sequence[bytes], **tokens: np.ndarray) -> tuple[ImageInputs, np.ndarray]:
+        """`image_inputs` of distinct encoded images. Errors: ValueError as there, and where the model takes none."""
+        if not isinstance(self._model, Qwen3VL) or self._open is None:
+            raise ValueError("prompts have images, and the model takes none")
+        if self._processor is None:
+            self._processor = self._open()
+        return image_inputs(self._model, self._processor.pixels(images), device=self._device, **tokens)
 
 
 def image_inputs(
@@ -52,3 +72,17 @@ def image_inputs(
         feature_M=torch.from_numpy(feature_M.astype(np.int64)).to(device),
     )
     return inputs, positions_3T
+
+
+def unseen_image(model: Qwen3VL, device: torch.device) -> ImageInputs:
+    """The smallest image, blank and in no place. With it the tower takes part in a forward and backward, as it must on
+    every rank that shares its weights, and gets gradients of zero."""
+    merge = model.visual.merge
+    grid_IT = np.array([[1, merge, merge]])
+    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    return ImageInputs(
+        patches_ND=torch.zeros(merge**2, model.visual.patch_numel, device=device),
+        layout=vision_layout(grid_IT, merge=merge, side=model.visual.side, device=device),
+        where_M=nowhere,
+        feature_M=nowhere,
+    )

@@ -89,6 +89,7 @@ class VisionTower(nn.Module):
             raise ConfigError(f"hidden_act {config.hidden_act!r} in config.json's vision_config is not supported")
         width, heads, out = config.hidden_size, config.num_heads, config.out_hidden_size
         self.merge: int = config.spatial_merge_size
+        self.patch_numel = config.in_channels * config.temporal_patch_size * config.patch_size**2
         self.side = round(config.num_position_embeddings**0.5)
         self.taps = list(config.deepstack_visual_indexes)
         self.head_dim, self.theta = width // heads, (config.rope_parameters or {}).get("rope_theta", 10000.0)

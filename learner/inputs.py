@@ -1,0 +1,74 @@
+"""A micro-batch on the learner's device, with what its model computes from: tokens, positions, images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from tora.models.decoder import Decoder
+from tora.models.image_inputs import ImageReader, unseen_image
+from tora.models.qwen3_vl import ImageInputs, Qwen3VL
+from tora.models.shared_prefix import training_attention
+from tora.packing import documents
+from tora.tasks.images import ImageProcessor
+from tora.types import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """See `MicroBatch`."""
+
+    tokens_T: torch.Tensor
+    prompt_lengths_P: torch.Tensor
+    lengths_B: torch.Tensor
+    prompt_B: torch.Tensor
+    response_N: torch.Tensor
+    targets_N: torch.Tensor
+    sequence_N: torch.Tensor
+    actor_logprobs_N: torch.Tensor
+    versions_N: torch.Tensor
+    advantages_N: torch.Tensor
+    weights_N: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs(_Arrays):
+    positions: torch.Tensor
+    """int64 [1, T], or with images [3, 1, T]: time, row, column."""
+    images: ImageInputs | None
+
+
+class InputMaker:
+    """Puts micro-batches on the device; makes pixels of their images, of each distinct one once."""
+
+    def __init__(self, model: Decoder, processor: Callable[[], ImageProcessor], device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._read = ImageReader(model, processor, device)
+
+    def __call__(self, batch: MicroBatch, *, others_see: bool) -> Inputs:
+        """`others_see`: another rank's micro-batch of this step has images. Errors: ValueError as of `ImageReader`."""
+        arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(_Arrays)}
+        positions, images = batch.positions_T, None
+        if batch.images:
+            document_T, in_prompt_T = documents(batch)
+            images, positions = self._read(
+                batch.images,
+                tokens_T=batch.tokens_T,
+                positions_T=batch.positions_T,
+                document_T=document_T,
+                in_prompt_T=in_prompt_T,
+                image_I=batch.image_I,
+            )
+        elif others_see and isinstance(self._model, Qwen3VL):
+            images = unseen_image(self._model, self._device)
+        on_device = {name: torch.tensor(array, device=self._device) for name, array in arrays.items()}
+        return Inputs(**on_device, positions=torch.tensor(positions, device=self._device).unsqueeze(-2), images=images)
+
+
+def forward(model: Decoder, x: Inputs, finish: Callable[[torch.Tensor], Any]) -> Any:
+    """`finish` of the hidden states [1, T, hidden]."""
+    attend = training_attention(x.prompt_lengths_P, x.lengths_B, x.prompt_B)
+    return model(x.tokens_T[None], positions=x.positions, attend=attend, finish=finish, images=x.images)
