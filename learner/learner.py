@@ -20,9 +20,9 @@ from learner.inputs import InputMaker, Inputs, forward
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
 from learner.loss.kl import kind_of, sequence_kl
-from learner.model import build_policy, device_of
+from learner.model import device_of, empty_policy, fill_policy
 from learner.optim import build_optimizer, build_schedule
-from learner.parallel import MAX, SUM, World, join, reduce, shard, share
+from learner.parallel import MAX, SUM, World, join, reduce, sharder, share
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.batch import penalize
@@ -52,13 +52,14 @@ class Learner:
         self._inputs = InputMaker(self.model, processor, self.device)
 
     def _build(self) -> Decoder:
-        model = build_policy(self.cfg, self.device)
+        model = empty_policy(self.cfg, self.device)
         if self.cfg.compile:
             compile_layers(model)
         kind, away = self.cfg.activation_checkpointing, self.cfg.activation_offloading
         checkpoint_layers(model, kind, offload=away, device=self.device)
         offload, reshard = self.cfg.fsdp_cpu_offload, self.cfg.fsdp_reshard_after_forward
-        shard(model, self.world, self.device, reshard_after_forward=reshard, cpu_offload=offload)
+        shard = sharder(self.world, self.device, reshard_after_forward=reshard, cpu_offload=offload)
+        fill_policy(model, self.cfg, self.device, shard)
         return model
 
     def _build_reference(self) -> Decoder | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from tora.adapters.inject import inject, scaling_of
+from tora.adapters.inject import inject, reset_adapters, scaling_of
 from tora.adapters.peft_format import load_peft
 from tora.config import RunConfig
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
-from tora.models.load import load_decoder
+from tora.models.load import empty_decoder, fill_decoder
 from tora.models.quantize import check_shards
 from tora.models.qwen3_vl import Qwen3VL
 
@@ -24,13 +26,11 @@ def device_of(cfg: RunConfig, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
 
-def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
-    """Trained parameters, and only they, require gradients. The adapters' start follows from `cfg.seed`."""
-    torch.manual_seed(cfg.seed)
-    model = load_decoder(
+def empty_policy(cfg: RunConfig, device: torch.device) -> Decoder:
+    """The model with its adapters, all on the meta device. Trained parameters, and only they, require gradients."""
+    model = empty_decoder(
         Path(cfg.model.path), dtype=DTYPES[cfg.dtype], device=device, quantize_base=cfg.model.quantize_base
     )
-    check_shards(model, cfg.learner_ranks)
     tower = model.visual if isinstance(model, Qwen3VL) else None
     if tower is None and cfg.model.train_vision != "none":
         raise ConfigError(
@@ -49,6 +49,30 @@ def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
         )
     if tower is not None and cfg.model.train_vision != "lora":
         tower.requires_grad_(cfg.model.train_vision == "full")
+    return model
+
+
+def fill_policy(
+    model: Decoder, cfg: RunConfig, device: torch.device, shard: Callable[[nn.Module], None] = lambda unit: None
+) -> None:
+    """Weights from the config's folder, adapters as `cfg.seed` or the adapter that the run starts from has them.
+
+    `shard` is called with each layer once it is whole, and at last with the model.
+    """
+    torch.manual_seed(cfg.seed)
+
+    def loaded(unit: nn.Module) -> None:
+        check_shards(unit, cfg.learner_ranks)
+        reset_adapters(unit)
+        shard(unit)
+
+    fill_decoder(model, Path(cfg.model.path), device=device, quantize_base=cfg.model.quantize_base, loaded=loaded)
     if cfg.model.adapter_path:
         load_peft(model, cfg.model, Path(cfg.model.adapter_path))
+
+
+def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
+    """Both: a whole policy on `device`."""
+    model = empty_policy(cfg, device)
+    fill_policy(model, cfg, device)
     return model

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
@@ -47,31 +47,32 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def shard(
-    model: Decoder, world: World, device: torch.device, *, reshard_after_forward: bool, cpu_offload: bool
-) -> None:
-    """In place: each layer a unit, and the embedding, final norm and head another.
+def sharder(
+    world: World, device: torch.device, *, reshard_after_forward: bool, cpu_offload: bool
+) -> Callable[[nn.Module], None]:
+    """Shards in place what it is called with: each layer, then the model, whose embedding, final norm and head, and
+    whatever else is no layer's, are a unit too.
 
     Gradients are summed over ranks, since a token's weight in the loss already counts every rank's tokens.
     """
     if world.size == 1:
-        return
+        return lambda unit: None
     mesh = init_device_mesh(device.type, (world.size,))
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-    for layer in chain(*model.stacks()):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+
+    def shard(unit: nn.Module) -> None:
+        module = fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+    return shard
 
 
 @contextmanager
 def unsharded(model: Decoder, *, reshard_after_forward: bool) -> Iterator[None]:
     """Whole weights on every rank, gathered once, for as long as this lasts: ranks may then run apart.
 
-    `reshard_after_forward` is what `shard` was given, and what holds again afterwards.
+    `reshard_after_forward` is what `sharder` was given, and what holds again afterwards.
     """
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for module in modules:

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from test_learner import SETTINGS as ONE_RANK
 from test_learner import config, make_batch, make_groups
 from tiny import make_text_model
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from learner.learner import Learner
-from learner.parallel import leave, unsharded
+from learner.model import empty_policy, fill_policy
+from learner.parallel import World, join, leave, sharder, unsharded
 from tora.adapters.snapshot import unpack
 from tora.batch import micro_batches
 from tora.generate import TorchEngine
@@ -26,6 +29,8 @@ RANKS = 2
 TYPES = ("full", "lora", "dora", "dora_cache")
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 SETTINGS: dict[str, Any] = {**ONE_RANK, "num_ranks": RANKS}
+SMOOTH = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "eps": 1e-4}
+"""With its own eps Adam makes a whole step of a gradient that is nothing but rounding, either way."""
 
 
 def free_port() -> int:
@@ -63,7 +68,7 @@ def batches() -> list[TrainBatch]:
 
 
 def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, Any]) -> None:
-    learner = Learner(config(folder, lora_type, **{"loss": LOSS, **changes}))
+    learner = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **changes}))
     results = [learner.step(batch) for batch in batches()]
     snapshot = learner.snapshot()
     if learner.world.rank == 0:
@@ -110,9 +115,30 @@ def test_two_ranks_train_like_one(
         compare(load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file))
     compare(*(load_file(tmp_path / n / "optimizer.safetensors") for n in ("one", "two")), atol=1e-4)
 
-    resumed = Learner(config(folder, lora_type, **{"loss": LOSS, **alone}))
+    resumed = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **alone}))
     resumed.load(tmp_path / "two")  # written by two, read by one
     compare(unpack(resumed.snapshot()), two["snapshot"], atol=1e-6)
+
+
+def watch_loading(folder: Path) -> None:
+    cfg, cpu, world = config(folder, "dora_cache", learner_ranks=RANKS), torch.device("cpu"), World.from_environment()
+    join(world, cpu)
+    model = empty_policy(cfg, cpu)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+    shard = sharder(world, cpu, reshard_after_forward=True, cpu_offload=False)
+    whole = []
+
+    def watched(unit: nn.Module) -> None:
+        whole.append(sum(p.numel() for p in model.parameters() if not (p.is_meta or isinstance(p, DTensor))))
+        shard(unit)
+
+    fill_policy(model, cfg, cpu, watched)
+    assert max(whole[:-1]) == largest and len(whole) == len(model.layers) + 1
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_no_more_than_a_layer_is_ever_whole_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ranks(monkeypatch, watch_loading, make_text_model(tmp_path / "model"))
 
 
 def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:

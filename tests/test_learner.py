@@ -34,9 +34,8 @@ def config(folder: Path, lora_type: str = "lora", *, quantize_base: bool = False
         model=ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=4, quantize_base=quantize_base),
         dataset={},
         rewards=[],
-        optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-3},
         lr_scheduler={"_component_": "transformers.get_cosine_schedule_with_warmup", "num_warmup_steps": 0},
-        **changes,
+        **{"optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3}, **changes},
     )
 
 

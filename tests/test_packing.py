@@ -18,7 +18,11 @@ from tora.batch import micro_batches
 from tora.bench.packing import PaddedLearner
 
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
-PLAIN = {"loss": LOSS, "clip_grad_norm": None, "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0}}
+PLAIN: dict[str, Any] = {
+    "loss": LOSS,
+    "clip_grad_norm": None,
+    "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
+}
 """With these a step's change of the weights is its gradient."""
 
 
@@ -29,9 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def gradients(kind: type[Learner], folder: Path, lora_type: str, **batch: Any) -> tuple[dict[str, float], Any]:
     """The metrics of a step, and its gradients: B has left zero, so A has one too."""
-    cfg = config(folder, lora_type)
-    cfg = type(cfg)(**{**vars(cfg), **PLAIN})
-    learner = kind(cfg)
+    learner = kind(config(folder, lora_type, **PLAIN))
     torch.manual_seed(1)
     for name, tensor in learner.model.named_parameters():
         if name.endswith("lora_b"):

@@ -31,8 +31,9 @@ def inject(
     model: Decoder, lora_type: str, *, rank: int, scaling: float, targets: Sequence[str], tower: bool = False
 ) -> None:
     """Replace every linear layer of the decoder whose Hugging Face name ends in a target, and with `tower` every one of
-    the vision tower and its mergers. The base is frozen, its weights loaded.
+    the vision tower and its mergers. The base is frozen.
 
+    Where its weights are on the meta device, `reset_adapters` must follow their loading.
     Errors: ConfigError for a target that matches no layer.
     """
     all_linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -47,9 +48,17 @@ def inject(
     for name, linear in all_linears.items():
         if leaves.get(name) in targets or (tower and name.startswith(TOWER)):
             layer = LAYERS[lora_type](linear, rank, scaling)
-            layer.reset_adapter()
+            if not linear.weight.is_meta:
+                layer.reset_adapter()
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
+
+
+def reset_adapters(unit: nn.Module) -> None:
+    """Those whose base has been loaded since."""
+    for module in unit.modules():
+        if isinstance(module, LoRALinear) and module.lora_a.is_meta:
+            module.reset_adapter()
 
 
 def adapter_layers(model: Decoder) -> dict[str, LoRALinear]:

@@ -32,7 +32,14 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """A Kaiming-uniform, B zero: the layer starts as its base. Call once the base's weights are loaded."""
+        """A Kaiming-uniform, B zero: the layer starts as its base. Call once the base's weights are loaded; where they
+        were on the meta device, so was the adapter, which is made on theirs now."""
+        for name, p in self.named_parameters():
+            if p.is_meta:
+                setattr(self, name, nn.Parameter(torch.empty_like(p, device=self.weight.device)))
+        for name, buffer in self.named_buffers():
+            if buffer.is_meta:
+                setattr(self, name, torch.empty_like(buffer, device=self.weight.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
 

@@ -14,6 +14,7 @@ from tora.adapters.inject import adapter_layers, refresh, whole_parameters
 from tora.config import ModelConfig
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
+from tora.sharding import fill
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -85,5 +86,5 @@ def load_peft(model: Decoder, cfg: ModelConfig, folder: Path) -> None:
             raise ConfigError(
                 f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, the model's {tuple(place.shape)}"
             )
-        place.copy_(tensors[name])
+        fill(place, tensors[name])
     refresh(model)

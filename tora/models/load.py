@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from torchtune.modules import RMSNorm
+from torchtune.modules import RMSNorm, TiedLinear
 
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder, RotaryTable, build_decoder
@@ -64,48 +66,80 @@ def build_model(config: Any, linear: type[nn.Linear] = nn.Linear) -> Decoder:
     return (family.build or build_decoder)(config, family, linear)
 
 
-def load_weights(model: Decoder, folder: Path, *, tied: bool, device: torch.device, quantize_base: bool) -> None:
-    """Replace every parameter by the folder's tensor, cast to the parameter's dtype, on `device`.
-
-    One tensor at a time, so that of a quantised model no more is ever there in full than one weight.
-    Errors: ConfigError for a tensor without a place, of another shape, or missing, and for one that cannot be NF4.
-    """
-    places = dict(model.named_parameters())
-    missing = {name for name in places if ".lora_" not in name and not name.endswith(".magnitude")}
-    for hf_name, tensor in (pair for file in shard_files(folder) for pair in stream_tensors(file)):
-        if hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight"):
-            continue
-        name = model.names.parameter_from_hf(hf_name)
-        if name is None or name not in places:
-            raise ConfigError(
-                f"tensor {hf_name!r} of {str(folder)!r} has no place in the model that config.json describes"
-            )
-        if places[name].shape != tensor.shape:
-            raise ConfigError(
-                f"tensor {hf_name!r} of {str(folder)!r} has shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(places[name].shape)}"
-            )
-        value = tensor.to(device, places[name].dtype, copy=True)  # a copy, since the tensor may be the file's own pages
-        if quantize_base and is_quantized(name):
-            value = quantize(value, hf_name)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
-        missing.discard(name)
-    if missing:
-        raise ConfigError(f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {sorted(missing)[0]!r}")
-
-
-def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
-    """Build on the meta device, then stream the weights in, as NF4 where `quantize_base`. All parameters frozen."""
-    config = read_config(folder)
+def empty_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
+    """What config.json describes, for `device`: parameters on the meta device, frozen."""
     with torch.device("meta"):
-        linear = FrozenLinear if quantize_base else nn.Linear
-        model = build_model(config, linear).to(dtype)
+        model = build_model(read_config(folder), FrozenLinear if quantize_base else nn.Linear).to(dtype)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.float()  # torch's fused kernel wants the scale in the dtype it computes in
         if isinstance(module, RotaryTable):
             with torch.device(device):
                 module.reset()
-    load_weights(model, folder, tied=config.tie_word_embeddings, device=device, quantize_base=quantize_base)
+    return model.requires_grad_(False)
+
+
+def fill_decoder(
+    model: Decoder,
+    folder: Path,
+    *,
+    device: torch.device,
+    quantize_base: bool = False,
+    loaded: Callable[[nn.Module], None] = lambda unit: None,
+) -> None:
+    """Replace every parameter by the folder's tensor, cast to the parameter's dtype, on `device`.
+
+    Layer by layer, and last what is no layer's: `loaded` is called with each as soon as it is whole, and with the model
+    in the end. Where it shards what it is given, no more than a layer is ever whole on a rank; where the base is
+    quantised, no more than one weight is ever there in full.
+    Errors: ConfigError for a tensor without a place, of another shape, or missing, and for one that cannot be NF4.
+    """
+    names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+    with ExitStack() as files:
+        sources = _sources(model, folder, files)
+        for unit in [*chain(*model.stacks()), model]:
+            for name in [name for name in sources if name.startswith(names[unit])]:
+                file, hf_name = sources.pop(name)
+                place = model.get_parameter(name)
+                # a copy, since the tensor may be the file's own pages
+                value = file.get_tensor(hf_name).to(device, place.dtype, copy=True)
+                if quantize_base and is_quantized(name):
+                    value = quantize(value, hf_name)
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=place.requires_grad))
+            loaded(unit)
+
+
+def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[Any, str]]:
+    """Of each parameter, adapters' excepted: the open file that holds it, and its name there."""
+    places = dict(model.named_parameters())
+    missing = {name for name in places if ".lora_" not in name and not name.endswith(".magnitude")}
+    tied, sources = isinstance(model.output, TiedLinear), {}
+    for path in shard_files(folder):
+        file = files.enter_context(safe_open(path, framework="pt"))
+        for hf_name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
+            if hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight"):
+                continue
+            name = model.names.parameter_from_hf(hf_name)
+            if name is None or name not in places:
+                raise ConfigError(
+                    f"tensor {hf_name!r} of {str(folder)!r} has no place in the model that config.json describes"
+                )
+            shape = tuple(file.get_slice(hf_name).get_shape())
+            if places[name].shape != shape:
+                raise ConfigError(
+                    f"tensor {hf_name!r} of {str(folder)!r} has shape {shape}, "
+                    f"config.json asks for {tuple(places[name].shape)}"
+                )
+            sources[name] = file, hf_name
+    missing -= sources.keys()
+    if missing:
+        raise ConfigError(f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {sorted(missing)[0]!r}")
+    return sources
+
+
+def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
+    """Built on the meta device, then filled, with NF4 where `quantize_base`. All parameters frozen."""
+    model = empty_decoder(folder, dtype=dtype, device=device, quantize_base=quantize_base)
+    fill_decoder(model, folder, device=device, quantize_base=quantize_base)
     return model
