@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from tora.batch import micro_batches
 from tora.config import RunConfig
-from tora.types import EvalResult, Group, Metrics, Prompt, SyncReport, TrainBatch
+from tora.types import EvalResult, Group, Metrics, Prompt, RolloutState, SyncReport, TrainBatch
 
 
 class PromptCursor:
     """Prompts in the stream's order, those of an interrupted run first."""
 
-    def __init__(self, prompt_at: Callable[[int], Prompt], state: dict[str, Any]) -> None:
+    def __init__(self, prompt_at: Callable[[int], Prompt], state: RolloutState) -> None:
         self._prompt_at = prompt_at
-        self.position = int(state.get("cursor", 0))
-        self._again = list(state.get("pending", []))
+        self.position = state.cursor
+        self._again = list(state.pending)
 
     def next(self) -> Prompt:
         if self._again:
@@ -26,8 +25,8 @@ class PromptCursor:
         self.position += 1
         return self._prompt_at(self.position - 1)
 
-    def state(self, pending: Iterable[int]) -> dict[str, Any]:
-        return {"cursor": self.position, "pending": sorted([*self._again, *pending])}
+    def state(self, in_flight: Iterable[int], finished: Sequence[tuple[int, Group]] = ()) -> RolloutState:
+        return RolloutState(self.position, sorted([*self._again, *in_flight]), list(finished))
 
 
 class SignalFilter:
@@ -56,8 +55,8 @@ def make_batch(
     cfg: RunConfig, groups_P: Sequence[Group], generated: Sequence[Group], drops: int, version: int, seconds: float
 ) -> TrainBatch:
     """`generated` are all groups since the last step, dropped ones too: rewards are averaged over them, not over what
-    the filter left. `seconds`: wall time since the last batch. `staleness/*`: of a group's oldest token;
-    `rollout/mixed_share`: of rollouts sampled by more than one policy version."""
+    the filter left, unless there are none. `seconds`: wall time since the last batch. `staleness/*`: of a group's
+    oldest token; `rollout/mixed_share`: of rollouts sampled by more than one policy version."""
     staleness_P = [version - group.version for group in groups_P]
     measured = generated or groups_P  # all of the step's groups may have been there already at the last one
     rollouts = [r for group in measured for r in group.rollouts]
@@ -84,7 +83,7 @@ def make_batch(
         share_prefix=cfg.share_prefix,
     )
     metrics["learner/tokens"] = float(sum(len(m.tokens_T) for m in micro))
-    return TrainBatch(micro, cfg.temperature, metrics)
+    return TrainBatch(micro, cfg.temperature, metrics, tuple(group.prompt.id for group in groups_P))
 
 
 def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
@@ -100,11 +99,11 @@ def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
 
 
 def sync_metrics(reports: Sequence[SyncReport], seconds: float) -> Metrics:
-    """`sync/bytes` is what one worker received; `sync/seconds` the wall time until all had it; `sync/stall_ms` the
-    longest that an engine's generation stood still for it."""
-    return {
-        "sync/bytes": float(reports[0].nbytes),
-        "sync/seconds": seconds,
-        "sync/modules": float(reports[0].num_modules),
-        "sync/stall_ms": max(report.stall_seconds for report in reports) * 1000,
-    }
+    """`sync/bytes` is what one worker received; `sync/seconds` the wall time until all had it that were up;
+    `sync/stall_ms` the longest that an engine's generation stood still for it."""
+    metrics = {"sync/seconds": seconds, "sync/workers": float(len(reports))}
+    if reports:
+        metrics["sync/bytes"] = float(reports[0].nbytes)
+        metrics["sync/modules"] = float(reports[0].num_modules)
+        metrics["sync/stall_ms"] = max(report.stall_seconds for report in reports) * 1000
+    return metrics

@@ -25,6 +25,7 @@ from actors.vllm_setup import (
     completion,
     completion_logprobs,
     engine_args,
+    engine_load,
     loaded_policy,
     sampling_params,
     scoring_params,
@@ -32,7 +33,7 @@ from actors.vllm_setup import (
 )
 from actors.weight_updates import WeightUpdate
 from tora.errors import RolloutError
-from tora.types import Completion, PolicySnapshot, SampleRequest, ScoreRequest, SyncReport
+from tora.types import Completion, EngineLoad, PolicySnapshot, SampleRequest, ScoreRequest, SyncReport
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -148,6 +149,14 @@ class VLLMEngine:
             dtype=held.dtype,
             stall_seconds=stall,
         )
+
+    def load(self) -> EngineLoad:
+        """See `Engine`. Errors: RolloutError once the engine has failed or is closed."""
+        with self._wake:
+            if self._failure is not None or self._closing:
+                raise _gone(self._failure)
+            llm = self._llm
+        return engine_load(llm)
 
     def close(self) -> None:
         """Ends vLLM; whoever waits for a completion gets a RolloutError. May be called twice."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from actors.assemble import PromptCursor, SignalFilter, make_batch, summarize_ev
 from actors.worker import RolloutWorker
 from tora.config import RunConfig
 from tora.peers import Peers
-from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, ScoreRequest, TrainBatch
+from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, RolloutState, ScoreRequest, TrainBatch
 
 
 class LocalRollouts:
@@ -22,19 +21,20 @@ class LocalRollouts:
         worker: RolloutWorker,
         prompt_at: Callable[[int], Prompt],
         eval_prompts: Sequence[Prompt],
-        state: dict[str, Any],
+        state: RolloutState,
         peers: Peers,
     ) -> None:
-        """`prompt_at` is the prompt stream; `state` what `state()` answered when the run was interrupted.
+        """`prompt_at` is the prompt stream; `state` is what `state()` answered when the run was interrupted.
 
         Every peer walks the same stream and runs its share of each round; all then hold all groups.
         """
         self._cfg, self._worker, self._eval_prompts, self._peers = cfg, worker, eval_prompts, peers
+        self._prompt_at = prompt_at
         self._cursor = PromptCursor(prompt_at, state)
         self._filter = SignalFilter(int(cfg.rollout.max_refills * cfg.batch_size))
 
-    def next_batch(self, step: int) -> TrainBatch:
-        """Generate until `batch_size` groups carry a signal, or refills run out."""
+    def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch:
+        """Generate until `batch_size` groups carry a signal, or refills run out. A stop waits for the step's end."""
         start = time.perf_counter()
         groups: list[Group] = []
         while len(groups) < self._cfg.batch_size:
@@ -52,11 +52,14 @@ class LocalRollouts:
     def evaluate(self) -> EvalResult:
         return summarize_evaluation(self._peers.join(self._worker.evaluate(self._peers.share(self._eval_prompts))))
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[list[np.ndarray]]:
-        return [self._worker.score(requests, adapter=adapter)]
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
+        return {self._peers.rank: self._worker.score(requests, adapter=adapter)}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> RolloutState:
         return self._cursor.state(())
+
+    def rewind(self, state: RolloutState, version: int) -> None:
+        self._cursor = PromptCursor(self._prompt_at, state)
 
     def close(self) -> None:
         self._worker.close()

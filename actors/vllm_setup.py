@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from tora.types import Completion, PolicySnapshot, SampleRequest
+from tora.types import Completion, EngineLoad, PolicySnapshot, SampleRequest
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -143,6 +143,13 @@ def build(args: EngineArgs) -> LLMEngine:
         return LLMEngine.from_engine_args(args)
     except pydantic.ValidationError as error:  # a ValueError of many lines
         raise ValueError("; ".join(e["msg"] for e in error.errors())) from error
+
+
+def engine_load(llm: LLMEngine) -> EngineLoad:
+    """Of an engine in this process. Reads what the engine's thread writes, and takes an answer that is a step old."""
+    scheduler = llm.engine_core.engine_core.scheduler  # pyright: ignore[reportAttributeAccessIssue]
+    requests = list(scheduler.requests.values())
+    return EngineLoad(scheduler.kv_cache_manager.usage, sum(request.num_preemptions for request in requests))
 
 
 def shut_down(llm: LLMEngine, owns_group: bool) -> None:

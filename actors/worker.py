@@ -13,6 +13,7 @@ from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
 from tora.types import (
     Completion,
+    EngineLoad,
     Group,
     PolicySnapshot,
     Prompt,
@@ -109,6 +110,9 @@ class RolloutWorker:
     def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
         """See `Engine.score`."""
         return self._engine.score(requests, adapter=adapter)
+
+    def load(self) -> EngineLoad:
+        return self._engine.load()
 
     def close(self) -> None:
         self._engine.close()

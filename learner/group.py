@@ -6,20 +6,21 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.learner import Learner
 from tora.config import RunConfig
-from tora.errors import ToraError
-from tora.types import MicroBatch, StepResult, TrainBatch
+from tora.errors import LearnerLost, ToraError
+from tora.types import MicroBatch, PolicySnapshot, SnapshotRef, StepResult, TrainBatch
 
 _PLACEMENT_TIMEOUT_S = 120
+_DEATH_NOTICE_S = 10
 
 
 class LearnerRank(Learner):
@@ -40,6 +41,11 @@ class LearnerRank(Learner):
         """`variables`: torchrun's."""
         os.environ.update(variables)
         super().__init__(cfg)
+
+    def versioned_snapshot(self) -> tuple[PolicySnapshot | None, int]:
+        """As two values of Ray's, the second for who must not fetch the first. Collective; rank 0's alone is kept."""
+        snapshot = self.snapshot()
+        return snapshot if self.world.rank == 0 else None, snapshot.version
 
 
 class LearnerGroup:
@@ -72,29 +78,56 @@ class LearnerGroup:
             ).remote()
             for index in range(count)
         ]
-        places = ray.get([rank.place.remote() for rank in self._ranks])
+        places = self._get([rank.place.remote() for rank in self._ranks])
         self._booted = [
             rank.boot.remote(cfg, variables)
             for rank, variables in zip(self._ranks, torchrun_variables(places), strict=True)
         ]
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        ray.get(self._booted)
-        return ray.get([getattr(rank, method).remote(*args) for rank in self._ranks])
+        self._get(self._booted)
+        return self._get([getattr(rank, method).remote(*args) for rank in self._ranks])
+
+    def _get(self, answers: Sequence[Any]) -> list[Any]:
+        """One answer of each rank. Errors: LearnerLost where one died, and then nothing is left of the others; what a
+        rank raised as itself."""
+        waiting = list(answers)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done)
+            except RayActorError as error:
+                self._lose(error)
+            except RayTaskError as error:
+                # a rank whose neighbour died may hear of it before we do, as a broken connection
+                ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_DEATH_NOTICE_S) if waiting else ([], [])
+                for other in ready:
+                    if (death := _death(other)) is not None:
+                        self._lose(death)
+                if isinstance(error.cause, Exception):
+                    raise error.cause from error
+                raise
+        return ray.get(list(answers))
+
+    def _lose(self, error: RayActorError) -> NoReturn:
+        for rank in self._ranks:
+            ray.kill(rank)  # pyright: ignore[reportArgumentType]  Ray's types know handles by another class
+        remove_placement_group(self._placement)
+        raise LearnerLost("the learner is lost: one of its ranks died") from error
 
     def step(self, batch: TrainBatch) -> StepResult:
         return self._all("step", ray.put(batch))[0]
 
     def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
-        ray.get(self._booted)
-        return ray.get([rank.score.remote(batch, adapter=adapter) for rank in self._ranks])[0]
+        self._get(self._booted)
+        return self._get([rank.score.remote(batch, adapter=adapter) for rank in self._ranks])[0]
 
-    def snapshot(self) -> Any:
-        """An ObjectRef that this process owns, so it outlives the learner; its bytes go straight to the workers."""
-        ray.get(self._booted)
-        refs = [rank.snapshot.remote() for rank in self._ranks]
-        ray.wait(refs, num_returns=len(refs), fetch_local=False)
-        return refs[0]
+    def snapshot(self) -> SnapshotRef:
+        """Holds an ObjectRef that this process owns, so it outlives the learner; the bytes go straight to workers."""
+        self._get(self._booted)
+        answers = [rank.versioned_snapshot.options(num_returns=2).remote() for rank in self._ranks]
+        versions = self._get([version for _, version in answers])
+        return SnapshotRef(versions[0], answers[0][0])
 
     def save(self, folder: Path) -> None:
         self._all("save", folder)
@@ -104,6 +137,16 @@ class LearnerGroup:
 
     def export(self, folder: Path) -> None:
         self._all("export", folder)
+
+
+def _death(answer: Any) -> RayActorError | None:
+    try:
+        ray.get(answer)
+    except RayActorError as error:
+        return error
+    except RayTaskError:
+        return None
+    return None
 
 
 def torchrun_variables(places: Sequence[tuple[str, int, list[str]]]) -> list[dict[str, str]]:

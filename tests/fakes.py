@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tora.types import Group, Prompt, Rollout, ScoreRequest, SyncReport
+from tora.types import EngineLoad, Group, Prompt, Rollout, ScoreRequest, SnapshotRef, SyncReport
 
 
 def make_prompt(prompt_id: int, length: int = 3) -> Prompt:
@@ -32,14 +32,24 @@ def make_group(prompt: Prompt, rewards: Sequence[float], version: int = 0, lengt
     return Group(prompt, tuple(make_rollout(range(10, 10 + length + i), r, version) for i, r in enumerate(rewards)))
 
 
+def make_snapshot(version: int) -> SnapshotRef:
+    return SnapshotRef(version, None)
+
+
 class FakeWorker:
     """A rollout worker that sleeps, then answers with the version it was given last when the group began."""
 
-    def __init__(self, latency: Callable[[], float], rewards: Callable[[Prompt], Sequence[float]]) -> None:
+    def __init__(
+        self,
+        latency: Callable[[], float] = lambda: 0.0,
+        rewards: Callable[[Prompt], Sequence[float]] = lambda prompt: [0.0, 1.0],
+    ) -> None:
         self.latency, self.rewards = latency, rewards
         self.version = -1
         self.prompt_ids: list[int] = []
         self.closed = False
+
+    async def start(self, limit_s: float) -> None: ...
 
     async def run_group(self, prompt: Prompt) -> Group:
         assert self.version >= 0, "asked to generate before the first snapshot"
@@ -55,10 +65,15 @@ class FakeWorker:
         return [np.full(len(r.completion), -1.0 - adapter, np.float32) for r in requests]
 
     async def load_snapshot(self, snapshot: Any) -> SyncReport:
-        """A fake snapshot is its version."""
         await asyncio.sleep(self.latency())
-        self.version = snapshot
-        return SyncReport(snapshot, 8, 0.0, "", 1)
+        self.version = snapshot.version
+        return SyncReport(snapshot.version, 8, 0.0, "", 1)
 
-    def close(self) -> None:
+    async def load(self) -> EngineLoad:
+        return EngineLoad()
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def kill(self) -> None:
         self.closed = True

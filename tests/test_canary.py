@@ -62,8 +62,8 @@ class Workers:
     def __init__(self, worker: RolloutWorker) -> None:
         self.worker = worker
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[list[np.ndarray]]:
-        return [self.worker.score(requests, adapter=adapter)]
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
+        return {0: self.worker.score(requests, adapter=adapter)}
 
 
 class Run:

@@ -38,10 +38,10 @@ def make_log(folder: Path, *, first_step: int = 0, loggers: list[dict] | None = 
 def test_rows_are_on_disk_at_once_and_carry_their_step(tmp_path: Path):
     log, _ = make_log(tmp_path)
     log.evaluation(0, EvalResult(accuracy=0.25, reward=0.5, num_prompts=4))
-    log.step(0, {**METRICS, "loss/total": math.nan})
+    log.step(0, {**METRICS, "loss/total": math.nan}, [7, 9])
     rows = [json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines()]
     assert rows[0] == {"step": 0, "eval/accuracy": 0.25, "eval/reward": 0.5, "eval/num_prompts": 4.0}
-    assert rows[1] == {"step": 0, **METRICS, "loss/total": None}
+    assert rows[1] == {"step": 0, **METRICS, "loss/total": None, "prompt_ids": [7, 9]}
     log.close()
 
 

@@ -36,7 +36,7 @@ class Scorer(Protocol):
 class Scorers(Protocol):
     """`Rollouts`."""
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[list[np.ndarray]]: ...
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +108,32 @@ class Canary:
             return {}
         self._is_first = False
         ours = self._scores(lambda adapter: learner.score(self._batch, adapter=adapter))
-        each = self._scores(lambda adapter: self._by_engine(rollouts, adapter))
-        engines = [Scores(on_N, None if each.off_N is None else each.off_N[i]) for i, on_N in enumerate(each.on_N)]
-        for number, engine in enumerate(engines):
+        engines = self._engines(rollouts)
+        if not engines:
+            return {}  # all workers are starting again
+        for number, engine in engines.items():
             if sentence := broken(ours, engine, self._max_gap):
                 raise SyncError(
                     f"rollout worker {number} does not serve policy version {version}: the canary's log-probs "
                     f"{sentence} (sync.canary_max_gap)"
                 )
         return {
-            "canary/gap_mean": max(mean_gap(ours.on_N, engine.on_N) for engine in engines),
-            "canary/gap_max": max(float(np.abs(ours.on_N - engine.on_N).max()) for engine in engines),
+            "canary/gap_mean": max(mean_gap(ours.on_N, engine.on_N) for engine in engines.values()),
+            "canary/gap_max": max(float(np.abs(ours.on_N - engine.on_N).max()) for engine in engines.values()),
             "canary/effect": ours.effect,
         }
 
     def _scores(self, score: Any) -> Scores:
         return Scores(score(True), score(False) if self._has_adapter else None)
 
-    def _by_engine(self, rollouts: Scorers, adapter: bool) -> np.ndarray:
-        """[engines, N]"""
-        return np.stack([np.concatenate(each) for each in rollouts.score(self._requests, adapter=adapter)])
+    def _engines(self, rollouts: Scorers) -> dict[int, Scores]:
+        """Of every worker that answered; one may be lost between two questions."""
+        on = rollouts.score(self._requests, adapter=True)
+        if not self._has_adapter:
+            return {number: Scores(np.concatenate(each), None) for number, each in on.items()}
+        off = rollouts.score(self._requests, adapter=False)
+        both = [number for number in on if number in off]
+        return {number: Scores(np.concatenate(on[number]), np.concatenate(off[number])) for number in both}
 
 
 def _rollout(token_ids: Sequence[int]) -> Rollout:

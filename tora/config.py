@@ -42,9 +42,20 @@ class RolloutConfig:
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """`auto`: vLLM where it is installed and the run trains an adapter, else torch."""
     num_workers: int = 1
-    """Rollout workers; more than one needs `async_rl=true`."""
+    """Rollout workers that the run starts with; more than one needs `async_rl=true`."""
+    max_workers: int | None = None
+    """With `async_rl`: how many there may be once others have joined. Each waits for room in the cluster, which an
+    autoscaler sees as demand; null: none join."""
     concurrency: int = 16
-    """Groups a worker has in flight."""
+    """Groups a worker has in flight, at most: fewer while its KV cache is too full."""
+    group_timeout_s: float = 1800.0
+    """A worker that takes longer for a group, or for a snapshot, is taken to hang and is restarted."""
+    heartbeat_s: float = 60.0
+    """A worker that does not answer for so long is taken to hang and is restarted."""
+    start_timeout_s: float = 1800.0
+    """How long a worker may take to start, once the cluster has room for it."""
+    max_restarts: int = 8
+    """Workers that may be lost in a row, no group finished between them, before the run ends."""
     dtype: Literal["bf16", "fp32"] | None = None
     """vLLM's weights; the learner's `dtype` where null."""
     base: Literal["dequantized", "checkpoint"] = "dequantized"
@@ -127,6 +138,8 @@ class RunConfig:
     """Rollout workers and the learner as Ray actors, instead of everything in this process."""
     max_staleness: int = 1
     """With `async_rl`: the most steps by which a rollout may lag the learner; 0 is the synchronous schedule."""
+    max_learner_restarts: int = 3
+    """With `async_rl`: how often a lost learner is started again from the newest checkpoint before the run ends."""
     resume_from_checkpoint: bool = False
     """Go on from the newest checkpoint in `output_dir`."""
 

@@ -17,20 +17,22 @@ _BOUNDS = (
         operator.ge,
         1,
         "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks "
-        "model.lora_rank rollout.num_workers rollout.concurrency rollout.max_model_len rollout.max_pixels "
+        "model.lora_rank rollout.num_workers rollout.max_workers rollout.concurrency rollout.max_model_len "
+        "rollout.max_pixels "
         "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
     ),
     (operator.ge, 2, "grpo_samples"),
     (
         operator.ge,
         0,
-        "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every",
+        "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
+        "rollout.max_restarts max_learner_restarts",
     ),
     (
         operator.gt,
         0,
         "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
-        "sync.canary_max_gap",
+        "sync.canary_max_gap rollout.group_timeout_s rollout.heartbeat_s rollout.start_timeout_s",
     ),
     (operator.le, 1, "top_p rollout.gpu_memory_utilization"),
 )
@@ -63,6 +65,14 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
     yield from _broken_components(cfg)
     if cfg.rollout.num_workers > 1 and not cfg.async_rl:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
+    if cfg.rollout.max_workers is not None:
+        if not cfg.async_rl:
+            yield f"rollout.max_workers={cfg.rollout.max_workers} needs async_rl=true."
+        if cfg.rollout.max_workers < cfg.rollout.num_workers:
+            yield (
+                f"rollout.max_workers={cfg.rollout.max_workers} must be at least rollout.num_workers, "
+                f"which is {cfg.rollout.num_workers}."
+            )
     if cfg.rollout.base == "checkpoint" and not (cfg.model.quantize_base and cfg.rollout.engine == "vllm"):
         yield "rollout.base=checkpoint needs model.quantize_base=true and rollout.engine=vllm."
     if cfg.rollout.base == "checkpoint" and cfg.sync.canary_every and cfg.sync.canary_max_gap is None:

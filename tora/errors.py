@@ -20,6 +20,14 @@ class RolloutError(ToraError, RuntimeError):
     """A rollout worker cannot go on."""
 
 
+class WorkerLost(RolloutError):
+    """A rollout worker died, hangs or is broken; what it was doing is to be done again elsewhere."""
+
+
+class LearnerLost(ToraError, RuntimeError):
+    """A learner rank died, and with it the group; the run may go on from a checkpoint."""
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """A clause that names the option most like `word`, to end a sentence with; empty without options."""
     names = list(options)

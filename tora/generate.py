@@ -27,7 +27,15 @@ from tora.models.image_inputs import ImageReader
 from tora.packing import distinct
 from tora.sampling import draw, log_distribution
 from tora.tasks.images import ImageProcessor
-from tora.types import Completion, PolicySnapshot, SampleRequest, Sampling, ScoreRequest, SyncReport
+from tora.types import (
+    Completion,
+    EngineLoad,
+    PolicySnapshot,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    SyncReport,
+)
 
 _CROWDED = 0.75
 """Finished rows are dropped once no more than this share goes on: each time the whole cache is copied."""
@@ -97,6 +105,10 @@ class TorchEngine:
         seconds = time.perf_counter() - start
         sha256 = digest(tensors)
         return SyncReport(snapshot.version, snapshot.nbytes, seconds, sha256, modules, stall_seconds=seconds)
+
+    def load(self) -> EngineLoad:
+        """Its caches grow with the rollouts and are bounded by `max_rows` alone."""
+        return EngineLoad()
 
     def close(self) -> None:
         """Holds nothing of its own."""

@@ -16,11 +16,12 @@ from tora.config import RunConfig
 from tora.config_loader import dump_yaml
 from tora.config_rules import check
 from tora.errors import ConfigError
-from tora.loop import Outcome, train
+from tora.loop import Outcome
 from tora.metrics import MetricLog, NoLog
 from tora.peers import Peers
 from tora.protocols import Engine, Learner, Rollouts
 from tora.ray_session import gpus_each, output_folder, place_of, ray_session
+from tora.recovery import train_and_export
 from tora.report import print_summary, reward_curve
 from tora.run_state import Checkpoints, RunState
 from tora.stop import stop_signals
@@ -45,16 +46,27 @@ def run(cfg: RunConfig) -> bool:
             raise ConfigError(f"resume_from_checkpoint=true, but {folder / 'checkpoints'} holds no checkpoint")
         prompts = RunPrompts(cfg)
         learner = site.learner()
-        state = Checkpoints.load(resume, learner) if resume else RunState()
-        log = _open(cfg, folder, state) if peers.rank == 0 else NoLog()
+        state = RunState()
+        if resume is not None:
+            learner.load(resume)
+            state = checkpoints.read(resume, prompts.at)
+        log = _open(cfg, folder, state, resumes=resume is not None) if peers.rank == 0 else NoLog()
         peers.any(False)  # nobody writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
         try:
-            canary = Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)])
-            outcome = train(
-                cfg, learner, rollouts, canary, log, checkpoints, state, lambda: peers.any(stop_requested())
+            outcome = train_and_export(
+                cfg,
+                site.learner,
+                learner,
+                rollouts,
+                Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)]),
+                log,
+                checkpoints,
+                state,
+                prompts.at,
+                lambda: peers.any(stop_requested()),
+                folder / "adapter",
             )
-            learner.export(folder / "adapter")
         finally:
             log.close()
             rollouts.close()
@@ -64,9 +76,9 @@ def run(cfg: RunConfig) -> bool:
     return state.step == cfg.num_steps
 
 
-def _open(cfg: RunConfig, folder: Path, state: RunState) -> MetricLog:
+def _open(cfg: RunConfig, folder: Path, state: RunState, *, resumes: bool) -> MetricLog:
     """The run's folder; that of an earlier run gets the first free `.1`, `.2`, ... unless it is resumed."""
-    if state.step == 0 and folder.exists() and any(folder.iterdir()):
+    if not resumes and folder.exists() and any(folder.iterdir()):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
@@ -240,27 +252,21 @@ class _OnRay:
         return LearnerGroup(self._cfg, self._gpus, place_of("learner"))
 
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
-        import ray
-
         from actors.pool import AsyncRollouts
         from actors.ray_worker import RayWorker
-        from actors.worker import RolloutWorker
 
         make = _make_vllm_engine if self._cfg.rollout.engine == "vllm" else _make_torch_engine
-        # one thread for each group in flight, one for evaluation, one for snapshots
+        arguments = {"make_engine": partial(make, self._cfg), **_worker_arguments(self._cfg, prompts)}
         options = {
             "num_cpus": 1,
             "num_gpus": self._gpus,
             "resources": place_of("rollout"),
             "scheduling_strategy": "SPREAD",
-            "max_concurrency": self._cfg.rollout.concurrency + 2,
+            # a thread for each group in flight, and one each for evaluation, scores, snapshots and the heartbeat
+            "max_concurrency": self._cfg.rollout.concurrency + 4,
         }
-        remote, arguments = ray.remote(RolloutWorker).options(**options), _worker_arguments(self._cfg, prompts)
-        workers = [
-            RayWorker(remote.remote(partial(make, self._cfg), **arguments))
-            for _ in range(self._cfg.rollout.num_workers)
-        ]
-        return AsyncRollouts(self._cfg, workers, prompts.at, prompts.held_out, state.rollouts, version=state.step)
+        make_worker = partial(RayWorker, arguments, **options)
+        return AsyncRollouts(self._cfg, make_worker, prompts.at, prompts.held_out, state.rollouts, version=state.step)
 
 
 def _num_actors(cfg: RunConfig) -> int:

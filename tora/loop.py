@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from tora.types import EvalResult, Metrics, Prompt, Rollout
 class Log(Protocol):
     """Where numbers go; `tora.metrics` implements it. Only the loop logs."""
 
-    def step(self, step: int, metrics: Metrics) -> None: ...
+    def step(self, step: int, metrics: Metrics, prompt_ids: Sequence[int]) -> None: ...
 
     def evaluation(self, step: int, result: EvalResult) -> None: ...
 
@@ -44,16 +44,20 @@ def train(
     state: RunState,
     stop_requested: Callable[[], bool],
 ) -> Outcome:
-    """From `state.step` to `cfg.num_steps`, or to the end of the step in which a stop is requested.
+    """From `state.step` to `cfg.num_steps`; a stop that is requested ends the step, or the wait for its rollouts.
 
     Step k trains policy version k and makes version k + 1.
     """
     start = time.perf_counter() - state.seconds
     sync = _publish(state.step, learner, rollouts, canary)
+    bytes_per_sync = int(sync["sync/bytes"])
     before = after = _evaluate(cfg, rollouts, log, state.step)
     for step in range(state.step, cfg.num_steps):
         began = time.perf_counter()
-        batch = rollouts.next_batch(step)
+        batch = rollouts.next_batch(step, stop_requested)
+        if batch is None:
+            _save(checkpoints, state, rollouts, learner, start)
+            break
         generated = time.perf_counter()
         result = learner.step(batch)
         learned = time.perf_counter()
@@ -64,17 +68,22 @@ def train(
             "time/learner_s": learned - generated,
             "time/step_s": time.perf_counter() - began,
         }
-        log.step(step, {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **times})
+        metrics = {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **times}
+        log.step(step, metrics, batch.prompt_ids)
         stop = stop_requested()
         last = stop or state.step == cfg.num_steps
         if cfg.eval and not stop and (last or state.step % cfg.eval.every == 0):
             after = _evaluate(cfg, rollouts, log, state.step)
         if last or state.step % cfg.checkpoint.every == 0:
-            state.rollouts, state.seconds = rollouts.state(), time.perf_counter() - start
-            checkpoints.save(state, learner)
+            _save(checkpoints, state, rollouts, learner, start)
         if stop:
             break
-    return Outcome(before, after, int(sync["sync/bytes"]), time.perf_counter() - start)
+    return Outcome(before, after, bytes_per_sync, time.perf_counter() - start)
+
+
+def _save(checkpoints: Checkpoints, state: RunState, rollouts: Rollouts, learner: Learner, start: float) -> None:
+    state.rollouts, state.seconds = rollouts.state(), time.perf_counter() - start
+    checkpoints.save(state, learner)
 
 
 def _publish(version: int, learner: Learner, rollouts: Rollouts, canary: Canary) -> Metrics:

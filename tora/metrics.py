@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,11 +44,13 @@ class Logger(Protocol):
 class NoLog:
     """For a rank that is not the one that writes."""
 
-    def step(self, step: int, metrics: Metrics) -> None: ...
+    def step(self, step: int, metrics: Metrics, prompt_ids: Sequence[int]) -> None: ...
 
     def evaluation(self, step: int, result: EvalResult) -> None: ...
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -67,8 +69,9 @@ class MetricLog:
         self._file = self.path.open("a")
         self._console = _ConsoleLog(console or Console(), cfg.name, first_step, cfg.num_steps)
 
-    def step(self, step: int, metrics: Metrics) -> None:
-        self._write(step, metrics)
+    def step(self, step: int, metrics: Metrics, prompt_ids: Sequence[int] = ()) -> None:
+        """`prompt_ids`: what the step trained; in `metrics.jsonl` alone."""
+        self._write(step, metrics, prompt_ids=list(prompt_ids))
         self._console.step(step, metrics)
 
     def evaluation(self, step: int, result: EvalResult) -> None:
@@ -90,9 +93,15 @@ class MetricLog:
         for logger in self._loggers:
             logger.close()
 
-    def _write(self, step: int, metrics: Metrics) -> None:
+    def rewind(self, step: int) -> None:
+        """The run goes back: rows of `step` and later are cut from `metrics.jsonl`."""
+        self._file.close()
+        cut(self.path, step)
+        self._file = self.path.open("a")
+
+    def _write(self, step: int, metrics: Metrics, **extra: Any) -> None:
         # JSON has no NaN; null keeps the row readable by every parser.
-        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}, **extra}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for logger in self._loggers:

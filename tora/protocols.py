@@ -1,24 +1,26 @@
 """What the loop and the workers need; `tests/fakes.py` implements each in a few lines.
 
 for step in range(state.step, cfg.num_steps):
-    batch = rollouts.next_batch(step)
+    batch = rollouts.next_batch(step, stop_requested)
     result = learner.step(batch)
     rollouts.publish(learner.snapshot())
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tora.types import (
     Completion,
+    EngineLoad,
     EvalResult,
     Metrics,
     MicroBatch,
     PolicySnapshot,
     Prompt,
+    RolloutState,
     SampleRequest,
     ScoreRequest,
     StepResult,
@@ -52,6 +54,10 @@ class Engine(Protocol):
         """
         ...
 
+    def load(self) -> EngineLoad:
+        """How full it is. May be called from any thread at any time; answers at once."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -78,7 +84,7 @@ class Learner(Protocol):
     def step(self, batch: TrainBatch) -> StepResult: ...
 
     def snapshot(self) -> Any:
-        """A `PolicySnapshot`, or a handle that the run's `Rollouts` can resolve without copying it here."""
+        """A `PolicySnapshot`, or a `SnapshotRef` that the run's `Rollouts` can resolve without copying it here."""
         ...
 
     def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
@@ -97,18 +103,24 @@ class Learner(Protocol):
 class Rollouts(Protocol):
     """Everything on the generating side. Sync and async runs differ in this object only."""
 
-    def next_batch(self, step: int) -> TrainBatch: ...
+    def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch | None:
+        """None where a stop was requested while the step's groups were still to come."""
+        ...
 
     def publish(self, snapshot: Any) -> Metrics: ...
 
     def evaluate(self) -> EvalResult: ...
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[list[np.ndarray]]:
-        """What each rollout worker's engine answers, see `Engine.score`."""
+    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
+        """What each rollout worker's engine answers, see `Engine.score`; by the worker's number, those that are up."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What must be stored to go on with the same prompts: the cursor and the prompt ids in flight."""
+    def state(self) -> RolloutState:
+        """What must be stored to go on with the same prompts."""
+        ...
+
+    def rewind(self, state: RolloutState, version: int) -> None:
+        """Go back to where the run stood at this version; nothing is generated until the next `publish`."""
         ...
 
     def close(self) -> None: ...

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from tora.group_files import load_groups, save_groups
 from tora.protocols import Learner
+from tora.types import Prompt, RolloutState
 
 _STATE = "run_state.json"
 
@@ -19,10 +21,12 @@ class RunState:
 
     step: int = 0
     """Steps done; equals the policy version."""
-    rollouts: dict[str, Any] = field(default_factory=dict)
-    """`Rollouts.state()`: prompt cursor and prompts in flight."""
+    rollouts: RolloutState = field(default_factory=RolloutState)
     seconds: float = 0.0
     """Training time so far."""
+
+    def assign(self, other: RunState) -> None:
+        self.step, self.rollouts, self.seconds = other.step, other.rollouts, other.seconds
 
 
 class Checkpoints:
@@ -45,13 +49,22 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)  # left by a run that died while writing
         aside.mkdir(parents=True)
         learner.save(aside)
-        (aside / _STATE).write_text(json.dumps(asdict(state)))
+        save_groups(aside, state.rollouts.finished)
+        document = {
+            "step": state.step,
+            "seconds": state.seconds,
+            "cursor": state.rollouts.cursor,
+            "pending": state.rollouts.pending,
+        }
+        (aside / _STATE).write_text(json.dumps(document))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         for old in sorted(self._folder.glob("step_??????"))[: -self._keep]:
             shutil.rmtree(old)
 
     @staticmethod
-    def load(folder: Path, learner: Learner) -> RunState:
-        learner.load(folder)
-        return RunState(**json.loads((folder / _STATE).read_text()))
+    def read(folder: Path, prompt_at: Callable[[int], Prompt]) -> RunState:
+        """All but the learner's own state. Errors: ConfigError where the prompts are not the run's any more."""
+        document = json.loads((folder / _STATE).read_text())
+        rollouts = RolloutState(document["cursor"], document["pending"], load_groups(folder, prompt_at))
+        return RunState(document["step"], rollouts, document["seconds"])

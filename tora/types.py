@@ -177,6 +177,8 @@ class TrainBatch:
     temperature: float
     """The learner scores tokens under the same temperature that sampled them."""
     metrics: Metrics = field(default_factory=dict)
+    prompt_ids: tuple[int, ...] = ()
+    """Of the step's groups, those without a signal too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,25 @@ class PolicySnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotRef:
+    """A `PolicySnapshot` that lies elsewhere, told by its version."""
+
+    version: int
+    data: Any
+    """What a worker's handle can turn into the snapshot: on Ray, an ObjectRef."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How full an engine is."""
+
+    kv_usage: float = 0.0
+    """Share of its KV cache that is taken, from 0 to 1; 0 for an engine without a bounded one."""
+    preemptions: int = 0
+    """How often the requests now in flight were thrown out of the cache, to be computed again."""
+
+
+@dataclass(frozen=True, slots=True)
 class SyncReport:
     """An engine's answer to a snapshot."""
 
@@ -232,6 +253,18 @@ class SyncReport:
     """In which the engine holds A and B, and what the digest is over."""
     stall_seconds: float = 0.0
     """How long generation stood still for it."""
+
+
+@dataclass(slots=True)
+class RolloutState:
+    """Where the rollout side stands: every prompt before the cursor was trained or dropped, or is named here."""
+
+    cursor: int = 0
+    """Position of the next prompt in the stream."""
+    pending: list[int] = field(default_factory=list)
+    """Ids of prompts that were handed out and not answered; they come first when the run goes on."""
+    finished: list[tuple[int, Group]] = field(default_factory=list)
+    """Groups that wait for their step, each with the policy version it was born under."""
 
 
 @dataclass(frozen=True, slots=True)

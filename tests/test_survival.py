@@ -1,0 +1,176 @@
+"""Runs whose processes are killed: real Ray, real engines, signals from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SHORT = ["batch_size=4", "grpo_samples=4", "eval=null", "dtype=fp32"]
+
+
+@contextmanager
+def tora_run(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`tora run quickstart` in a process group of its own, as a terminal would start it."""
+    words = [*SHORT, f"output_dir={folder}", *overrides]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tora", "run", "quickstart", *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield child
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGTERM)
+                child.wait(60)
+
+
+def output(folder: Path) -> str:
+    return (folder.parent / f"{folder.name}.log").read_text()
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def wait_for(holds: Callable[[], Any], child: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert child.poll() is None, "the run has ended"
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    """Of a process and in its session; Ray's own are in sessions of their own, so parents are followed."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if stat[0] != "Z":
+                parents[int(entry.name)] = int(stat[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
+
+
+def actors(pid: int, name: str) -> list[int]:
+    """Processes of Ray actors of a class, which Ray names `ray::CLASS...`."""
+    found = []
+    for child in descendants(pid):
+        try:
+            line = Path(f"/proc/{child}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if line.startswith(f"ray::{name}".encode()):
+            found.append(child)
+    return found
+
+
+def check_history(folder: Path, num_steps: int, batch_size: int, bound: int) -> None:
+    """Every step once, every prompt at most once, none staler than allowed."""
+    seen = rows(folder)
+    assert [row["step"] for row in seen] == list(range(num_steps))
+    trained = [i for row in seen for i in row["prompt_ids"]]
+    assert len(trained) == len(set(trained)) == num_steps * batch_size
+    assert all(0 <= row["staleness/max"] <= bound for row in seen)
+
+
+def check_nothing_lost(folder: Path, step: int, max_drops: int = 12) -> None:
+    """Every prompt before the cursor was trained, waits in the checkpoint, or was dropped for want of a signal."""
+    checkpoint = folder / "checkpoints" / f"step_{step:06d}"
+    state = json.loads((checkpoint / "run_state.json").read_text())
+    groups = checkpoint / "groups.json"
+    waiting = [row["prompt"] for row in json.loads(groups.read_text())] if groups.exists() else []
+    accounted = [i for row in rows(folder) for i in row["prompt_ids"]] + state["pending"] + waiting
+    assert len(accounted) == len(set(accounted))
+    dropped = sum(row["rollout/groups_dropped"] for row in rows(folder))
+    assert 0 <= state["cursor"] - len(accounted) - dropped <= max_drops, "but for those dropped since the last row"
+
+
+def test_a_killed_worker_is_replaced_and_its_groups_run_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    torch = ["rollout.engine=torch", "rollout.num_workers=2", "num_steps=400", "rollout.max_refills=1"]
+    with tora_run(folder, *torch) as run:
+        wait_for(lambda: len(rows(folder)) >= 3, run)
+        os.kill(actors(run.pid, "RolloutActor")[0], signal.SIGKILL)
+        wait_for(lambda: rows(folder)[-1]["rollout/workers"] == 1, run)
+        wait_for(lambda: rows(folder)[-1]["rollout/workers"] == 2, run)
+        os.kill(run.pid, signal.SIGTERM)
+        assert run.wait(60) == 130
+    assert "is lost (ActorDiedError" in output(folder) and "is up" in output(folder)
+    done = len(rows(folder))
+    check_history(folder, done, 4, 1)
+    check_nothing_lost(folder, done)
+
+
+def test_a_killed_learner_rank_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    torch = ["rollout.engine=torch", "learner_ranks=2", "num_steps=14", "checkpoint.every=3", "checkpoint.keep=99"]
+    with tora_run(folder, *torch, "max_learner_restarts=1") as run:
+        wait_for(lambda: len(rows(folder)) >= 5, run)
+        os.kill(actors(run.pid, "LearnerRank")[1], signal.SIGKILL)
+        assert run.wait(240) == 0
+    assert "the learner is lost" in output(folder)
+    check_history(folder, 14, 4, 1)
+    check_nothing_lost(folder, 14)
+
+
+def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    torch = ["rollout.engine=torch", "checkpoint.every=2", "max_learner_restarts=0"]
+    with tora_run(folder, *torch, "num_steps=400") as run:
+        wait_for(lambda: len(rows(folder)) >= 3, run)
+        os.kill(actors(run.pid, "LearnerRank")[0], signal.SIGKILL)
+        assert run.wait(120) == 1
+    message = output(folder).splitlines()[-1]
+    assert "max_learner_restarts=0 is used up; resume_from_checkpoint=true goes on from step" in message
+    step = int(message.rpartition(" ")[2].rstrip("."))
+    with tora_run(folder, *torch, f"num_steps={step + 4}", "resume_from_checkpoint=true") as run:
+        assert run.wait(240) == 0
+    check_history(folder, step + 4, 4, 1)
+    check_nothing_lost(folder, step + 4)
+
+
+def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path) -> None:
+    """The issue's bar: it ends normally, no group lost, none trained twice, the staleness bound kept."""
+    folder, rng, kills = tmp_path / "run", random.Random(0), 0
+    whole = ["batch_size=16", "grpo_samples=16", "num_steps=60", "rollout.num_workers=2"]
+    with tora_run(folder, *whole) as run:
+        wait_for(lambda: rows(folder), run, 600)
+        began = last = time.monotonic()
+        while run.poll() is None:
+            time.sleep(0.2)
+            victims = actors(run.pid, "RolloutActor")
+            if time.monotonic() >= last + 10 and victims and len(rows(folder)) < 60:
+                os.kill(rng.choice(victims), signal.SIGKILL)
+                kills, last = kills + 1, time.monotonic()
+            assert time.monotonic() < began + 1500
+        assert run.returncode == 0
+    seen = rows(folder)
+    check_history(folder, 60, 16, 1)
+    check_nothing_lost(folder, 60, max_drops=48)
+    assert kills >= 3 and seen[-1]["rollout/workers_lost"] > 0
+    print(f"{kills} kills, {seen[-1]['rollout/workers_lost']:.0f} workers lost", end=", ")
+    print(f"{seen[-1]['rollout/groups_rerun']:.0f} groups run again, {time.monotonic() - began:.0f} s")

@@ -1,0 +1,62 @@
+"""Finished groups in a checkpoint: arrays in safetensors, the rest in JSON, nothing pickled.
+
+A prompt is not stored but asked of the stream again by its id, which its token ids then confirm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tora.errors import ConfigError
+from tora.types import Group, Prompt, Rollout
+
+_ARRAYS, _REST = "groups.safetensors", "groups.json"
+
+
+def save_groups(folder: Path, finished: Sequence[tuple[int, Group]]) -> None:
+    """`finished`: groups, each with the policy version it was born under. Writes no file for none."""
+    from safetensors.numpy import save_file
+
+    if not finished:
+        return
+    arrays: dict[str, np.ndarray] = {}
+    rows = []
+    for number, (born, group) in enumerate(finished):
+        arrays[f"{number}.prompt"] = np.asarray(group.prompt.token_ids, dtype=np.int64)
+        rollouts = []
+        for index, rollout in enumerate(group.rollouts):
+            values = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
+            arrays |= {f"{number}.{index}.{k}": v for k, v in values.items() if isinstance(v, np.ndarray)}
+            rollouts.append({k: v for k, v in values.items() if not isinstance(v, np.ndarray)})
+        rows.append({"born": born, "prompt": group.prompt.id, "seconds": group.seconds, "rollouts": rollouts})
+    save_file(arrays, folder / _ARRAYS)
+    (folder / _REST).write_text(json.dumps(rows))
+
+
+def load_groups(folder: Path, prompt_at: Callable[[int], Prompt]) -> list[tuple[int, Group]]:
+    """Errors: ConfigError where the stream has another prompt under a group's id than it had when it was sampled."""
+    from safetensors.numpy import load_file
+
+    if not (folder / _REST).exists():
+        return []
+    arrays, finished = load_file(folder / _ARRAYS), []
+    for number, row in enumerate(json.loads((folder / _REST).read_text())):
+        prompt = prompt_at(row["prompt"])
+        if list(prompt.token_ids) != arrays[f"{number}.prompt"].tolist():
+            raise ConfigError(
+                f"checkpoint {folder} was written with another dataset, tokenizer or seed: prompt {prompt.id} differs"
+            )
+        rollouts = [_rollout(values, arrays, f"{number}.{index}.") for index, values in enumerate(row["rollouts"])]
+        finished.append((row["born"], Group(prompt, tuple(rollouts), row["seconds"])))
+    return finished
+
+
+def _rollout(values: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str) -> Rollout:
+    own: dict[str, Any] = {f.name: arrays[prefix + f.name] for f in fields(Rollout) if prefix + f.name in arrays}
+    return Rollout(**values, **own)
