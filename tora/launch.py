@@ -104,6 +104,7 @@ def _worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "eval_sampling": prompts.eval_sampling,
         "group_size": cfg.grpo_samples,
         "seed": cfg.seed,
+        "part_tokens": cfg.rollout.partial,
     }
 
 
