@@ -102,9 +102,12 @@ class VLLMEngine:
         finally:
             self._environment.restore_others()
 
-    def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        """See `Engine`. Errors: ValueError for a request vLLM would refuse; RolloutError before the first snapshot, and
-        once the engine has failed or is closed."""
+    def generate(self, requests: Sequence[SampleRequest], *, adapter: bool = True) -> list[list[Completion]]:
+        """See `Engine`; `adapter=False` asks the base.
+
+        Errors: ValueError for a request vLLM would refuse; RolloutError before the first snapshot, and once the engine
+        has failed or is closed.
+        """
         for request in requests:
             self._check(request.token_ids, request.sampling.max_tokens)
 
@@ -113,7 +116,8 @@ class VLLMEngine:
             return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: all the same
 
         prompts = [request.token_ids for request in requests]
-        return self._submit(_Ask(prompts, [sampling_params(request) for request in requests], completions)).result()
+        params = [sampling_params(request) for request in requests]
+        return self._submit(_Ask(prompts, params, completions, adapter)).result()
 
     def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
         """See `Engine`. Errors: as for `generate`."""
@@ -294,7 +298,7 @@ class _Ask:
     params: Sequence[SamplingParams]
     read: Callable[[Any, int, LoadedPolicy], Any]
     """The answer to a prompt from vLLM's `RequestOutput`, its index, and the newest policy when it began."""
-    adapter: bool = True
+    adapter: bool
     policy: LoadedPolicy | None = None
     done: dict[int, Any] = field(default_factory=dict)
     """Answers by index into `prompts`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.partial import generate_in_parts
 from tora.adapters.snapshot import held_digest
 from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
@@ -56,11 +57,15 @@ class RolloutWorker:
         eval_sampling: Sampling,
         group_size: int,
         seed: int,
+        part_tokens: int | None = None,
     ) -> None:
-        """Engine and rewarder are made here, in the process that uses them. `tokenizer` only decodes."""
+        """Engine and rewarder are made here, in the process that uses them. `tokenizer` only decodes.
+
+        `part_tokens`: training rollouts are cut after so many, see `actors.partial`.
+        """
         self._engine, self._rewarder, self._tokenizer = make_engine(), make_rewarder(), tokenizer
         self._sampling, self._eval_sampling = sampling, eval_sampling
-        self._group_size, self._seed = group_size, seed
+        self._group_size, self._seed, self._part_tokens = group_size, seed, part_tokens
 
     def run_group(self, prompt: Prompt) -> Group:
         return self.run_groups([prompt])[0]
@@ -79,7 +84,8 @@ class RolloutWorker:
             SampleRequest(p.token_ids, group_size, seed_of(self._seed, purpose, p.id), sampling, p.images)
             for p in prompts_P
         ]
-        completions = self._engine.generate(requests)
+        part_tokens = self._part_tokens if purpose == TRAIN else None
+        completions = generate_in_parts(self._engine, requests, part_tokens)
         seconds = time.perf_counter() - start
         return [Group(p, self._score(p, c), seconds) for p, c in zip(prompts_P, completions, strict=True)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,9 +19,10 @@ from learner.inputs import InputMaker, Inputs, forward
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
 from learner.loss.kl import kind_of, sequence_kl
+from learner.mismatch import mismatch
 from learner.model import device_of, empty_policy, fill_policy
 from learner.optim import build_optimizer, build_schedule
-from learner.parallel import MAX, SUM, World, join, reduce, sharder, share
+from learner.parallel import SUM, World, gather_objects, join, reduce, sharder, share
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.batch import penalize
@@ -133,6 +133,10 @@ class Learner:
         penalized = penalize(whole_step, self.loss.kl_coeff * kl_B, self.cfg.normalize_advantages)
         return self._on_device(share(penalized, self.world.rank, self.world.size), whole_step)
 
+    def _proximal(self, x: Inputs, at_start_N: torch.Tensor) -> torch.Tensor:
+        """[N]: what the clip is around."""
+        return x.actor_logprobs_N if self.loss.proximal == "actor" else at_start_N
+
     def _update(
         self,
         micro: Sequence[Inputs],
@@ -149,7 +153,7 @@ class Learner:
             before.append(logprobs_N.detach())
             inputs = LossInputs(
                 learner_logprobs_N=logprobs_N,
-                proximal_logprobs_N=before[-1] if proximal_N is None else proximal_N,
+                proximal_logprobs_N=self._proximal(x, before[-1] if proximal_N is None else proximal_N),
                 actor_logprobs_N=x.actor_logprobs_N,
                 ref_logprobs_N=ref_N,
                 advantages_N=x.advantages_N,
@@ -171,28 +175,13 @@ class Learner:
         metrics = reduce({name: value.item() for name, value in totals.items()}, SUM, self.device)
         return {**metrics, "learner/grad_norm": whole(norm).item()}, before
 
-    @torch.no_grad()
     def _mismatch(self, micro: Sequence[Inputs], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
-        """How far the learner's log-probs lie from the actors', before the step's first update.
-
-        `mismatch_kl`: k3 estimate of KL(actor ‖ learner) over the batch's youngest tokens, which at staleness 0
-        measures the engines' numerics alone. `policy_kl`: over all tokens. `mismatch_max_ratio`: the largest
-        π_learner / π_actor.
-        """
+        """See `mismatch`, over the tokens of all ranks."""
         counts_N = torch.cat([x.weights_N for x in micro]) > 0  # a rank without a share has another's, unweighted
         d_N = torch.cat([lp - x.actor_logprobs_N for lp, x in zip(learner_logprobs, micro, strict=True)])
         versions_N = torch.cat([x.versions_N for x in micro])
-        k3_N = d_N.expm1() - d_N
-        largest = reduce({"ratio": d_N.max().item(), "version": float(versions_N.max())}, MAX, self.device)
-        young_N = counts_N & (versions_N == largest["version"])
-        sums = {"young": k3_N[young_N].sum(), "all": k3_N[counts_N].sum()}
-        sizes = {"num_young": young_N.sum(), "num_all": counts_N.sum()}
-        total = reduce({name: value.item() for name, value in (sums | sizes).items()}, SUM, self.device)
-        return {
-            "mismatch_kl": total["young"] / total["num_young"],
-            "policy_kl": total["all"] / total["num_all"],
-            "mismatch_max_ratio": math.exp(largest["ratio"]),
-        }
+        own = (d_N[counts_N].cpu().numpy(), versions_N[counts_N].cpu().numpy())
+        return mismatch(*(np.concatenate(parts) for parts in zip(*gather_objects(own), strict=True)))
 
     @torch.no_grad()
     def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from tora.models.decoder import Decoder
 from tora.types import MicroBatch
 
+T = TypeVar("T")
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
 
@@ -94,6 +96,15 @@ def share(micro_batches: Sequence[MicroBatch], rank: int, size: int) -> list[Mic
     missing = -len(micro_batches) % size
     idle = replace(micro_batches[0], weights_N=micro_batches[0].weights_N * 0)
     return [*micro_batches, *[idle] * missing][rank::size]
+
+
+def gather_objects(own: T) -> list[T]:
+    """Every rank's, in the order of ranks."""
+    if not dist.is_initialized():
+        return [own]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
 
 
 def reduce(values: Mapping[str, float], how: dist.ReduceOp.RedOpType, device: torch.device) -> dict[str, float]:

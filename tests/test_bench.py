@@ -9,6 +9,7 @@ from test_adapters import build, model_config
 from tora.bench.command import shapes_of
 from tora.bench.rows import Samples, Setting, make_row, ratio
 from tora.bench.shapes import shape_names, write_random_model
+from tora.bench.sync import UPDATES
 from tora.cli import main
 from tora.config_loader import config_names
 from tora.errors import ConfigError
@@ -29,8 +30,14 @@ def test_table_measures_every_setting_and_writes_rows(tmp_path: Path, capsys: py
 def test_sync_measures_an_engine(tmp_path: Path) -> None:
     words = ["bench", "sync", "--rounds", "2", "--rows", "2", "--rank", "4", "--dtype", "fp32"]
     assert main([*words, "--json", str(tmp_path / "rows.json")]) == 0
-    lora, dora = json.loads((tmp_path / "rows.json").read_text())
-    assert 0 < lora["nbytes"] < dora["nbytes"] and min(lora["load_ms"], dora["load_ms_busy"], lora["copy_ms"]) > 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    syncs, speeds = [r for r in rows if "stall_ms" in r], [r for r in rows if "ratio" in r]
+    assert [(r["update"], r["lora_type"]) for r in syncs] == [(u, k) for u in UPDATES for k in ("lora", "dora")]
+    assert 0 < syncs[0]["nbytes"] < syncs[1]["nbytes"]
+    for row in syncs:
+        assert 0 < row["stall_ms"][0] <= row["stall_ms"][1] and row["load_ms"] > row["stall_ms"][0]
+        assert row["copy_ms"][0] > 0 and row["tokens_per_s"] > 0
+    assert [r["lora_type"] for r in speeds] == ["lora", "dora"] and all(r["ratio"] > 0 for r in speeds)
 
 
 def test_ratios_pair_rounds() -> None:

@@ -221,6 +221,8 @@ def test_rules_between_keys() -> None:
     assert "needs async_rl=true" in refusal("quickstart", *workers)
     assert "needs rollout.update=in_flight" in refusal("quickstart", "rollout.recompute_kv=true")
     in_flight = "rollout.update=in_flight"
+    assert "in_flight cuts nothing" in refusal("quickstart", in_flight, "rollout.partial=8")
+    assert "needs async_rl=true" in refusal("quickstart", "rollout.partial=8", "async_rl=false")
     assert "max_staleness of at least 1" in refusal("quickstart", in_flight, "max_staleness=0")
     assert "needs rollout.engine=vllm" in refusal("quickstart", in_flight, "rollout.engine=torch")
     assert load_config("quickstart", [workers[0]]).rollout.num_workers == 2

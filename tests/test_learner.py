@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from learner.learner import Learner
 from learner.loss import LossInputs
+from learner.mismatch import mismatch
 from tora.adapters.inject import adapters_off, trained_parameters
 from tora.batch import micro_batches
 from tora.config import ModelConfig, RunConfig
@@ -143,7 +144,7 @@ def spy_on(learner: Learner) -> list[LossInputs]:
     loss = learner.loss
 
     class Spy:
-        kl_coeff, kl_type, kl_in = loss.kl_coeff, loss.kl_type, loss.kl_in
+        kl_coeff, kl_type, kl_in, proximal = loss.kl_coeff, loss.kl_type, loss.kl_in, loss.proximal
 
         def __call__(self, inputs: LossInputs) -> Any:
             seen.append(inputs)
@@ -239,6 +240,33 @@ def test_mismatch_looks_at_the_youngest_tokens(folder: Path) -> None:
     alone = Learner(config(folder)).step(make_batch(young)).metrics
     assert mixed["mismatch_kl"] == pytest.approx(alone["mismatch_kl"], rel=1e-4)
     assert mixed["policy_kl"] != pytest.approx(alone["policy_kl"], rel=1e-2)
+
+
+def test_effective_sample_size_and_quantiles() -> None:
+    zeros = np.zeros(4, np.int64)
+    same = mismatch(np.zeros(4, np.float32), zeros)
+    assert same["importance/ess"] == same["importance/ratio_p50"] == same["mismatch_max_ratio"] == 1
+    one = mismatch(np.log([1, 1, 1, 5]), zeros)  # (1 + 1 + 1 + 5)² / (4 · 28)
+    assert one["importance/ess"] == pytest.approx(64 / 112)
+    many = mismatch(np.log(np.linspace(1, 2, 101)), np.zeros(101, np.int64))
+    assert [many[f"importance/ratio_{q}"] for q in ("p01", "p50", "p99")] == pytest.approx([1.01, 1.5, 1.99])
+
+
+def test_the_proximal_policy_is_the_learners_or_the_actors(folder: Path) -> None:
+    """Around the actor's policy the first update of off-policy tokens is clipped already; around the learner's, never.
+    Where nothing is clipped the two objectives have one gradient: ρ of the learner's is the ratio to the actor's."""
+    loss = {"_component_": "learner.loss.GRPOLoss", "importance_correction": "none"}
+    batch, results = make_batch(make_groups()), {}
+    for proximal, wide in [("learner", False), ("actor", False), ("actor", True), ("corrected", True)]:
+        own = {**loss, "proximal": "learner" if proximal == "corrected" else proximal}
+        if proximal == "corrected":
+            own |= {"importance_correction": "token_tis", "importance_high": 1e9}
+        if wide:
+            own |= {"clip_low": 1.0, "clip_high": 1e9}
+        results[proximal, wide] = Learner(config(folder, loss=own)).step(batch).metrics
+    assert results["learner", False]["loss/clip_share"] == 0 < results["actor", False]["loss/clip_share"]
+    for name in ("learner/grad_norm", "loss/total"):
+        assert results["actor", True][name] == pytest.approx(results["corrected", True][name], rel=1e-4)
 
 
 @pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -308,3 +308,33 @@ def test_impossible_arguments_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"max_model_len \(100000\) is greater"):
         start_engine(folder, max_model_len=100_000)
     assert dict(os.environ) == before
+
+
+def test_a_cut_rollout_goes_on_under_the_newest_version(served: Served) -> None:
+    from actors.partial import generate_in_parts
+
+    old, asked = served.load("lora", 1), request(LONG_PROMPT, max_tokens=50, num_samples=3)
+
+    class Syncing:
+        """Between the parts comes a snapshot, as from a learner that has stepped meanwhile."""
+
+        parts = 0
+
+        def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+            self.parts += 1
+            if self.parts == 2:
+                served.load("dora", 2)
+            return served.engine.generate(requests)
+
+    engine = Syncing()
+    (group,) = generate_in_parts(engine, [asked], 20)  # pyright: ignore[reportArgumentType]
+    assert engine.parts == 3 and len({tuple(c.token_ids) for c in group}) == 3
+    for whole in group:
+        assert whole.versions.tolist() == [old] * 20 + [old + 1] * 30 and not whole.stopped
+        first, rest = (
+            Completion(whole.token_ids[part], whole.logprobs[part], whole.versions[part], False)
+            for part in (slice(20), slice(20, None))
+        )
+        assert served.reference.error("lora", 1, asked, first) < TOLERANCE
+        continued = request((*LONG_PROMPT, *first.token_ids.tolist()), max_tokens=30)
+        assert served.reference.error("dora", 2, continued, rest) < TOLERANCE

@@ -83,6 +83,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     doctor = commands.add_parser("doctor", help="check this machine, and say what to do", allow_abbrev=False)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--parity", metavar="MODEL", help="instead compare vLLM with the learner on this model folder")
     doctor.set_defaults(command=_doctor)
 
     commands.add_parser("download", help="download a model (torchtune's command)")
@@ -127,6 +128,10 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.parity is not None:
+        from tora.launch import parity
+
+        return parity(args.parity, as_json=args.json)
     from tora.doctor import run
 
     return run(args.json)

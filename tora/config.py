@@ -67,6 +67,9 @@ class RolloutConfig:
     recompute_kv: bool = False
     """With `update: in_flight`: compute the keys and values that running rollouts have so far again under the new
     version, instead of keeping them."""
+    partial: int | None = None
+    """Cut rollouts after so many tokens and continue them under the newest version; they keep each token's version and
+    log-prob, and count as old as their oldest token. With `async_rl` and `update: between_rollouts`."""
     max_model_len: int | None = None
     """vLLM's longest sequence; the model's own where null."""
     max_pixels: int | None = None

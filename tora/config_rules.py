@@ -18,7 +18,7 @@ _BOUNDS = (
         1,
         "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks "
         "model.lora_rank rollout.num_workers rollout.max_workers rollout.concurrency rollout.max_model_len "
-        "rollout.max_pixels "
+        "rollout.max_pixels rollout.partial "
         "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
     ),
     (operator.ge, 2, "grpo_samples"),
@@ -99,6 +99,10 @@ def _broken_updates(cfg: RunConfig) -> Iterator[str]:
             yield "rollout.update=in_flight needs async_rl=true and max_staleness of at least 1."
         if rollout.engine == "torch":
             yield "rollout.update=in_flight needs rollout.engine=vllm."
+        if rollout.partial is not None:
+            yield f"rollout.partial={rollout.partial} needs rollout.update=between_rollouts: in_flight cuts nothing."
+    elif rollout.partial is not None and (not cfg.async_rl or cfg.max_staleness == 0):
+        yield f"rollout.partial={rollout.partial} needs async_rl=true and max_staleness of at least 1."
     elif rollout.recompute_kv:
         yield "rollout.recompute_kv=true needs rollout.update=in_flight."
 

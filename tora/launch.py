@@ -88,14 +88,27 @@ def _open(cfg: RunConfig, folder: Path, state: RunState, *, resumes: bool) -> Me
     return MetricLog(cfg, folder, first_step=state.step)
 
 
+_INSTALL = "pip install -e '.[async_rl]', or '.[async_rl_cpu]' without a GPU"
+
+
+def parity(model: str, *, as_json: bool) -> int:
+    """See `tora.parity.run`. Errors: ConfigError without vLLM."""
+    from tora.parity import run
+
+    if find_spec("vllm") is None:
+        raise ConfigError(f"--parity needs vLLM: {_INSTALL}.")
+    from learner.learner import Learner
+
+    return run(model, make_engine=_make_vllm_engine, make_learner=Learner, as_json=as_json)
+
+
 def with_engine(cfg: RunConfig) -> RunConfig:
     """`rollout.engine: auto` decided. Errors: ConfigError where what the run needs is not installed."""
-    extra = "pip install -e '.[async_rl]', or '.[async_rl_cpu]' without a GPU"
     if cfg.async_rl and find_spec("ray") is None:
-        raise ConfigError(f"async_rl=true needs Ray: {extra}.")
+        raise ConfigError(f"async_rl=true needs Ray: {_INSTALL}.")
     has_vllm = find_spec("vllm") is not None
     if cfg.rollout.engine == "vllm" and not has_vllm:
-        raise ConfigError(f"rollout.engine=vllm needs vLLM: {extra}; or set rollout.engine=torch.")
+        raise ConfigError(f"rollout.engine=vllm needs vLLM: {_INSTALL}; or set rollout.engine=torch.")
     if cfg.rollout.engine != "auto":
         return cfg
     adapters_only = cfg.model.lora_type != "full" and cfg.model.train_vision != "full"
@@ -116,6 +129,7 @@ def _worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "eval_sampling": prompts.eval_sampling,
         "group_size": cfg.grpo_samples,
         "seed": cfg.seed,
+        "part_tokens": cfg.rollout.partial,
     }
 
 

@@ -16,7 +16,7 @@ from learner.loss.objective import LossOutput, check, policy_ratio, total
 class CISPOLoss:
     """A sg(clip(r)) log π_learner: the clip bounds a token's weight and never takes its gradient away.
 
-    `kl_*` and `importance_*`: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
+    The other fields: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
     """
 
     clip_low: float = 1.0
@@ -26,6 +26,7 @@ class CISPOLoss:
     kl_coeff: float = 0.0
     kl_type: Literal["k1", "k2", "k3"] | None = None
     kl_in: Literal["loss", "reward"] = "loss"
+    proximal: Literal["learner", "actor"] = "learner"
     importance_correction: Literal["none", "token_tis", "token_mask", "sequence_mask"] = "token_tis"
     importance_low: float | None = None
     importance_high: float | None = None

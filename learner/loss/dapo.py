@@ -17,7 +17,7 @@ from learner.loss.objective import LossOutput, check, clipped_surrogate, policy_
 class DAPOLoss:
     """GRPO's surrogate with more room above than below, so that unlikely tokens can still grow.
 
-    `kl_*` and `importance_*`: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
+    The other fields: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
     """
 
     clip_low: float = 0.2
@@ -26,6 +26,7 @@ class DAPOLoss:
     kl_coeff: float = 0.0
     kl_type: Literal["k1", "k2", "k3"] | None = None
     kl_in: Literal["loss", "reward"] = "loss"
+    proximal: Literal["learner", "actor"] = "learner"
     importance_correction: Literal["none", "token_tis", "token_mask", "sequence_mask"] = "token_tis"
     importance_low: float | None = None
     importance_high: float | None = None

@@ -16,7 +16,7 @@ from learner.loss.objective import LossOutput, check, clipped_surrogate, policy_
 class GRPOLoss:
     """PPO's clipped surrogate of each token, r = π_learner / π_proximal, with the KL term in the loss.
 
-    `kl_*` and `importance_*`: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
+    The other fields: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
     """
 
     clip_low: float = 0.2
@@ -25,6 +25,7 @@ class GRPOLoss:
     kl_coeff: float = 0.0
     kl_type: Literal["k1", "k2", "k3"] | None = None
     kl_in: Literal["loss", "reward"] = "loss"
+    proximal: Literal["learner", "actor"] = "learner"
     importance_correction: Literal["none", "token_tis", "token_mask", "sequence_mask"] = "token_tis"
     importance_low: float | None = None
     importance_high: float | None = None

@@ -16,7 +16,7 @@ from learner.loss.objective import LossOutput, check, clipped_surrogate, total
 class GSPOLoss:
     """The clipped surrogate of a sequence's ratio, the geometric mean of its tokens' (eq. 7), at each of its tokens.
 
-    `kl_*` and `importance_*`: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
+    The other fields: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
     """
 
     clip_low: float = 3e-4
@@ -25,6 +25,7 @@ class GSPOLoss:
     kl_coeff: float = 0.0
     kl_type: Literal["k1", "k2", "k3"] | None = None
     kl_in: Literal["loss", "reward"] = "loss"
+    proximal: Literal["learner", "actor"] = "learner"
     importance_correction: Literal["none", "token_tis", "token_mask", "sequence_mask"] = "token_tis"
     importance_low: float | None = None
     importance_high: float | None = None

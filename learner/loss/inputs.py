@@ -17,7 +17,7 @@ class LossInputs:
     learner_logprobs_N: torch.Tensor
     """By the policy being trained; carries the gradient."""
     proximal_logprobs_N: torch.Tensor
-    """By the learner as it was before this step's first update; the clip is around it."""
+    """What the clip is around, see `Terms.proximal`."""
     actor_logprobs_N: torch.Tensor
     """By the engine that sampled the tokens."""
     ref_logprobs_N: torch.Tensor | None

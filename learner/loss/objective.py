@@ -5,7 +5,7 @@ Shape letters: N response tokens.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from learner.loss.inputs import LossInputs
 from learner.loss.kl import KLPlace, KLType, kind_of, kl_estimate
 from tora.errors import ConfigError, nearest
 
+Proximal = Literal["learner", "actor"]
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """The loss of a micro-batch's tokens, and metrics; both add up over a step's micro-batches."""
 
@@ -34,6 +35,14 @@ class Terms(Protocol):
     @property
     def kl_in(self) -> KLPlace:
         """`reward`: β Σ_t KL_t off a sequence's reward, before the advantages of its group are made."""
+        ...
+
+    @property
+    def proximal(self) -> Proximal:
+        """What the clip is around. `learner`: the policy at the start of the step, and the importance correction covers
+        the way there from the actor's: the decoupled objective (Hilton et al. 2021, arXiv:2110.00641; Fu et al. 2025,
+        AReaL, arXiv:2505.24298). `actor`: the policy that sampled, whose ratio is then corrected for and
+        clipped at once, as in PPO."""
         ...
 
     @property
@@ -95,6 +104,7 @@ def check(terms: Terms, clip_low: float, clip_high: float) -> None:
     """Raises `ConfigError` for a value that the loss could not mean."""
     _one_of("kl_type", terms.kl_type, (None, *get_args(KLType)))
     _one_of("kl_in", terms.kl_in, get_args(KLPlace))
+    _one_of("proximal", terms.proximal, get_args(Proximal))
     _one_of("importance_correction", terms.importance_correction, get_args(Correction))
     low, high = terms.importance_low, terms.importance_high
     numbers = {"clip_low": clip_low, "clip_high": clip_high, "kl_coeff": terms.kl_coeff}
@@ -104,6 +114,8 @@ def check(terms: Terms, clip_low: float, clip_high: float) -> None:
     kind = terms.importance_correction
     if low is not None and kind not in ("token_mask", "sequence_mask"):
         raise ConfigError(f"loss.importance_low={low} is a bound of the masks, and importance_correction is {kind}.")
+    if terms.proximal == "actor" and kind != "none":
+        raise ConfigError("loss.proximal=actor has the correction in its ratio; it needs importance_correction=none.")
     if kind == "none":
         if high is not None:
             raise ConfigError(f"loss.importance_high={high} bounds a correction, and importance_correction is none.")

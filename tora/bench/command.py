@@ -59,10 +59,13 @@ def _table(args: argparse.Namespace, folder: Path, shapes: str, gpu: bool) -> li
 def _sync(args: argparse.Namespace, folder: Path) -> list[object]:
     from tora.bench.sync import describe, run
 
-    rounds = args.rounds or 20
-    rows = run(folder, dtype=args.dtype, rank=args.rank, rows=args.rows or 16, new_tokens=64, rounds=rounds)
-    print("\n".join(describe(rows)))
-    return list(rows)
+    batches = [args.rows] if args.rows else [16, 64]
+    new_tokens, rounds = args.new_tokens or 32, args.rounds or 100
+    rows = []
+    for row in run(folder, dtype=args.dtype, rank=args.rank, rows=batches, new_tokens=new_tokens, rounds=rounds):
+        print(describe(row), flush=True)
+        rows.append(row)
+    return rows
 
 
 def _device(gpu: bool) -> str:

@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
-import statistics
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from actors.engine import VLLMEngine
-from actors.weight_updates import BetweenRollouts
+from actors.weight_updates import BetweenRollouts, InFlight, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.models.load import build_model, read_config
 from tora.types import PolicySnapshot, SampleRequest, Sampling
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PROMPT = tuple(range(1, 65))
+UPDATES: dict[str, WeightUpdate] = {
+    "between_rollouts": BetweenRollouts(2),
+    "in_flight": InFlight(recompute_kv=False),
+    "in_flight, recompute_kv": InFlight(recompute_kv=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SyncRow:
-    """One kind of adapter in one engine."""
+    """Syncs of one kind of adapter into an engine that decodes all the while."""
 
+    update: str
     lora_type: str
     lora_rank: int
     nbytes: int
+    syncs: int
+    stall_ms: tuple[float, float]
+    """Median and 99th percentile of how long decoding stood still, measured by the engine."""
+    copy_ms: tuple[float, float]
+    """The same of copying as many bytes in memory, in turn with the syncs."""
     load_ms: float
-    """Median, from the call to the answer, nothing else running."""
-    load_ms_busy: float
-    """Median while the engine decodes: what a request that generates is held up by."""
-    copy_ms: float
-    """Median of copying as many bytes in memory."""
+    """Median from the call to the answer: reading, hashing, writing, reading back."""
     tokens_per_s: float
-    """Under the adapter, all rows together."""
+    """Decoded meanwhile, all rows together."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRow:
+    """Decoding under one kind of adapter."""
+
+    lora_type: str
+    lora_rank: int
+    batch: int
+    tokens_per_s: float
+    ratio: float
+    """To the same engine's base: median over rounds of both, taken in turn."""
+
+
+Row = SyncRow | SpeedRow
 
 
 def random_snapshot(folder: Path, version: int, rank: int, *, gains: bool) -> PolicySnapshot:
@@ -53,65 +78,114 @@ def random_snapshot(folder: Path, version: int, rank: int, *, gains: bool) -> Po
     return pack(version, tensors)
 
 
-def run(folder: Path, *, dtype: str, rank: int, rows: int, new_tokens: int, rounds: int) -> list[SyncRow]:
-    engine = VLLMEngine(
+def run(folder: Path, *, dtype: str, rank: int, rows: Sequence[int], new_tokens: int, rounds: int) -> Iterator[Row]:
+    """`rows`: batches to time, the first also for syncs. `rounds` are syncs; speeds take a twentieth."""
+    snapshots = {kind: random_snapshot(folder, 0, rank, gains=kind == "dora") for kind in ("lora", "dora")}
+    for name, update in UPDATES.items():
+        engine = _engine(folder, dtype, rank, update)
+        try:
+            for kind, snapshot in snapshots.items():
+                yield _syncs(engine, name, kind, rank, snapshot, rows[0], rounds)
+            for batch in rows if name == "between_rollouts" else ():
+                for kind, snapshot in snapshots.items():
+                    yield _speed(engine, kind, rank, snapshot, batch, new_tokens, max(2, rounds // 20))
+        finally:
+            engine.close()
+
+
+def _engine(folder: Path, dtype: str, rank: int, update: WeightUpdate) -> VLLMEngine:
+    return VLLMEngine(
         str(folder),
         dtype="fp32" if dtype == "fp32" else "bf16",
         max_model_len=1024,
         lora_rank=rank,
         lora_targets=_TARGETS,
-        update=BetweenRollouts(2),
+        update=update,
         seed=0,
         gpu_memory_utilization=0.8,
-        kv_cache_gib=0.5,
+        kv_cache_gib=1.0,
         enforce_eager=False,
     )
-    try:
-        return [_measure(engine, folder, kind, rank, rows, new_tokens, rounds) for kind in ("lora", "dora")]
-    finally:
-        engine.close()
 
 
-def _measure(
-    engine: VLLMEngine, folder: Path, kind: str, rank: int, rows: int, new_tokens: int, rounds: int
+def _syncs(
+    engine: VLLMEngine, update: str, kind: str, rank: int, snapshot: PolicySnapshot, batch: int, syncs: int
 ) -> SyncRow:
-    snapshots = [random_snapshot(folder, v, rank, gains=kind == "dora") for v in range(2 * rounds + 1)]
-    engine.load_snapshot(snapshots.pop())
-    idle = [_milliseconds(lambda s=s: engine.load_snapshot(s)) for s in snapshots[:rounds]]
-    request = SampleRequest(tuple(range(1, 65)), rows, 0, Sampling(new_tokens))
-    speeds, busy = [], []
-    for snapshot in snapshots[rounds:]:
-        start = time.perf_counter()
-        (completions,) = engine.generate([request])
-        speeds.append(sum(len(c.token_ids) for c in completions) / (time.perf_counter() - start))
-        busy.append(_load_while_generating(engine, request, snapshot))
-    source = torch.from_numpy(snapshots[0].data.copy())
-    copies = [_milliseconds(source.clone) for _ in range(rounds)]
-    medians = (statistics.median(values) for values in (idle, busy, copies, speeds))
-    return SyncRow(kind, rank, snapshots[0].nbytes, *medians)
+    source = torch.from_numpy(snapshot.data.copy())
+    target = source.clone()  # touched before it is timed
+    first = 0 if kind == "lora" else 10**5
+    engine.load_snapshot(replace(snapshot, version=first))
+    reports, copies = [], []
+    start = time.perf_counter()
+    with _decoding(engine, batch) as tokens:
+        for number in range(syncs):
+            reports.append(engine.load_snapshot(replace(snapshot, version=first + 1 + number)))
+            copies.append(_seconds(lambda: target.copy_(source)))
+    elapsed = time.perf_counter() - start
+    return SyncRow(
+        update=update,
+        lora_type=kind,
+        lora_rank=rank,
+        nbytes=snapshot.nbytes,
+        syncs=syncs,
+        stall_ms=_quantiles([r.stall_seconds for r in reports]),
+        copy_ms=_quantiles(copies),
+        load_ms=1000 * float(np.median([r.seconds for r in reports])),
+        tokens_per_s=sum(tokens) / elapsed,
+    )
 
 
-def _load_while_generating(engine: VLLMEngine, request: SampleRequest, snapshot: PolicySnapshot) -> float:
-    from threading import Thread
+@contextmanager
+def _decoding(engine: VLLMEngine, batch: int) -> Iterator[list[int]]:
+    """Keeps the engine busy; counts tokens."""
+    over, tokens = threading.Event(), list[int]()
 
-    generating = Thread(target=engine.generate, args=([request],))
-    generating.start()
-    time.sleep(0.05)  # for the request to be running
-    taken = _milliseconds(lambda: engine.load_snapshot(snapshot))
-    generating.join()
-    return taken
+    def work() -> None:
+        seed = 0
+        while not over.is_set():
+            seed += 1
+            (group,) = engine.generate([SampleRequest(_PROMPT, batch, seed, Sampling(32))])
+            tokens.append(sum(len(c.token_ids) for c in group))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield tokens
+    over.set()
+    thread.join()
 
 
-def _milliseconds(work: object) -> float:
-    assert callable(work)
+def _speed(
+    engine: VLLMEngine, kind: str, rank: int, snapshot: PolicySnapshot, batch: int, new_tokens: int, rounds: int
+) -> SpeedRow:
+    engine.load_snapshot(replace(snapshot, version=10**6 + (kind == "dora")))
+    request = SampleRequest(_PROMPT, batch, 0, Sampling(new_tokens))
+
+    def speed(adapter: bool) -> float:
+        return batch * new_tokens / _seconds(lambda: engine.generate([request], adapter=adapter))
+
+    pairs = [(speed(False), speed(True)) for _ in range(rounds + 1)][1:]  # the first fills caches
+    ratio = float(np.median([with_ / without for without, with_ in pairs]))
+    return SpeedRow(kind, rank, batch, float(np.median([with_ for _, with_ in pairs])), ratio)
+
+
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
-    return (time.perf_counter() - start) * 1000
+    return time.perf_counter() - start
 
 
-def describe(rows: Sequence[SyncRow]) -> list[str]:
-    return [
-        f"{r.lora_type} rank {r.lora_rank}: {r.nbytes:,} bytes, {r.load_ms:.1f} ms idle, {r.load_ms_busy:.1f} ms while "
-        f"generating, {r.copy_ms:.2f} ms to copy, {r.tokens_per_s:,.0f} tokens/s"
-        for r in rows
-    ]
+def _quantiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """Milliseconds."""
+    median, high = 1000 * np.quantile(seconds, [0.5, 0.99])
+    return float(median), float(high)
+
+
+def describe(row: Row) -> str:
+    name = f"{row.lora_type} rank {row.lora_rank}"
+    if isinstance(row, SpeedRow):
+        return f"{name}, batch {row.batch}: {row.tokens_per_s:,.0f} tokens/s, {row.ratio:.2f} of the base's"
+    return (
+        f"{row.update}, {name}: {row.nbytes:,} bytes, {row.syncs} syncs: stall {row.stall_ms[0]:.1f} ms, p99 "
+        f"{row.stall_ms[1]:.1f} (memory copy {row.copy_ms[0]:.1f}, p99 {row.copy_ms[1]:.1f}), {row.load_ms:.0f} ms in "
+        f"all, {row.tokens_per_s:,.0f} tokens/s meanwhile"
+    )

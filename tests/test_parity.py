@@ -1,0 +1,38 @@
+"""`tora doctor --parity` on a tiny model, with real engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import make_text_model
+
+from tora.cli import main
+from tora.parity import ParityRow
+
+
+def test_every_method_in_both_dtypes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vllm")
+    folder = make_text_model(tmp_path)
+    assert main(["doctor", "--parity", str(folder), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    methods = ["lora", "dora", "qlora", "qdora"]
+    assert [(row["dtype"], row["method"]) for row in rows] == [(d, m) for d in ("fp32", "bf16") for m in methods]
+    for row in rows:
+        exact = row["dtype"] == "fp32"
+        assert all((row[f"{what}_max"] < 1e-4) == exact for what in ("sampled", "on", "off"))
+        assert row["effect"] > 0.01 and row["tokens"] == 4 * 4 * 32 and row["holds"]
+
+
+def test_a_gap_or_an_adapter_without_effect_does_not_hold() -> None:
+    good = {"sampled_max": 0.0, "on_max": 0.0, "off_mean": 0.0, "off_max": 0.0, "tokens": 1}
+    assert ParityRow("lora", "fp32", sampled_mean=0.0, on_mean=1e-5, effect=0.1, **good).holds
+    assert not ParityRow("lora", "fp32", sampled_mean=1e-2, on_mean=0.0, effect=0.1, **good).holds
+    assert ParityRow("lora", "bf16", sampled_mean=1e-2, on_mean=0.0, effect=0.1, **good).holds
+    assert not ParityRow("lora", "bf16", sampled_mean=0.0, on_mean=0.0, effect=0.0, **good).holds
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--parity", str(tmp_path)]) == 2
+    assert "not a Hugging Face model folder" in capsys.readouterr().err

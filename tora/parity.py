@@ -1,0 +1,158 @@
+"""`tora doctor --parity MODEL`: do vLLM and the learner give the same tokens the same log-probs?
+
+A random adapter, whose effect is large enough to be seen, is put into the learner, sent to vLLM as in a run, and vLLM
+samples under it. Both then score what was sampled, with the adapter and without.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tora.adapters.inject import refresh, trained_parameters
+from tora.batch import pack
+from tora.config import ModelConfig, RolloutConfig, RunConfig
+from tora.errors import ConfigError
+from tora.packing import OwnPrompts
+from tora.protocols import Engine
+from tora.tasks.text import load_tokenizer
+from tora.types import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest
+
+_TEXTS = ("The capital of France is", "def add(a, b):\n", "Once upon a time", "2 + 2 =")
+_SAMPLES, _NEW_TOKENS = 4, 32
+_BOUNDS = {"fp32": 1e-4, "bf16": 0.1}
+"""Of the mean gap."""
+_CHANGE = 0.05
+"""Standard deviation of the noise that makes the adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRow:
+    """Differences of log-probs between engine and learner over the same tokens, in nats."""
+
+    method: Literal["lora", "dora", "qlora", "qdora"]
+    dtype: str
+    sampled_mean: float
+    """Under the adapter, of what the engine reported when it sampled."""
+    sampled_max: float
+    on_mean: float
+    """Under the adapter, of what it reports when asked."""
+    on_max: float
+    off_mean: float
+    """Under the base."""
+    off_max: float
+    effect: float
+    """Mean difference that the adapter makes to the learner."""
+    tokens: int
+
+    @property
+    def holds(self) -> bool:
+        worst = max(self.sampled_mean, self.on_mean, self.off_mean)
+        return worst <= _BOUNDS[self.dtype] and self.effect > 0
+
+
+def run(
+    model: str,
+    *,
+    make_engine: Callable[[RunConfig], Engine],
+    make_learner: Callable[[RunConfig], Any],
+    as_json: bool = False,
+) -> int:
+    """Prints a row for each method and dtype; 0 where all hold. Errors: ConfigError for a folder that is no model."""
+    if not Path(model, "config.json").is_file():
+        raise ConfigError(f"--parity {model} is not a Hugging Face model folder: it has no config.json.")
+    with tempfile.TemporaryDirectory(prefix="tora-parity-") as scratch:
+        rows = list(_rows(Path(model).absolute(), Path(scratch), make_engine, make_learner))
+    if as_json:
+        print(json.dumps([{**asdict(row), "holds": row.holds} for row in rows], indent=2))
+    else:
+        _print(rows)
+    return 0 if all(row.holds for row in rows) else 1
+
+
+def _rows(
+    model: Path,
+    scratch: Path,
+    make_engine: Callable[[RunConfig], Engine],
+    make_learner: Callable[[RunConfig], Any],
+) -> Iterator[ParityRow]:
+    """One engine for each base and dtype."""
+    tokenizer = load_tokenizer(model)
+    prompts = [Prompt(i, tuple(tokenizer.encode(text)), text, {}) for i, text in enumerate(_TEXTS)]
+    for dtype in ("fp32", "bf16"):
+        for quantize_base in (False, True):
+            cfg = _config(model, scratch, dtype, quantize_base)
+            engine = make_engine(cfg)
+            try:
+                for version, lora_type in enumerate(("lora", "dora")):
+                    cfg = replace(cfg, model=replace(cfg.model, lora_type=lora_type))
+                    yield _row(cfg, version, make_learner(cfg), engine, prompts)
+            finally:
+                engine.close()
+
+
+def _config(model: Path, scratch: Path, dtype: str, quantize_base: bool) -> RunConfig:
+    return RunConfig(
+        name="parity",
+        output_dir=str(scratch / f"{dtype}_{quantize_base}"),
+        dtype="fp32" if dtype == "fp32" else "bf16",
+        model=ModelConfig(path=str(model), quantize_base=quantize_base),
+        rollout=RolloutConfig(engine="vllm", max_model_len=256),
+        dataset={},
+        rewards=[],
+    )
+
+
+def _row(cfg: RunConfig, version: int, learner: Any, engine: Engine, prompts: Sequence[Prompt]) -> ParityRow:
+    _make_adapter(learner.model, version)
+    learner.version = version
+    engine.load_snapshot(learner.snapshot())
+    sampling = Sampling(_NEW_TOKENS)
+    groups = engine.generate([SampleRequest(p.token_ids, _SAMPLES, p.id, sampling) for p in prompts])
+    sampled = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
+    asked = [ScoreRequest(p.token_ids, tuple(c.token_ids.tolist())) for p, c in sampled]
+    sequences = [
+        (p, Rollout(c.token_ids, c.logprobs, c.versions, c.stopped, "", 0.0, {}), 0.0, i)
+        for i, (p, c) in enumerate(sampled)
+    ]
+    batch = pack(OwnPrompts(), sequences, [1.0] * len(sequences))
+    ours = {adapter: learner.score(batch, adapter=adapter) for adapter in (True, False)}
+    theirs = {adapter: np.concatenate(engine.score(asked, adapter=adapter)) for adapter in (True, False)}
+    gaps = [np.abs(a - b) for a, b in ((batch.actor_logprobs_N, ours[True]), *((theirs[k], ours[k]) for k in ours))]
+    return ParityRow(
+        ("q" if cfg.model.quantize_base else "") + cfg.model.lora_type,  # pyright: ignore[reportArgumentType]
+        cfg.dtype,
+        *(float(value) for gap in gaps for value in (gap.mean(), gap.max())),
+        effect=float(np.abs(ours[True] - ours[False]).mean()),
+        tokens=len(batch.targets_N),
+    )
+
+
+@torch.no_grad()
+def _make_adapter(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in trained_parameters(model).items():
+        noise = _CHANGE * torch.randn(parameter.shape, generator=generator).to(parameter)
+        parameter.mul_(1 + noise) if "magnitude" in name else parameter.add_(noise)
+    refresh(model)
+
+
+def _print(rows: Sequence[ParityRow]) -> None:
+    table = Table(title="vLLM against the learner: differences of log-probs, mean and max", box=None, pad_edge=False)
+    for heading in ("method", "dtype", "sampled", "adapter on", "adapter off", "adapter's effect", ""):
+        table.add_column(heading, no_wrap=True)
+    for row in rows:
+        pairs = ((row.sampled_mean, row.sampled_max), (row.on_mean, row.on_max), (row.off_mean, row.off_max))
+        cells = [f"{mean:.1e} {largest:.1e}" for mean, largest in pairs]
+        verdict = "ok" if row.holds else f"over {_BOUNDS[row.dtype]:g}"
+        table.add_row(row.method, row.dtype, *cells, f"{row.effect:.1e}", verdict)
+    Console().print(table)
