@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -131,7 +132,11 @@ class Learner:
             kl_B[starts[i] : starts[i + 1]] = own_B.cpu().numpy()
         kl_B = np.array(list(reduce({str(b): kl for b, kl in enumerate(kl_B)}, SUM, self.device).values()))
         penalized = penalize(whole_step, self.loss.kl_coeff * kl_B, self.cfg.normalize_advantages)
-        return self._on_device(share(penalized, self.world.rank, self.world.size), whole_step)
+        mine_again = share(penalized, self.world.rank, self.world.size)
+        return [
+            replace(x, advantages_N=torch.tensor(m.advantages_N, device=self.device))
+            for x, m in zip(micro, mine_again, strict=True)
+        ]
 
     def _proximal(self, x: Inputs, at_start_N: torch.Tensor) -> torch.Tensor:
         """[N]: what the clip is around."""

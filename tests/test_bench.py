@@ -27,6 +27,16 @@ def test_table_measures_every_setting_and_writes_rows(tmp_path: Path, capsys: py
     assert "qdora_cache" in capsys.readouterr().out
 
 
+def test_a_vision_model_is_measured_with_an_image(tmp_path: Path) -> None:
+    small = ["--tokens", "64", "--sequence", "16", "--rows", "2", "--new-tokens", "2", "--rounds", "1"]
+    words = ["bench", "table", *small, "--image", "96", "--compile", "no", "--only", "lora,qdora_cache"]
+    assert main([*words, "--config", "tiny_vl", "--json", str(tmp_path / "rows.json")]) == 0
+    assert all(
+        row["seconds_per_step"] > 0 < row["tokens_per_s"] for row in json.loads((tmp_path / "rows.json").read_text())
+    )
+    assert main([*words, "--config", "tiny"]) == 2, "a text model takes none"
+
+
 def test_sync_measures_an_engine(tmp_path: Path) -> None:
     words = ["bench", "sync", "--rounds", "2", "--rows", "2", "--rank", "4", "--dtype", "fp32"]
     assert main([*words, "--json", str(tmp_path / "rows.json")]) == 0

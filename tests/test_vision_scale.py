@@ -15,9 +15,12 @@ from tiny import make_vl_model
 from torch._dynamo.utils import counters
 
 from learner.learner import Learner
+from learner.parallel import unsharded
 from tora.adapters.inject import trained_parameters
 from tora.adapters.snapshot import unpack
-from tora.types import TrainBatch
+from tora.generate import TorchEngine
+from tora.tasks.images import ImageProcessor
+from tora.types import SampleRequest, Sampling, TrainBatch
 
 NUM_BLOCKS, NUM_LAYERS = 3, 3
 
@@ -71,6 +74,38 @@ def test_two_ranks_train_like_one(
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
     compare(alone["snapshot"], shared["snapshot"])
+
+
+def generate(learner: Learner, folder: Path, rank: int) -> list[list[int]]:
+    """Greedily: the first rank's prompt has an image, the second's has none."""
+    engine = TorchEngine(
+        learner.model,
+        device=learner.device,
+        shared=True,
+        max_rows=100,
+        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
+        processor=lambda: ImageProcessor(folder),
+    )
+    engine.load_snapshot(learner.snapshot())
+    prompt = vision_groups(folder, [[(64, 32)], []])[rank].prompt
+    request = SampleRequest(prompt.token_ids, 1 + rank, 0, Sampling(6 + rank, temperature=0), prompt.images)
+    return [c.token_ids.tolist() for c in engine.generate([request])[0]]
+
+
+def generate_apart(folder: Path, out: Path) -> None:
+    learner = Learner(vl_config(folder, "lora", "lora", learner_ranks=RANKS))
+    learner.step(batches(folder)[0])
+    torch.save(generate(learner, folder, learner.world.rank), f"{out}.{learner.world.rank}")
+    learner.step(batches(folder)[0])
+
+
+def test_ranks_generate_their_own_share(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images on one of them alone: nothing may wait for the other."""
+    on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
+    alone = Learner(vl_config(folder, "lora", "lora"))
+    alone.step(batches(folder)[0])
+    for rank in range(RANKS):
+        assert torch.load(f"{tmp_path / 'seen'}.{rank}") == generate(alone, folder, rank)
 
 
 @pytest.mark.parametrize(

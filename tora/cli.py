@@ -113,6 +113,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     for name, of in {
         "tokens": "packed tokens a step",
         "sequence": "tokens of a prompt and its completion",
+        "image": "side of a square image before each prompt, in pixels",
         "rows": "rollouts decoded at once",
         "new-tokens": "tokens decoded",
         "rounds": "rounds measured",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tora.adapters.inject import adapter_layers, adapters_off, load_wire
+from tora.adapters.inject import adapters_off, load_wire, num_trained_modules
 from tora.adapters.snapshot import digest, unpack
 from tora.cuda_graph import DecodeStep, GraphedStep
 from tora.errors import RolloutError, SyncError
@@ -95,7 +95,7 @@ class TorchEngine:
         start = time.perf_counter()
         if self._shared:
             self._version = snapshot.version
-            return SyncReport(snapshot.version, 0, time.perf_counter() - start, "", len(adapter_layers(self._model)))
+            return SyncReport(snapshot.version, 0, time.perf_counter() - start, "", num_trained_modules(self._model))
         tensors = unpack(snapshot)
         try:
             modules = load_wire(self._model, tensors)

@@ -123,6 +123,11 @@ def whole_parameters(model: Decoder) -> dict[str, nn.Parameter]:
     return {model.names.parameter_to_hf(name): p for name, p in trained if name not in own}
 
 
+def num_trained_modules(model: Decoder) -> int:
+    """With an adapter, or trained whole."""
+    return len(adapter_layers(model)) + len({name.rpartition(".")[0] for name in whole_parameters(model)})
+
+
 @torch.no_grad()
 def load_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
     """Inverse of `snapshot`, for a model that is not sharded; answers the number of modules written.
@@ -139,7 +144,7 @@ def load_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
     for name, layer in layers.items():
         layer.load_wire(modules[name])
     refresh(model)
-    return len(layers) + len({name.rpartition(".")[0] for name in places})
+    return num_trained_modules(model)
 
 
 def _check_same(what: str, model: Mapping[str, object], snapshot: Mapping[str, object]) -> None:

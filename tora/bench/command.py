@@ -39,7 +39,7 @@ def _table(args: argparse.Namespace, folder: Path, shapes: str, gpu: bool) -> li
     from tora.bench.learner import Load, all_settings, run
 
     small = {"tokens": 512, "sequence": 128, "rows": 8, "new_tokens": 8, "rounds": 3} if not gpu else {}
-    names = ("tokens", "sequence", "rows", "new_tokens", "rounds")
+    names = ("tokens", "sequence", "image", "rows", "new_tokens", "rounds")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     compiled = {"both": (False, True), "yes": (True,), "no": (False,)}[args.compile]
     settings = [s for s in all_settings(compiled) if args.only is None or s.name in args.only.split(",")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,12 @@ from learner.learner import Learner
 from tora.batch import micro_batches
 from tora.bench.memory import peak_bytes
 from tora.bench.rows import LoraType, Row, Samples, Setting, make_row
+from tora.bench.vision import TOKEN_IDS, image_prompt
 from tora.config import ModelConfig, RunConfig
+from tora.errors import ConfigError
 from tora.generate import TorchEngine
+from tora.models.qwen3_vl import Qwen3VL
+from tora.tasks.images import ImageProcessor
 from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, TrainBatch
 
 Dtype = Literal["bf16", "fp32"]
@@ -30,6 +35,8 @@ class Load:
     """Packed tokens a step."""
     sequence: int = 256
     """Tokens of a prompt and its completion, half each."""
+    image: int = 0
+    """Side of a square image before every prompt, in pixels, for a vision model; 0 is none."""
     rows: int = 16
     """Rollouts decoded at once."""
     new_tokens: int = 32
@@ -57,17 +64,27 @@ def make_config(folder: Path, setting: Setting, *, dtype: Dtype, rank: int, toke
     )
 
 
-def make_batch(load: Load, vocab_size: int) -> TrainBatch:
+def make_prompt(load: Load, folder: Path, vocab_size: int) -> Prompt:
+    """Random text, behind an image where the load has one."""
+    ids, images = (), ()
+    if load.image:
+        ids, image = image_prompt(folder, load.image)
+        images = (image,)
+    text = np.random.default_rng(0).integers(len(TOKEN_IDS) + 1, vocab_size, load.sequence // 2)
+    return Prompt(0, (*ids, *text.tolist()), "", {}, images)
+
+
+def make_batch(load: Load, prompt: Prompt, vocab_size: int) -> TrainBatch:
     """Random tokens and rewards, in sequences of one length."""
-    rng = np.random.default_rng(0)
-    length, count = load.sequence // 2, max(2, load.tokens // load.sequence)
+    rng = np.random.default_rng(1)
+    length = load.sequence // 2
+    count = max(2, load.tokens // (len(prompt.token_ids) + length))
 
     def rollout() -> Rollout:
         ids = rng.integers(0, vocab_size, length)
         logprobs, reward = np.full(length, -np.log(vocab_size), dtype=np.float32), float(rng.random())
         return Rollout(ids, logprobs, np.zeros(length, dtype=np.int64), True, "", reward, {"random": reward})
 
-    prompt = Prompt(0, tuple(rng.integers(0, vocab_size, length).tolist()), "", {})
     group = Group(prompt, tuple(rollout() for _ in range(count)))
     micro = micro_batches(
         [group],
@@ -85,7 +102,9 @@ def static_bytes(learner: Learner) -> int:
     return weights + sum(3 * p.nbytes for p in learner.model.parameters() if p.requires_grad)
 
 
-def measure(learner: Learner, batch: TrainBatch, load: Load, samples: Samples, *, generate: bool) -> None:
+def measure(
+    learner: Learner, prompt: Prompt, batch: TrainBatch, load: Load, samples: Samples, *, generate: bool
+) -> None:
     """One round of one setting."""
 
     def step() -> None:
@@ -97,14 +116,14 @@ def measure(learner: Learner, batch: TrainBatch, load: Load, samples: Samples, *
 
     samples.peak_bytes.append(static_bytes(learner) + peak_bytes(learner.device, step))
     if generate:
-        samples.tokens_per_s.append(tokens_per_second(learner, load))
+        samples.tokens_per_s.append(tokens_per_second(learner, prompt, load))
 
 
-def tokens_per_second(learner: Learner, load: Load) -> float:
-    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=load.rows)
+def tokens_per_second(learner: Learner, prompt: Prompt, load: Load) -> float:
+    processor = partial(ImageProcessor, Path(learner.cfg.model.path))
+    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=load.rows, processor=processor)
     engine.load_snapshot(learner.snapshot())
-    prompt = tuple(range(1, 1 + load.sequence // 2))
-    request = SampleRequest(prompt, load.rows, 0, Sampling(load.new_tokens))
+    request = SampleRequest(prompt.token_ids, load.rows, 0, Sampling(load.new_tokens), prompt.images)
     _synchronize(learner.device)
     start = time.perf_counter()
     (completions,) = engine.generate([request])
@@ -120,12 +139,17 @@ def run(
     samples = {setting: Samples() for setting in settings}
     for share in [list(settings)] if together else [[s] for s in settings]:
         learners = {s: Learner(make_config(folder, s, dtype=dtype, rank=rank, tokens=load.tokens)) for s in share}
-        batch = make_batch(load, next(iter(learners.values())).model.tok_embeddings.num_embeddings)
+        model = next(iter(learners.values())).model
+        if load.image and not isinstance(model, Qwen3VL):
+            raise ConfigError(f"--image {load.image} needs the shapes of a vision model, such as qwen3_vl/2B.")
+        vocab_size = model.tok_embeddings.num_embeddings
+        prompt = make_prompt(load, folder, vocab_size)
+        batch = make_batch(load, prompt, vocab_size)
         for round_ in range(load.rounds + 1):
             for setting, learner in learners.items():
                 sink = samples[setting] if round_ else Samples()  # the first warms up compilers and allocators
-                measure(learner, batch, load, sink, generate=generate)
-        del learners
+                measure(learner, prompt, batch, load, sink, generate=generate)
+        del learners, model
         torch.cuda.empty_cache()
     return [make_row(setting, samples) for setting in settings]
 

@@ -66,7 +66,7 @@ def image_inputs(
     first = np.cumsum(features) - features
     feature_M = np.concatenate([[], *(first[i] + np.arange(n) for i, n in zip(image_I, counts_I, strict=True))])
     inputs = ImageInputs(
-        patches_ND=torch.from_numpy(pixels.patches_ND).to(device),
+        patches_ND=torch.from_numpy(pixels.patches_ND).to(device, model.visual.pos_embed.weight.dtype),
         layout=vision_layout(pixels.grid_IT, merge=model.visual.merge, side=model.visual.side, device=device),
         where_M=torch.from_numpy(where_M).to(device),
         feature_M=torch.from_numpy(feature_M.astype(np.int64)).to(device),

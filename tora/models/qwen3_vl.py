@@ -27,7 +27,7 @@ class ImageInputs:
     """The images of one forward, on the model's device; `tora.models.image_inputs` makes them."""
 
     patches_ND: torch.Tensor
-    """float32: all patches of the distinct images, see `Pixels`."""
+    """All patches of the distinct images, see `Pixels`, in the tower's dtype."""
     layout: VisionLayout
     where_M: torch.Tensor
     """int64: the placeholders' indices into the flattened tokens. None, where images are only for company."""
