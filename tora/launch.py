@@ -50,7 +50,7 @@ def run(cfg: RunConfig) -> bool:
         peers.any(False)  # nobody writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
         try:
-            canary = Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)])
+            canary = Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)], prompts.image_token)
             outcome = train(
                 cfg, learner, rollouts, canary, log, checkpoints, state, lambda: peers.any(stop_requested())
             )
@@ -133,6 +133,8 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
         max_model_len=cfg.rollout.max_model_len,
         lora_rank=cfg.model.lora_rank,
         lora_targets=cfg.model.lora_targets,
+        adapt_vision=cfg.model.train_vision == "lora",
+        max_pixels=cfg.rollout.max_pixels,
         update=InFlight(recompute_kv=cfg.rollout.recompute_kv)
         if cfg.rollout.update == "in_flight"
         else BetweenRollouts(cfg.max_staleness + 1 if cfg.async_rl else 1),

@@ -21,6 +21,7 @@ class RunPrompts:
         model = Path(cfg.model.path)
         self.tokenizer = load_tokenizer(model)
         images = _image_processor(model, cfg.rollout.max_pixels)
+        self.image_token = None if images is None else images.image_token_id
 
         def stream_of(dataset: Component) -> PromptStream:
             return PromptStream(instantiate(dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed, images)
