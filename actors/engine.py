@@ -67,9 +67,8 @@ class VLLMEngine:
 
         `max_model_len`: tokens of prompt and completion, the model's own where None. `lora_targets`: linear layers of
         the decoder; `adapt_vision` adds all of the vision tower's. `max_pixels`: of an image, as in `ImageProcessor`.
-        `gpu_memory_utilization` is a
-        share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. Errors: ValueError for an impossible argument,
-        RolloutError where vLLM does not start.
+        `gpu_memory_utilization` is a share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. Errors: ValueError
+        for an impossible argument, RolloutError where vLLM does not start.
         """
         self._update = update
         self._commands: deque[_Ask | _Load] = deque()

@@ -37,7 +37,6 @@ def train(folder: Path, *overrides: str, config: str = "quickstart_vl") -> list[
 @pytest.mark.parametrize(
     ("overrides", "modules"),
     [
-        ([], DECODER_MODULES),
         (
             [TOWER, "model.lora_type=dora_cache", "share_prefix=true"],
             DECODER_MODULES + TOWER_MODULES,
@@ -45,7 +44,7 @@ def train(folder: Path, *overrides: str, config: str = "quickstart_vl") -> list[
         ([TOWER, "model.quantize_base=true"], DECODER_MODULES + TOWER_MODULES),
         (["rollout.max_pixels=2048", *LENGTH], DECODER_MODULES),
     ],
-    ids=["decoder", "tower, cached DoRA", "tower, NF4", "fewer pixels"],
+    ids=["tower, cached DoRA", "tower, NF4", "fewer pixels"],
 )
 def test_in_one_process(tmp_path: Path, overrides: list[str], modules: int) -> None:
     rows = train(tmp_path / "run", HERE, *overrides)
