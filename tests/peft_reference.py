@@ -46,7 +46,7 @@ class Reference:
 
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
-    def _logits(self, model: Any, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
+    def logits(self, model: Any, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
         """[L, V]."""
         assert not images, "see VisionReference"
         return model(input_ids=torch.tensor([ids])).logits[0]
@@ -79,7 +79,7 @@ class Reference:
     def errors(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> torch.Tensor:
         """[L]: difference of each sampled token's log-prob."""
         start, ids = len(request.token_ids), [*request.token_ids, *completion.token_ids.tolist()]
-        logits = self._logits(self.model(kind, seed), ids, request.images)
+        logits = self.logits(self.model(kind, seed), ids, request.images)
         expected = log_distribution(logits[start - 1 : -1], request.sampling)
         logprobs = expected.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
         return (logprobs - torch.from_numpy(completion.logprobs)).abs()
@@ -98,7 +98,7 @@ class VisionReference(Reference):
 
         return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).eval()
 
-    def _logits(self, model: Any, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
+    def logits(self, model: Any, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
         tokens_1L = torch.tensor([ids])
         vision = {}
         if images:
