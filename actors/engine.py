@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch.distributed
 
+from actors.vllm_images import EngineInputs
 from actors.vllm_setup import (
     Environment,
     LoadedPolicy,
@@ -38,6 +39,7 @@ from tora.types import Completion, EngineLoad, PolicySnapshot, SampleRequest, Sc
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.inputs import EngineInput
 
 _END_SECONDS = 60.0
 """How long `close` waits for vLLM to end; its thread never keeps the process alive."""
@@ -54,6 +56,8 @@ class VLLMEngine:
         max_model_len: int | None,
         lora_rank: int,
         lora_targets: Sequence[str],
+        adapt_vision: bool = False,
+        max_pixels: int | None = None,
         update: WeightUpdate,
         seed: int,
         gpu_memory_utilization: float,
@@ -62,9 +66,10 @@ class VLLMEngine:
     ) -> None:
         """Blocks until vLLM is up. It seeds this process's random generators with `seed`.
 
-        `max_model_len`: tokens of prompt and completion, the model's own where None. `gpu_memory_utilization` is a
-        share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. Errors: ValueError for an impossible argument,
-        RolloutError where vLLM does not start.
+        `max_model_len`: tokens of prompt and completion, the model's own where None. `lora_targets`: linear layers of
+        the decoder; `adapt_vision` adds all of the vision tower's. `max_pixels`: of an image, as in `ImageProcessor`.
+        `gpu_memory_utilization` is a share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. Errors: ValueError
+        for an impossible argument, RolloutError where vLLM does not start.
         """
         self._update = update
         self._commands: deque[_Ask | _Load] = deque()
@@ -86,6 +91,8 @@ class VLLMEngine:
                 max_model_len=max_model_len,
                 lora_rank=lora_rank,
                 lora_targets=lora_targets,
+                adapt_vision=adapt_vision,
+                max_pixels=max_pixels,
                 num_slots=update.num_slots,
                 async_scheduling=update.async_scheduling,
                 seed=seed,
@@ -115,7 +122,7 @@ class VLLMEngine:
             samples = [completion(sample, self._update.versions(sample, policy)) for sample in output.outputs]
             return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: all the same
 
-        prompts = [request.token_ids for request in requests]
+        prompts = [self._inputs(request.token_ids, request.images) for request in requests]
         params = [sampling_params(request) for request in requests]
         return self._submit(_Ask(prompts, params, completions, adapter)).result()
 
@@ -127,7 +134,7 @@ class VLLMEngine:
         def logprobs(output: Any, index: int, policy: LoadedPolicy) -> np.ndarray:
             return completion_logprobs(output, len(requests[index].completion))
 
-        prompts = [request.token_ids + request.completion for request in requests]
+        prompts = [self._inputs(request.token_ids, request.images, request.completion) for request in requests]
         return self._submit(_Ask(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
 
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
@@ -200,6 +207,7 @@ class VLLMEngine:
             llm = self._llm = build(args)
             self._max_model_len: int = llm.model_config.max_model_len
             self._vocab_size: int = llm.model_config.get_vocab_size()
+            self._inputs = EngineInputs(llm)
             started.set_result(None)
             while self._wait_for_work():
                 self._run_commands()
@@ -256,18 +264,16 @@ class VLLMEngine:
         command.future.set_result((slot, time.perf_counter() - start))
 
     def _begin(self, command: _Ask) -> None:
-        from vllm.inputs import tokens_input
-
         if self._newest is None:
             command.future.set_exception(RolloutError("the engine was asked to generate before its first snapshot"))
             return
         if not command.prompts:
             command.future.set_result([])
         command.policy = self._newest
-        for index, (token_ids, params) in enumerate(zip(command.prompts, command.params, strict=True)):
+        for index, (prompt, params) in enumerate(zip(command.prompts, command.params, strict=True)):
             name = str(next(self._request_ids))
             lora = self._newest.lora if command.adapter else None
-            self._llm.add_request(name, tokens_input(list(token_ids)), params, lora_request=lora)
+            self._llm.add_request(name, prompt, params, lora_request=lora)
             self._running[name] = (command, index)
             self._in_flight[self._newest.lora.lora_int_id] += 1
 
@@ -294,7 +300,7 @@ class VLLMEngine:
 
 @dataclass(eq=False)
 class _Ask:
-    prompts: Sequence[tuple[int, ...]]
+    prompts: Sequence[EngineInput]
     params: Sequence[SamplingParams]
     read: Callable[[Any, int, LoadedPolicy], Any]
     """The answer to a prompt from vLLM's `RequestOutput`, its index, and the newest policy when it began."""

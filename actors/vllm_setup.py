@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from actors.vllm_images import image_args, vision_linears
 from tora.types import Completion, EngineLoad, PolicySnapshot, SampleRequest
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def engine_args(
     max_model_len: int | None,
     lora_rank: int,
     lora_targets: Sequence[str],
+    adapt_vision: bool,
+    max_pixels: int | None,
     num_slots: int,
     async_scheduling: bool | None,
     seed: int,
@@ -118,7 +121,7 @@ def engine_args(
         max_loras=num_slots,
         max_cpu_loras=num_slots,
         # Named, because by default vLLM wraps the head too, whose LoRA layer costs a product with the vocabulary.
-        lora_target_modules=list(lora_targets),
+        lora_target_modules=[*lora_targets, *(vision_linears(model_path) if adapt_vision else ())],
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
         # vLLM's cache of compiled code is keyed by its configuration: without a difference, code that stock vLLM left
@@ -126,6 +129,7 @@ def engine_args(
         additional_config={"tora_gain_layers": 1},
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        **image_args(model_path, max_pixels=max_pixels, adapt_vision=adapt_vision),
         **device,
     )
 

@@ -14,6 +14,7 @@ from actors.engine import VLLMEngine
 from actors.weight_updates import BetweenRollouts, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.sampling import log_distribution
+from tora.tasks.images import ImageProcessor
 from tora.types import Completion, PolicySnapshot, SampleRequest, Sampling
 
 RANK = 4
@@ -27,18 +28,28 @@ Tensors = dict[str, torch.Tensor]
 class Reference:
     """The base model, and PEFT adapters over it, in transformers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, targets: str | list[str] | None = None) -> None:
+        """`targets`: PEFT's `target_modules`; the decoder's linear layers where None."""
+        self.folder, self._targets = folder, targets or list(LINEARS)
         self._models: dict[tuple[str, int], Any] = {}
 
     def model(self, kind: str, seed: int = 0) -> Any:
         """`kind`: base, lora or dora; a seed is an adapter."""
+        if (kind, seed) not in self._models:
+            base = self._load()
+            adapted = base if kind == "base" else _with_adapter(base, kind == "dora", seed, self._targets)
+            self._models[kind, seed] = adapted
+        return self._models[kind, seed]
+
+    def _load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        if (kind, seed) not in self._models:
-            base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
-            self._models[kind, seed] = base if kind == "base" else _with_adapter(base, kind == "dora", seed)
-        return self._models[kind, seed]
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def logits(self, model: Any, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
+        """[L, V]."""
+        assert not images, "see VisionReference"
+        return model(input_ids=torch.tensor([ids])).logits[0]
 
     @torch.no_grad()
     def tensors(self, kind: str, seed: int) -> Tensors:
@@ -60,20 +71,50 @@ class Reference:
     def snapshot(self, version: int, kind: str, seed: int) -> PolicySnapshot:
         return pack(version, self.tensors(kind, seed))
 
-    @torch.no_grad()
     def error(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> float:
         """Largest difference of a sampled token's log-prob."""
+        return float(self.errors(kind, seed, request, completion).max())
+
+    @torch.no_grad()
+    def errors(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> torch.Tensor:
+        """[L]: difference of each sampled token's log-prob."""
         start, ids = len(request.token_ids), [*request.token_ids, *completion.token_ids.tolist()]
-        logits = self.model(kind, seed)(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
-        expected = log_distribution(logits, request.sampling)
+        logits = self.logits(self.model(kind, seed), ids, request.images)
+        expected = log_distribution(logits[start - 1 : -1], request.sampling)
         logprobs = expected.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
-        return float((logprobs - torch.from_numpy(completion.logprobs)).abs().max())
+        return (logprobs - torch.from_numpy(completion.logprobs)).abs()
 
 
-def _with_adapter(base: Any, dora: bool, seed: int) -> Any:
+class VisionReference(Reference):
+    """A vision model in transformers, with adapters in its decoder, and with `tower` in all of its vision part too."""
+
+    def __init__(self, folder: Path, *, tower: bool, max_pixels: int | None = None) -> None:
+        decoder = rf".*language_model\..*\.({'|'.join(LINEARS)})"
+        super().__init__(folder, rf"{decoder}|.*visual\..*\.(qkv|attn\.proj|linear_fc[12])" if tower else decoder)
+        self.processor = ImageProcessor(folder, max_pixels)
+
+    def _load(self) -> Any:
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def logits(self, model: Any, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
+        tokens_1L = torch.tensor([ids])
+        vision = {}
+        if images:
+            pixels = self.processor.pixels(images)
+            vision = {
+                "pixel_values": torch.from_numpy(pixels.patches_ND),
+                "image_grid_thw": torch.from_numpy(pixels.grid_IT),
+                "mm_token_type_ids": (tokens_1L == self.processor.image_token_id).long(),
+            }
+        return model(input_ids=tokens_1L, **vision).logits[0]
+
+
+def _with_adapter(base: Any, dora: bool, seed: int, targets: str | list[str]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LINEARS), use_dora=dora)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, use_dora=dora)
     model = get_peft_model(base, config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -99,6 +140,8 @@ def start_engine(
     *,
     lora_rank: int = RANK,
     max_model_len: int = 256,
+    adapt_vision: bool = False,
+    max_pixels: int | None = None,
     update: WeightUpdate | None = None,
     dtype: Literal["bf16", "fp32"] = "fp32",
 ) -> VLLMEngine:
@@ -109,6 +152,8 @@ def start_engine(
         max_model_len=max_model_len,
         lora_rank=lora_rank,
         lora_targets=LINEARS,
+        adapt_vision=adapt_vision,
+        max_pixels=max_pixels,
         update=update or BetweenRollouts(2),
         seed=0,
         gpu_memory_utilization=0.3,

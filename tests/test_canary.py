@@ -239,3 +239,11 @@ def test_the_torch_engine(tmp_path: Path, shared: bool) -> None:
     if not shared:
         with pytest.raises(SyncError, match="does not serve policy version 2"):
             canary.check(run.learner.version, run.learner, Workers(run.worker))
+
+
+def test_what_is_scored_lies_behind_the_images() -> None:
+    image, text = 5, tuple(range(10, 16))
+    prompts = [replace(PROBES[0], token_ids=ids) for ids in ((1, *[image] * 40, *text), (1, *[image] * 4, *text * 10))]
+    canary = Canary(prompts, every=1, max_gap=1e-4, has_adapter=True, image_token=image)
+    assert [len(r.completion) for r in canary._requests] == [6, 32]
+    assert all(image not in r.completion for r in canary._requests)

@@ -82,13 +82,22 @@ def broken(learner: Scores, engine: Scores, max_gap: float) -> str | None:
 class Canary:
     """Fixed tokens, scored by the learner and by every engine."""
 
-    def __init__(self, probes: Sequence[Prompt], *, every: int, max_gap: float, has_adapter: bool) -> None:
-        """`every` so many versions, and at the first sync; 0 is never. What is scored is a prompt's own end."""
+    def __init__(
+        self,
+        probes: Sequence[Prompt],
+        *,
+        every: int,
+        max_gap: float,
+        has_adapter: bool,
+        image_token: int | None = None,
+    ) -> None:
+        """`every` so many versions, and at the first sync; 0 is never. What is scored is a prompt's own end, behind its
+        last `image_token`."""
         self._every, self._max_gap, self._has_adapter = every, max_gap, has_adapter
         self._is_first = True
-        cuts = [max(len(p.token_ids) - _SCORED, len(p.token_ids) // 2) for p in probes]
+        cuts = [_cut(p.token_ids, image_token) for p in probes]
         parts = [(p.token_ids[:cut], p.token_ids[cut:]) for p, cut in zip(probes, cuts, strict=True)]
-        self._requests = [ScoreRequest(*part) for part in parts]
+        self._requests = [ScoreRequest(*part, p.images) for p, part in zip(probes, parts, strict=True)]
         sequences = [
             (replace(p, token_ids=given), _rollout(scored), 0.0, i)
             for i, (p, (given, scored)) in enumerate(zip(probes, parts, strict=True))
@@ -96,11 +105,12 @@ class Canary:
         self._batch = pack(OwnPrompts(), sequences, [1.0] * len(sequences))
 
     @classmethod
-    def of(cls, cfg: RunConfig, probes: Sequence[Prompt]) -> Canary:
+    def of(cls, cfg: RunConfig, probes: Sequence[Prompt], image_token: int | None = None) -> Canary:
         dtypes = {cfg.dtype, cfg.rollout.dtype or cfg.dtype}
         max_gap = cfg.sync.canary_max_gap or _MAX_GAP["bf16" if "bf16" in dtypes else "fp32"]
         has_adapter = cfg.model.lora_type != "full"
-        return cls(probes, every=cfg.sync.canary_every, max_gap=max_gap, has_adapter=has_adapter)
+        every = cfg.sync.canary_every
+        return cls(probes, every=every, max_gap=max_gap, has_adapter=has_adapter, image_token=image_token)
 
     def check(self, version: int, learner: Scorer, rollouts: Scorers) -> Metrics:
         """Call once learner and engines should be at `version`. Errors: SyncError, which says what differs."""
@@ -134,6 +144,12 @@ class Canary:
         off = rollouts.score(self._requests, adapter=False)
         both = [number for number in on if number in off]
         return {number: Scores(np.concatenate(on[number]), np.concatenate(off[number])) for number in both}
+
+
+def _cut(token_ids: Sequence[int], image_token: int | None) -> int:
+    """Where the scored part of a prompt begins."""
+    images_end = max((i + 1 for i, token in enumerate(token_ids) if token == image_token), default=0)
+    return max(len(token_ids) - _SCORED, len(token_ids) // 2, images_end)
 
 
 def _rollout(token_ids: Sequence[int]) -> Rollout:

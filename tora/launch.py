@@ -59,7 +59,7 @@ def run(cfg: RunConfig) -> bool:
                 site.learner,
                 learner,
                 rollouts,
-                Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)]),
+                Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)], prompts.image_token),
                 log,
                 checkpoints,
                 state,
@@ -159,6 +159,8 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
         max_model_len=cfg.rollout.max_model_len,
         lora_rank=cfg.model.lora_rank,
         lora_targets=cfg.model.lora_targets,
+        adapt_vision=cfg.model.train_vision == "lora",
+        max_pixels=cfg.rollout.max_pixels,
         update=InFlight(recompute_kv=cfg.rollout.recompute_kv)
         if cfg.rollout.update == "in_flight"
         else BetweenRollouts(cfg.max_staleness + 1 if cfg.async_rl else 1),

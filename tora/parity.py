@@ -22,6 +22,7 @@ from tora.adapters.inject import refresh, trained_parameters
 from tora.batch import pack
 from tora.config import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
+from tora.models.decoder import Decoder
 from tora.packing import OwnPrompts
 from tora.protocols import Engine
 from tora.tasks.text import load_tokenizer
@@ -138,7 +139,7 @@ def _row(cfg: RunConfig, version: int, learner: Any, engine: Engine, prompts: Se
 
 
 @torch.no_grad()
-def _make_adapter(model: torch.nn.Module, seed: int) -> None:
+def _make_adapter(model: Decoder, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in trained_parameters(model).items():
         noise = _CHANGE * torch.randn(parameter.shape, generator=generator).to(parameter)

@@ -1,23 +1,25 @@
 """Datasets as sequences of rows, and the streams of prompts made of them.
 
 A dataset is anything with `len` and `[i]` whose rows are mappings with a `prompt`: a string or a list of chat messages.
-A row's other columns go to the reward functions under their names.
+Images stand in the messages or in a column `images` or `image`, see `tora.tasks.image_rows`. A row's other columns go
+to the reward functions under their names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from tora.errors import ConfigError, nearest
+from tora.tasks.image_rows import take_images
+from tora.tasks.images import ImageProcessor
+from tora.tasks.table import Table, load_files, load_hub
 from tora.types import Prompt
 
 Row = dict[str, Any]
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _FIRST_HELD_OUT_ID = 1 << 32
 
 
@@ -32,13 +34,13 @@ class Rows:
 
     def __init__(
         self,
-        table: Any,
+        table: Table,
         source: str,
         prompt_key: str = "prompt",
         answer_key: str | None = "answer",
         system_prompt: str | None = None,
     ) -> None:
-        """`table` is a `datasets.Dataset`; `source` names it in errors. `answer_key` may be null.
+        """`source` names the table in errors. `answer_key` may be null.
 
         With `system_prompt` a string prompt becomes a system and a user message.
         Raises `ConfigError` when the table is empty or lacks a column.
@@ -57,7 +59,7 @@ class Rows:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Row:
-        row = dict(self._table[index])
+        row = self._table[index]
         prompt = _without_nulls(row.pop(self._prompt_key))
         if self._system_prompt is not None:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -94,42 +96,6 @@ def hub_dataset(
     return Rows(load_hub(name, subset, split), name, prompt_key, answer_key, system_prompt)
 
 
-def load_files(path: str, split: str) -> Any:
-    """The `datasets.Dataset` of a file or a folder, columns as they are. Raises `ConfigError`."""
-    location = Path(path).expanduser()
-    if not location.exists():
-        raise ConfigError(f"dataset path {path!r} does not exist")
-    if location.is_dir():
-        return _load(path, str(location), split=split)
-    reader = _READERS.get(location.suffix)
-    if reader is None:
-        raise ConfigError(f"dataset file {path!r} ends in {location.suffix!r}, expected one of {', '.join(_READERS)}")
-    if location.stat().st_size == 0:
-        raise ConfigError(f"{path} has no rows")
-    return _load(path, reader, data_files=str(location), split=split)
-
-
-def load_hub(name: str, subset: str | None, split: str) -> Any:
-    """The `datasets.Dataset` of a hub dataset, columns as they are. Raises `ConfigError`."""
-    return _load(name, name, subset, split=split)
-
-
-def _load(source: str, *args: Any, **kwargs: Any) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return load_dataset(*args, **kwargs)
-    except (DatasetsError, ValueError, OSError) as error:
-        # The library reports a wrong name, subset, split or file and a missing network by these; none can be retried.
-        raise ConfigError(f"dataset {source!r} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause) or type(cause).__name__).strip().splitlines()[0]
-
-
 def _missing_column(source: str, key: str, column: str, columns: Sequence[str]) -> str:
     return f"{source} has no column {column} ({key}){nearest(column, columns)}"
 
@@ -149,13 +115,21 @@ class PromptStream:
     A resumed run that asks for position i gets the prompt that the interrupted run got.
     """
 
-    def __init__(self, rows: Dataset, tokenizer: Any, max_prompt_tokens: int, seed: int = 0) -> None:
-        """`tokenizer` is a Hugging Face tokenizer or processor-like object with `apply_chat_template`."""
+    def __init__(
+        self,
+        rows: Dataset,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        seed: int = 0,
+        image_processor: ImageProcessor | None = None,
+    ) -> None:
+        """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None where the model takes no images."""
         if len(rows) == 0:
             raise ConfigError("the dataset has no rows")
         self._rows = rows
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
+        self._image_processor = image_processor
         # Two epochs: a step may straddle their boundary.
         self._permutation = lru_cache(maxsize=2)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(rows))
@@ -178,8 +152,11 @@ class PromptStream:
         columns = dict(self._rows[index])
         if "prompt" not in columns:
             raise ConfigError(_missing_column(f"dataset row {index}", "prompt", "prompt", list(columns)))
-        source = columns.pop("prompt")
-        token_ids = encode_prompt(self._tokenizer, source)
+        try:
+            source, images = take_images(columns)
+            token_ids = self._encode(source, images)
+        except ValueError as error:
+            raise ConfigError(f"dataset row {index}: {error}") from error
         if not token_ids:
             raise ConfigError(f"dataset row {index} has an empty prompt")
         if len(token_ids) > self._max_prompt_tokens:
@@ -187,7 +164,21 @@ class PromptStream:
                 f"dataset row {index} has a prompt of {len(token_ids)} tokens, more than "
                 f"max_prompt_tokens={self._max_prompt_tokens}"
             )
-        return Prompt(id=prompt_id, token_ids=token_ids, source=source, columns=columns)
+        return Prompt(id=prompt_id, token_ids=token_ids, source=source, columns=columns, images=images)
+
+    def _encode(self, source: str | list[dict[str, Any]], images: tuple[bytes, ...]) -> tuple[int, ...]:
+        if self._image_processor is None:
+            if images:
+                raise ConfigError(f"it has {len(images)} images, and the model takes none")
+            return encode_prompt(self._tokenizer, source)
+        return self._image_processor.encode(as_messages(source), images)
+
+
+def as_messages(source: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A string is what a user says. Raises `ConfigError` for what is neither string nor messages."""
+    if not isinstance(source, str | list):
+        raise ConfigError(f"a prompt is a {type(source).__name__}, expected a string or a list of chat messages")
+    return [{"role": "user", "content": source}] if isinstance(source, str) else source
 
 
 def encode_prompt(tokenizer: Any, source: str | list[dict[str, Any]]) -> tuple[int, ...]:
@@ -196,12 +187,10 @@ def encode_prompt(tokenizer: Any, source: str | list[dict[str, Any]]) -> tuple[i
     A string is a user message where the tokenizer has a chat template, and plain text where it has none.
     Raises `ConfigError` for chat messages without a template and for what is neither string nor messages.
     """
-    if not isinstance(source, str | list):
-        raise ConfigError(f"a prompt is a {type(source).__name__}, expected a string or a list of chat messages")
+    messages = as_messages(source)
     if tokenizer.chat_template is None:
         if isinstance(source, str):
             return tuple(tokenizer(source)["input_ids"])
         raise ConfigError("the dataset's prompts are chat messages, but the tokenizer has no chat template")
-    messages = [{"role": "user", "content": source}] if isinstance(source, str) else source
     encoding = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
     return tuple(encoding["input_ids"])

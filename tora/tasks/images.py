@@ -83,10 +83,10 @@ class ImageProcessor:
         )
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._video_token_id in ids:
-            raise ConfigError("a prompt holds a video placeholder; prompts carry text and images only")
+            raise ConfigError("its prompt has a video placeholder; prompts carry text and images, no videos")
         found = ids.count(self.image_token_id)
         if found != len(images):
-            raise ConfigError(f"a prompt has {found} image placeholders in its text, and {len(images)} images")
+            raise ConfigError(f"its prompt has {found} image placeholders, and there are {len(images)} images")
         counts = (self.num_tokens(image) for image in images)
         return tuple(token for t in ids for token in ([t] * next(counts) if t == self.image_token_id else [t]))
 

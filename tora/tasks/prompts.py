@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tora.components import instantiate
-from tora.config import RunConfig
+from tora.config import Component, RunConfig
+from tora.errors import ConfigError
 from tora.tasks.dataset import PromptStream
+from tora.tasks.images import ImageProcessor, has_image_processor
 from tora.tasks.text import load_tokenizer, stop_token_ids
 from tora.types import Prompt, Sampling
 
@@ -18,13 +20,26 @@ class RunPrompts:
     def __init__(self, cfg: RunConfig) -> None:
         model = Path(cfg.model.path)
         self.tokenizer = load_tokenizer(model)
-        stream = PromptStream(instantiate(cfg.dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed)
-        self.at: Callable[[int], Prompt] = stream.prompt
+        images = _image_processor(model, cfg.rollout.max_pixels)
+        self.image_token = None if images is None else images.image_token_id
+
+        def stream_of(dataset: Component) -> PromptStream:
+            return PromptStream(instantiate(dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed, images)
+
+        self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt
         self.held_out: list[Prompt] = []
         if cfg.eval is not None:
-            held_out = PromptStream(instantiate(cfg.eval.dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed)
-            self.held_out = held_out.sequential(cfg.eval.num_prompts)
+            self.held_out = stream_of(cfg.eval.dataset).sequential(cfg.eval.num_prompts)
         stop = stop_token_ids(model, self.tokenizer)
         self.sampling = Sampling(cfg.max_generated_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop)
         eval_temperature = cfg.eval.temperature if cfg.eval else 0.0
         self.eval_sampling = Sampling(cfg.max_generated_tokens, eval_temperature, stop_token_ids=stop)
+
+
+def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:
+    """None for a text model. Errors: ConfigError for a limit that nothing would heed."""
+    if has_image_processor(model):
+        return ImageProcessor(model, max_pixels)
+    if max_pixels is not None:
+        raise ConfigError(f"rollout.max_pixels={max_pixels} needs a model that takes images, and {model} takes none")
+    return None

@@ -1,0 +1,97 @@
+"""Images on their way into vLLM 0.32: its arguments for a model that takes them, and a request as it wants it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from tora.tasks.images import decode
+
+if TYPE_CHECKING:
+    from vllm.inputs import EngineInput
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+
+def image_args(model_path: str, *, max_pixels: int | None, adapt_vision: bool) -> dict[str, Any]:
+    """Of vLLM's `EngineArgs`; none for a text model. `adapt_vision`: the tower and its mergers carry adapters."""
+    if "vision_config" not in _config(model_path):
+        return {}
+    args: dict[str, Any] = {
+        "limit_mm_per_prompt": {"video": 0},
+        "enable_tower_connector_lora": adapt_vision,
+        # On the device it would round otherwise than the processor does, whose pixels the learner takes.
+        "mm_device_do_normalize": False,
+        # A prompt's samples share its pixels without it, and otherwise it grows to 4 GiB.
+        "mm_processor_cache_gb": 0,
+    }
+    if max_pixels is not None:
+        args["mm_processor_kwargs"] = {"images_kwargs": {"max_pixels": max_pixels}}
+    return args
+
+
+def vision_linears(model_path: str) -> list[str]:
+    """vLLM's names of all linear layers of Qwen3-VL's vision tower and mergers.
+
+    Whole names, because vLLM takes a bare `proj` for the patch embedding's convolution too, and refuses that.
+    Errors: ValueError for a text model.
+    """
+    vision = _config(model_path).get("vision_config")
+    if vision is None:
+        raise ValueError(f"{model_path} holds a model without a vision tower, which could carry an adapter")
+    blocks = [f"visual.blocks.{i}" for i in range(vision["depth"])]
+    deep = [f"visual.deepstack_merger_list.{i}" for i in range(len(vision["deepstack_visual_indexes"]))]
+    attention = [f"{block}.attn.{leaf}" for block in blocks for leaf in ("qkv", "proj")]
+    owners = [*(f"{block}.mlp" for block in blocks), "visual.merger", *deep]
+    return attention + [f"{owner}.{leaf}" for owner in owners for leaf in ("linear_fc1", "linear_fc2")]
+
+
+def _config(model_path: str) -> dict[str, Any]:
+    return json.loads(Path(model_path, "config.json").read_text())
+
+
+class EngineInputs:
+    """From expanded token ids and encoded images to what vLLM's `add_request` takes."""
+
+    def __init__(self, llm: LLMEngine) -> None:
+        self._renderer = llm.renderer
+        self._image_token: int | None = getattr(llm.model_config.hf_config, "image_token_id", None)
+        self._lock = Lock()  # the processor's tokenizer does not like two threads at once
+
+    def __call__(
+        self, token_ids: Sequence[int], images: Sequence[bytes], completion: Sequence[int] = ()
+    ) -> EngineInput:
+        """`completion` follows the prompt; a placeholder in there stands for no image.
+
+        Errors: ValueError where vLLM's processor makes other token ids of the images than the prompt has.
+        """
+        from vllm.inputs import tokens_input
+
+        if not images:
+            return tokens_input([*token_ids, *completion])
+        if self._image_token is None:
+            raise ValueError(f"a prompt has {len(images)} images, and the engine's model takes none")
+        short = collapsed(token_ids, self._image_token)
+        if short.count(self._image_token) != len(images):
+            raise ValueError(f"a prompt has {len(images)} images and {short.count(self._image_token)} places for them")
+        pictures = [decode(image) for image in images]
+        prompt: Any = {"prompt_token_ids": short, "multi_modal_data": {"image": pictures}}
+        with self._lock:
+            made: Any = self._renderer.render_cmpl([prompt])[0]
+        found = list(made["prompt_token_ids"])
+        if found != list(token_ids):
+            raise ValueError(
+                f"vLLM expands a prompt with {len(images)} images to {len(found)} tokens, which has {len(token_ids)}: "
+                "the processors or their limits of pixels differ"
+            )
+        made["prompt_token_ids"] = [*found, *completion]
+        return made
+
+
+def collapsed(token_ids: Sequence[int], image_token: int) -> list[int]:
+    """Each run of placeholders as one, which is what vLLM expands."""
+    runs = ((token, list(run)) for token, run in groupby(token_ids))
+    return [token for token, run in runs for token in (run[:1] if token == image_token else run)]

@@ -1,0 +1,88 @@
+"""Handwritten digits to read or to add: scikit-learn's 1,797 real pictures of 8x8 grey values, one or two to an image.
+
+Every fourth picture is held out, so that no seed ever lets one of them into training.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from tora.errors import ConfigError
+from tora.tasks.image_rows import encoded
+
+QUESTIONS = {1: "Which digit is this?", 2: "What is the sum of the two digits?"}
+_SPLITS = ("train", "test")
+_SCALE = 8
+
+
+class Digits:
+    """Rows `{prompt, images, answer}`, drawn independently; an image is made when its row is asked for."""
+
+    def __init__(self, split: str, num_rows: int, count: int, seed: int) -> None:
+        rng = random.Random(f"digits/{split}/{count}/{seed}")
+        self._draws = [draw(rng, split, count) for _ in range(num_rows)]
+
+    def __len__(self) -> int:
+        return len(self._draws)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        indices = self._draws[index]
+        parts = [{"type": "image"}, {"type": "text", "text": QUESTIONS[len(indices)]}]
+        prompt = [{"role": "user", "content": parts}]
+        return {"prompt": prompt, "images": [picture(indices)], "answer": str(sum(values(indices)))}
+
+
+def digits(split: str = "train", num_rows: int = 4096, count: int = 2, seed: int = 0) -> Digits:
+    """`count` digits side by side: read one, add two. Score it with `answer_tag`.
+
+    Raises `ConfigError` for an unknown split, no rows, or another count.
+    """
+    if split not in _SPLITS:
+        raise ConfigError(f"digits: split is {split!r}, expected one of {', '.join(_SPLITS)}")
+    if num_rows < 1:
+        raise ConfigError(f"digits: num_rows is {num_rows}, expected at least 1")
+    if count not in QUESTIONS:
+        raise ConfigError(f"digits: count is {count}, expected 1 or 2")
+    return Digits(split, num_rows, count, seed)
+
+
+def draw(rng: random.Random, split: str, count: int) -> tuple[int, ...]:
+    """Indices of a split's pictures, drawn uniformly."""
+    pool = pictures_of(split)
+    return tuple(rng.choice(pool) for _ in range(count))
+
+
+@lru_cache
+def pictures_of(split: str) -> tuple[int, ...]:
+    """1,347 for `train`, 450 for `test`."""
+    held_out = split == "test"
+    return tuple(i for i in range(len(_load()[1])) if (i % 4 == 0) == held_out)
+
+
+def values(indices: tuple[int, ...]) -> list[int]:
+    labels = _load()[1]
+    return [int(labels[i]) for i in indices]
+
+
+@lru_cache(maxsize=2048)
+def picture(indices: tuple[int, ...]) -> bytes:
+    """A PNG of 64 x 64 pixels for each digit, from left to right."""
+    from PIL import Image
+
+    grey_HW = np.concatenate([_load()[0][i] for i in indices], axis=1)
+    small = Image.fromarray((grey_HW * 255 / 16).astype(np.uint8))
+    size = small.width * _SCALE, small.height * _SCALE
+    return encoded(small.resize(size, Image.Resampling.BILINEAR))
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[np.ndarray, np.ndarray]:
+    """Pictures [1797, 8, 8] from 0 to 16, and their labels."""
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    return bunch.images, bunch.target

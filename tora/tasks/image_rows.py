@@ -1,0 +1,149 @@
+"""Dataset rows with images: chat messages with bare placeholders, and the encoded files that these stand for.
+
+An image may stand in its message, `{"type": "image", "image": ...}`, or in the row's column `images` or `image`. A
+column's images fill the bare placeholders in order; where there is none, they precede the first user message's text.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tora.errors import ConfigError, nearest
+
+Messages = list[dict[str, Any]]
+_PLACEHOLDER = {"type": "image"}
+_PAYLOADS = ("image", "image_url", "url", "path")
+_PART_TYPES = ("text", "image", "image_url")
+_VIDEO = "prompts carry text and images, no videos"
+
+
+def take_images(row: dict[str, Any]) -> tuple[str | Messages, tuple[bytes, ...]]:
+    """Takes `prompt` and the columns of images out of a row. A prompt without images stays as it is.
+
+    Errors: ConfigError for a video, an image that cannot be had, a part of an unknown type, and where a column's images
+    are not as many as the placeholders for them.
+    """
+    if row.pop("videos", None) or row.pop("video", None):
+        raise ConfigError(f"it has a video; {_VIDEO}")
+    source = row.pop("prompt")
+    column = [encoded(image) for image in _column(row)]
+    if isinstance(source, str):
+        if not column:
+            return source, ()
+        source = [{"role": "user", "content": source}]
+    if not isinstance(source, list):
+        return source, ()  # no prompt at all, which whoever tokenises it says
+    if column and not any(part.get("type") in _PART_TYPES[1:] for part in _parts(source)):
+        source = _with_placeholders(source, len(column))
+    left = iter(column)
+    images: list[bytes] = []
+    messages = [_without_images(message, left, images) for message in source]
+    if len(rest := list(left)):
+        raise ConfigError(f"its prompt has placeholders for {len(column) - len(rest)} of its {len(column)} images")
+    return messages, tuple(images)
+
+
+def encoded(image: Any) -> bytes:
+    """An encoded file from: such bytes, a path, a data URL, a Pillow image, or what `datasets` keeps of an image.
+
+    Errors: ConfigError for anything else, a file that is not there, and an address on the web.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, Mapping):  # the `Image` feature of `datasets`: {"bytes", "path"}, either of them null
+        return encoded(next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None))
+    if isinstance(image, str) and image.startswith("data:"):
+        return _of_data_url(image)
+    if isinstance(image, str) and "://" in image:
+        raise ConfigError(f"image {image[:80]!r} is on the web; Tora reads files, so download it first")
+    if isinstance(image, str | Path):
+        path = Path(image).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"image {str(image)[:200]!r} is not a file")
+        return path.read_bytes()
+    if hasattr(image, "convert") and hasattr(image, "save"):
+        return _png(image)
+    raise ConfigError(f"an image is a {type(image).__name__}, expected bytes, a path, a data URL or a Pillow image")
+
+
+def _column(row: dict[str, Any]) -> list[Any]:
+    images, image = row.pop("images", None), row.pop("image", None)
+    if images is not None and image is not None:
+        raise ConfigError("it has both a column images and a column image")
+    found = image if images is None else images
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def _parts(messages: Messages) -> Iterator[dict[str, Any]]:
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            yield from message["content"]
+
+
+def _with_placeholders(messages: Messages, count: int) -> Messages:
+    """As TRL does: before what the first user message says."""
+    for i, message in enumerate(messages):
+        if message.get("role") == "user":
+            content = message["content"]
+            said = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            return [*messages[:i], {**message, "content": [_PLACEHOLDER] * count + said}, *messages[i + 1 :]]
+    raise ConfigError("it has images and no user message")
+
+
+def _without_images(message: dict[str, Any], left: Iterator[bytes], images: list[bytes]) -> dict[str, Any]:
+    """The message with bare placeholders; their images, given in the message or next in the column, go to `images`."""
+    if not isinstance(message.get("content"), list):
+        return message
+    parts = []
+    for part in message["content"]:
+        kind = part.get("type")
+        if kind in ("image", "image_url"):
+            images.append(_image_of(part, left))
+            part = _PLACEHOLDER
+        elif kind != "text":
+            reason = _VIDEO if "video" in str(kind) else nearest(str(kind), _PART_TYPES).removeprefix("; ")
+            raise ConfigError(f"its prompt has a part of type {kind!r}; {reason}")
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _image_of(part: dict[str, Any], left: Iterator[bytes]) -> bytes:
+    if part.get("base64") is not None:
+        return _of_base64(part["base64"])
+    given = next((part[key] for key in _PAYLOADS if part.get(key) is not None), None)
+    if given is not None:
+        is_openai = isinstance(given, Mapping) and "url" in given
+        return encoded(given["url"] if is_openai else given)
+    image = next(left, None)
+    if image is None:
+        raise ConfigError("its prompt has more placeholders than it has images")
+    return image
+
+
+def _of_data_url(url: str) -> bytes:
+    head, comma, data = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ConfigError(f"image {url[:40]!r} is not of the form data:image/png;base64,...")
+    return _of_base64(data)
+
+
+def _of_base64(data: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ConfigError(f"image {data[:40]!r} is not base64: {error}") from error
+
+
+def _png(image: Any) -> bytes:
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
