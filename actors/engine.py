@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,14 +64,17 @@ class VLLMEngine:
         gpu_memory_utilization: float,
         kv_cache_gib: float,
         enforce_eager: bool,
+        uses: ExitStack | None = None,
     ) -> None:
         """Blocks until vLLM is up. It seeds this process's random generators with `seed`.
 
         `max_model_len`: tokens of prompt and completion, the model's own where None. `lora_targets`: linear layers of
         the decoder; `adapt_vision` adds all of the vision tower's. `max_pixels`: of an image, as in `ImageProcessor`.
-        `gpu_memory_utilization` is a share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. Errors: ValueError
-        for an impossible argument, RolloutError where vLLM does not start.
+        `gpu_memory_utilization` is a share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. `uses` is closed
+        once vLLM has ended, for what lies behind `model_path`. Errors: ValueError for an impossible argument,
+        RolloutError where vLLM does not start.
         """
+        self._uses = uses or ExitStack()
         self._update = update
         self._commands: deque[_Ask | _Load] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
@@ -105,6 +109,7 @@ class VLLMEngine:
             started.result()
         except BaseException:
             self._environment.restore_own()
+            self._uses.close()
             raise
         finally:
             self._environment.restore_others()
@@ -176,6 +181,7 @@ class VLLMEngine:
             self._wake.notify_all()
         self._thread.join(_END_SECONDS)
         self._environment.restore_own()
+        self._uses.close()
 
     def _check(self, token_ids: tuple[int, ...], num_new: int) -> None:
         if len(token_ids) == 0:

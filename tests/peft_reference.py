@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,6 +145,7 @@ def start_engine(
     max_pixels: int | None = None,
     update: WeightUpdate | None = None,
     dtype: Literal["bf16", "fp32"] = "fp32",
+    uses: ExitStack | None = None,
 ) -> VLLMEngine:
     """Two slots, unless `update` says otherwise."""
     return VLLMEngine(
@@ -159,6 +161,7 @@ def start_engine(
         gpu_memory_utilization=0.3,
         kv_cache_gib=0.02,
         enforce_eager=True,
+        uses=uses,
     )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from tora.adapters.inject import LAYERS, adapter_layers, load_wire, snapshot
 from tora.adapters.snapshot import unpack
 from tora.config_loader import load_config
 from tora.errors import ConfigError
-from tora.models.dequantized import dequantized_folder
+from tora.models.dequantized import dequantized_folder, in_use
 from tora.models.load import load_decoder
 from tora.models.quantize import FrozenLinear, dequantize, frozen_linear, quantize, row_slabs, scaler_block_size
 
@@ -289,6 +292,24 @@ def test_a_dequantised_folder_is_whole_kept_and_keyed(tmp_path: Path) -> None:
     assert len({folder, *others}) == 3
 
 
+def test_the_last_to_use_a_dequantised_folder_deletes_it(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    code = (
+        "import time; from pathlib import Path; from tora.models.dequantized import in_use\n"
+        f"with in_use(Path({str(cache)!r})): print('in', flush=True); time.sleep(60)"
+    )
+    with in_use(cache):
+        with in_use(cache):
+            (cache / "model.safetensors").write_bytes(b"weights")
+        assert (cache / "model.safetensors").exists(), "somebody still reads it"
+        other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert other.stdout and other.stdout.readline() == "in\n"
+        other.kill()
+        other.wait()
+        assert cache.exists()
+    assert not cache.exists(), "a process that was killed holds nobody up"
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text_model(tmp_path_factory.mktemp("served") / "base", "qwen2")
@@ -299,12 +320,14 @@ def served(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[tuple[s
     pytest.importorskip("vllm")
     from test_vllm_engine import start_engine
 
-    folder = checkpoint
+    folder, cache, uses = checkpoint, checkpoint.parent / "cache", ExitStack()
     if request.param == "dequantized":
-        folder = dequantized_folder(checkpoint, checkpoint.parent / "cache", dtype=torch.float32, device=CPU)
-    engine = start_engine(folder)
+        uses.enter_context(in_use(cache))
+        folder = dequantized_folder(checkpoint, cache, dtype=torch.float32, device=CPU)
+    engine = start_engine(folder, uses=uses)
     yield request.param, engine
     engine.close()
+    assert not cache.exists(), "whoever wrote the folder deletes it"
 
 
 @pytest.mark.parametrize("lora_type", ["lora", "dora_cache"])

@@ -100,7 +100,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
-        "what", choices=("learner", "rollout", "sync", "table"), help="rollout and table also generate; sync needs vLLM"
+        "what",
+        choices=("learner", "rollout", "sync", "table", "async"),
+        help="rollout and table also generate; sync needs vLLM; async simulates the asynchronous schedule",
     )
     bench.add_argument("--config", help="a config whose model's shapes to take, or tiny or small")
     bench.add_argument("--json", metavar="FILE", help="write the rows there")
@@ -119,12 +121,21 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         "rounds": "rounds measured",
     }.items():
         bench.add_argument(f"--{name}", type=int, help=of)
+    simulated = bench.add_argument_group("async", "the real loop, pool and buffer around sleeping workers and learner")
+    simulated.add_argument("--actors", type=int, default=16, help="rollout workers")
+    simulated.add_argument("--gen-latency", type=float, default=0.2, metavar="SECONDS", help="of a group, on average")
+    simulated.add_argument("--learn-latency", type=float, default=0.2, metavar="SECONDS", help="of a step")
+    simulated.add_argument("--jitter", type=float, default=0.0, help="of the seconds a group: deviation of their log")
+    simulated.add_argument("--staleness", type=int, default=1, help="max_staleness")
+    simulated.add_argument("--steps", type=int, default=20, help="steps timed")
     bench.set_defaults(command=_bench)
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from tora.bench.command import run
-
+    if args.what == "async":
+        from tora.bench.simulate import run
+    else:
+        from tora.bench.command import run
     return run(args)
 
 

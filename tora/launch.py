@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -134,18 +134,22 @@ def _worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
 
 
 _ROLLOUT_BASE = "rollout_base"
-"""In `output_dir` while the run lasts: a worker that is restarted, or a run that is resumed, needs it again."""
+"""In `output_dir` while the run lasts, on every machine where that is another folder."""
 
 
-def _rollout_base(cfg: RunConfig) -> str:
-    """The folder that vLLM loads its base from: the learner's own weights, unless the config says otherwise."""
+def _rollout_base(cfg: RunConfig, uses: ExitStack) -> str:
+    """The folder that vLLM loads its base from: the learner's own weights, unless the config says otherwise.
+
+    It may be deleted once `uses` is closed.
+    """
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
     from learner.model import DTYPES, device_of
     from learner.parallel import World
-    from tora.models.dequantized import dequantized_folder
+    from tora.models.dequantized import dequantized_folder, in_use
 
     cache, device = Path(cfg.output_dir) / _ROLLOUT_BASE, device_of(cfg, World.from_environment().local_rank)
+    uses.enter_context(in_use(cache))
     return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device))
 
 
@@ -153,8 +157,10 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
     from actors.engine import VLLMEngine
     from actors.weight_updates import BetweenRollouts, InFlight
 
+    uses = ExitStack()
     return VLLMEngine(
-        _rollout_base(cfg),
+        _rollout_base(cfg, uses),
+        uses=uses,
         dtype=cfg.rollout.dtype or cfg.dtype,
         max_model_len=cfg.rollout.max_model_len,
         lora_rank=cfg.model.lora_rank,

@@ -10,6 +10,8 @@ import fcntl
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +42,23 @@ def dequantized_folder(source: Path, cache: Path, *, dtype: torch.dtype, device:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # an engine is about to measure what is free
     return final
+
+
+@contextmanager
+def in_use(cache: Path) -> Iterator[None]:
+    """While this lasts, others on this file system leave `cache` alone; the last one out deletes it.
+
+    A process that is killed is out too, and deletes nothing: another one that uses the folder will, or the run's end.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".users").open("w") as users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            with suppress(BlockingIOError):  # there are others
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(cache, ignore_errors=True)
 
 
 def _key(source: Path, dtype: torch.dtype, device: torch.device) -> str:

@@ -1,0 +1,250 @@
+"""`tora bench async`: the real loop, pool and buffer around workers and a learner that only sleep.
+
+The same run twice, under `max_staleness` and under 0, which is the synchronous schedule: throughput and staleness of
+the one over the other are what the schedule alone is worth. And once more with nobody sleeping at all: what is left
+is the time that loop, pool and buffer take for themselves.
+
+The batch is as large as the workers' capacity, so that one wave of groups makes one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from actors.pool import AsyncRollouts
+from tora.bench.rows import write_json
+from tora.canary import Canary
+from tora.config import ModelConfig, RolloutConfig, RunConfig, SyncConfig
+from tora.errors import ConfigError
+from tora.loop import train
+from tora.metrics import NoLog
+from tora.run_state import Checkpoints, RunState
+from tora.types import (
+    Group,
+    MicroBatch,
+    PolicySnapshot,
+    Prompt,
+    Rollout,
+    ScoreRequest,
+    StepResult,
+    SyncReport,
+    TrainBatch,
+)
+
+_GROUP, _TOKENS = 8, 64
+"""Rollouts of a group and tokens of a rollout: the loop packs them into batches like real ones."""
+_WARM_UP = 3
+"""Steps that are not timed, until the pipeline is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    num_actors: int
+    """Workers; each runs one group at a time."""
+    gen_latency: float
+    """Seconds a group, on average."""
+    learn_latency: float
+    """Seconds a step."""
+    jitter: float
+    """Of the seconds a group: the standard deviation of their logarithm."""
+    num_steps: int
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Measured:
+    """One run of a scenario, after the warm-up."""
+
+    max_staleness: int
+    num_actors: int
+    num_groups: int
+    seconds: float
+    groups_per_s: float
+    overhead_ms: float | None
+    """A group, in a run where nobody sleeps; None where somebody did."""
+    staleness: dict[int, float] = field(default_factory=dict)
+    """Share of the groups trained at each staleness."""
+
+
+class SleepingWorker:
+    """A rollout worker without an engine. Thousands fit into one process, because only coroutines sleep."""
+
+    def __init__(self, scenario: Scenario, number: int) -> None:
+        self._scenario, self._random = scenario, random.Random(f"{scenario.seed} {number}")
+        self._version = 0
+
+    def _seconds(self) -> float:
+        sigma = self._scenario.jitter
+        return self._scenario.gen_latency * math.exp(self._random.gauss(-sigma * sigma / 2, sigma))
+
+    async def run_group(self, prompt: Prompt) -> Group:
+        version = self._version
+        await asyncio.sleep(self._seconds())
+        return Group(prompt, tuple(_rollout(float(i % 2), version) for i in range(_GROUP)))
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        return [await self.run_group(prompt) for prompt in prompts]
+
+    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]:
+        return [np.zeros(len(request.completion), np.float32) for request in requests]
+
+    async def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+        self._version = snapshot.version
+        return SyncReport(snapshot.version, 0, 0.0, "", 0)
+
+    def close(self) -> None: ...
+
+
+class SleepingLearner:
+    """Counts what it is given, and when."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._version = seconds, 0
+        self.staleness: Counter[int] = Counter()
+        """Groups by how many versions old they were, after the warm-up."""
+        self.ends: list[float] = []
+        """Of each step, by the clock."""
+
+    def step(self, batch: TrainBatch) -> StepResult:
+        if self._version >= _WARM_UP:
+            for micro in batch.micro_batches:
+                self.staleness.update((self._version - _versions(micro)).tolist())
+        time.sleep(self._seconds)
+        self._version += 1
+        self.ends.append(time.perf_counter())
+        return StepResult(self._version, {})
+
+    def snapshot(self) -> PolicySnapshot:
+        return PolicySnapshot(self._version, (), np.empty(0, np.uint8), "")
+
+    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+        return np.zeros(len(batch.targets_N), np.float32)
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None: ...
+
+
+def _rollout(reward: float, version: int) -> Rollout:
+    return Rollout(
+        token_ids=np.arange(_TOKENS),
+        actor_logprobs=np.zeros(_TOKENS, np.float32),
+        versions=np.full(_TOKENS, version),
+        stopped=True,
+        text="",
+        reward=reward,
+        reward_parts={"simulated": reward},
+    )
+
+
+def _versions(micro: MicroBatch) -> np.ndarray:
+    """Of each group: its oldest token's, by which the run's own `staleness/max` goes."""
+    oldest_P = np.full(micro.groups_B.max() + 1, np.iinfo(np.int64).max)
+    np.minimum.at(oldest_P, micro.groups_B[micro.sequence_N], micro.versions_N)
+    return oldest_P[np.unique(micro.groups_B)]
+
+
+def simulate(scenario: Scenario, max_staleness: int) -> Measured:
+    cfg = _config(scenario, max_staleness)
+    workers = [SleepingWorker(scenario, number) for number in range(scenario.num_actors)]
+    learner = SleepingLearner(scenario.learn_latency)
+    rollouts = AsyncRollouts(cfg, workers, _prompt, [], {}, version=0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
+            checkpoints = Checkpoints(Path(scratch), keep=1)
+            train(cfg, learner, rollouts, Canary.of(cfg, [_prompt(0)]), NoLog(), checkpoints, RunState(), lambda: False)
+    finally:
+        rollouts.close()
+    num_groups = cfg.batch_size * scenario.num_steps
+    seconds = learner.ends[-1] - learner.ends[_WARM_UP - 1]
+    idle = scenario.gen_latency + scenario.learn_latency
+    total = sum(learner.staleness.values())
+    return Measured(
+        max_staleness=max_staleness,
+        num_actors=scenario.num_actors,
+        num_groups=num_groups,
+        seconds=seconds,
+        groups_per_s=num_groups / seconds,
+        overhead_ms=None if idle else 1000 * seconds / num_groups,
+        staleness={age: count / total for age, count in sorted(learner.staleness.items())},
+    )
+
+
+def _config(scenario: Scenario, max_staleness: int) -> RunConfig:
+    return RunConfig(
+        name="simulation",
+        async_rl=True,
+        max_staleness=max_staleness,
+        num_steps=_WARM_UP + scenario.num_steps,
+        batch_size=scenario.num_actors,
+        grpo_samples=_GROUP,
+        max_generated_tokens=_TOKENS,
+        micro_batch_tokens=1 << 30,  # a step is one micro-batch: no group is spread over several
+        model=ModelConfig(path=""),
+        dataset={},
+        rewards=[],
+        rollout=RolloutConfig(num_workers=scenario.num_actors, concurrency=1),
+        sync=SyncConfig(canary_every=0),
+    )
+
+
+def _prompt(prompt_id: int) -> Prompt:
+    return Prompt(prompt_id, tuple(range(_TOKENS)), "", {})
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Errors: ConfigError for arguments that make no run."""
+    for name, least in {
+        "actors": 1,
+        "steps": 1,
+        "staleness": 0,
+        "gen_latency": 0,
+        "learn_latency": 0,
+        "jitter": 0,
+    }.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
+    scenario = Scenario(args.actors, args.gen_latency, args.learn_latency, args.jitter, args.steps)
+    asleep = simulate(scenario, args.staleness)
+    synchronous = simulate(scenario, 0)
+    awake = simulate(Scenario(args.actors, 0.0, 0.0, 0.0, max(args.steps, 20)), args.staleness)
+    _show(scenario, asleep, synchronous, awake)
+    if args.json is not None:
+        write_json([asleep, synchronous, awake], Path(args.json))
+    return 0
+
+
+def _show(scenario: Scenario, asynchronous: Measured, synchronous: Measured, awake: Measured) -> None:
+    s = scenario
+    title = f"{s.num_actors} workers, {s.gen_latency:g} s a group (jitter {s.jitter:g}), {s.learn_latency:g} s a step"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("schedule")
+    for heading in ("groups/s", "s/step", "against sync", "groups by staleness"):
+        table.add_column(heading, justify="right")
+    for name, run in (("synchronous", synchronous), (f"max_staleness {asynchronous.max_staleness}", asynchronous)):
+        table.add_row(
+            name,
+            f"{run.groups_per_s:,.0f}",
+            f"{run.seconds / scenario.num_steps:.3f}",
+            f"{run.groups_per_s / synchronous.groups_per_s:.2f}",
+            "  ".join(f"{age}: {share:.0%}" for age, share in run.staleness.items()),
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"Loop, pool and buffer by themselves: {awake.overhead_ms:.2f} ms a group.", highlight=False)
