@@ -24,6 +24,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 _OWN = ("tora", "actors", "learner")
 _Definition = ast.FunctionDef | ast.ClassDef | None
 """None: a name that is bound in a way whose arguments cannot be read off, such as an assignment."""
+_Bindings = dict[str, "_Definition | str"]
+"""What a module binds at its top; a name imported from our own packages stands for its dotted path."""
 
 
 def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
@@ -69,8 +71,8 @@ def check_component(component: Component, key: str) -> None:
 
     `key` is where the component stands in the config. Raises `ConfigError`.
     """
-    path, definition = _definition_of(component, key)
-    names = _parameters(definition)
+    path, definition, bound = _definition_of(component, key)
+    names = _parameters(definition, bound)
     if names is not None:
         own = {name: value for name, value in component.items() if name != "_component_"}
         _refuse_unknown(path, own, names, key)
@@ -81,17 +83,19 @@ def check_reward(component: Component, key: str) -> None:
 
     Its other parameters, `**columns` among them, are what the dataset's rows bring.
     """
-    path, definition = _definition_of(component, key)
+    path, definition, _ = _definition_of(component, key)
     if isinstance(definition, ast.FunctionDef) and not definition.decorator_list:
         own = {name: value for name, value in component.items() if name != "_component_"}
         _refuse_unknown(path, own, ["name", "weight", *(arg.arg for arg in definition.args.kwonlyargs)], key)
 
 
-def _definition_of(component: Component, key: str) -> tuple[str, _Definition]:
-    """The component's path and, in our own packages, its source."""
+def _definition_of(component: Component, key: str) -> tuple[str, _Definition, _Bindings]:
+    """The component's path and, in our own packages, its source and what that knows."""
     path = _path_of(component, key)
-    ours = path.split(".")[0] in _OWN
-    return path, _find(path, join(key, "_component_")) if ours else None
+    if path.split(".")[0] not in _OWN:
+        return path, None, {}
+    definition, bound = _find(path, join(key, "_component_"))
+    return path, definition, bound
 
 
 def _path_of(component: Component, key: str) -> str:
@@ -141,8 +145,8 @@ def _call(
     return target(*args, **own)
 
 
-def _find(path: str, key: str) -> _Definition:
-    """The definition that a dotted path into our own packages names."""
+def _find(path: str, key: str) -> tuple[_Definition, _Bindings]:
+    """The definition that a dotted path into our own packages names, and what its module binds."""
     file, names = _source_of(path)
     if not names:
         raise ConfigError(f"{key}={show(path)} is a module, not something to call.")
@@ -159,7 +163,7 @@ def _find(path: str, key: str) -> _Definition:
     found = bound[names[0]]
     if isinstance(found, str):
         return _find(".".join([found, *names[1:]]), key)
-    return found if len(names) == 1 else None
+    return found if len(names) == 1 else None, bound
 
 
 def _source_of(path: str) -> tuple[Path, list[str]]:
@@ -174,9 +178,8 @@ def _source_of(path: str) -> tuple[Path, list[str]]:
     return place / "__init__.py", names
 
 
-def _bindings(file: Path) -> dict[str, _Definition | str]:
-    """What a module binds at its top; a name imported from our own packages stands for its dotted path."""
-    bound: dict[str, _Definition | str] = {}
+def _bindings(file: Path) -> _Bindings:
+    bound: _Bindings = {}
     for node in ast.parse(file.read_text()).body if file.is_file() else ():
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             bound[node.name] = node
@@ -190,17 +193,28 @@ def _bindings(file: Path) -> dict[str, _Definition | str]:
     return bound
 
 
-def _parameters(definition: _Definition) -> list[str] | None:
+def _parameters(definition: _Definition, bound: _Bindings) -> list[str] | None:
     """Names that the definition takes by keyword; None where any may be, or where only running it would tell."""
     if isinstance(definition, ast.ClassDef):
-        for node in definition.body:
-            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                names = _parameters(node)
-                return None if names is None else names[1:]
-        annotated = [node.target for node in definition.body if isinstance(node, ast.AnnAssign)]
-        is_dataclass = any("dataclass" in ast.unparse(node) for node in definition.decorator_list)
-        fields = [target.id for target in annotated if isinstance(target, ast.Name)]
-        return fields if is_dataclass and not definition.bases else None
+        return _parameters_of_class(definition, bound)
     if definition is None or definition.decorator_list or definition.args.kwarg:
         return None
     return [arg.arg for arg in definition.args.args + definition.args.kwonlyargs]
+
+
+def _parameters_of_class(definition: ast.ClassDef, bound: _Bindings) -> list[str] | None:
+    for node in definition.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            names = _parameters(node, bound)
+            return None if names is None else names[1:]
+    if not any("dataclass" in ast.unparse(node) for node in definition.decorator_list):
+        return None
+    annotated = [node.target for node in definition.body if isinstance(node, ast.AnnAssign)]
+    fields = [target.id for target in annotated if isinstance(target, ast.Name)]
+    for base in definition.bases:
+        found = bound.get(ast.unparse(base))
+        inherited = _parameters(*(_find(found, "") if isinstance(found, str) else (found, bound)))
+        if inherited is None:
+            return None
+        fields += [name for name in inherited if name not in fields]
+    return fields

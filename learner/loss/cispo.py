@@ -6,33 +6,19 @@ Its mean over tokens is `loss_normalization: token`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from learner.loss.inputs import LossInputs
-from learner.loss.objective import LossOutput, check, policy_ratio, total
+from learner.loss.objective import LossOutput, Terms, policy_ratio, total
 
 
 @dataclass(frozen=True)
-class CISPOLoss:
-    """A sg(clip(r)) log π_learner: the clip bounds a token's weight and never takes its gradient away.
-
-    The other fields: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
-    """
+class CISPOLoss(Terms):
+    """A sg(clip(r)) log π_learner: the clip bounds a token's weight and never takes its gradient away."""
 
     clip_low: float = 1.0
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]: at 1 there is no lower bound, as in the paper."""
     clip_high: float = 4.0
     """The paper leaves its value open; a weight of at most 5 is usual."""
-    kl_coeff: float = 0.0
-    kl_type: Literal["k1", "k2", "k3"] | None = None
-    kl_in: Literal["loss", "reward"] = "loss"
-    proximal: Literal["learner", "actor"] = "learner"
-    importance_correction: Literal["none", "token_tis", "token_mask", "sequence_mask"] = "token_tis"
-    importance_low: float | None = None
-    importance_high: float | None = None
-
-    def __post_init__(self) -> None:
-        check(self, self.clip_low, self.clip_high)
 
     def __call__(self, x: LossInputs) -> LossOutput:
         ratio_N = policy_ratio(x).detach()

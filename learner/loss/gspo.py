@@ -6,32 +6,18 @@ Its mean over sequences is `loss_normalization: sequence`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from learner.loss.inputs import LossInputs, sequence_mean
-from learner.loss.objective import LossOutput, check, clipped_surrogate, total
+from learner.loss.objective import LossOutput, Terms, clipped_surrogate, total
 
 
 @dataclass(frozen=True)
-class GSPOLoss:
-    """The clipped surrogate of a sequence's ratio, the geometric mean of its tokens' (eq. 7), at each of its tokens.
-
-    The other fields: see `learner.loss.objective.Terms`. Raises `ConfigError` for values out of range.
-    """
+class GSPOLoss(Terms):
+    """The clipped surrogate of a sequence's ratio, the geometric mean of its tokens' (eq. 7), at each of its tokens."""
 
     clip_low: float = 3e-4
     """The sequence's ratio is clipped to [1 - clip_low, 1 + clip_high]; the bounds are the paper's, section 5.1."""
     clip_high: float = 4e-4
-    kl_coeff: float = 0.0
-    kl_type: Literal["k1", "k2", "k3"] | None = None
-    kl_in: Literal["loss", "reward"] = "loss"
-    proximal: Literal["learner", "actor"] = "learner"
-    importance_correction: Literal["none", "token_tis", "token_mask", "sequence_mask"] = "token_tis"
-    importance_low: float | None = None
-    importance_high: float | None = None
-
-    def __post_init__(self) -> None:
-        check(self, self.clip_low, self.clip_high)
 
     def __call__(self, x: LossInputs) -> LossOutput:
         log_ratio_N = x.learner_logprobs_N - x.proximal_logprobs_N

@@ -5,7 +5,8 @@ Shape letters: N response tokens.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,46 +20,33 @@ LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """The loss of a micro-batch's tokens, and metrics; both add up over a step's micro-batches."""
 
 
-class Terms(Protocol):
-    """The fields that every loss has beside its clip bounds."""
+@dataclass(frozen=True)
+class Terms:
+    """The fields of every loss, which gives the clip bounds values. Raises `ConfigError` for values out of range."""
 
-    @property
-    def kl_coeff(self) -> float:
-        """β; 0 needs no reference."""
-        ...
+    clip_low: float
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    clip_high: float
+    kl_coeff: float = 0.0
+    """β; 0 needs no reference."""
+    kl_type: KLType | None = None
+    """The estimator; null is k3 in the loss and k1 in the reward."""
+    kl_in: KLPlace = "loss"
+    """`reward`: β Σ_t KL_t off a sequence's reward, before the advantages of its group are made."""
+    proximal: Proximal = "learner"
+    """What the clip is around. `learner`: the policy at the start of the step, and the importance correction covers the
+    way there from the actor's: the decoupled objective (Hilton et al. 2021, arXiv:2110.00641; Fu et al. 2025, AReaL,
+    arXiv:2505.24298). `actor`: the policy that sampled, whose ratio is then corrected for and clipped at once, as in
+    PPO."""
+    importance_correction: Correction = "token_tis"
+    """Between learner and actor, see `learner.loss.correction`."""
+    importance_low: float | None = None
+    """Lower bound of the two masks; null is the published one."""
+    importance_high: float | None = None
+    """Upper bound; null is the published one."""
 
-    @property
-    def kl_type(self) -> KLType | None:
-        """The estimator; null is k3 in the loss and k1 in the reward."""
-        ...
-
-    @property
-    def kl_in(self) -> KLPlace:
-        """`reward`: β Σ_t KL_t off a sequence's reward, before the advantages of its group are made."""
-        ...
-
-    @property
-    def proximal(self) -> Proximal:
-        """What the clip is around. `learner`: the policy at the start of the step, and the importance correction covers
-        the way there from the actor's: the decoupled objective (Hilton et al. 2021, arXiv:2110.00641; Fu et al. 2025,
-        AReaL, arXiv:2505.24298). `actor`: the policy that sampled, whose ratio is then corrected for and
-        clipped at once, as in PPO."""
-        ...
-
-    @property
-    def importance_correction(self) -> Correction:
-        """Between learner and actor, see `learner.loss.correction`."""
-        ...
-
-    @property
-    def importance_low(self) -> float | None:
-        """Lower bound of the two masks; null is the published one."""
-        ...
-
-    @property
-    def importance_high(self) -> float | None:
-        """Upper bound; null is the published one."""
-        ...
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 def policy_ratio(x: LossInputs) -> torch.Tensor:
@@ -100,14 +88,23 @@ def total(terms: Terms, x: LossInputs, objective_N: torch.Tensor, is_clipped_N: 
     return loss, metrics
 
 
-def check(terms: Terms, clip_low: float, clip_high: float) -> None:
+@dataclass(frozen=True)
+class TokenClip(Terms):
+    """PPO's clipped surrogate of each token."""
+
+    def __call__(self, x: LossInputs) -> LossOutput:
+        objective_N, is_clipped_N = clipped_surrogate(policy_ratio(x), x.advantages_N, self.clip_low, self.clip_high)
+        return total(self, x, objective_N, is_clipped_N)
+
+
+def _check(terms: Terms) -> None:
     """Raises `ConfigError` for a value that the loss could not mean."""
     _one_of("kl_type", terms.kl_type, (None, *get_args(KLType)))
     _one_of("kl_in", terms.kl_in, get_args(KLPlace))
     _one_of("proximal", terms.proximal, get_args(Proximal))
     _one_of("importance_correction", terms.importance_correction, get_args(Correction))
     low, high = terms.importance_low, terms.importance_high
-    numbers = {"clip_low": clip_low, "clip_high": clip_high, "kl_coeff": terms.kl_coeff}
+    numbers = {"clip_low": terms.clip_low, "clip_high": terms.clip_high, "kl_coeff": terms.kl_coeff}
     for name, value in (numbers | {"importance_low": low or 0, "importance_high": high or 0}).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ConfigError(f"loss.{name}={value} must be a number of at least 0.")
