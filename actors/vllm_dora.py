@@ -64,16 +64,16 @@ class GainLayer(BaseLinearLayerWithLoRA):
         punica_wrapper._token_lora_indices.fill_(-1)
 
     def reset_lora(self, index: int) -> None:
-        """Also called by `set_lora`, before it writes."""
         super().reset_lora(index)
-        self.gain_SO[index] = 1
-        if self.offset_SO is not None:
-            self.offset_SO[index] = 0
-        self._slots_with_gain.discard(index)
+        self.set_gain(index, [None])
 
     def set_gain(self, index: int, gains: Sequence[torch.Tensor | None]) -> None:
-        """One gain [O] float32 per packed part, None for a part without. Call after `set_lora`."""
+        """One gain [O] float32 per packed part, None for a part without."""
         if all(gain is None for gain in gains):
+            self.gain_SO[index] = 1
+            if self.offset_SO is not None:
+                self.offset_SO[index] = 0
+            self._slots_with_gain.discard(index)
             return
         parts = [torch.ones(n) if g is None else g for g, n in zip(gains, self.part_sizes, strict=True)]
         self.gain_SO[index].copy_(torch.cat(parts))

@@ -106,18 +106,28 @@ def slot_of(manager: Any, adapter_id: int) -> int:
 
 
 def write(manager: Any, slot: int, placed: Placed) -> None:
-    """Modules that are absent run as the base."""
+    """Modules that are absent run as the base.
+
+    vLLM's own `set_lora` empties a slot before it fills it, which takes as long again.
+    """
     for name, layer in manager.modules.items():
         parts = placed.get(name)
         if parts is None:
             layer.reset_lora(slot)
             continue
-        lora_a = [None if p is None else p[LORA_A] for p in parts]
-        lora_b = [None if p is None else p[LORA_B] for p in parts]
-        packed = len(parts) > 1
-        # The annotations of vLLM 0.32 deny it, but a packed layer takes None for a part that is not adapted.
-        layer.set_lora(slot, lora_a if packed else lora_a[0], lora_b if packed else lora_b[0])
+        for part, lora_a, lora_b in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+            _fill(lora_a[slot, 0], None if part is None else part[LORA_A], dim=0)
+            _fill(lora_b[slot, 0], None if part is None else part[LORA_B], dim=1)
         layer.set_gain(slot, [None if p is None else p.get(GAIN) for p in parts])
+
+
+def _fill(place: torch.Tensor, tensor: torch.Tensor | None, *, dim: int) -> None:
+    """With the tensor, and beyond its rank along `dim` with zeros."""
+    rank = 0 if tensor is None else tensor.shape[dim]
+    if tensor is not None:
+        place.narrow(dim, 0, rank).copy_(tensor, non_blocking=True)
+    if rank < place.shape[dim]:
+        place.narrow(dim, rank, place.shape[dim] - rank).zero_()
 
 
 def read(manager: Any, slot: int, ranks: Mapping[str, int]) -> dict[str, dict[str, torch.Tensor]]:
