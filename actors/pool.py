@@ -77,7 +77,7 @@ class AsyncRollouts:
         good, late = in_time(state.finished, per_step, bound, version)
         pending = [*state.pending, *(group.prompt.id for _, group in late)]
         self._cursor = PromptCursor(self._prompt_at, RolloutState(state.cursor, pending))
-        self._filter = SignalFilter(int(self._cfg.rollout.max_refills * per_step))
+        self._filter = SignalFilter(self._cfg)
         self._buffer = Buffer(per_step, bound, version=version, finished=good)
         self._again: deque[Slot] = deque()
         self._held = True
@@ -152,27 +152,26 @@ class AsyncRollouts:
                 return
             tokens = len(slot.prompt.token_ids) + self._tokens.mean
             seat.take(slot, tokens)
-            self._spawn(self._run(slot, seat, tokens))
+            self._spawn(self._run(slot, seat, tokens, self._buffer))
 
     def _idlest(self) -> Seat | None:
         free = (seat for seat in self._seats if seat.up and len(seat.slots) < seat.limit)
         return min(free, key=lambda seat: seat.outstanding, default=None)
 
-    async def _run(self, slot: Slot, seat: Seat, tokens: float) -> None:
-        buffer = self._buffer
+    async def _run(self, slot: Slot, seat: Seat, tokens: float, buffer: Buffer) -> None:
+        """`buffer` granted the slot."""
         try:
             group = await seat.run_group(slot, tokens)
+            self._losses_in_a_row = 0
+            self._tokens.add(group.num_tokens)
+            if buffer is self._buffer:  # else the run went back meanwhile, and this group belongs to no history
+                self._put(slot, group)
         except WorkerLost:
             if buffer is self._buffer:
                 self._reruns += 1
                 self._again.append(slot)
         except Exception as error:
             self._fail(error)
-        else:
-            self._losses_in_a_row = 0
-            self._tokens.add(group.num_tokens)
-            if buffer is self._buffer:  # else the run went back meanwhile, and this group belongs to no history
-                self._put(slot, group)
         self._hand_out()
         self._news.set()
 
