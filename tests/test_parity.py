@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import make_text_model
+from tiny import make_text_model, make_vl_model
 
 from tora.cli import main
 from tora.parity import ParityRow
 
 
-def test_every_method_in_both_dtypes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("make", "num_prompts"), [(make_text_model, 4), (make_vl_model, 3)], ids=["text", "vision"])
+def test_every_method_in_both_dtypes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], Path], num_prompts: int
+) -> None:
     pytest.importorskip("vllm")
-    folder = make_text_model(tmp_path)
-    assert main(["doctor", "--parity", str(folder), "--json"]) == 0
+    assert main(["doctor", "--parity", str(make(tmp_path)), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     methods = ["lora", "dora", "qlora", "qdora"]
     assert [(row["dtype"], row["method"]) for row in rows] == [(d, m) for d in ("fp32", "bf16") for m in methods]
     for row in rows:
         exact = row["dtype"] == "fp32"
         assert all((row[f"{what}_max"] < 1e-4) == exact for what in ("sampled", "on", "off"))
-        assert row["effect"] > 0.01 and row["tokens"] == 4 * 4 * 32 and row["holds"]
+        assert row["effect"] > 0.01 and row["tokens"] == num_prompts * 4 * 32 and row["holds"]
 
 
 def test_a_gap_or_an_adapter_without_effect_does_not_hold() -> None:

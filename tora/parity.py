@@ -1,11 +1,13 @@
 """`tora doctor --parity MODEL`: do vLLM and the learner give the same tokens the same log-probs?
 
 A random adapter, whose effect is large enough to be seen, is put into the learner, sent to vLLM as in a run, and vLLM
-samples under it. Both then score what was sampled, with the adapter and without.
+samples under it. Both then score what was sampled, with the adapter and without. A vision model's prompts have no, one
+and two images, and its tower and mergers carry adapters too.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +27,13 @@ from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 from tora.packing import OwnPrompts
 from tora.protocols import Engine
+from tora.tasks.images import ImageProcessor, has_image_processor
 from tora.tasks.text import load_tokenizer
 from tora.types import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest
 
 _TEXTS = ("The capital of France is", "def add(a, b):\n", "Once upon a time", "2 + 2 =")
+_IMAGES = ((), ((96, 64),), ((64, 128), (96, 64)))
+"""Widths and heights of each vision prompt's images; a model's processor may enlarge them."""
 _SAMPLES, _NEW_TOKENS = 4, 32
 _BOUNDS = {"fp32": 1e-4, "bf16": 0.1}
 """Of the mean gap."""
@@ -87,8 +92,7 @@ def _rows(
     make_learner: Callable[[RunConfig], Any],
 ) -> Iterator[ParityRow]:
     """One engine for each base and dtype."""
-    tokenizer = load_tokenizer(model)
-    prompts = [Prompt(i, tuple(tokenizer.encode(text)), text, {}) for i, text in enumerate(_TEXTS)]
+    prompts = _vision_prompts(model) if has_image_processor(model) else _text_prompts(model)
     for dtype in ("fp32", "bf16"):
         for quantize_base in (False, True):
             cfg = _config(model, scratch, dtype, quantize_base)
@@ -101,13 +105,41 @@ def _rows(
                 engine.close()
 
 
+def _text_prompts(model: Path) -> list[Prompt]:
+    tokenizer = load_tokenizer(model)
+    return [Prompt(i, tuple(tokenizer.encode(text)), text, {}) for i, text in enumerate(_TEXTS)]
+
+
+def _vision_prompts(model: Path) -> list[Prompt]:
+    """Of noise, and a text."""
+    processor, prompts = ImageProcessor(model), []
+    for number, (sizes, text) in enumerate(zip(_IMAGES, _TEXTS, strict=False)):
+        images = tuple(_noise(size) for size in sizes)
+        parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+        ids = processor.encode([{"role": "user", "content": parts}], images)
+        prompts.append(Prompt(number, ids, text, {}, images))
+    return prompts
+
+
+def _noise(size: tuple[int, int]) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.effect_noise(size, 64).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
 def _config(model: Path, scratch: Path, dtype: str, quantize_base: bool) -> RunConfig:
     return RunConfig(
         name="parity",
         output_dir=str(scratch / f"{dtype}_{quantize_base}"),
         dtype="fp32" if dtype == "fp32" else "bf16",
-        model=ModelConfig(path=str(model), quantize_base=quantize_base),
-        rollout=RolloutConfig(engine="vllm", max_model_len=256),
+        model=ModelConfig(
+            path=str(model),
+            quantize_base=quantize_base,
+            train_vision="lora" if has_image_processor(model) else "none",
+        ),
+        rollout=RolloutConfig(engine="vllm", max_model_len=512),
         dataset={},
         rewards=[],
     )
@@ -118,9 +150,9 @@ def _row(cfg: RunConfig, version: int, learner: Any, engine: Engine, prompts: Se
     learner.version = version
     engine.load_snapshot(learner.snapshot())
     sampling = Sampling(_NEW_TOKENS)
-    groups = engine.generate([SampleRequest(p.token_ids, _SAMPLES, p.id, sampling) for p in prompts])
+    groups = engine.generate([SampleRequest(p.token_ids, _SAMPLES, p.id, sampling, p.images) for p in prompts])
     sampled = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
-    asked = [ScoreRequest(p.token_ids, tuple(c.token_ids.tolist())) for p, c in sampled]
+    asked = [ScoreRequest(p.token_ids, tuple(c.token_ids.tolist()), p.images) for p, c in sampled]
     sequences = [
         (p, Rollout(c.token_ids, c.logprobs, c.versions, c.stopped, "", 0.0, {}), 0.0, i)
         for i, (p, c) in enumerate(sampled)

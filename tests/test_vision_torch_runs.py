@@ -1,0 +1,55 @@
+"""Whole runs with images and the torch engine, cut short: in this process, on Ray, and on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_runs import SHORT, read, steps
+from transformers import Qwen3VLForConditionalGeneration
+
+from tora.config_loader import load_config
+from tora.launch import run
+
+TORCH = ["rollout.engine=torch", *SHORT]
+HERE = "async_rl=false"
+DECODER, TOWER_LINEARS = 4 * 7, 2 * 4 + 2 + 2
+"""Of the quick-start's base: four layers; two blocks, a merger and one of DeepStack's."""
+TOWER = TOWER_LINEARS + 2 * 2 + 2 + 2
+"""With norms, the patch embedding and the learned positions."""
+
+
+def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
+    assert run(load_config("quickstart_vl", [*TORCH, f"output_dir={folder}", *overrides]))
+    rows = read(folder)
+    assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2]
+    return steps(rows)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "modules"),
+    [
+        (["model.train_vision=lora", "model.lora_type=dora_cache"], DECODER + TOWER_LINEARS),
+        (["model.train_vision=full", "share_prefix=true", "activation_checkpointing=full"], DECODER + TOWER),
+        (["loss.kl_coeff=0.01", "ppo_epochs=2", "model.quantize_base=true"], DECODER),
+    ],
+    ids=["tower, cached DoRA", "tower, whole", "decoder, NF4"],
+)
+def test_in_one_process(tmp_path: Path, overrides: list[str], modules: int) -> None:
+    rows = train(tmp_path / "run", HERE, *overrides)
+    assert {row["sync/modules"] for row in rows} == {modules}
+    assert max(row["mismatch_kl"] for row in rows) < 1e-9, "engine and learner are one model"
+
+
+@pytest.mark.parametrize("train_vision", ["none", "full"])
+def test_all_weights(tmp_path: Path, train_vision: str) -> None:
+    rows = train(tmp_path / "run", HERE, "model.lora_type=full", f"model.train_vision={train_vision}")
+    assert max(row["mismatch_kl"] for row in rows) < 1e-9
+    assert Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "adapter").num_parameters() > 0
+
+
+def test_asynchronous(tmp_path: Path) -> None:
+    """The engine's copy gets the tower whole, with every sync."""
+    rows = train(tmp_path / "run", "max_staleness=0", "model.train_vision=full")
+    assert max(row["mismatch_kl"] for row in rows) < 1e-9
+    assert rows[0]["sync/bytes"] > 4 * 350_976, "the tower in float32, and the adapters"
