@@ -139,7 +139,7 @@ class VLLMEngine:
         def logprobs(output: Any, index: int, policy: LoadedPolicy) -> np.ndarray:
             return completion_logprobs(output, len(requests[index].completion))
 
-        prompts = [self._inputs(request.token_ids, request.images, request.completion) for request in requests]
+        prompts = [self._inputs(request.token_ids + request.completion, request.images) for request in requests]
         return self._submit(_Ask(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
 
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:

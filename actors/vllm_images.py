@@ -61,37 +61,44 @@ class EngineInputs:
         self._image_token: int | None = getattr(llm.model_config.hf_config, "image_token_id", None)
         self._lock = Lock()  # the processor's tokenizer does not like two threads at once
 
-    def __call__(
-        self, token_ids: Sequence[int], images: Sequence[bytes], completion: Sequence[int] = ()
-    ) -> EngineInput:
-        """`completion` follows the prompt; a placeholder in there stands for no image.
-
-        Errors: ValueError where vLLM's processor makes other token ids of the images than the prompt has.
-        """
+    def __call__(self, token_ids: Sequence[int], images: Sequence[bytes]) -> EngineInput:
+        """Errors: ValueError where vLLM's processor makes other token ids of the images than there are."""
         from vllm.inputs import tokens_input
 
         if not images:
-            return tokens_input([*token_ids, *completion])
+            return tokens_input(list(token_ids))
         if self._image_token is None:
             raise ValueError(f"a prompt has {len(images)} images, and the engine's model takes none")
-        short = collapsed(token_ids, self._image_token)
-        if short.count(self._image_token) != len(images):
-            raise ValueError(f"a prompt has {len(images)} images and {short.count(self._image_token)} places for them")
-        pictures = [decode(image) for image in images]
-        prompt: Any = {"prompt_token_ids": short, "multi_modal_data": {"image": pictures}}
+        short, length = collapsed(token_ids, self._image_token, len(images))
+        prompt: Any = {
+            "prompt_token_ids": short,
+            "multi_modal_data": {"image": [decode(image) for image in images]},
+        }
         with self._lock:
             made: Any = self._renderer.render_cmpl([prompt])[0]
         found = list(made["prompt_token_ids"])
-        if found != list(token_ids):
+        if found != list(token_ids[:length]):
             raise ValueError(
-                f"vLLM expands a prompt with {len(images)} images to {len(found)} tokens, which has {len(token_ids)}: "
+                f"vLLM expands a prompt with {len(images)} images to {len(found)} tokens, where it has {length}: "
                 "the processors or their limits of pixels differ"
             )
-        made["prompt_token_ids"] = [*found, *completion]
+        made["prompt_token_ids"] = [*found, *token_ids[length:]]
         return made
 
 
-def collapsed(token_ids: Sequence[int], image_token: int) -> list[int]:
-    """Each run of placeholders as one, which is what vLLM expands."""
-    runs = ((token, list(run)) for token, run in groupby(token_ids))
-    return [token for token, run in runs for token in (run[:1] if token == image_token else run)]
+def collapsed(token_ids: Sequence[int], image_token: int, count: int) -> tuple[list[int], int]:
+    """The tokens up to the end of the `count`-th run of placeholders, each run as the one that vLLM expands, and how
+    many tokens these were. Placeholders further on were sampled, and stand for no image.
+
+    Errors: ValueError where there are fewer runs.
+    """
+    short: list[int] = []
+    length, left = 0, count
+    for token, run in groupby(token_ids):
+        repeats = len(list(run))
+        length += repeats
+        short += [token] * (1 if token == image_token else repeats)
+        left -= token == image_token
+        if left == 0:
+            return short, length
+    raise ValueError(f"a prompt has {count} images and {count - left} places for them")

@@ -17,6 +17,7 @@ from tiny import LINEARS, make_text_model, make_vl_model, picture
 pytest.importorskip("vllm")
 
 from actors.engine import VLLMEngine
+from actors.partial import generate_in_parts
 from actors.vllm_images import collapsed
 from actors.weight_updates import InFlight
 from tora.adapters.snapshot import pack
@@ -127,7 +128,7 @@ def test_a_tower_that_is_not_served_is_refused(served: Served) -> None:
 def test_requests_that_do_not_fit_their_images_are_refused(served: Served) -> None:
     served.load("lora", 1)
     request = ask(served.reference, SMALL)
-    with pytest.raises(ValueError, match=r"to \d+ tokens, which has"):
+    with pytest.raises(ValueError, match=r"to \d+ tokens, where it has"):
         served.engine.generate([replace(request, images=(WIDE,))])
     with pytest.raises(ValueError, match="2 images and 1 places"):
         served.engine.generate([replace(request, images=(SMALL, SMALL))])
@@ -149,20 +150,18 @@ def test_a_placeholder_that_is_sampled_is_a_token_like_any_other(served: Served)
     zero = {name: torch.zeros_like(t) for name, t in served.reference.tensors("lora", 1).items()}
     served.version += 1
     served.engine.load_snapshot(pack(served.version, zero))
-    model, processor = (
-        load_decoder(served.reference.folder, dtype=torch.float32, device=CPU),
-        served.reference.processor,
-    )
+    model = load_decoder(served.reference.folder, dtype=torch.float32, device=CPU)
     assert isinstance(model, Qwen3VL)
     special = {model.image_token, model.video_token, model.image_token - 1, model.image_token - 2}
-    hits = 0
-    for seed in range(4):
-        request = replace(ask(served.reference, SMALL, max_tokens=100, temperature=2.0, seed=seed), num_samples=8)
-        for completion in served.engine.generate([request])[0]:
-            if special & set(completion.token_ids.tolist()):
-                hits += 1
-                assert _error_of_learner(model, processor, request, completion) < TOLERANCE
-    assert hits > 3
+    for part in (None, 40):  # whole, and in parts of which the later ones have it in their prompt
+        hits = 0
+        for seed in range(4):
+            asked = replace(ask(served.reference, SMALL, max_tokens=100, temperature=2.0, seed=seed), num_samples=8)
+            for completion in generate_in_parts(served.engine, [asked], part)[0]:
+                if special & set(completion.token_ids[:40].tolist()):
+                    hits += 1
+                    assert _error_of_learner(model, served.reference.processor, asked, completion) < TOLERANCE
+        assert hits > 3
 
 
 def _error_of_learner(
@@ -231,5 +230,8 @@ def test_text_models_take_no_images(tmp_path: Path) -> None:
 
 
 def test_collapsed() -> None:
-    assert collapsed([1, 5, 5, 5, 2, 2, 5, 3], 5) == [1, 5, 2, 2, 5, 3]
-    assert collapsed([1, 2, 2], 5) == [1, 2, 2]
+    ids = [1, 5, 5, 5, 2, 2, 5, 3, 5, 5]
+    assert collapsed(ids, 5, 1) == ([1, 5], 4)
+    assert collapsed(ids, 5, 2) == ([1, 5, 2, 2, 5], 7)
+    with pytest.raises(ValueError, match="4 images and 3 places"):
+        collapsed(ids, 5, 4)
