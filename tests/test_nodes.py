@@ -59,7 +59,7 @@ class Source:
 class Worker(FakeWorker):
     async def load_snapshot(self, snapshot: Any) -> Any:
         assert snapshot.data.sum() == SNAPSHOT_BYTES
-        return await super().load_snapshot(snapshot.version)
+        return await super().load_snapshot(snapshot)
 
 
 def test_a_snapshot_reaches_each_node_once(cluster: dict[str, str]) -> None:
@@ -102,6 +102,6 @@ def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], t
     places = Counter((a["ActorClassName"], cluster[a["Address"]["NodeID"]]) for a in actors().values())
     assert places == {
         ("LearnerRank", "learner"): 2,
-        ("RolloutWorker", "rollout a"): 1,
-        ("RolloutWorker", "rollout b"): 1,
+        ("RolloutActor", "rollout a"): 1,
+        ("RolloutActor", "rollout b"): 1,
     }

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from tora.loop import train
 from tora.metrics import NoLog
 from tora.run_state import Checkpoints, RunState
 from tora.types import (
+    EngineLoad,
     Group,
     MicroBatch,
     PolicySnapshot,
@@ -90,6 +92,8 @@ class SleepingWorker:
         sigma = self._scenario.jitter
         return self._scenario.gen_latency * math.exp(self._random.gauss(-sigma * sigma / 2, sigma))
 
+    async def start(self, limit_s: float) -> None: ...
+
     async def run_group(self, prompt: Prompt) -> Group:
         version = self._version
         await asyncio.sleep(self._seconds())
@@ -105,7 +109,12 @@ class SleepingWorker:
         self._version = snapshot.version
         return SyncReport(snapshot.version, 0, 0.0, "", 0)
 
-    def close(self) -> None: ...
+    async def load(self) -> EngineLoad:
+        return EngineLoad()
+
+    async def close(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 class SleepingLearner:
@@ -161,13 +170,15 @@ def _versions(micro: MicroBatch) -> np.ndarray:
 
 def simulate(scenario: Scenario, max_staleness: int) -> Measured:
     cfg = _config(scenario, max_staleness)
-    workers = [SleepingWorker(scenario, number) for number in range(scenario.num_actors)]
+    numbers = count()
     learner = SleepingLearner(scenario.learn_latency)
-    rollouts = AsyncRollouts(cfg, workers, _prompt, [], {}, version=0)
+    state = RunState()
+    make_worker = lambda: SleepingWorker(scenario, next(numbers))  # noqa: E731
+    rollouts = AsyncRollouts(cfg, make_worker, _prompt, [], state.rollouts, version=0)
     try:
         with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
             checkpoints = Checkpoints(Path(scratch), keep=1)
-            train(cfg, learner, rollouts, Canary.of(cfg, [_prompt(0)]), NoLog(), checkpoints, RunState(), lambda: False)
+            train(cfg, learner, rollouts, Canary.of(cfg, [_prompt(0)]), NoLog(), checkpoints, state, lambda: False)
     finally:
         rollouts.close()
     num_groups = cfg.batch_size * scenario.num_steps
