@@ -50,6 +50,7 @@ def test_numerics_alone_pass(effect: float, noise: float, max_gap: float) -> Non
 
 def test_each_way_to_be_broken_has_its_words() -> None:
     good = score(0.1, 1e-6)[0]
+    assert good.off_N is not None
     assert "moves the learner's" in str(broken(*score(0.3, 0.3, off_noise=1e-6), 1.0)), "far below the bound"
     assert "are the base's" in str(broken(good, Scores(good.off_N, good.off_N), 1e-4))
     assert "bases are not the same" in str(broken(*score(1e-3, 1e-2), 1e-4))
@@ -88,12 +89,12 @@ class Run:
         sampling = Sampling(8)
         self.worker = RolloutWorker(
             make_engine,
-            lambda: None,
+            lambda: None,  # pyright: ignore[reportArgumentType]
             None,
             sampling=sampling,
             eval_sampling=sampling,
             group_size=2,
-            seed=0,  # pyright: ignore[reportArgumentType]
+            seed=0,
         )
         return self.worker
 
@@ -204,10 +205,10 @@ def test_the_canary_catches_a_stale_slot(run: Run, monkeypatch: pytest.MonkeyPat
 
 def test_the_canary_catches_an_adapter_that_is_not_applied(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from actors.vllm_cpu_lora import GroupedLoRA
-    from actors.vllm_dora import GainLayer
+    from actors.vllm_dora import BaseLinearLayerWithLoRA, GainLayer
 
     monkeypatch.setattr(GroupedLoRA, "add_lora_linear", lambda *args, **kwargs: None)
-    monkeypatch.setattr(GainLayer, "apply", lambda self, x, bias=None: super(GainLayer, self).apply(x, bias))
+    monkeypatch.setattr(GainLayer, "apply", BaseLinearLayerWithLoRA.apply)
     run.change(0.02)
     with pytest.raises(SyncError, match="are the base's in the engine"):
         run.sync()
