@@ -142,10 +142,6 @@ class Learner:
         """[N]: what the clip is around."""
         return x.actor_logprobs_N if self.loss.proximal == "actor" else at_start_N
 
-    def _proximal(self, x: Inputs, at_start_N: torch.Tensor) -> torch.Tensor:
-        """[N]: what the clip is around."""
-        return x.actor_logprobs_N if self.loss.proximal == "actor" else at_start_N
-
     def _update(
         self,
         micro: Sequence[Inputs],
