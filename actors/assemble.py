@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from actors.failures import FailedRewards
 from tora.batch import micro_batches
 from tora.config import RunConfig
 from tora.types import EvalResult, Group, Metrics, Prompt, RolloutState, SyncReport, TrainBatch
@@ -30,15 +32,23 @@ class PromptCursor:
 
 
 class SignalFilter:
-    """Drops groups whose rewards are all equal, up to a number a step, and remembers all that were generated."""
+    """Drops groups whose rewards are all equal, up to a number a step, and remembers all that were generated.
 
-    def __init__(self, max_drops: int) -> None:
-        self._max_drops = max_drops
+    A group that failed rewards left with fewer than two rollouts is dropped in any case.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._max_drops = int(cfg.rollout.max_refills * cfg.batch_size)
+        self._failed = FailedRewards(cfg.max_failed_rewards, window=cfg.batch_size)
         self._drops = 0
         self._seen: list[Group] = []
 
     def keeps(self, group: Group) -> bool:
+        """Errors: RolloutError where too many rewards fail."""
         self._seen.append(group)
+        self._failed.add(group)
+        if len(group.rollouts) < 2:
+            return False
         if group.has_signal or self._drops >= self._max_drops:
             return True
         self._drops += 1
@@ -58,7 +68,8 @@ def make_batch(
     the filter left, unless there are none. `seconds`: wall time since the last batch. `staleness/*`: of a group's
     oldest token; `rollout/mixed_share`: of rollouts sampled by more than one policy version."""
     staleness_P = [version - group.version for group in groups_P]
-    measured = generated or groups_P  # all of the step's groups may have been there already at the last one
+    # all of the step's groups may have been there already at the last one
+    measured = [group for group in generated if group.rollouts] or groups_P
     rollouts = [r for group in measured for r in group.rollouts]
     metrics: Metrics = {
         "staleness/mean": float(np.mean(staleness_P)),
@@ -71,6 +82,10 @@ def make_batch(
         "rollout/stopped_share": float(np.mean([r.stopped for r in rollouts])),
         "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }
+    failures = [failure for group in generated for failure in group.failures]
+    metrics["reward/failed_share"] = len(failures) / (len(failures) + sum(len(g.rollouts) for g in generated) or 1)
+    for name, number in Counter(failure.name for failure in failures).items():
+        metrics[f"reward/failed/{name}"] = float(number)
     for part in rollouts[0].reward_parts:
         metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
     micro = micro_batches(
@@ -87,14 +102,14 @@ def make_batch(
 
 
 def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
-    """Accuracy counts rollouts that earn 1 in the first reward part."""
-    rollouts = [group.rollouts[0] for group in groups_P]
-    correct = [next(iter(r.reward_parts.values())) >= 1 for r in rollouts]
+    """Accuracy counts rollouts that earn 1 in the first reward part; one whose reward failed earns nothing."""
+    answered = [(group.prompt, rollout) for group in groups_P for rollout in group.rollouts]
+    correct = [next(iter(rollout.reward_parts.values())) >= 1 for _, rollout in answered]
     return EvalResult(
-        accuracy=float(np.mean(correct)),
-        reward=float(np.mean([r.reward for r in rollouts])),
+        accuracy=sum(correct) / len(groups_P),
+        reward=sum(rollout.reward for _, rollout in answered) / len(groups_P),
         num_prompts=len(groups_P),
-        sample=(groups_P[0].prompt, rollouts[0]) if groups_P else None,
+        sample=answered[0] if answered else None,
     )
 
 

@@ -31,7 +31,7 @@ class LocalRollouts:
         self._cfg, self._worker, self._eval_prompts, self._peers = cfg, worker, eval_prompts, peers
         self._prompt_at = prompt_at
         self._cursor = PromptCursor(prompt_at, state)
-        self._filter = SignalFilter(int(cfg.rollout.max_refills * cfg.batch_size))
+        self._filter = SignalFilter(cfg)
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch:
         """Generate until `batch_size` groups carry a signal, or refills run out. A stop waits for the step's end."""

@@ -77,7 +77,7 @@ class AsyncRollouts:
         good, late = in_time(state.finished, per_step, bound, version)
         pending = [*state.pending, *(group.prompt.id for _, group in late)]
         self._cursor = PromptCursor(self._prompt_at, RolloutState(state.cursor, pending))
-        self._filter = SignalFilter(int(self._cfg.rollout.max_refills * per_step))
+        self._filter = SignalFilter(self._cfg)
         self._buffer = Buffer(per_step, bound, version=version, finished=good)
         self._again: deque[Slot] = deque()
         self._held = True
@@ -162,17 +162,16 @@ class AsyncRollouts:
         buffer = self._buffer
         try:
             group = await seat.run_group(slot, tokens)
+            self._losses_in_a_row = 0
+            self._tokens.add(group.num_tokens)
+            if buffer is self._buffer:  # else the run went back meanwhile, and this group belongs to no history
+                self._put(slot, group)
         except WorkerLost:
             if buffer is self._buffer:
                 self._reruns += 1
                 self._again.append(slot)
         except Exception as error:
             self._fail(error)
-        else:
-            self._losses_in_a_row = 0
-            self._tokens.add(group.num_tokens)
-            if buffer is self._buffer:  # else the run went back meanwhile, and this group belongs to no history
-                self._put(slot, group)
         self._hand_out()
         self._news.set()
 

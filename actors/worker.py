@@ -15,6 +15,7 @@ from tora.protocols import Engine, Rewarder
 from tora.types import (
     Completion,
     EngineLoad,
+    FailedReward,
     Group,
     PolicySnapshot,
     Prompt,
@@ -87,13 +88,19 @@ class RolloutWorker:
         part_tokens = self._part_tokens if purpose == TRAIN else None
         completions = generate_in_parts(self._engine, requests, part_tokens)
         seconds = time.perf_counter() - start
-        return [Group(p, self._score(p, c), seconds) for p, c in zip(prompts_P, completions, strict=True)]
+        scored = [self._score(p, c) for p, c in zip(prompts_P, completions, strict=True)]
+        return [
+            Group(p, rollouts, seconds, failures) for p, (rollouts, failures) in zip(prompts_P, scored, strict=True)
+        ]
 
-    def _score(self, prompt: Prompt, completions_G: Sequence[Completion]) -> tuple[Rollout, ...]:
+    def _score(
+        self, prompt: Prompt, completions_G: Sequence[Completion]
+    ) -> tuple[tuple[Rollout, ...], tuple[FailedReward, ...]]:
+        """The rollouts that have a reward, and why the others have none."""
         ids_G = [c.token_ids.tolist() for c in completions_G]
         texts_G = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_G]
         parts_G = self._rewarder(prompt, texts_G, ids_G)
-        return tuple(
+        rollouts = tuple(
             Rollout(
                 token_ids=completion.token_ids,
                 actor_logprobs=completion.logprobs,
@@ -104,7 +111,9 @@ class RolloutWorker:
                 reward_parts=parts,
             )
             for completion, text, parts in zip(completions_G, texts_G, parts_G, strict=True)
+            if not isinstance(parts, FailedReward)
         )
+        return rollouts, tuple(parts for parts in parts_G if isinstance(parts, FailedReward))
 
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
         """Errors: SyncError where what the engine holds is not what the learner sent."""
@@ -122,3 +131,4 @@ class RolloutWorker:
 
     def close(self) -> None:
         self._engine.close()
+        self._rewarder.close()

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tora.errors import ConfigError, RolloutError
+from tora.errors import ConfigError
 from tora.tasks import rewards
 from tora.tasks.math_judge import MathJudge
 from tora.tasks.rewarder import FunctionRewarder, build_rewarder
-from tora.types import Prompt
+from tora.types import FailedReward, Prompt
 
 R = "tora.tasks.rewards"
 TEXT = Prompt(0, (1,), "1 + 1 =", {"answer": "2", "level": 3})
@@ -165,8 +165,12 @@ def test_arrays_and_tensors_are_scores(scores):
     assert score(rewarder(lambda **_: scores), TEXT, ["a", "b"]) == [{"mine": 1.0}, {"mine": 0.5}]
 
 
-def test_none_counts_as_zero():
-    assert score(rewarder(lambda **_: [None, 1]), TEXT, ["a", "b"]) == [{"mine": 0.0}, {"mine": 1.0}]
+def test_none_counts_as_zero_beside_another_functions_score():
+    both = FunctionRewarder((("mine", lambda **_: [None, None], 1.0), ("other", lambda **_: [None, 1], 1.0)))
+    assert score(both, TEXT, ["a", "b"]) == [
+        FailedReward("mine, other", "returned None"),
+        {"mine": 0.0, "other": 1.0},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,18 +185,21 @@ def test_none_counts_as_zero():
     ],
 )
 def test_a_bad_result_names_the_function(result, reason: str):
-    with pytest.raises(RolloutError, match=f"reward mine {reason}"):
-        score(rewarder(lambda **_: result), TEXT, ["a", "b"])
+    first, second = score(rewarder(lambda **_: result), TEXT, ["a", "b"])
+    assert isinstance(second, FailedReward) and second.name == "mine" and second.reason.startswith(reason)
+    alone = isinstance(result, list) and len(result) == 2
+    assert first == ({"mine": 1.0} if alone else second)
 
 
 def test_an_exception_names_the_function():
     def mine(prompts, completions, solution, **columns):
         raise AssertionError
 
-    with pytest.raises(RolloutError, match=r"reward mine raised TypeError: .*solution"):
-        score(rewarder(mine), TEXT, ["a"])
-    with pytest.raises(RolloutError, match="reward mine raised ZeroDivisionError"):
-        score(rewarder(lambda **_: 1 / 0), TEXT, ["a"])
+    (failed,) = score(rewarder(mine), TEXT, ["a"])
+    assert isinstance(failed, FailedReward) and "raised TypeError: " in failed.reason and "solution" in failed.reason
+    assert score(rewarder(lambda **_: 1 / 0), TEXT, ["a"]) == [
+        FailedReward("mine", "raised ZeroDivisionError: division by zero")
+    ]
 
 
 def test_build_binds_arguments_weighs_and_keeps_the_order():

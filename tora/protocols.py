@@ -16,6 +16,7 @@ from tora.types import (
     Completion,
     EngineLoad,
     EvalResult,
+    FailedReward,
     Metrics,
     MicroBatch,
     PolicySnapshot,
@@ -66,8 +67,8 @@ class Rewarder(Protocol):
 
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
-    ) -> list[dict[str, float]]:
-        """One dict of unweighted reward parts per completion, the first of the run's rewards first.
+    ) -> list[dict[str, float] | FailedReward]:
+        """Per completion one dict of unweighted reward parts, the run's first reward first, or why there is none.
 
         A completion is given as text, without special tokens, and as the token ids that the engine returned.
         """
@@ -76,6 +77,8 @@ class Rewarder(Protocol):
     def total(self, parts: dict[str, float]) -> float:
         """Weighted sum of the parts."""
         ...
+
+    def close(self) -> None: ...
 
 
 class Learner(Protocol):

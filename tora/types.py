@@ -103,19 +103,30 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedReward:
+    """Why a rollout has no reward."""
+
+    name: str
+    """The reward function's."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
-    """The rollouts of one prompt."""
+    """The rollouts of one prompt. Those whose reward failed are not among them: their advantage would be a guess, and
+    the others' are taken from the rewards that there are. Fewer than two rollouts make no group to train on."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     seconds: float = 0.0
     """Wall time from request to scored."""
+    failures: tuple[FailedReward, ...] = ()
+    """One for each rollout that is missing."""
 
     @property
     def has_signal(self) -> bool:
         """False when all rewards are equal: such a group has no gradient."""
-        rewards_G = [r.reward for r in self.rollouts]
-        return max(rewards_G) != min(rewards_G)
+        return len({r.reward for r in self.rollouts}) > 1
 
     @property
     def version(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -12,9 +12,11 @@ from typing import Any
 
 from tora.components import locate
 from tora.config import Component
-from tora.errors import ConfigError, RolloutError, nearest
-from tora.types import Prompt
+from tora.errors import ConfigError, nearest
+from tora.types import FailedReward, Prompt
 
+Column = list[float | FailedReward | None]
+"""A reward function's scores, one for each completion."""
 RewardFunction = Callable[..., Sequence[float | None]]
 _ARGUMENTS = ("prompts", "completions", "completion_ids")
 _OWN_KEYS = ("_component_", "name", "weight")
@@ -29,20 +31,43 @@ class FunctionRewarder:
 
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
-    ) -> list[dict[str, float]]:
-        """One dict of unweighted parts per completion, in the order of `rewards`; a function's None counts as 0.
+    ) -> list[dict[str, float] | FailedReward]:
+        """See `combine`."""
+        columns = [self.column(index, prompt, texts, token_ids) for index in range(len(self.rewards))]
+        return combine(columns, [name for name, _, _ in self.rewards])
 
-        Raises `RolloutError`, naming the function, when one raises or returns something else than a finite number or
-        None for each completion.
-        """
-        parts: list[dict[str, float]] = [{} for _ in texts]
-        for name, function, _ in self.rewards:
-            for part, score in zip(parts, _scores(name, function, prompt, texts, token_ids), strict=True):
-                part[name] = score
-        return parts
+    def column(self, index: int, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> Column:
+        """The scores of one function; all have failed where it raises or returns another number of them."""
+        name, function, _ = self.rewards[index]
+        try:
+            return [_score(name, score) for score in _scores(function, prompt, texts, token_ids)]
+        except Exception as error:  # a user's code may raise anything; the rollouts are lost, and the reason is told
+            reason = str(error) if isinstance(error, _BadResult) else f"raised {type(error).__name__}: {error}"
+            return [FailedReward(name, reason)] * len(texts)
 
     def total(self, parts: dict[str, float]) -> float:
-        return sum(weight * parts[name] for name, _, weight in self.rewards)
+        return total(parts, {name: weight for name, _, weight in self.rewards})
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def combine(columns: Sequence[Column], names: Sequence[str]) -> list[dict[str, float] | FailedReward]:
+    """One dict of unweighted parts per completion, or the first failure.
+
+    None says that a function does not apply, as in TRL, and counts as 0; a completion that no function scores failed.
+    """
+    rows: list[dict[str, float] | FailedReward] = []
+    for scores in zip(*columns, strict=True):
+        failed = next((score for score in scores if isinstance(score, FailedReward)), None)
+        if failed is None and all(score is None for score in scores):
+            failed = FailedReward(", ".join(names), "returned None")
+        rows.append(failed or {name: score or 0.0 for name, score in zip(names, scores, strict=True)})
+    return rows
+
+
+def total(parts: dict[str, float], weights: Mapping[str, float]) -> float:
+    return sum(weight * parts[name] for name, weight in weights.items())
 
 
 def build_rewarder(components: Sequence[Component]) -> FunctionRewarder:
@@ -61,6 +86,17 @@ def build_rewarder(components: Sequence[Component]) -> FunctionRewarder:
     return FunctionRewarder(rewards)
 
 
+def names_and_weights(components: Sequence[Component]) -> tuple[list[str], dict[str, float]]:
+    """Of components that `build_rewarder` accepts, without importing their functions."""
+    names = [_name(component) for component in components]
+    weights = [float(component.get("weight", 1.0)) for component in components]
+    return names, dict(zip(names, weights, strict=True))
+
+
+def _name(component: Component) -> str:
+    return str(component.get("name", component["_component_"].rpartition(".")[2]))
+
+
 def _build(component: Component) -> tuple[str, RewardFunction, float]:
     path = component.get("_component_")
     if not isinstance(path, str):
@@ -74,36 +110,36 @@ def _build(component: Component) -> tuple[str, RewardFunction, float]:
     for key in bound:
         if key not in named:
             raise ConfigError(f"rewards: {path} has no argument {key!r}{nearest(key, named)}")
-    name = str(component.get("name", path.rpartition(".")[2]))
-    return name, partial(function, **bound) if bound else function, float(weight)
+    return _name(component), partial(function, **bound) if bound else function, float(weight)
+
+
+class _BadResult(Exception):
+    """What a function returned is no list of scores."""
 
 
 def _scores(
-    name: str, function: RewardFunction, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
-) -> list[float]:
+    function: RewardFunction, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+) -> Sequence[Any]:
     chat = not isinstance(prompt.source, str)
     bound = function.keywords if isinstance(function, partial) else {}
     columns = {key: [value] * len(texts) for key, value in prompt.columns.items() if key not in bound}
     if "completion_ids" in inspect.signature(function).parameters:
         columns["completion_ids"] = [list(ids) for ids in token_ids]
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
-    try:
-        scores = function(prompts=[prompt.source] * len(texts), completions=completions, **columns)
-    except Exception as error:  # a user's code may raise anything; the rollout is lost, and the reason is told
-        raise RolloutError(f"reward {name} raised {type(error).__name__}: {error}") from error
+    scores = function(prompts=[prompt.source] * len(texts), completions=completions, **columns)
     if not isinstance(scores, Sequence) and hasattr(scores, "tolist"):
         scores = scores.tolist()  # an array or a tensor
     if not isinstance(scores, Sequence) or len(scores) != len(texts):
         found = f"{len(scores)} scores" if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
-        raise RolloutError(f"reward {name} returned {found} for {len(texts)} completions")
-    return [_score(name, score) for score in scores]
+        raise _BadResult(f"returned {found} for {len(texts)} completions")
+    return scores
 
 
-def _score(name: str, score: Any) -> float:
+def _score(name: str, score: Any) -> float | FailedReward | None:
     if score is None:
-        return 0.0
+        return None
     if not isinstance(score, Real) and getattr(score, "ndim", None) == 0:
         score = score.item()  # a scalar tensor
     if not isinstance(score, Real) or not math.isfinite(score):
-        raise RolloutError(f"reward {name} returned {score!r}, expected a finite number or None")
+        return FailedReward(name, f"returned {score!r}, expected a finite number or None")
     return float(score)

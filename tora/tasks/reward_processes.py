@@ -1,0 +1,173 @@
+"""Reward functions in child processes, each call under a time limit.
+
+A function may wait for a network for ever, or compute in one C call that holds the interpreter's lock: no thread and no
+alarm can end it, only its process's end. A child therefore runs one call at a time; one that takes too long is killed
+together with its child, and another child starts. Functions that keep state in their module keep it by child.
+
+A call covers a group. One that fails as a whole is made again for each completion alone, so that a bad completion does
+not cost the others; each of these has its part of the time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tora.config import Component
+from tora.errors import RolloutError
+from tora.tasks.rewarder import Column, build_rewarder, combine, names_and_weights, total
+from tora.types import FailedReward, Prompt
+
+_START_S = 300.0
+"""How long a child may take to import the functions."""
+_MAIN = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tora.tasks import reward_processes as r; r.serve()"
+)
+
+
+class RewardProcesses:
+    """The `tora.protocols.Rewarder` of a config's `rewards`. Thread-safe."""
+
+    def __init__(self, components: Sequence[Component], *, timeout_s: float, num_processes: int) -> None:
+        """Starts one child; up to `num_processes` follow while all are busy. Errors: as `build_rewarder`'s."""
+        self._components, self._timeout_s = components, timeout_s
+        self._free = threading.BoundedSemaphore(num_processes)
+        self._lock = threading.Lock()
+        self._idle: list[_Child] = []
+        self._all: set[_Child] = set()
+        self._idle.append(self._start())
+        self._names, self._weights = names_and_weights(components)
+
+    def __call__(
+        self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+    ) -> list[dict[str, float] | FailedReward]:
+        """See `Rewarder`. Errors: RolloutError where no child starts any more."""
+        bare = replace(prompt, images=())
+        return combine([self._column(index, bare, texts, token_ids) for index in range(len(self._names))], self._names)
+
+    def total(self, parts: dict[str, float]) -> float:
+        return total(parts, self._weights)
+
+    def close(self) -> None:
+        with self._lock:
+            for child in self._all:
+                child.kill()
+            self._all.clear()
+            self._idle.clear()
+
+    def _column(self, index: int, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> Column:
+        """One function's scores."""
+        whole = self._ask(self._timeout_s, index, prompt, texts, token_ids)
+        if len(texts) == 1 or not all(isinstance(score, FailedReward) for score in whole):
+            return whole
+        limit_s, pairs = self._timeout_s / len(texts), zip(texts, token_ids, strict=True)
+        return [score for text, ids in pairs for score in self._ask(limit_s, index, prompt, [text], [ids])]
+
+    def _ask(
+        self, limit_s: float, index: int, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+    ) -> Column:
+        with self._child() as child:
+            answer = child.ask((index, prompt, texts, token_ids), limit_s)
+        if isinstance(answer, str):
+            return [FailedReward(self._names[index], answer)] * len(texts)
+        return answer
+
+    @contextmanager
+    def _child(self):
+        with self._free:
+            with self._lock:
+                child = self._idle.pop() if self._idle else None
+            child = child or self._start()
+            try:
+                yield child
+            finally:
+                with self._lock:
+                    if child.alive:
+                        self._idle.append(child)
+                    else:
+                        self._all.discard(child)
+
+    def _start(self) -> _Child:
+        child = _Child(self._components, self._timeout_s)
+        with self._lock:
+            self._all.add(child)
+        return child
+
+
+class _Child:
+    def __init__(self, components: Sequence[Component], timeout_s: float) -> None:
+        """Errors: what its `build_rewarder` raised; RolloutError where it does not start."""
+        self._connection, theirs = Pipe()
+        with theirs:
+            descriptor = theirs.fileno()
+            arguments = [json.dumps(sys.path), str(descriptor), str(timeout_s)]
+            self._process = subprocess.Popen([sys.executable, "-c", _MAIN, *arguments], pass_fds=[descriptor])
+        answer = self.ask(components, _START_S)
+        if isinstance(answer, Exception):
+            self.kill()
+            raise answer
+        if answer is not None:
+            raise RolloutError(f"a process for reward functions did not start: {answer}")
+
+    @property
+    def alive(self) -> bool:
+        return not self._connection.closed
+
+    def ask(self, question: Any, limit_s: float) -> Any:
+        """The child's answer; where there is none, it is dead, and the answer is a sentence that says why."""
+        try:
+            self._connection.send(question)
+            if self._connection.poll(limit_s):
+                return self._connection.recv()
+            reason = f"took longer than {limit_s:.3g} s"
+        except (EOFError, OSError):
+            reason = "ended its process"
+        self.kill()
+        return reason
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+
+
+def serve() -> None:
+    """A child: answers until its parent is gone."""
+    import resource
+    import signal
+
+    connection, timeout_s = Connection(int(sys.argv[2])), float(sys.argv[3])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches it too; the parent may finish a step
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        rewarder = build_rewarder(connection.recv())
+    except Exception as error:  # a config's mistake, or whatever a user's module raises when it is imported
+        connection.send(error)
+        return
+    connection.send(None)
+    # Where a function holds the interpreter's lock for ever and the parent is gone, only the kernel can end it.
+    most_s, hard = int(timeout_s * (os.cpu_count() or 1)) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]
+    while True:
+        try:
+            index, prompt, texts, token_ids = connection.recv()
+        except EOFError:
+            return
+        if hard == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + most_s, hard))
+        connection.send(rewarder.column(index, prompt, texts, token_ids))
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
