@@ -152,14 +152,14 @@ class AsyncRollouts:
                 return
             tokens = len(slot.prompt.token_ids) + self._tokens.mean
             seat.take(slot, tokens)
-            self._spawn(self._run(slot, seat, tokens))
+            self._spawn(self._run(slot, seat, tokens, self._buffer))
 
     def _idlest(self) -> Seat | None:
         free = (seat for seat in self._seats if seat.up and len(seat.slots) < seat.limit)
         return min(free, key=lambda seat: seat.outstanding, default=None)
 
-    async def _run(self, slot: Slot, seat: Seat, tokens: float) -> None:
-        buffer = self._buffer
+    async def _run(self, slot: Slot, seat: Seat, tokens: float, buffer: Buffer) -> None:
+        """`buffer` granted the slot."""
         try:
             group = await seat.run_group(slot, tokens)
             self._losses_in_a_row = 0
