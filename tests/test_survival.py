@@ -83,7 +83,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def actors(pid: int, name: str) -> list[int]:
-    """Processes of Ray actors of a class, which Ray names `ray::CLASS`, and while they run a method `ray::CLASS.METHOD`."""
+    """Processes of Ray actors of a class: `ray::CLASS` by name, and `ray::CLASS.METHOD` while they run one."""
     found = []
     for child in descendants(pid):
         try:

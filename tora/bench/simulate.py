@@ -33,11 +33,13 @@ from tora.loop import train
 from tora.metrics import NoLog
 from tora.run_state import Checkpoints, RunState
 from tora.types import (
+    EngineLoad,
     Group,
     MicroBatch,
     PolicySnapshot,
     Prompt,
     Rollout,
+    RolloutState,
     ScoreRequest,
     StepResult,
     SyncReport,
@@ -90,6 +92,13 @@ class SleepingWorker:
         sigma = self._scenario.jitter
         return self._scenario.gen_latency * math.exp(self._random.gauss(-sigma * sigma / 2, sigma))
 
+    async def start(self, limit_s: float) -> None: ...
+
+    async def load(self) -> EngineLoad:
+        return EngineLoad()
+
+    def kill(self) -> None: ...
+
     async def run_group(self, prompt: Prompt) -> Group:
         version = self._version
         await asyncio.sleep(self._seconds())
@@ -105,7 +114,7 @@ class SleepingWorker:
         self._version = snapshot.version
         return SyncReport(snapshot.version, 0, 0.0, "", 0)
 
-    def close(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 class SleepingLearner:
@@ -163,7 +172,7 @@ def simulate(scenario: Scenario, max_staleness: int) -> Measured:
     cfg = _config(scenario, max_staleness)
     workers = [SleepingWorker(scenario, number) for number in range(scenario.num_actors)]
     learner = SleepingLearner(scenario.learn_latency)
-    rollouts = AsyncRollouts(cfg, workers, _prompt, [], {}, version=0)
+    rollouts = AsyncRollouts(cfg, iter(workers).__next__, _prompt, [], RolloutState(), version=0)
     try:
         with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
             checkpoints = Checkpoints(Path(scratch), keep=1)
