@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -24,13 +27,14 @@ SHORT = ["batch_size=4", "grpo_samples=4", "eval=null", "dtype=fp32"]
 def tora_run(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
     """`tora run quickstart` in a process group of its own, as a terminal would start it."""
     words = [*SHORT, f"output_dir={folder}", *overrides]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets lie below it
     with (folder.parent / f"{folder.name}.log").open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "tora", "run", "quickstart", *words],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, "TMPDIR": scratch},
         )
         try:
             yield child
@@ -38,6 +42,9 @@ def tora_run(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGTERM)
                 child.wait(60)
+            left = [file.name for file in Path(scratch).glob("tora-*")]
+            shutil.rmtree(scratch, ignore_errors=True)
+        assert not left
 
 
 def output(folder: Path) -> str:
@@ -76,14 +83,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def actors(pid: int, name: str) -> list[int]:
-    """Processes of Ray actors of a class past their start; Ray names them `ray::CLASS`, and after what they run."""
+    """Processes of Ray actors of a class: `ray::CLASS` by name, and `ray::CLASS.METHOD` while they run one."""
     found = []
     for child in descendants(pid):
         try:
             line = Path(f"/proc/{child}/cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if line.startswith(f"ray::{name}".encode()) and not line.startswith(f"ray::{name}.boot".encode()):
+        if line.startswith(f"ray::{name}".encode()):
             found.append(child)
     return found
 
@@ -153,20 +160,21 @@ def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Pat
     check_nothing_lost(folder, step + 4)
 
 
-def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["vllm", "torch"])
+def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path, engine: str) -> None:
     """It ends normally, no group lost, none trained twice, the staleness bound kept.
 
-    A worker that has yet to start is left alone: where vLLM takes longer to start than the kills are apart, none would
-    ever be up.
+    Workers that run a group are killed, not those that start: where that takes longer than the kills are apart, none
+    would ever be up.
     """
     folder, rng, kills = tmp_path / "run", random.Random(0), 0
-    whole = ["batch_size=16", "grpo_samples=16", "num_steps=60", "rollout.num_workers=2"]
+    whole = ["batch_size=16", "grpo_samples=16", "num_steps=60", "rollout.num_workers=2", f"rollout.engine={engine}"]
     with tora_run(folder, *whole) as run:
         wait_for(lambda: rows(folder), run, 600)
         began = last = time.monotonic()
         while run.poll() is None:
             time.sleep(0.2)
-            victims = actors(run.pid, "RolloutActor")
+            victims = actors(run.pid, "RolloutActor.run_group")
             if time.monotonic() >= last + 10 and victims and len(rows(folder)) < 60:
                 os.kill(rng.choice(victims), signal.SIGKILL)
                 kills, last = kills + 1, time.monotonic()
@@ -178,3 +186,46 @@ def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path
     assert kills >= 3 and seen[-1]["rollout/workers_lost"] > 0
     print(f"{kills} kills, {seen[-1]['rollout/workers_lost']:.0f} workers lost", end=", ")
     print(f"{seen[-1]['rollout/groups_rerun']:.0f} groups run again, {time.monotonic() - began:.0f} s")
+
+
+def shared_memory(pids: list[int]) -> set[str]:
+    """Files under /dev/shm that the processes have open or mapped."""
+    found = set()
+    for pid in pids:
+        try:
+            words = Path(f"/proc/{pid}/maps").read_text().split()
+            words += [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found |= {word for word in words if word.startswith("/dev/shm/")}
+    return found
+
+
+def listening(pids: list[int]) -> set[int]:
+    """TCP ports that the processes listen on."""
+    connections = [c for pid in pids if psutil.pid_exists(pid) for c in psutil.Process(pid).net_connections("tcp")]
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_stop_leaves_a_checkpoint_and_nothing_else(tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "run"
+    with tora_run(folder, "num_steps=400", "rollout.num_workers=2") as run:
+        wait_for(lambda: len(rows(folder)) >= 3, run, 600)
+        pids = descendants(run.pid)
+        memory, ports = shared_memory(pids), listening(pids)
+        assert len(actors(run.pid, "RolloutActor")) == 2 and ports
+        if how == "Ctrl-C":
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to the whole group
+        else:
+            os.kill(run.pid, signal.SIGTERM)
+        assert run.wait(180) == 130
+    deadline = time.monotonic() + 10  # Ray's last processes end by themselves
+    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+    assert not [file for file in memory if Path(file).exists()]
+    assert not ports & {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    done = len(rows(folder))
+    check_history(folder, done, 4, 1)
+    check_nothing_lost(folder, done)
