@@ -62,7 +62,7 @@ def fill_policy(
     torch.manual_seed(cfg.seed)
 
     def loaded(unit: nn.Module) -> None:
-        check_shards(unit, cfg.learner_ranks)
+        check_shards(model, cfg.learner_ranks)  # of which only this unit is whole
         reset_adapters(unit)
         shard(unit)
 

@@ -21,6 +21,7 @@ from tora.canary import Canary, Scores, broken
 from tora.config import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import SyncError
 from tora.generate import TorchEngine
+from tora.tasks.rewarder import FunctionRewarder
 from tora.types import Sampling, ScoreRequest, SyncReport
 
 pytest.importorskip("vllm")
@@ -89,7 +90,7 @@ class Run:
         sampling = Sampling(8)
         self.worker = RolloutWorker(
             make_engine,
-            lambda: None,  # pyright: ignore[reportArgumentType]
+            lambda: FunctionRewarder(()),
             None,
             sampling=sampling,
             eval_sampling=sampling,
