@@ -20,7 +20,7 @@ from tora.types import Completion, SampleRequest
 def generate_in_parts(engine: Engine, requests: Sequence[SampleRequest], part: int | None) -> list[list[Completion]]:
     """`Engine.generate`, in parts of at most `part` tokens; None is one part. All requests share one `Sampling`."""
     if not requests:
-        return []
+        return engine.generate(requests)  # on a model that ranks share, a call that all must make
     limit = requests[0].sampling.max_tokens
     part = limit if part is None else min(part, limit)
     done = engine.generate([_limited(request, part) for request in requests])
