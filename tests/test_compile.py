@@ -29,7 +29,12 @@ def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("lora_type", "changes"),
-    [("full", {}), ("lora", {}), ("dora", {}), ("dora_cache", {})],
+    [
+        pytest.param("full", {}, marks=pytest.mark.slow),
+        ("lora", {}),
+        pytest.param("dora", {}, marks=pytest.mark.slow),
+        ("dora_cache", {}),
+    ],
 )
 def test_compiled_training_equals_eager_and_stays_compiled(
     tmp_path: Path, lora_type: str, changes: dict[str, Any]

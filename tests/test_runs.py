@@ -168,8 +168,11 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
 
 @pytest.mark.parametrize(
     "words",
-    [["rollout.update=in_flight"], ["rollout.update=in_flight", "rollout.recompute_kv=true"], ["rollout.partial=6"]],
-    ids=["keep", "recompute", "partial"],
+    [
+        pytest.param(["rollout.update=in_flight"], id="keep"),
+        pytest.param(["rollout.update=in_flight", "rollout.recompute_kv=true"], id="recompute", marks=pytest.mark.slow),
+        pytest.param(["rollout.partial=6"], id="partial", marks=pytest.mark.slow),
+    ],
 )
 def test_asynchronous_with_versions_that_change_within_rollouts(tmp_path: Path, words: list[str]) -> None:
     """That each token is of its version's policy is `test_weight_updates`'."""
