@@ -160,10 +160,14 @@ def shut_down(llm: LLMEngine, owns_group: bool) -> None:
     """`owns_group`: vLLM made this process's default process group; one that it found is the learner's and stays."""
     from vllm.v1.engine import core
 
+    clean_up = core.cleanup_dist_env_and_memory
     if not owns_group:
         # vLLM 0.32 ends by destroying the default group, whoever made it.
         setattr(core, "cleanup_dist_env_and_memory", _free_own_groups)  # noqa: B010
-    llm.engine_core.shutdown()
+    try:
+        llm.engine_core.shutdown()
+    finally:
+        setattr(core, "cleanup_dist_env_and_memory", clean_up)  # noqa: B010
 
 
 def _free_own_groups() -> None:
