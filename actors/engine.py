@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch.distributed
@@ -34,13 +34,15 @@ from actors.vllm_setup import (
     shut_down,
 )
 from actors.weight_updates import WeightUpdate
-from tora.errors import RolloutError
+from tora.errors import RolloutError, SyncError
 from tora.types import Completion, EngineLoad, PolicySnapshot, SampleRequest, ScoreRequest, SyncReport
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.inputs import EngineInput
+
+    from actors.vllm_extension import Held
 
 _END_SECONDS = 60.0
 """How long `close` waits for vLLM to end; its thread never keeps the process alive."""
@@ -64,18 +66,21 @@ class VLLMEngine:
         gpu_memory_utilization: float,
         kv_cache_gib: float,
         enforce_eager: bool,
+        tensor_parallel: int = 1,
         uses: ExitStack | None = None,
     ) -> None:
         """Blocks until vLLM is up. It seeds this process's random generators with `seed`.
 
         `max_model_len`: tokens of prompt and completion, the model's own where None. `lora_targets`: linear layers of
         the decoder; `adapt_vision` adds all of the vision tower's. `max_pixels`: of an image, as in `ImageProcessor`.
-        `gpu_memory_utilization` is a share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. `uses` is closed
-        once vLLM has ended, for what lies behind `model_path`. Errors: ValueError for an impossible argument,
-        RolloutError where vLLM does not start.
+        `gpu_memory_utilization` is a share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. `tensor_parallel`
+        processes of vLLM's share the weights; a sync then holds generation up for its whole length, not for the copy
+        alone. `uses` is closed once vLLM has ended, for what lies behind `model_path`. Errors: ValueError for an
+        impossible argument, RolloutError where vLLM does not start.
         """
         self._uses = uses or ExitStack()
         self._update = update
+        self._sharded = tensor_parallel > 1
         self._commands: deque[_Ask | _Load] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
@@ -103,6 +108,7 @@ class VLLMEngine:
                 gpu_memory_utilization=gpu_memory_utilization,
                 kv_cache_gib=kv_cache_gib,
                 enforce_eager=enforce_eager,
+                tensor_parallel=tensor_parallel,
             )
             self._thread = threading.Thread(target=self._main, args=(args, started), name="vllm-engine", daemon=True)
             self._thread.start()
@@ -152,10 +158,13 @@ class VLLMEngine:
         with self._wake:
             self._check_alive()
             llm = self._llm
-        # Reading, hashing and casting happen here, in the caller's thread, while the engine's steps on.
-        (placed,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
-        adapter_id, stall = self._submit(_Load(snapshot, placed)).result()
-        (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, adapter_id))
+        if self._sharded:  # its processes listen to one thread alone
+            held, stall = self._submit(_Load(snapshot, None)).result()
+        else:
+            # Reading, hashing and casting happen here, in the caller's thread, while the engine's steps on.
+            (placed,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
+            adapter_id, stall = self._submit(_Load(snapshot, placed)).result()
+            (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, adapter_id))
         return SyncReport(
             version=snapshot.version,
             nbytes=snapshot.nbytes,
@@ -262,12 +271,20 @@ class VLLMEngine:
     def _load(self, command: _Load) -> None:
         start = time.perf_counter()
         slot = self._update.slot(command.snapshot.version)
-        if not self._holds(slot, command.snapshot):
+        is_new, answer = not self._holds(slot, command.snapshot), cast(Any, slot)
+        if command.placed is None:
+            try:
+                answer = agreed(self._llm.collective_rpc("take_snapshot", args=(command.snapshot, slot)))
+            except SyncError as error:
+                command.future.set_exception(error)
+                return
+        elif is_new:
             self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
+        if is_new:
             self._policies[slot] = loaded_policy(slot, command.snapshot)
             self._update.written(self._llm, self._policies[slot])
         self._newest = self._policies[slot]
-        command.future.set_result((slot, time.perf_counter() - start))
+        command.future.set_result((answer, time.perf_counter() - start))
 
     def _begin(self, command: _Ask) -> None:
         if self._newest is None:
@@ -321,9 +338,20 @@ class _Ask:
 class _Load:
     snapshot: PolicySnapshot
     placed: Any
-    """What `stage_snapshot` answered."""
-    future: Future[tuple[int, float]] = field(default_factory=Future)
-    """The adapter id, and the seconds between two steps that it took."""
+    """What `stage_snapshot` answered; None where vLLM's processes stage it themselves."""
+    future: Future[tuple[Any, float]] = field(default_factory=Future)
+    """The adapter id, or what those processes hold; and the seconds between two steps that it took."""
+
+
+def agreed(answers: Sequence[Held | str]) -> Held:
+    """What tensor-parallel ranks all hold. Errors: SyncError where one answers what is wrong, or where they differ."""
+    for answer in answers:
+        if isinstance(answer, str):
+            raise SyncError(answer)
+        if answer != answers[0]:
+            raise SyncError(f"tensor-parallel ranks hold different policies: {answers[0]} and {answer}")
+    assert not isinstance(answers[0], str)
+    return answers[0]
 
 
 def _gone(cause: BaseException | None) -> RolloutError:

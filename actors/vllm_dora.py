@@ -41,7 +41,6 @@ class GainLayer(BaseLinearLayerWithLoRA):
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         super().create_lora_weights(max_loras, lora_config, model_config)
-        assert self.tp_size == 1, "gains are not sharded over tensor-parallel ranks"
         shape, device = (max_loras + 1, sum(self.part_sizes)), self.lora_a_stacked[0].device
         self.register_buffer("gain_SO", torch.ones(shape, device=device), persistent=False)
         offset_SO = None if self._bias_O is None else torch.zeros(shape, device=device)
@@ -50,7 +49,7 @@ class GainLayer(BaseLinearLayerWithLoRA):
 
     @property
     def part_sizes(self) -> list[int]:
-        """Outputs of each Hugging Face module that vLLM packed into this layer, e.g. of q, k and v."""
+        """This rank's outputs of each Hugging Face module that vLLM packed into this layer, e.g. of q, k and v."""
         return [b.shape[2] for b in self.lora_b_stacked]
 
     @property
@@ -68,7 +67,10 @@ class GainLayer(BaseLinearLayerWithLoRA):
         self.set_gain(index, [None])
 
     def set_gain(self, index: int, gains: Sequence[torch.Tensor | None]) -> None:
-        """One gain [O] float32 per packed part, None for a part without."""
+        """One gain [O] float32 per packed part, this rank's part of it, None for a part without.
+
+        Ranks that each compute part of a sum scale their part: the gain is linear, and the bias is the first rank's.
+        """
         if all(gain is None for gain in gains):
             self.gain_SO[index] = 1
             if self.offset_SO is not None:

@@ -55,8 +55,8 @@ class SnapshotExtension:
 
     def read_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> Held:
         """Reads every tensor of the snapshot back. Errors: SyncError where the slot adapts more than the snapshot."""
-        ranks = {e.name.removesuffix(LORA_A): e.shape[0] for e in snapshot.entries if e.name.endswith(LORA_A)}
-        modules = vllm_slots.read(self._manager, vllm_slots.slot_of(self._manager, adapter_id), ranks)
+        sent = split_by_module(unpack(snapshot))
+        modules = vllm_slots.read(self._manager, vllm_slots.slot_of(self._manager, adapter_id), sent)
         names = {entry.name for entry in snapshot.entries}
         held = {
             name + suffix: tensor
@@ -67,6 +67,15 @@ class SnapshotExtension:
         }
         dtype = next(tensor.dtype for name, tensor in held.items() if name.endswith(LORA_A))
         return Held(digest(held), str(dtype).removeprefix("torch."), len(modules))
+
+    def take_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> Held | str:
+        """All three, for an engine whose workers are processes of their own: it answers what is wrong, because an
+        error that leaves such a process ends the engine."""
+        try:
+            self.write_snapshot(self.stage_snapshot(snapshot), adapter_id)
+            return self.read_snapshot(snapshot, adapter_id)
+        except SyncError as error:
+            return str(error)
 
     @property
     def _manager(self) -> Any:

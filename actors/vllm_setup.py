@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import spawn
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -91,6 +93,7 @@ def engine_args(
     gpu_memory_utilization: float,
     kv_cache_gib: float,
     enforce_eager: bool,
+    tensor_parallel: int,
 ) -> EngineArgs:
     """Errors: ValueError for an impossible argument."""
     if not Path(model_path, "config.json").is_file():
@@ -113,7 +116,9 @@ def engine_args(
         dtype="float32" if dtype == "fp32" else "bfloat16",
         max_model_len=max_model_len,  # pyright: ignore[reportArgumentType]  None is vLLM's default
         seed=seed,
-        distributed_executor_backend="uni",
+        tensor_parallel_size=tensor_parallel,
+        # Named: in a placement group vLLM would choose Ray, which wants a bundle for each of its ranks.
+        distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",
         async_scheduling=async_scheduling,
         worker_extension_cls="actors.vllm_extension.SnapshotExtension",
         enable_lora=True,
@@ -144,7 +149,8 @@ def build(args: EngineArgs) -> LLMEngine:
     # not; the other Python would lack the import fixes of `tora.compat`, and takes seconds.
     registry._run_in_subprocess = lambda inspect: inspect()
     try:
-        return LLMEngine.from_engine_args(args)
+        with _children_import_tora():
+            return LLMEngine.from_engine_args(args)
     except pydantic.ValidationError as error:  # a ValueError of many lines
         raise ValueError("; ".join(e["msg"] for e in error.errors())) from error
 
@@ -154,6 +160,24 @@ def engine_load(llm: LLMEngine) -> EngineLoad:
     scheduler = llm.engine_core.engine_core.scheduler  # pyright: ignore[reportAttributeAccessIssue]
     requests = list(scheduler.requests.values())
     return EngineLoad(scheduler.kv_cache_manager.usage, sum(request.num_preemptions for request in requests))
+
+
+@contextmanager
+def _children_import_tora() -> Iterator[None]:
+    """For vLLM's tensor-parallel ranks. A process that is spawned imports its parent's main module before anything
+    else, which here may be anybody's: it gets ours instead."""
+    prepare = spawn.get_preparation_data
+
+    def prepare_with_tora(name: str) -> dict[str, Any]:
+        data = prepare(name)
+        data.pop("init_main_from_path", None)
+        return {**data, "init_main_from_name": "actors.vllm_child"}
+
+    setattr(spawn, "get_preparation_data", prepare_with_tora)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(spawn, "get_preparation_data", prepare)  # noqa: B010
 
 
 def shut_down(llm: LLMEngine, owns_group: bool) -> None:

@@ -66,7 +66,8 @@ def _endings(names: Iterable[str]) -> str:
 
 
 def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
-    """Each tensor at its place, in the slots' dtype and on their device: A and B are rounded here and nowhere else.
+    """Each tensor, or this rank's part of it, at its place, in the slots' dtype and on their device: A and B are rounded
+    here and nowhere else.
 
     Errors: SyncError as for `place_of`, and for a tensor that does not fit.
     """
@@ -77,17 +78,44 @@ def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
         slots = layer.lora_a_stacked[place.part]
         parts = placed.setdefault(place.layer, [None] * layer.n_slices)
         parts[place.part] = {
-            suffix: tensor.to(slots.device, torch.float32 if suffix == GAIN else slots.dtype)
+            suffix: _local(layer, place.part, suffix, tensor).to(
+                slots.device, torch.float32 if suffix == GAIN else slots.dtype
+            )
             for suffix, tensor in modules[name].items()
         }
     return placed
 
 
+def _local(layer: Any, part: int, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
+    """This tensor-parallel rank's part of a module's A [R, I], B [O, R] or gain [O], cut as vLLM cuts A and B."""
+    if layer.tp_size == 1:
+        return tensor
+    cut = layer.slice_lora_a if suffix == LORA_A else layer.slice_lora_b
+    matrix = tensor[:, None] if suffix == GAIN else tensor
+    if layer.n_slices == 1:
+        matrix = cut(matrix)
+    else:
+        matrix = cut([matrix if i == part else None for i in range(layer.n_slices)])[part]
+    return matrix[:, 0] if suffix == GAIN else matrix
+
+
+def _full_sizes(layer: Any, part: int) -> tuple[int, int]:
+    """Inputs and outputs of a module that is spread over tensor-parallel ranks."""
+    base = layer.base_layer
+    if layer.tp_size == 1:
+        return layer.lora_a_stacked[part].shape[3], layer.part_sizes[part]
+    if layer.n_slices == 1:
+        return base.input_size, base.output_size
+    if hasattr(base, "total_num_kv_heads"):  # `output_sizes` counts a head that several ranks hold several times
+        return base.input_size, base.head_size * (base.total_num_kv_heads if part else base.total_num_heads)
+    return base.input_size, base.output_sizes[part]
+
+
 def _check_fits(name: str, tensors: Tensors, layer: Any, part: int) -> None:
     if not isinstance(layer, GainLayer) or part >= layer.n_slices:
         raise SyncError(f"the engine cannot adapt {name}, a {type(layer).__name__}")
-    rank_max, size_in = layer.lora_a_stacked[part].shape[2:]
-    size_out = layer.part_sizes[part]
+    rank_max = layer.lora_a_stacked[part].shape[2]
+    size_in, size_out = _full_sizes(layer, part)
     rank = tensors[LORA_A].shape[0]
     if rank > rank_max:
         raise SyncError(f"{name} has rank {rank}, above the engine's {rank_max}")
@@ -130,25 +158,38 @@ def _fill(place: torch.Tensor, tensor: torch.Tensor | None, *, dim: int) -> None
         place.narrow(dim, rank, place.shape[dim] - rank).zero_()
 
 
-def read(manager: Any, slot: int, ranks: Mapping[str, int]) -> dict[str, dict[str, torch.Tensor]]:
-    """What the slot holds of the modules, on the CPU, by Hugging Face name and suffix; `ranks` are their A's.
+def read(manager: Any, slot: int, sent: Mapping[str, Tensors]) -> dict[str, dict[str, torch.Tensor]]:
+    """What the slot holds of the modules of a snapshot, on the CPU, by Hugging Face name and suffix.
 
-    A gain is read where the slot has one. Errors: SyncError where the slot adapts any other module.
+    A tensor-parallel rank answers for its part: the rest is as `sent`. A gain of ones is answered for a module without.
+    Errors: SyncError where the slot adapts any other module.
     """
-    places = place_of(manager, ranks)
+    places = place_of(manager, sent)
     for place in set(_places(manager).values()) - set(places.values()):
         layer = manager.modules[place.layer]
         if isinstance(layer, GainLayer) and place.part < layer.n_slices and not _is_base(layer, slot, place.part):
             raise SyncError(f"the engine's {place.layer} is adapted, and the snapshot has nothing for it")
     held = {}
     for name, place in places.items():
-        layer, rank = manager.modules[place.layer], ranks[name]
+        layer, rank = manager.modules[place.layer], sent[name][LORA_A].shape[0]
         held[name] = {
             LORA_A: layer.lora_a_stacked[place.part][slot, 0, :rank].cpu(),
             LORA_B: layer.lora_b_stacked[place.part][slot, 0, :, :rank].cpu(),
             GAIN: layer.gain_part(slot, place.part).cpu(),
         }
+        if layer.tp_size > 1:
+            ones = {GAIN: torch.ones(sent[name][LORA_B].shape[0])}
+            whole = {**ones, **sent[name]}
+            held[name] = {s: _filled(layer, place.part, s, whole[s], mine) for s, mine in held[name].items()}
     return held
+
+
+def _filled(layer: Any, part: int, suffix: str, whole: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+    """`whole` in `mine`'s dtype, with this rank's part of it replaced by `mine`."""
+    result = whole.to(mine.dtype).clone()
+    where = _local(layer, part, suffix, torch.arange(whole.numel()).view(whole.shape))
+    result.view(-1)[where.reshape(-1)] = mine.reshape(-1)
+    return result
 
 
 def _is_base(layer: GainLayer, slot: int, part: int) -> bool:

@@ -145,6 +145,7 @@ def start_engine(
     max_pixels: int | None = None,
     update: WeightUpdate | None = None,
     dtype: Literal["bf16", "fp32"] = "fp32",
+    tensor_parallel: int = 1,
     uses: ExitStack | None = None,
 ) -> VLLMEngine:
     """Two slots, unless `update` says otherwise."""
@@ -161,6 +162,7 @@ def start_engine(
         gpu_memory_utilization=0.3,
         kv_cache_gib=0.02,
         enforce_eager=True,
+        tensor_parallel=tensor_parallel,
         uses=uses,
     )
 

@@ -19,7 +19,7 @@ def test_a_private_session_is_closed_to_others_and_reports_to_nobody(monkeypatch
 
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    with ray_session(num_actors=1):
+    with ray_session(num_cpus=1):
         started = psutil.Process().children(recursive=True)
         listening = {c.laddr for p in started for c in p.net_connections("inet") if c.status == "LISTEN"}
         assert {address.ip for address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}

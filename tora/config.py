@@ -43,6 +43,8 @@ class RolloutConfig:
     """`auto`: vLLM where it is installed and the run trains an adapter, else torch."""
     num_workers: int = 1
     """Rollout workers that the run starts with; more than one needs `async_rl=true`."""
+    tensor_parallel: int = 1
+    """With `async_rl` and vLLM: GPUs, and CPUs, that share one worker's weights. They must be of one node."""
     max_workers: int | None = None
     """With `async_rl`: how many there may be once others have joined. Each waits for room in the cluster, which an
     autoscaler sees as demand; null: none join."""

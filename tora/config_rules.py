@@ -17,8 +17,8 @@ _BOUNDS = (
         operator.ge,
         1,
         "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks "
-        "model.lora_rank rollout.num_workers rollout.max_workers rollout.concurrency rollout.max_model_len "
-        "rollout.max_pixels rollout.partial reward_processes "
+        "model.lora_rank rollout.num_workers rollout.tensor_parallel rollout.max_workers rollout.concurrency "
+        "rollout.max_model_len rollout.max_pixels rollout.partial reward_processes "
         "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
     ),
     (operator.ge, 2, "grpo_samples"),
@@ -80,6 +80,8 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
                 f"rollout.max_workers={cfg.rollout.max_workers} must be at least rollout.num_workers, "
                 f"which is {cfg.rollout.num_workers}."
             )
+    if cfg.rollout.tensor_parallel > 1 and not (cfg.async_rl and cfg.rollout.engine != "torch"):
+        yield f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs async_rl=true and rollout.engine=vllm."
     if cfg.rollout.base == "checkpoint" and not (cfg.model.quantize_base and cfg.rollout.engine == "vllm"):
         yield "rollout.base=checkpoint needs model.quantize_base=true and rollout.engine=vllm."
     if cfg.rollout.base == "checkpoint" and cfg.sync.canary_every and cfg.sync.canary_max_gap is None:

@@ -176,6 +176,7 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
         gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
         kv_cache_gib=cfg.rollout.kv_cache_gib,
         enforce_eager=cfg.rollout.enforce_eager,
+        tensor_parallel=cfg.rollout.tensor_parallel,
     )
 
 
@@ -268,7 +269,12 @@ class _OnRay:
 
     def __init__(self, cfg: RunConfig) -> None:
         self._cfg, self.peers = cfg, Peers()
-        self._gpus = gpus_each(_num_actors(cfg), cfg.device)
+        self._gpus = gpus_each(_num_devices(cfg), cfg.device)
+        if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
+            raise ConfigError(
+                f"learner_ranks={cfg.learner_ranks} and rollout.num_workers={cfg.rollout.num_workers} of "
+                f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} need {_num_devices(cfg)} GPUs, and there are fewer."
+            )
 
     def learner(self) -> Learner:
         from learner.group import LearnerGroup
@@ -282,8 +288,8 @@ class _OnRay:
         make = _make_vllm_engine if self._cfg.rollout.engine == "vllm" else _make_torch_engine
         arguments = {"make_engine": partial(make, self._cfg), **_worker_arguments(self._cfg, prompts)}
         options = {
-            "num_cpus": 1,
-            "num_gpus": self._gpus,
+            "num_cpus": self._cfg.rollout.tensor_parallel,
+            "num_gpus": self._gpus * self._cfg.rollout.tensor_parallel,
             "resources": place_of("rollout"),
             "scheduling_strategy": "SPREAD",
             # a thread for each group in flight, and one each for evaluation, scores, snapshots and the heartbeat
@@ -293,13 +299,14 @@ class _OnRay:
         return AsyncRollouts(self._cfg, make_worker, prompts.at, prompts.held_out, state.rollouts, version=state.step)
 
 
-def _num_actors(cfg: RunConfig) -> int:
-    return cfg.learner_ranks + cfg.rollout.num_workers
+def _num_devices(cfg: RunConfig) -> int:
+    """GPUs that the run wants, and CPUs."""
+    return cfg.learner_ranks + cfg.rollout.num_workers * cfg.rollout.tensor_parallel
 
 
 @contextmanager
 def _on_ray(cfg: RunConfig) -> Iterator[_OnRay]:
-    with ray_session(_num_actors(cfg)):
+    with ray_session(_num_devices(cfg)):
         yield _OnRay(cfg)
 
 

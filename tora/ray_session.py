@@ -21,8 +21,8 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(num_actors: int) -> Iterator[None]:
-    """`num_actors`: Ray actors of one CPU each that a private cluster must have room for."""
+def ray_session(num_cpus: int) -> Iterator[None]:
+    """`num_cpus`: what all Ray actors together ask a private cluster for."""
     joins = "RAY_ADDRESS" in os.environ
     if not joins:
         for name, value in _ENVIRONMENT.items():
@@ -49,7 +49,7 @@ def ray_session(num_actors: int) -> Iterator[None]:
     AuthenticationTokenLoader.instance().reset_cache()
     scratch = tempfile.mkdtemp(prefix="tora-")  # sockets live here, and their paths must be short
     ray.init(
-        num_cpus=max(os.cpu_count() or 1, num_actors),
+        num_cpus=max(os.cpu_count() or 1, num_cpus),
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
@@ -64,8 +64,9 @@ def ray_session(num_actors: int) -> Iterator[None]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def gpus_each(num_actors: int, device: Literal["auto", "cpu", "cuda"]) -> float:
-    """A GPU each where the cluster has enough, an equal part where not, none without GPUs or on `cpu`.
+def gpus_each(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> float:
+    """What each of `num_wanted` gets: a GPU where the cluster has enough, an equal part where not, none without GPUs or
+    on `cpu`.
 
     On `cuda` one each where there is none yet: a cluster's nodes may be on their way.
     """
@@ -74,7 +75,7 @@ def gpus_each(num_actors: int, device: Literal["auto", "cpu", "cuda"]) -> float:
     total = ray.cluster_resources().get("GPU", 0.0)
     if device == "cpu" or (total == 0 and device == "auto"):
         return 0.0
-    return total / num_actors if 0 < total < num_actors else 1.0
+    return total / num_wanted if 0 < total < num_wanted else 1.0
 
 
 Role = Literal["learner", "rollout"]
