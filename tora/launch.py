@@ -272,8 +272,9 @@ class _OnRay:
         self._gpus = gpus_each(_num_devices(cfg), cfg.device)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
             raise ConfigError(
-                f"learner_ranks={cfg.learner_ranks} and rollout.num_workers={cfg.rollout.num_workers} of "
-                f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} need {_num_devices(cfg)} GPUs, and there are fewer."
+                f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs: with rollout.num_workers="
+                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} they are {_num_devices(cfg)}, and the "
+                "cluster has fewer."
             )
 
     def learner(self) -> Learner:
