@@ -219,6 +219,9 @@ def test_ranges(override: str, words: str) -> None:
 def test_rules_between_keys() -> None:
     workers = ["rollout.num_workers=2", "async_rl=false"]
     assert "needs async_rl=true" in refusal("quickstart", *workers)
+    assert "needs async_rl=true and rollout.engine=vllm" in refusal(
+        "quickstart", "rollout.tensor_parallel=2", "rollout.engine=torch"
+    )
     assert "needs rollout.update=in_flight" in refusal("quickstart", "rollout.recompute_kv=true")
     in_flight = "rollout.update=in_flight"
     assert "in_flight cuts nothing" in refusal("quickstart", in_flight, "rollout.partial=8")

@@ -273,8 +273,8 @@ class _OnRay:
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
             raise ConfigError(
                 f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs: with rollout.num_workers="
-                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} they are {_num_devices(cfg)}, and the "
-                "cluster has fewer."
+                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} they are {_num_devices(cfg)}, and "
+                "the cluster has fewer."
             )
 
     def learner(self) -> Learner:
