@@ -29,6 +29,7 @@ from actors.vllm_setup import (
     engine_args,
     engine_load,
     loaded_policy,
+    meeting_point,
     sampling_params,
     scoring_params,
     shut_down,
@@ -217,9 +218,10 @@ class VLLMEngine:
     # From here on: the engine's thread.
 
     def _main(self, args: EngineArgs, started: Future[None]) -> None:
-        llm, owns_group = None, not torch.distributed.is_initialized()
+        llm, met, owns_group = None, "", not torch.distributed.is_initialized()
         try:
             llm = self._llm = build(args)
+            met = meeting_point(llm)
             self._max_model_len: int = llm.model_config.max_model_len
             self._vocab_size: int = llm.model_config.get_vocab_size()
             self._inputs = EngineInputs(llm)
@@ -236,7 +238,7 @@ class VLLMEngine:
                 started.set_exception(error if refused else RolloutError(f"vLLM did not start: {error}"))
             self._abandon(error)
         if llm is not None:
-            shut_down(llm, owns_group)
+            shut_down(llm, owns_group, met)
             del self._llm
 
     def _wait_for_work(self) -> bool:

@@ -44,6 +44,11 @@ class SnapshotExtension:
     """
 
     model_runner: Any
+    distributed_init_method: str
+
+    def meeting_point(self) -> str:
+        """The address by which vLLM's processes found one another."""
+        return self.distributed_init_method
 
     def stage_snapshot(self, snapshot: PolicySnapshot) -> Placed:
         """Errors: SyncError unless every tensor arrived intact and has a place in the engine."""

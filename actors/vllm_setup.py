@@ -180,8 +180,16 @@ def _children_import_tora() -> Iterator[None]:
         setattr(spawn, "get_preparation_data", prepare)  # noqa: B010
 
 
-def shut_down(llm: LLMEngine, owns_group: bool) -> None:
-    """`owns_group`: vLLM made this process's default process group; one that it found is the learner's and stays."""
+def meeting_point(llm: LLMEngine) -> str:
+    """See `SnapshotExtension`."""
+    return llm.collective_rpc("meeting_point")[0]
+
+
+def shut_down(llm: LLMEngine, owns_group: bool, meeting_point: str) -> None:
+    """Leaves no file behind.
+
+    `owns_group`: vLLM made this process's default process group; one that it found is the learner's and stays.
+    """
     from vllm.v1.engine import core
 
     clean_up = core.cleanup_dist_env_and_memory
@@ -192,6 +200,16 @@ def shut_down(llm: LLMEngine, owns_group: bool) -> None:
         llm.engine_core.shutdown()
     finally:
         setattr(core, "cleanup_dist_env_and_memory", clean_up)  # noqa: B010
+        _remove_meeting_point(meeting_point)
+
+
+def _remove_meeting_point(address: str) -> None:
+    """vLLM 0.32 leaves the file that its processes met by, and on a CPU the memory that several of them shared."""
+    if not address.startswith("file://"):
+        return
+    file = Path(address.removeprefix("file://"))
+    for path in (file, *Path("/dev/shm").glob(f"{file.name}-*")):
+        path.unlink(missing_ok=True)
 
 
 def _free_own_groups() -> None:

@@ -66,8 +66,8 @@ def _endings(names: Iterable[str]) -> str:
 
 
 def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
-    """Each tensor, or this rank's part of it, at its place, in the slots' dtype and on their device: A and B are rounded
-    here and nowhere else.
+    """This rank's part of each tensor at its place, in the slots' dtype and on their device: A and B are rounded here
+    and nowhere else.
 
     Errors: SyncError as for `place_of`, and for a tensor that does not fit.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tora.errors import SyncError
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 def test_two_ranks_serve_the_policy_that_was_sent(tmp_path: Path, family: str) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = _shared()
     folder = make_text_model(tmp_path / "model", family, tied=family == "qwen3")
     reference, engine = Reference(folder), start_engine(folder, tensor_parallel=2)
     try:
@@ -43,7 +44,13 @@ def test_two_ranks_serve_the_policy_that_was_sent(tmp_path: Path, family: str) -
     finally:
         engine.close()
     assert not [p for p in workers if p.is_running()]
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("psm_", "vllm_"))}
+    assert not _shared() - before
+
+
+def _shared() -> set[str]:
+    """Names of what vLLM's processes share."""
+    names = {*os.listdir("/dev/shm"), *os.listdir(tempfile.gettempdir())}
+    return {name for name in names if name.startswith(("psm_", "vllm_"))}
 
 
 def test_ranks_that_differ_are_an_error() -> None:
