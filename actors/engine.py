@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch.distributed
@@ -73,20 +73,21 @@ class VLLMEngine:
         """Blocks until vLLM is up. It seeds this process's random generators with `seed`.
 
         `max_model_len`: tokens of prompt and completion, the model's own where None. `lora_targets`: linear layers of
-        the decoder; `adapt_vision` adds all of the vision tower's. `max_pixels`: of an image, as in `ImageProcessor`.
-        `gpu_memory_utilization` is a share, and unused on a CPU; `kv_cache_gib` is unused on a GPU. `tensor_parallel`
-        processes of vLLM's share the weights; a sync then holds generation up for its whole length, not for the copy
-        alone. `uses` is closed once vLLM has ended, for what lies behind `model_path`. Errors: ValueError for an
-        impossible argument, RolloutError where vLLM does not start.
+        the decoder; `adapt_vision` adds all of the vision tower's; neither counts where `update` is of whole weights.
+        `max_pixels`: of an image, as in `ImageProcessor`. `gpu_memory_utilization` is a share, and unused on a CPU;
+        `kv_cache_gib` is unused on a GPU. `tensor_parallel` processes of vLLM's share the weights; a sync then holds
+        generation up for its whole length, not for the copy alone. `uses` is closed once vLLM has ended, for what lies
+        behind `model_path`. Errors: ValueError for an impossible argument, RolloutError where vLLM does not start.
         """
         self._uses = uses or ExitStack()
         self._update = update
-        self._sharded = tensor_parallel > 1
+        self._takes_whole = tensor_parallel > 1 or update.num_slots == 0
         self._commands: deque[_Ask | _Load] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
         self._policies: dict[int, LoadedPolicy] = {}  # by slot; from here on the engine's thread's own
+        self._answers: dict[int, Any] = {}  # what the loads of those policies answered
         self._newest: LoadedPolicy | None = None
         self._in_flight: Counter[int] = Counter()  # unfinished vLLM requests by slot
         self._running: dict[str, tuple[_Ask, int]] = {}  # by vLLM's request id
@@ -159,7 +160,7 @@ class VLLMEngine:
         with self._wake:
             self._check_alive()
             llm = self._llm
-        if self._sharded:  # its processes listen to one thread alone
+        if self._takes_whole:  # several processes listen to one thread alone, and whole weights replace others'
             held, stall = self._submit(_Load(snapshot, None)).result()
         else:
             # Reading, hashing and casting happen here, in the caller's thread, while the engine's steps on.
@@ -273,20 +274,22 @@ class VLLMEngine:
     def _load(self, command: _Load) -> None:
         start = time.perf_counter()
         slot = self._update.slot(command.snapshot.version)
-        is_new, answer = not self._holds(slot, command.snapshot), cast(Any, slot)
-        if command.placed is None:
+        if not self._holds(slot, command.snapshot):
             try:
-                answer = agreed(self._llm.collective_rpc("take_snapshot", args=(command.snapshot, slot)))
+                self._answers[slot] = self._write(command, slot)
             except SyncError as error:
                 command.future.set_exception(error)
                 return
-        elif is_new:
-            self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
-        if is_new:
             self._policies[slot] = loaded_policy(slot, command.snapshot)
             self._update.written(self._llm, self._policies[slot])
         self._newest = self._policies[slot]
-        command.future.set_result((answer, time.perf_counter() - start))
+        command.future.set_result((self._answers[slot], time.perf_counter() - start))
+
+    def _write(self, command: _Load, slot: int) -> Any:
+        if command.placed is None:
+            return agreed(self._llm.collective_rpc("take_snapshot", args=(command.snapshot, slot)))
+        self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
+        return slot
 
     def _begin(self, command: _Ask) -> None:
         if self._newest is None:
@@ -300,13 +303,13 @@ class VLLMEngine:
             lora = self._newest.lora if command.adapter else None
             self._llm.add_request(name, prompt, params, lora_request=lora)
             self._running[name] = (command, index)
-            self._in_flight[self._newest.lora.lora_int_id] += 1
+            self._in_flight[self._newest.slot] += 1
 
     def _deliver(self, output: Any) -> None:
         """Only finished requests come out, with all their samples."""
         command, index = self._running[output.request_id]
         assert command.policy is not None
-        self._in_flight[command.policy.lora.lora_int_id] -= 1
+        self._in_flight[command.policy.slot] -= 1
         command.done[index] = command.read(output, index, command.policy)
         if len(command.done) == len(command.prompts):
             command.future.set_result([command.done[i] for i in range(len(command.prompts))])

@@ -15,6 +15,7 @@ import torch
 
 from actors import vllm_cpu_lora, vllm_dora, vllm_slots
 from actors.vllm_slots import Placed
+from actors.vllm_weights import replace_weights
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, unpack
 from tora.errors import SyncError
 from tora.types import PolicySnapshot
@@ -28,12 +29,13 @@ torch.cpu._init_amx()
 
 @dataclass(frozen=True)
 class Held:
-    """What a slot holds of a snapshot."""
+    """What an engine holds of a snapshot."""
 
     sha256: str
-    """Over its tensors as they lie in the slot, under their names on the wire, see `snapshot.digest`."""
+    """Over its tensors as they lie in the slot, or as whole weights were handed over, under their names on the wire;
+    see `snapshot.digest`."""
     dtype: str
-    """Of A and B; gains are float32."""
+    """Of all but gains, which are float32."""
     num_modules: int
 
 
@@ -75,8 +77,10 @@ class SnapshotExtension:
 
     def take_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> Held | str:
         """All three, for an engine whose workers are processes of their own: it answers what is wrong, because an
-        error that leaves such a process ends the engine."""
+        error that leaves such a process ends the engine. Adapter id 0 stands for the weights themselves."""
         try:
+            if adapter_id == 0:
+                return Held(*replace_weights(self, snapshot))
             self.write_snapshot(self.stage_snapshot(snapshot), adapter_id)
             return self.read_snapshot(snapshot, adapter_id)
         except SyncError as error:

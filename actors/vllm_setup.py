@@ -111,6 +111,16 @@ def engine_args(
             "enforce_eager": True,
             "enable_chunked_prefill": False,
         }
+    adapters: dict[str, Any] = {}
+    if num_slots > 0:
+        adapters = {
+            "enable_lora": True,
+            "max_lora_rank": engine_rank(lora_rank),
+            "max_loras": num_slots,
+            "max_cpu_loras": num_slots,
+            # Named, because by default vLLM wraps the head too, whose LoRA layer costs a product with the vocabulary.
+            "lora_target_modules": [*lora_targets, *(vision_linears(model_path) if adapt_vision else ())],
+        }
     return EngineArgs(
         model=model_path,
         dtype="float32" if dtype == "fp32" else "bfloat16",
@@ -121,12 +131,6 @@ def engine_args(
         distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",
         async_scheduling=async_scheduling,
         worker_extension_cls="actors.vllm_extension.SnapshotExtension",
-        enable_lora=True,
-        max_lora_rank=engine_rank(lora_rank),  # pyright: ignore[reportArgumentType]
-        max_loras=num_slots,
-        max_cpu_loras=num_slots,
-        # Named, because by default vLLM wraps the head too, whose LoRA layer costs a product with the vocabulary.
-        lora_target_modules=[*lora_targets, *(vision_linears(model_path) if adapt_vision else ())],
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
         # vLLM's cache of compiled code is keyed by its configuration: without a difference, code that stock vLLM left
@@ -134,6 +138,7 @@ def engine_args(
         additional_config={"tora_gain_layers": 1},
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        **adapters,
         **image_args(model_path, max_pixels=max_pixels, adapt_vision=adapt_vision),
         **device,
     )
@@ -192,7 +197,7 @@ def shut_down(llm: LLMEngine, owns_group: bool, meeting_point: str) -> None:
     """
     from vllm.v1.engine import core
 
-    clean_up = core.cleanup_dist_env_and_memory
+    clean_up = getattr(core, "cleanup_dist_env_and_memory")  # noqa: B009  (pyright: it is vLLM's import)
     if not owns_group:
         # vLLM 0.32 ends by destroying the default group, whoever made it.
         setattr(core, "cleanup_dist_env_and_memory", _free_own_groups)  # noqa: B010
@@ -222,10 +227,12 @@ def _free_own_groups() -> None:
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy version in an adapter slot."""
+    """A policy version in an adapter slot, or in slot 0, the weights themselves."""
 
     version: int
-    lora: LoRARequest
+    slot: int
+    lora: LoRARequest | None
+    """None for whole weights."""
     sha256: str
     """The sender's."""
 
@@ -236,7 +243,8 @@ def loaded_policy(slot: int, snapshot: PolicySnapshot) -> LoadedPolicy:
     from vllm.lora.request import LoRARequest
 
     name = f"policy@{snapshot.version}:{snapshot.sha256[:16]}"
-    return LoadedPolicy(snapshot.version, LoRARequest(name, slot, f"mem://{snapshot.version}"), snapshot.sha256)
+    lora = LoRARequest(name, slot, f"mem://{snapshot.version}") if slot else None
+    return LoadedPolicy(snapshot.version, slot, lora, snapshot.sha256)
 
 
 def sampling_params(request: SampleRequest) -> SamplingParams:

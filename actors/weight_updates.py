@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 class WeightUpdate(Protocol):
     num_slots: int
-    """Adapter slots that it needs."""
+    """Adapter slots that it needs; 0 where snapshots are of whole weights."""
     async_scheduling: bool | None
     """vLLM's argument; None is its own choice."""
 
     def slot(self, version: int) -> int:
-        """The adapter id of a version, from 1."""
+        """The adapter id of a version, from 1; 0 for whole weights."""
         ...
 
     def must_wait(self, num_running: int) -> bool:
@@ -56,6 +56,29 @@ class BetweenRollouts:
 
     def written(self, llm: Any, policy: LoadedPolicy) -> None:
         """A version's requests know it by name."""
+
+    def versions(self, sample: Any, began: LoadedPolicy) -> np.ndarray:
+        return np.full(len(sample.token_ids), began.version, np.int64)
+
+
+class WholeWeights:
+    """There is one policy, in place of the model's own weights: a new one waits for the last rollout of the old."""
+
+    num_slots = 0
+    async_scheduling: bool | None = None
+
+    def slot(self, version: int) -> int:
+        return 0
+
+    def must_wait(self, num_running: int) -> bool:
+        return num_running > 0
+
+    def written(self, llm: Any, policy: LoadedPolicy) -> None:
+        """What was cached without an adapter's name was the old policy's."""
+        emptied = llm.reset_prefix_cache()
+        assert emptied, "a block of vLLM's prefix cache was in use between two rollouts"
+        llm.reset_encoder_cache()
+        llm.reset_mm_cache()  # the worker's half went with the weights
 
     def versions(self, sample: Any, began: LoadedPolicy) -> np.ndarray:
         return np.full(len(sample.token_ids), began.version, np.int64)
@@ -99,6 +122,7 @@ def _carry(request: Any, policy: LoadedPolicy, block_size: int) -> None:
     A request that has computed nothing is the new version's like any other. The keys and values of one that goes on
     come of more than one version, so its further blocks get a name that no other request has.
     """
+    assert policy.lora is not None
     old, is_fresh = request.lora_request, request.num_computed_tokens == 0
     name = policy.lora.lora_name if is_fresh else f"{policy.lora.lora_name}+{request.request_id}"
     request.lora_request = type(old)(name, old.lora_int_id, policy.lora.lora_path)

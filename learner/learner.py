@@ -26,6 +26,7 @@ from learner.optim import build_optimizer, build_schedule
 from learner.parallel import SUM, World, gather_objects, join, reduce, sharder, share
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
+from tora.adapters.snapshot import pack
 from tora.batch import penalize
 from tora.components import instantiate
 from tora.config import RunConfig
@@ -37,7 +38,9 @@ from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBat
 
 
 class Learner:
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, *, also_samples: bool = False) -> None:
+        """`also_samples`: an engine in this process generates on this very model, and snapshots hold no tensors."""
+        self._also_samples = also_samples
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.cfg, self.world, self.version = cfg, World.from_environment(), 0
@@ -198,7 +201,7 @@ class Learner:
             return self._logprobs(self.model, x, 1.0)[0].cpu().numpy()
 
     def snapshot(self) -> PolicySnapshot:
-        return snapshot(self.model, self.version)
+        return pack(self.version, {}) if self._also_samples else snapshot(self.model, self.version)
 
     def save(self, folder: Path) -> None:
         save_training_state(

@@ -229,7 +229,10 @@ def test_rules_between_keys() -> None:
     assert "max_staleness of at least 1" in refusal("quickstart", in_flight, "max_staleness=0")
     assert "needs rollout.engine=vllm" in refusal("quickstart", in_flight, "rollout.engine=torch")
     assert load_config("quickstart", [workers[0]]).rollout.num_workers == 2
-    assert "model.adapter_path" in refusal("quickstart", "model.lora_type=full", "model.adapter_path=/a")
+    full = "model.lora_type=full"
+    assert "model.adapter_path" in refusal("quickstart", full, "model.adapter_path=/a")
+    assert "needs an adapter" in refusal("quickstart", full, in_flight, "rollout.engine=vllm")
+    assert "not both" in refusal("quickstart_vl", "model.train_vision=full", "rollout.engine=vllm")
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,15 @@ def test_in_one_process_with_vllm(tmp_path: Path) -> None:
     assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-9
 
 
+def test_whole_weights_with_vllm(tmp_path: Path) -> None:
+    cfg = ["async_rl=false", "rollout.engine=vllm", "model.lora_type=full", "optimizer.lr=1e-3"]
+    rows = steps(train(tmp_path / "run", *cfg))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")
+    assert {row["sync/bytes"] for row in rows} == {4 * model.num_parameters()}, "every weight, once"
+    assert max(row["mismatch_kl"] for row in rows) < 1e-9
+    assert {row["staleness/max"] for row in rows} == {0}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("lora_type", ["lora", "dora", "dora_cache"])

@@ -22,7 +22,7 @@ class ModelConfig:
     """`full` trains every weight of the decoder; `dora_cache` keeps DoRA's row norms between optimizer steps."""
     train_vision: Literal["none", "lora", "full"] = "none"
     """The vision tower and its mergers: frozen, with adapters of `lora_type` on all of their linear layers, or all of
-    their weights. `full` is not for vLLM, and `lora` not for `lora_type: full`."""
+    their weights. With vLLM `full` needs `lora_type: full`; `lora` needs an adapter."""
     lora_rank: int = 8
     lora_alpha: float = 32.0
     use_rslora: bool = False
@@ -40,7 +40,8 @@ class ModelConfig:
 @dataclass(kw_only=True)
 class RolloutConfig:
     engine: Literal["auto", "vllm", "torch"] = "auto"
-    """`auto`: vLLM where it is installed and the run trains an adapter, else torch."""
+    """`auto`: vLLM where it is installed, else torch; torch too for a synchronous run of `lora_type: full`, whose
+    weights it shares with the learner, and for adapters beside `train_vision: full`."""
     num_workers: int = 1
     """Rollout workers that the run starts with; more than one needs `async_rl=true`."""
     tensor_parallel: int = 1

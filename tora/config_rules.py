@@ -123,13 +123,16 @@ def _broken_model(cfg: RunConfig) -> Iterator[str]:
             yield f"model.adapter_path={model.adapter_path} needs an adapter, and model.lora_type is full."
         if model.quantize_base:
             yield "model.quantize_base=true freezes the base, and model.lora_type=full trains it."
-        if cfg.rollout.engine == "vllm":
-            yield "rollout.engine=vllm serves adapters; model.lora_type=full needs rollout.engine=torch."
+        if cfg.rollout.engine == "vllm" and cfg.rollout.update == "in_flight":
+            yield "rollout.update=in_flight needs an adapter with rollout.engine=vllm, and model.lora_type is full."
         if model.train_vision == "lora":
             yield "model.train_vision=lora needs an adapter, and model.lora_type is full."
         return
     if model.train_vision == "full" and cfg.rollout.engine == "vllm":
-        yield "rollout.engine=vllm serves adapters; model.train_vision=full needs rollout.engine=torch."
+        yield (
+            "rollout.engine=vllm serves an adapter or whole weights, not both: model.train_vision=full needs "
+            "rollout.engine=torch, or model.lora_type=full."
+        )
     if not model.lora_targets:
         yield "model.lora_targets=[] must name at least one linear layer."
     for target in model.lora_targets:

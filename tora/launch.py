@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tora.canary import NUM_PROBES, Canary
 from tora.config import RunConfig
@@ -27,6 +27,9 @@ from tora.run_state import Checkpoints, RunState
 from tora.stop import stop_signals
 from tora.tasks.images import ImageProcessor
 from tora.tasks.prompts import RunPrompts
+
+if TYPE_CHECKING:
+    from actors.weight_updates import WeightUpdate
 
 
 def run(cfg: RunConfig) -> bool:
@@ -111,8 +114,9 @@ def with_engine(cfg: RunConfig) -> RunConfig:
         raise ConfigError(f"rollout.engine=vllm needs vLLM: {_INSTALL}; or set rollout.engine=torch.")
     if cfg.rollout.engine != "auto":
         return cfg
-    adapters_only = cfg.model.lora_type != "full" and cfg.model.train_vision != "full"
-    engine = "vllm" if has_vllm and adapters_only else "torch"
+    # The torch engine of a synchronous run is the learner itself, and whole weights need not travel.
+    servable = cfg.async_rl if cfg.model.lora_type == "full" else cfg.model.train_vision != "full"
+    engine = "vllm" if has_vllm and servable else "torch"
     cfg = replace(cfg, rollout=replace(cfg.rollout, engine=engine))
     check(cfg)  # what was asked for may need the other one
     return cfg
@@ -157,7 +161,6 @@ def _rollout_base(cfg: RunConfig, uses: ExitStack) -> str:
 
 def _make_vllm_engine(cfg: RunConfig) -> Engine:
     from actors.engine import VLLMEngine
-    from actors.weight_updates import BetweenRollouts, InFlight
 
     uses = ExitStack()
     return VLLMEngine(
@@ -169,15 +172,23 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
         lora_targets=cfg.model.lora_targets,
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
-        update=InFlight(recompute_kv=cfg.rollout.recompute_kv)
-        if cfg.rollout.update == "in_flight"
-        else BetweenRollouts(cfg.max_staleness + 1 if cfg.async_rl else 1),
+        update=_weight_update(cfg),
         seed=cfg.seed,
         gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
         kv_cache_gib=cfg.rollout.kv_cache_gib,
         enforce_eager=cfg.rollout.enforce_eager,
         tensor_parallel=cfg.rollout.tensor_parallel,
     )
+
+
+def _weight_update(cfg: RunConfig) -> WeightUpdate:
+    from actors.weight_updates import BetweenRollouts, InFlight, WholeWeights
+
+    if cfg.model.lora_type == "full":
+        return WholeWeights()
+    if cfg.rollout.update == "in_flight":
+        return InFlight(recompute_kv=cfg.rollout.recompute_kv)
+    return BetweenRollouts(cfg.max_staleness + 1 if cfg.async_rl else 1)
 
 
 def _make_torch_engine(cfg: RunConfig) -> Engine:
@@ -224,7 +235,7 @@ class _Here:
     def learner(self) -> Learner:
         from learner.learner import Learner as Rank
 
-        self._learner = Rank(self._cfg)
+        self._learner = Rank(self._cfg, also_samples=self._cfg.rollout.engine == "torch")
         return self._learner
 
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
@@ -307,7 +318,7 @@ def _num_devices(cfg: RunConfig) -> int:
 
 @contextmanager
 def _on_ray(cfg: RunConfig) -> Iterator[_OnRay]:
-    with ray_session(_num_devices(cfg)):
+    with ray_session(_num_devices(cfg), big_objects=cfg.model.lora_type == "full"):
         yield _OnRay(cfg)
 
 

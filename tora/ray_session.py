@@ -21,8 +21,9 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(num_cpus: int) -> Iterator[None]:
-    """`num_cpus`: what all Ray actors together ask a private cluster for."""
+def ray_session(num_cpus: int, *, big_objects: bool = False) -> Iterator[None]:
+    """For a private cluster. `num_cpus`: what all Ray actors together ask for; `big_objects`: whole models, for which
+    Ray's own share of the memory is set aside in place of a gigabyte."""
     joins = "RAY_ADDRESS" in os.environ
     if not joins:
         for name, value in _ENVIRONMENT.items():
@@ -50,7 +51,7 @@ def ray_session(num_cpus: int) -> Iterator[None]:
     scratch = tempfile.mkdtemp(prefix="tora-")  # sockets live here, and their paths must be short
     ray.init(
         num_cpus=max(os.cpu_count() or 1, num_cpus),
-        object_store_memory=_OBJECT_STORE_BYTES,
+        object_store_memory=None if big_objects else _OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -104,11 +104,11 @@ def snapshot(model: Decoder, version: int) -> PolicySnapshot:
     """The trained tensors: the adapters', and parameters trained whole under their Hugging Face names."""
     layers = adapter_layers(model)
     adapters = gather({f"{hf}/{name}": getattr(m, name) for hf, m in layers.items() for name in m.adapter_params()})
-    norms, tensors = row_norms(layers), gather(whole_parameters(model))
+    norms, tensors = row_norms(layers), dict[str, torch.Tensor](whole_parameters(model))
     for hf, layer in layers.items():
         own = {name: adapters[f"{hf}/{name}"] for name in layer.adapter_params()}
         tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.wire(own, norms.get(hf)).items()}
-    return pack(version, tensors)
+    return pack(version, tensors, gather)
 
 
 def whole_parameters(model: Decoder) -> dict[str, nn.Parameter]:

@@ -2,13 +2,15 @@
 
 `<module>.lora_A.weight` [R, I]   `<module>.lora_B.weight` [O, R], scaling folded in   `<module>.gain` [O], DoRA only:
     y = gain ⊙ (W x + B A x) + bias
-All float32. The gain is the learner's magnitude over its row norm, so the engine needs neither.
+All float32. The gain is the learner's magnitude over its row norm, so the engine needs neither. Parameters that are
+trained whole travel under Hugging Face's names in their own dtype.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -16,49 +18,78 @@ import torch
 from tora.types import PolicySnapshot, TensorEntry
 
 LORA_A, LORA_B, GAIN = ".lora_A.weight", ".lora_B.weight", ".gain"
+BUCKET_BYTES = 256 << 20
+"""Of tensors that are made whole at a time; a larger one is a bucket of its own."""
 
 
-def pack(version: int, tensors: Mapping[str, torch.Tensor]) -> PolicySnapshot:
-    """Copies the tensors into a fresh buffer that nobody else holds."""
+def pack(
+    version: int,
+    tensors: Mapping[str, torch.Tensor],
+    whole: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] = dict,
+) -> PolicySnapshot:
+    """Copies the tensors into a fresh buffer that nobody else holds.
+
+    Bucket by bucket: `whole` answers some of the tensors as they are to be copied, where they are not here in full.
+    """
     entries: list[TensorEntry] = []
+    buckets: list[list[TensorEntry]] = [[]]
     offset = 0
     for name, tensor in tensors.items():
-        entries.append(
-            TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, tensor.nbytes)
-        )
-        offset += -(-tensor.nbytes // 16) * 16  # so that every tensor starts aligned
+        nbytes = tensor.shape.numel() * tensor.element_size()
+        entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, nbytes)
+        if buckets[-1] and offset + nbytes > buckets[-1][0].offset + BUCKET_BYTES:
+            buckets.append([])
+        buckets[-1].append(entry)
+        entries.append(entry)
+        offset += -(-nbytes // 16) * 16  # so that every tensor starts aligned
     data = torch.zeros(offset, dtype=torch.uint8)
-    for entry, tensor in zip(entries, tensors.values(), strict=True):
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        data[entry.offset : entry.offset + entry.nbytes].copy_(flat)
-    return PolicySnapshot(version, tuple(entries), data.numpy(), digest(tensors))
+    for bucket in buckets:
+        filled = whole({entry.name: tensors[entry.name] for entry in bucket})
+        for entry in bucket:
+            flat = filled[entry.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            data[entry.offset : entry.offset + entry.nbytes].copy_(flat)
+    return PolicySnapshot(version, tuple(entries), data.numpy(), digest(_tensors(data, entries)))
 
 
 def unpack(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
     """Views into a private copy: what arrives from Ray is read-only and shared, and vLLM scales in place."""
-    data = torch.from_numpy(np.array(snapshot.data, copy=True))
-    return {
-        e.name: data[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape)
-        for e in snapshot.entries
-    }
+    return _tensors(torch.from_numpy(np.array(snapshot.data, copy=True)), snapshot.entries)
+
+
+def views(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
+    """Into the snapshot itself. Only to be read: the memory may be others' too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return _tensors(torch.from_numpy(snapshot.data), snapshot.entries)
+
+
+def _tensors(data: torch.Tensor, entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
+    return {e.name: data[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape) for e in entries}
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """sha256 over names, shapes and bytes in the order of names."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        add_to_digest(sha, name, tensors[name])
     return sha.hexdigest()
+
+
+def add_to_digest(sha: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
+    """One tensor of `digest`'s; call in the order of names."""
+    tensor = tensor.detach().cpu().contiguous()
+    sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def held_digest(snapshot: PolicySnapshot, dtype: str) -> str:
     """The digest of an engine that holds every tensor in `dtype`, the gains excepted."""
-    if dtype == "float32":
+    if {e.dtype for e in snapshot.entries if not e.name.endswith(GAIN)} == {dtype}:
         return snapshot.sha256
-    held = {n: t if n.endswith(GAIN) else t.to(getattr(torch, dtype)) for n, t in unpack(snapshot).items()}
-    return digest(held)
+    tensors, sha = views(snapshot), hashlib.sha256()
+    for name in sorted(tensors):
+        add_to_digest(sha, name, tensors[name] if name.endswith(GAIN) else tensors[name].to(getattr(torch, dtype)))
+    return sha.hexdigest()
 
 
 def split_by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

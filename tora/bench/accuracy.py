@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 METHODS = {
-    "full": ("model.lora_type=full", "optimizer.lr=1e-4", "rollout.engine=torch"),
+    "full": ("model.lora_type=full", "optimizer.lr=1e-4"),
     "lora": ("model.lora_type=lora",),
     "dora": ("model.lora_type=dora",),
     "dora_cache": ("model.lora_type=dora_cache",),
@@ -24,7 +24,7 @@ METHODS = {
     "qdora": ("model.lora_type=dora", "model.quantize_base=true"),
     "qdora_cache": ("model.lora_type=dora_cache", "model.quantize_base=true"),
 }
-"""Overrides. A full-weight run takes the rate that suits it, and the engine that needs no copy of every weight."""
+"""Overrides. A full-weight run takes the rate that suits it."""
 
 
 @dataclass(frozen=True, slots=True)
