@@ -6,6 +6,7 @@ What a new version means for the sequences that are running is `actors.weight_up
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections import Counter, deque
@@ -191,6 +192,10 @@ class VLLMEngine:
             self._closing = True
             self._wake.notify_all()
         self._thread.join(_END_SECONDS)
+        # vLLM's parts hold one another, some through weak keys. What frees C++'s memory must not run whenever the
+        # garbage collector pleases: amid torch.compile's tracing it fails, and breaks that.
+        gc.collect()
+        gc.collect()
         self._environment.restore_own()
         self._uses.close()
 
@@ -240,7 +245,8 @@ class VLLMEngine:
             self._abandon(error)
         if llm is not None:
             shut_down(llm, owns_group, met)
-            del self._llm
+            del self._llm, llm
+            self.__dict__.pop("_inputs", None)
 
     def _wait_for_work(self) -> bool:
         with self._wake:

@@ -19,8 +19,9 @@ def test_a_private_session_is_closed_to_others_and_reports_to_nobody(monkeypatch
 
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    before = psutil.Process().children(recursive=True)
     with ray_session(num_cpus=1):
-        started = psutil.Process().children(recursive=True)
+        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
         listening = {c.laddr for p in started for c in p.net_connections("inet") if c.status == "LISTEN"}
         assert {address.ip for address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
         answers = [http_status(f"http://127.0.0.1:{address.port}/api/job_agent/jobs/x") for address in listening]
