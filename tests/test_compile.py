@@ -31,7 +31,7 @@ def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
     ("lora_type", "changes"),
     [
         pytest.param("full", {}, marks=pytest.mark.slow),
-        ("lora", {}),
+        pytest.param("lora", {}, marks=pytest.mark.slow),
         pytest.param("dora", {}, marks=pytest.mark.slow),
         ("dora_cache", {}),
     ],

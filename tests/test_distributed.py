@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from learner.learner import Learner
 from learner.model import empty_policy, fill_policy
-from learner.parallel import World, join, leave, sharder, unsharded
+from learner.parallel import World, end_rank, join, leave, sharder, unsharded
 from tora.adapters.snapshot import unpack
 from tora.batch import micro_batches
 from tora.generate import TorchEngine
@@ -43,7 +43,7 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch, function: Any, *args: Any) -> None
     """`function(*args)` in fresh processes that see torchrun's variables."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
     with monkeypatch.context() as patch:
-        for name, value in {**variables, "GLOO_SOCKET_IFNAME": "lo"}.items():
+        for name, value in {**variables, "GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}.items():
             patch.setenv(name, value)
         mp.spawn(_rank, (function, args), nprocs=RANKS)
 
@@ -55,6 +55,7 @@ def _rank(rank: int, function: Any, args: Any) -> None:
     torch.set_num_threads(1)
     function(*args)
     leave()
+    end_rank(0)
 
 
 def batches() -> list[TrainBatch]:
@@ -90,7 +91,7 @@ def compare(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float 
         *((t, {}) for t in TYPES),
         ("lora", {"ppo_epochs": 2, "fsdp_reshard_after_forward": False}),
         ("dora_cache", {"fsdp_cpu_offload": True}),
-        ("dora_cache", {"compile": True}),
+        pytest.param("dora_cache", {"compile": True}, marks=pytest.mark.slow),
         ("full", {"activation_checkpointing": "full"}),
         ("dora", {"loss": {**LOSS, "kl_in": "reward"}}),
         ("lora", {"quantize_base": True}),

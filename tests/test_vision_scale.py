@@ -108,16 +108,19 @@ def test_ranks_generate_their_own_share(tmp_path: Path, folder: Path, monkeypatc
         assert torch.load(f"{tmp_path / 'seen'}.{rank}") == generate(alone, folder, rank)
 
 
-@pytest.mark.parametrize(
-    ("lora_type", "train_vision"), [pytest.param("lora", "none", marks=pytest.mark.slow), ("dora_cache", "lora")]
-)
+def test_compilation_wraps_blocks_and_layers(folder: Path) -> None:
+    model = Learner(vl_config(folder, "lora", "lora", compile=True)).model
+    layers = [layer for stack in model.stacks() for layer in stack]
+    assert len(layers) == NUM_BLOCKS + NUM_LAYERS
+    assert all(hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lora_type", "train_vision"), [("lora", "none"), ("dora_cache", "lora")])
 def test_compiled_training_equals_eager_and_stays_compiled(folder: Path, lora_type: str, train_vision: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     eager, compiled = (Learner(vl_config(folder, lora_type, train_vision, loss=LOSS, compile=c)) for c in (False, True))
-    compiled_layers = [layer for stack in compiled.model.stacks() for layer in stack]
-    assert len(compiled_layers) == NUM_BLOCKS + NUM_LAYERS
-    assert all(hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in compiled_layers)
     shown = [[], [(64, 32)]], [[(32, 64), (96, 64)], []], [[(64, 32), (64, 32)], [(96, 96)]], [[(160, 32)], []]
     warm = [batch_of(vision_groups(folder, images, i), share_prefix=True) for i, images in enumerate(shown)]
     for batch in warm:

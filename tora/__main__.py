@@ -1,5 +1,11 @@
+import os
 import sys
 
 from tora.cli import main
 
-sys.exit(main())
+code = main()
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    from learner.parallel import end_rank
+
+    end_rank(code)
+sys.exit(code)
