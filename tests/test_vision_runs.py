@@ -53,6 +53,12 @@ def test_in_one_process(tmp_path: Path, overrides: list[str], modules: int) -> N
     assert max(row["mismatch_kl"] for row in rows) < 1e-9, "vLLM serves the policy that the learner holds"
 
 
+def test_whole_weights(tmp_path: Path) -> None:
+    rows = train(tmp_path / "run", HERE, "model.lora_type=full", "model.train_vision=full", "rollout.engine=vllm")
+    assert max(row["mismatch_kl"] for row in rows) < 1e-9
+    assert rows[0]["sync/bytes"] > 4 * 350_976, "the tower in float32, and more"
+
+
 def test_asynchronous(tmp_path: Path) -> None:
     rows = train(tmp_path / "run", TOWER, "model.lora_type=dora", "max_staleness=1")
     assert {row["sync/modules"] for row in rows} == {DECODER_MODULES + TOWER_MODULES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ def test_in_one_process(tmp_path: Path, overrides: list[str], modules: int) -> N
     rows = train(tmp_path / "run", HERE, *overrides)
     assert {row["sync/modules"] for row in rows} == {modules}
     assert max(row["mismatch_kl"] for row in rows) < 1e-9, "engine and learner are one model"
+
+
+def test_a_resumed_run_repeats_the_unbroken_ones_step(tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    overrides = [HERE, "model.lora_type=dora", "model.train_vision=lora"]
+    last = train(whole, *overrides)[-1]
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_000003")
+    again = train(resumed, *overrides, "resume_from_checkpoint=true")
+    assert [row["version"] for row in again] == [1, 2, 3]
+    for key in ("loss/total", "reward/mean", "learner/grad_norm", "mismatch_kl"):
+        assert again[-1][key] == last[key], key
 
 
 @pytest.mark.parametrize("train_vision", ["none", "full"])

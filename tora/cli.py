@@ -108,7 +108,11 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--json", metavar="FILE", help="write the rows there")
     bench.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     bench.add_argument("--rank", type=int, default=8)
-    bench.add_argument("--compile", choices=("both", "yes", "no"), default="both")
+    bench.add_argument(
+        "--compile",
+        choices=("both", "yes", "no"),
+        help="both on a GPU; on a CPU no, since compiling takes most of a minute for each setting",
+    )
     bench.add_argument("--only", metavar="NAME,...", help="of full, lora, dora, dora_cache, qlora, qdora, qdora_cache")
     bench.add_argument("--together", action="store_true", help="on a GPU: all models in memory, measured in turn")
     bench.add_argument("--threads", type=int, help="of the CPU")

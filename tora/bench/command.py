@@ -41,7 +41,7 @@ def _table(args: argparse.Namespace, folder: Path, shapes: str, gpu: bool) -> li
     small = {"tokens": 512, "sequence": 128, "rows": 8, "new_tokens": 8, "rounds": 3} if not gpu else {}
     names = ("tokens", "sequence", "image", "rows", "new_tokens", "rounds")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    compiled = {"both": (False, True), "yes": (True,), "no": (False,)}[args.compile]
+    compiled = {"both": (False, True), "yes": (True,), "no": (False,)}[args.compile or ("both" if gpu else "no")]
     settings = [s for s in all_settings(compiled) if args.only is None or s.name in args.only.split(",")]
     rows = run(
         folder,
