@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import FakeWorker
+from test_survival import check_history, check_nothing_lost, rows, tora_run, wait_for
 
 from tora.types import PolicySnapshot
 
@@ -20,8 +22,8 @@ SNAPSHOT_BYTES = 20 << 20
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """A head without CPUs, one node for learner ranks and two for rollout workers; answers their names by node id."""
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Ray's `Cluster`, of a head without CPUs; runs join it."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -33,20 +35,26 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     head = {"num_cpus": 0, "object_store_memory": 200 << 20, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
-        names = {nodes.head_node.node_id: "head"}
-        for name, resource in {
-            "learner": "tora_learner",
-            "rollout a": "tora_rollout",
-            "rollout b": "tora_rollout",
-        }.items():
-            node = nodes.add_node(num_cpus=4, resources={resource: 1}, object_store_memory=200 << 20)
-            names[node.node_id] = name
-        nodes.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-        yield names
+        yield nodes
     finally:
         ray.shutdown()
         nodes.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes: Any) -> dict[str, str]:
+    """With one node for learner ranks and two for rollout workers; answers their names by node id."""
+    names = {nodes.head_node.node_id: "head"}
+    for name, resource in {
+        "learner": "tora_learner",
+        "rollout a": "tora_rollout",
+        "rollout b": "tora_rollout",
+    }.items():
+        node = nodes.add_node(num_cpus=4, resources={resource: 1}, object_store_memory=200 << 20)
+        names[node.node_id] = name
+    nodes.wait_for_nodes()
+    return names
 
 
 class Source:
@@ -105,3 +113,20 @@ def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], t
         ("RolloutActor", "rollout a"): 1,
         ("RolloutActor", "rollout b"): 1,
     }
+
+
+def test_a_worker_joins_a_running_job_once_there_is_room(nodes: Any, tmp_path: Path) -> None:
+    nodes.add_node(num_cpus=2, object_store_memory=200 << 20)
+    nodes.wait_for_nodes()
+    with tora_run(
+        tmp_path / "run", "num_steps=400", "rollout.engine=torch", "rollout.num_workers=1", "rollout.max_workers=2"
+    ) as run:
+        wait_for(lambda: len(rows(tmp_path / "run")) >= 3, run)
+        assert {row["rollout/workers"] for row in rows(tmp_path / "run")} == {1}, "a rank and a worker fill the cluster"
+        nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
+        wait_for(lambda: rows(tmp_path / "run")[-1]["rollout/workers"] == 2, run)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(120) == 130
+    seen = rows(tmp_path / "run")
+    check_history(tmp_path / "run", len(seen), 4, 1)
+    check_nothing_lost(tmp_path / "run", len(seen))
