@@ -70,5 +70,5 @@ class InputMaker:
 
 def forward(model: Decoder, x: Inputs, finish: Callable[[torch.Tensor], Any]) -> Any:
     """`finish` of the hidden states [1, T, hidden]."""
-    attend = training_attention(x.prompt_lengths_P, x.lengths_B, x.prompt_B)
+    attend = training_attention(x.prompt_lengths_P, x.lengths_B, x.prompt_B, model.tok_embeddings.weight.dtype)
     return model(x.tokens_T[None], positions=x.positions, attend=attend, finish=finish, images=x.images)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from test_learner import SETTINGS, config, make_batch, make_groups, weights
 from tiny import make_text_model
 from torch._dynamo.utils import counters
@@ -16,6 +17,8 @@ from torch._dynamo.utils import counters
 from learner.learner import Learner
 from tora.batch import micro_batches
 from tora.bench.packing import PaddedLearner
+from tora.models.attention import PackedAttention
+from tora.models.varlen import VarlenAttention, takes
 
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 PLAIN: dict[str, Any] = {
@@ -95,3 +98,54 @@ def test_a_prompt_stands_once_before_all_its_completions(capacity: int, num_rank
             assert (x.positions_T[start : start + length] == len(prompts[p]) + torch.arange(length).numpy()).all()
             found[tuple(completion)] += 1
     assert found == Counter(tuple(r.token_ids) for group in groups for r in group.rollouts)
+
+
+def attention_inputs(lengths: list[int], device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, sum(lengths), heads, 64) for heads in (4, 2, 2)]
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def as_documented(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch's page says `varlen_attn` computes, which has no kernel for a CPU."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    lengths_q, lengths_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max(lengths_q), max(lengths_k)) == (max_q, max_k) and window_size == (-1, 0)
+    documents = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
+    rows = [[x.transpose(0, 1)[None] for x in document] for document in documents]
+    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa) for q, k, v in rows]
+    return torch.cat([x[0].transpose(0, 1) for x in out])
+
+
+def test_attention_without_padding_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tora.models.varlen.varlen_attn", as_documented)
+    lengths = [5, 1, 17, 8]
+    inputs = attention_inputs(lengths, "cpu", torch.float32)
+    torch.testing.assert_close(
+        VarlenAttention(torch.tensor(lengths))(*inputs), PackedAttention(torch.tensor(lengths))(*inputs)
+    )
+    assert not takes(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_attention_without_padding_equals_padded() -> None:
+    lengths = [50, 1, 170, 8]
+    found = []
+    for kind in (VarlenAttention, PackedAttention):
+        inputs = attention_inputs(lengths, "cuda", torch.bfloat16)
+        out = kind(torch.tensor(lengths, device="cuda"))(*inputs)
+        out.float().square().sum().backward()
+        found.append([out, *(x.grad for x in inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tora.models.attention import AttentionContext, LayerAttention, PackedAttention
+from tora.models.varlen import VarlenAttention, takes
 
 
 class SharedPrefixAttention:
@@ -69,9 +70,9 @@ def _as_many_heads(x_BKSD: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def training_attention(
-    prompt_lengths_P: torch.Tensor, lengths_B: torch.Tensor, prompt_B: torch.Tensor
+    prompt_lengths_P: torch.Tensor, lengths_B: torch.Tensor, prompt_B: torch.Tensor, dtype: torch.dtype
 ) -> AttentionContext:
-    """What a micro-batch's layout asks for."""
+    """What a micro-batch's layout, the device and the model's `dtype` ask for."""
     if len(prompt_lengths_P) == 0:
-        return PackedAttention(lengths_B)
+        return (VarlenAttention if takes(lengths_B.device, dtype) else PackedAttention)(lengths_B)
     return SharedPrefixAttention(prompt_lengths_P, lengths_B, prompt_B)

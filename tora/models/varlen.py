@@ -1,0 +1,40 @@
+"""Packed documents on a GPU: torch's flash attention for sequences of different lengths, without padding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from tora.models.attention import LayerAttention
+
+_CAUSAL = (-1, 0)
+"""A window: everything to the left, nothing to the right."""
+
+
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Flash attention is for half precision, on GPUs from Ampere on."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class VarlenAttention:
+    """What `PackedAttention` computes, where `takes` says so."""
+
+    def __init__(self, lengths_B: torch.Tensor) -> None:
+        """`lengths_B` int64 on the model's device."""
+        self.longest = int(lengths_B.max())
+        self.ends = F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
+
+    def at(self, layer: int) -> LayerAttention:
+        return self
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out_THD = varlen_attn(
+            *(q[0], k[0], v[0]),
+            *(self.ends, self.ends, self.longest, self.longest),
+            window_size=_CAUSAL,
+            enable_gqa=True,
+        )
+        assert isinstance(out_THD, torch.Tensor)  # nothing else was asked for
+        return out_THD[None]
