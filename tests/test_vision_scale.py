@@ -54,6 +54,7 @@ def train_and_save(folder: Path, out: Path, lora_type: str, train_vision: str, c
         ("lora", "none", {}),
         ("dora_cache", "lora", {"activation_checkpointing": "full"}),
         ("full", "full", {"fsdp_reshard_after_forward": False}),
+        pytest.param("dora_cache", "lora", {"compile": True}, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_train_like_one(
