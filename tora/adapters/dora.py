@@ -58,9 +58,10 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def own_row_norm(self, lora_a_RI: torch.Tensor) -> torch.Tensor:
         """‖W + s·B A‖ of the rows of W that this rank holds, float32. `lora_a_RI` is all of A."""
-        w_a_OR = torch.cat([slab @ lora_a_RI.T for slab in row_slabs(local(self.weight))])
+        # the narrow factor first: a CPU takes two thirds of the time
+        w_a_RO = torch.cat([lora_a_RI @ slab.T for slab in row_slabs(local(self.weight))], 1)
         squared_O = own_rows(self.squared_norm, self.weight)
-        return adapted_row_norm(squared_O, w_a_OR, lora_a_RI, local(self.lora_b), self.scaling)
+        return adapted_row_norm(squared_O, w_a_RO.T, lora_a_RI, local(self.lora_b), self.scaling)
 
     def _base_and_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """W x without bias, and the row norm."""
