@@ -16,7 +16,7 @@ import torch
 from actors import vllm_cpu_lora, vllm_dora, vllm_slots
 from actors.vllm_slots import Placed
 from actors.vllm_weights import replace_weights
-from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, unpack
+from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, unpack, views
 from tora.errors import SyncError
 from tora.types import PolicySnapshot
 
@@ -62,7 +62,7 @@ class SnapshotExtension:
 
     def read_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> Held:
         """Reads every tensor of the snapshot back. Errors: SyncError where the slot adapts more than the snapshot."""
-        sent = split_by_module(unpack(snapshot))
+        sent = split_by_module(views(snapshot))
         modules = vllm_slots.read(self._manager, vllm_slots.slot_of(self._manager, adapter_id), sent)
         names = {entry.name for entry in snapshot.entries}
         held = {

@@ -25,7 +25,7 @@ from tora.adapters.inject import (
 )
 from tora.adapters.lora import LoRALinear
 from tora.adapters.peft_format import load_peft, peft_tensors, save_peft
-from tora.adapters.snapshot import GAIN, digest, unpack
+from tora.adapters.snapshot import GAIN, digest, pack, unpack
 from tora.config import ModelConfig
 from tora.errors import ConfigError
 from tora.models.load import load_decoder
@@ -232,6 +232,23 @@ def test_a_snapshot_owns_its_memory(tmp_path: Path) -> None:
     unpack(sent)[next(iter(before))].fill_(9)  # an engine scales what it was handed in place
     shake(model)
     assert all(torch.equal(t, before[name]) for name, t in unpack(sent).items())
+
+
+def test_a_snapshot_is_made_whole_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"{n}.weight": torch.full((n, 3), float(n)) for n in range(1, 9)}
+    asked: list[list[str]] = []
+
+    def whole(some: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        asked.append(list(some))
+        return some
+
+    expected = pack(0, tensors)
+    monkeypatch.setattr("tora.adapters.snapshot.BUCKET_BYTES", 100)
+    found = pack(0, tensors, whole)
+    assert len(asked) > 3 and sum(asked, []) == list(tensors), "each once, in order"
+    assert all(sum(tensors[name].nbytes for name in some) <= 100 for some in asked)
+    assert found.sha256 == expected.sha256 == digest(tensors)
+    assert (found.data == expected.data).all()
 
 
 def test_a_target_that_matches_nothing_names_the_nearest(tmp_path: Path) -> None:
