@@ -25,6 +25,9 @@ DECODER_MODULES, TOWER_MODULES = 4 * 7, 2 * 4 + 2 + 2
 """Of the quick-start's base: four layers; two blocks, a merger and one of DeepStack's."""
 
 
+_SOME = ("2B_lora_grpo_single_device", "4B_full_grpo", "8B_qlora_grpo_single_device")
+
+
 def train(folder: Path, *overrides: str, config: str = "quickstart_vl") -> list[dict[str, Any]]:
     """The rows of metrics.jsonl after a run, one for each step."""
     assert run(load_config(config, [*SHORT, f"output_dir={folder}", *overrides]))
@@ -66,7 +69,13 @@ def test_asynchronous(tmp_path: Path) -> None:
     assert fresh and max(fresh) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["2B_lora_grpo_single_device", "4B_full_grpo", "8B_qlora_grpo_single_device"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(file.stem, marks=[] if file.stem in _SOME else pytest.mark.slow)
+        for file in sorted(Path(__file__).parents[1].glob("configs/qwen3_vl/*.yaml"))
+    ],
+)
 def test_configs_of_qwen3_vl_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = make_vl_model(tmp_path / "model", tied=not name.startswith("8B"), max_position_embeddings=4096)
