@@ -136,7 +136,8 @@ class VLLMEngine:
             samples = [completion(sample, self._update.versions(sample, policy)) for sample in output.outputs]
             return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: all the same
 
-        prompts = [self._inputs(request.token_ids, request.images) for request in requests]
+        inputs = self._input_maker()
+        prompts = [inputs(request.token_ids, request.images) for request in requests]
         params = [sampling_params(request) for request in requests]
         return self._submit(_Ask(prompts, params, completions, adapter)).result()
 
@@ -148,7 +149,8 @@ class VLLMEngine:
         def logprobs(output: Any, index: int, policy: LoadedPolicy) -> np.ndarray:
             return completion_logprobs(output, len(requests[index].completion))
 
-        prompts = [self._inputs(request.token_ids + request.completion, request.images) for request in requests]
+        inputs = self._input_maker()
+        prompts = [inputs(request.token_ids + request.completion, request.images) for request in requests]
         return self._submit(_Ask(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
 
     def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
@@ -213,6 +215,11 @@ class VLLMEngine:
     def _check_alive(self) -> None:
         if self._failure is not None or self._closing:
             raise _gone(self._failure)
+
+    def _input_maker(self) -> EngineInputs:
+        with self._wake:
+            self._check_alive()
+            return self._inputs
 
     def _submit(self, command: _Ask | _Load) -> Future[Any]:
         with self._wake:

@@ -13,7 +13,10 @@ from tora.cli import main
 from tora.parity import ParityRow
 
 
-@pytest.mark.parametrize(("make", "num_prompts"), [(make_text_model, 4), (make_vl_model, 3)], ids=["text", "vision"])
+@pytest.mark.parametrize(
+    ("make", "num_prompts"),
+    [pytest.param(make_text_model, 4, id="text", marks=pytest.mark.slow), pytest.param(make_vl_model, 3, id="vision")],
+)
 def test_every_method_in_both_dtypes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], Path], num_prompts: int
 ) -> None:

@@ -151,7 +151,7 @@ def base_bytes() -> int:
     return os.path.getsize(Path(load_config("quickstart").model.path) / "model.safetensors")
 
 
-@pytest.mark.parametrize(("lora_type", "bound"), [("lora", 1), ("dora_cache", 0)])
+@pytest.mark.parametrize(("lora_type", "bound"), [("lora", 1), pytest.param("dora_cache", 0, marks=pytest.mark.slow)])
 def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> None:
     ranks = f"learner_ranks={1 + bound}"
     rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}", ranks)
@@ -184,7 +184,14 @@ def test_asynchronous_with_versions_that_change_within_rollouts(tmp_path: Path, 
     assert max(row["canary/gap_max"] for row in steps(rows) if "canary/gap_max" in row) < 1e-4
 
 
-@pytest.mark.parametrize(("base", "where"), [("dequantized", "async_rl=true"), ("checkpoint", "async_rl=false")])
+@pytest.mark.parametrize(
+    ("base", "where"),
+    [
+        pytest.param("dequantized", "async_rl=true", marks=pytest.mark.slow),
+        ("dequantized", "async_rl=false"),
+        ("checkpoint", "async_rl=false"),
+    ],
+)
 def test_with_vllm_and_a_quantised_base(tmp_path: Path, base: str, where: str) -> None:
     quantized = ["model.quantize_base=true", f"rollout.base={base}", "model.lora_type=dora_cache", "max_staleness=0"]
     proof = ["sync.canary_every=2" if base == "dequantized" else "sync.canary_max_gap=2"]

@@ -57,7 +57,7 @@ def stock_vllm(**asked: Any) -> dict[str, Any]:
     return json.loads(done.stdout.rpartition("ANSWER")[2])
 
 
-@pytest.mark.parametrize("train_vision", ["none", "lora"])
+@pytest.mark.parametrize("train_vision", [pytest.param("none", marks=pytest.mark.slow), "lora"])
 def test_an_exported_lora_is_served_as_in_peft(tmp_path: Path, train_vision: str) -> None:
     folder, adapter = make_vl_model(tmp_path / "model"), tmp_path / "adapter"
     learner = Learner(vl_config(folder, "lora", train_vision))

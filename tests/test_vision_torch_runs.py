@@ -61,6 +61,7 @@ def test_all_weights(tmp_path: Path, train_vision: str) -> None:
     assert Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "adapter").num_parameters() > 0
 
 
+@pytest.mark.slow
 def test_asynchronous(tmp_path: Path) -> None:
     """The engine's copy gets the tower whole, with every sync."""
     rows = train(tmp_path / "run", "max_staleness=0", "model.train_vision=full")
