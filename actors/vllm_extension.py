@@ -16,7 +16,7 @@ import torch
 from actors import vllm_cpu_lora, vllm_dora, vllm_slots
 from actors.vllm_slots import Placed
 from actors.vllm_weights import replace_weights
-from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, unpack, views
+from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, views
 from tora.errors import SyncError
 from tora.types import PolicySnapshot
 
@@ -80,7 +80,7 @@ class SnapshotExtension:
         error that leaves such a process ends the engine. Adapter id 0 stands for the weights themselves."""
         try:
             if adapter_id == 0:
-                return Held(*replace_weights(self, snapshot))
+                return Held(*replace_weights(self, _receive(snapshot)))
             self.write_snapshot(self.stage_snapshot(snapshot), adapter_id)
             return self.read_snapshot(snapshot, adapter_id)
         except SyncError as error:
@@ -92,7 +92,7 @@ class SnapshotExtension:
 
 
 def _receive(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
-    """Private memory. Errors: SyncError where names repeat, or the bytes are not those that were sent."""
+    """Only to be read. Errors: SyncError where names repeat, or the bytes are not those that were sent."""
     names = [entry.name for entry in snapshot.entries]
     if not names:
         raise SyncError(f"the snapshot of version {snapshot.version} is empty")
@@ -100,7 +100,7 @@ def _receive(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
     if repeated:
         raise SyncError(f"the snapshot of version {snapshot.version} has {repeated[0]!r} twice")
     try:
-        tensors = unpack(snapshot)
+        tensors = views(snapshot)
     except (RuntimeError, AttributeError) as error:  # what torch makes of a short buffer or an unknown dtype
         raise SyncError(f"the snapshot of version {snapshot.version} cannot be read: {error}") from error
     if digest(tensors) != snapshot.sha256:

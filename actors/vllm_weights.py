@@ -7,7 +7,8 @@ serves them, the canary shows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,18 @@ from safetensors import safe_open
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from tora.adapters.snapshot import add_to_digest, digest, views
+from tora.adapters.snapshot import add_to_digest
 from tora.errors import SyncError
 from tora.models.family import families
-from tora.models.load import read_config, shard_files
-from tora.types import PolicySnapshot
+from tora.models.load import is_derived, read_config, shard_files
 
 
-def replace_weights(worker: Any, snapshot: PolicySnapshot) -> tuple[str, str, int]:
+def replace_weights(worker: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str, int]:
     """Answers the digest of the tensors that vLLM was handed, their dtype, and how many modules they belong to.
 
-    One tensor at a time is in memory beside the snapshot. Errors: SyncError, with nothing replaced, unless the bytes
-    are those that were sent, and the tensors all those of the model or all but the vision tower's.
+    One tensor at a time is in memory beside those given. Errors: SyncError, with nothing replaced, unless they are all
+    those of the model or all but the vision tower's.
     """
-    tensors = views(snapshot)
-    if digest(tensors) != snapshot.sha256:
-        raise SyncError(f"the snapshot of version {snapshot.version} was damaged on its way: its sha256 differs")
     _check_complete(tensors, Path(worker.model_config.model))
     dtype, sha = worker.model_config.dtype, hashlib.sha256()
 
@@ -50,14 +47,9 @@ def replace_weights(worker: Any, snapshot: PolicySnapshot) -> tuple[str, str, in
     return sha.hexdigest(), str(dtype).removeprefix("torch."), len(modules)
 
 
-def _check_complete(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _check_complete(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Against the folder that the engine was loaded from."""
-    config = read_config(folder)
-    tower = families()[config.model_type].names.tower
-    expected = {name: shape for file in shard_files(folder) for name, shape in _shapes(file).items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    expected = {name: shape for name, shape in expected.items() if not name.endswith("rotary_emb.inv_freq")}
+    expected, tower = _expected(folder)
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected.get(name):
             raise SyncError(f"{name} of shape {tuple(tensor.shape)} is no tensor of the engine's model")
@@ -68,6 +60,13 @@ def _check_complete(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         raise SyncError(f"the snapshot lacks {missing[0]} of the engine's model")
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(file, framework="pt") as shard:
-        return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+@cache
+def _expected(folder: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
+    """Shapes by Hugging Face name, and the prefix of the vision tower's names. Kept, since every sync asks."""
+    config, shapes = read_config(folder), {}
+    for file in shard_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
+                if not is_derived(name, tied=config.tie_word_embeddings):
+                    shapes[name] = tuple(shard.get_slice(name).get_shape())
+    return shapes, families()[config.model_type].names.tower

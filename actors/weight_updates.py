@@ -61,17 +61,14 @@ class BetweenRollouts:
         return np.full(len(sample.token_ids), began.version, np.int64)
 
 
-class WholeWeights:
+class WholeWeights(BetweenRollouts):
     """There is one policy, in place of the model's own weights: a new one waits for the last rollout of the old."""
 
-    num_slots = 0
-    async_scheduling: bool | None = None
+    def __init__(self) -> None:
+        self.num_slots = 0
 
     def slot(self, version: int) -> int:
         return 0
-
-    def must_wait(self, num_running: int) -> bool:
-        return num_running > 0
 
     def written(self, llm: Any, policy: LoadedPolicy) -> None:
         """What was cached without an adapter's name was the old policy's."""
@@ -79,9 +76,6 @@ class WholeWeights:
         assert emptied, "a block of vLLM's prefix cache was in use between two rollouts"
         llm.reset_encoder_cache()
         llm.reset_mm_cache()  # the worker's half went with the weights
-
-    def versions(self, sample: Any, began: LoadedPolicy) -> np.ndarray:
-        return np.full(len(sample.token_ids), began.version, np.int64)
 
 
 class InFlight:

@@ -61,7 +61,7 @@ def test_packed_and_shared_equal_padded(folder: Path, lora_type: str) -> None:
 def test_shared_prompts_stay_compiled(folder: Path) -> None:
     torch._dynamo.reset()
     counters.clear()
-    eager, compiled = (Learner(config(folder, "dora_cache", compile=c)) for c in (False, True))
+    eager, compiled = (Learner(config(folder, "dora_cache", loss=LOSS, compile=c)) for c in (False, True))
     graphs = []
     for seed, capacity in enumerate((10_000, 45, 10_000, 38)):
         batch = make_batch(make_groups(2 + seed, seed=seed), share_prefix=True, capacity=capacity)

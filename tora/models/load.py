@@ -50,6 +50,11 @@ def side_files(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".txt", ".model")]
 
 
+def is_derived(hf_name: str, *, tied: bool) -> bool:
+    """Whether a tensor that some folders hold follows from the rest of the model."""
+    return hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight")
+
+
 def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, tensor on the CPU), one at a time."""
     with safe_open(file, framework="pt") as shard:
@@ -118,7 +123,7 @@ def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[
     for path in shard_files(folder):
         file = files.enter_context(safe_open(path, framework="pt"))
         for hf_name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
-            if hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight"):
+            if is_derived(hf_name, tied=tied):
                 continue
             name = model.names.parameter_from_hf(hf_name)
             if name is None or name not in places:
