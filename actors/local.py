@@ -10,7 +10,7 @@ import numpy as np
 from actors.assemble import PromptCursor, SignalFilter, make_batch, summarize_evaluation, sync_metrics
 from actors.worker import RolloutWorker
 from tora.config import RunConfig
-from tora.peers import Peers
+from tora.distributed.process_group import World
 from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, RolloutState, ScoreRequest, TrainBatch
 
 
@@ -22,13 +22,13 @@ class LocalRollouts:
         prompt_at: Callable[[int], Prompt],
         eval_prompts: Sequence[Prompt],
         state: RolloutState,
-        peers: Peers,
+        world: World,
     ) -> None:
         """`prompt_at` is the prompt stream; `state` is what `state()` answered when the run was interrupted.
 
         Every peer walks the same stream and runs its share of each round; all then hold all groups.
         """
-        self._cfg, self._worker, self._eval_prompts, self._peers = cfg, worker, eval_prompts, peers
+        self._cfg, self._worker, self._eval_prompts, self._world = cfg, worker, eval_prompts, world
         self._prompt_at = prompt_at
         self._cursor = PromptCursor(prompt_at, state)
         self._filter = SignalFilter(cfg)
@@ -39,7 +39,7 @@ class LocalRollouts:
         groups: list[Group] = []
         while len(groups) < self._cfg.batch_size:
             prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
-            round_ = self._peers.join(self._worker.run_groups(self._peers.share(prompts)))
+            round_ = self._world.collect(self._worker.run_groups(self._world.share(prompts)))
             groups += [group for group in round_ if self._filter.keeps(group)]
         generated, drops = self._filter.take()
         return make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
@@ -50,10 +50,10 @@ class LocalRollouts:
         return sync_metrics([report], time.perf_counter() - start)
 
     def evaluate(self) -> EvalResult:
-        return summarize_evaluation(self._peers.join(self._worker.evaluate(self._peers.share(self._eval_prompts))))
+        return summarize_evaluation(self._world.collect(self._worker.evaluate(self._world.share(self._eval_prompts))))
 
     def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        return {self._peers.rank: self._worker.score(requests, adapter=adapter)}
+        return {self._world.rank: self._worker.score(requests, adapter=adapter)}
 
     def state(self) -> RolloutState:
         return self._cursor.state(())

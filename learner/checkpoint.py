@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from tora.sharding import as_sharded, fill, gather, own_rows
+from tora.distributed.sharding import as_sharded, fill, gather, own_rows
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "learner.json"
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from learner.activation import checkpoint_layers
 from learner.checkpoint import load_training_state, save_training_state
 from learner.compile import compile_layers
+from learner.fsdp import sharder, share_micro_batches
 from learner.inputs import InputMaker, Inputs, forward
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
@@ -23,16 +24,16 @@ from learner.loss.kl import kind_of, sequence_kl
 from learner.mismatch import mismatch
 from learner.model import device_of, empty_policy, fill_policy
 from learner.optim import build_optimizer, build_schedule
-from learner.parallel import SUM, World, gather_objects, join, reduce, sharder, share
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.adapters.snapshot import pack
 from tora.batch import penalize
 from tora.components import instantiate
 from tora.config import RunConfig
+from tora.distributed.process_group import SUM, World, gather_objects, join, reduce
+from tora.distributed.sharding import gather, whole
 from tora.models.decoder import Decoder
 from tora.models.load import side_files
-from tora.sharding import gather, whole
 from tora.tasks.images import ImageProcessor
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
 
@@ -99,7 +100,7 @@ class Learner:
 
         An empty batch moves only the version and the schedule.
         """
-        mine = share(batch.micro_batches, self.world.rank, self.world.size)
+        mine = share_micro_batches(batch.micro_batches, self.world.rank, self.world.size)
         micro = self._on_device(mine, batch.micro_batches)
         metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
         ref = [self._ref_logprobs(x, batch.temperature) for x in micro]
@@ -128,14 +129,16 @@ class Learner:
         """
         starts = np.cumsum([0, *(len(m.lengths_B) for m in whole_step)])
         kl_B, kind = np.zeros(starts[-1]), kind_of(self.loss.kl_type, self.loss.kl_in)
-        mine = range(self.world.rank, len(whole_step), self.world.size)  # `share`, less a copy without weight
+        mine = range(
+            self.world.rank, len(whole_step), self.world.size
+        )  # `share_micro_batches`, less a copy without weight
         for i, x, ref_N in zip(mine, micro, ref, strict=False):
             assert ref_N is not None
             own_B = sequence_kl(x.actor_logprobs_N, ref_N, x.sequence_N, len(x.lengths_B), kind)
             kl_B[starts[i] : starts[i + 1]] = own_B.cpu().numpy()
         kl_B = np.array(list(reduce({str(b): kl for b, kl in enumerate(kl_B)}, SUM, self.device).values()))
         penalized = penalize(whole_step, self.loss.kl_coeff * kl_B, self.cfg.normalize_advantages)
-        mine_again = share(penalized, self.world.rank, self.world.size)
+        mine_again = share_micro_batches(penalized, self.world.rank, self.world.size)
         return [
             replace(x, advantages_N=torch.tensor(m.advantages_N, device=self.device))
             for x, m in zip(micro, mine_again, strict=True)

@@ -16,11 +16,12 @@ from tiny import make_text_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from learner.fsdp import sharder, unsharded
 from learner.learner import Learner
 from learner.model import empty_policy, fill_policy
-from learner.parallel import World, end_rank, join, leave, sharder, unsharded
 from tora.adapters.snapshot import unpack
 from tora.batch import micro_batches
+from tora.distributed.process_group import World, end_rank, join, leave
 from tora.generate import TorchEngine
 from tora.packing import spread
 from tora.types import SampleRequest, Sampling, TrainBatch

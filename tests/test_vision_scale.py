@@ -14,8 +14,8 @@ from test_vision_learner import SGD, batch_of, vision_groups, vl_config
 from tiny import make_vl_model
 from torch._dynamo.utils import counters
 
+from learner.fsdp import unsharded
 from learner.learner import Learner
-from learner.parallel import unsharded
 from tora.adapters.inject import trained_parameters
 from tora.adapters.snapshot import unpack
 from tora.generate import TorchEngine

@@ -5,7 +5,7 @@ from tora.cli import main
 
 code = main()
 if "TORCHELASTIC_RUN_ID" in os.environ:
-    from learner.parallel import end_rank
+    from tora.distributed.process_group import end_rank
 
     end_rank(code)
 sys.exit(code)

@@ -15,10 +15,10 @@ from tora.canary import NUM_PROBES, Canary
 from tora.config import RunConfig
 from tora.config_loader import dump_yaml
 from tora.config_rules import check
+from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.loop import Outcome
 from tora.metrics import MetricLog, NoLog
-from tora.peers import Peers
 from tora.protocols import Engine, Learner, Rollouts
 from tora.ray_session import gpus_each, output_folder, place_of, ray_session
 from tora.recovery import train_and_export
@@ -42,8 +42,8 @@ def run(cfg: RunConfig) -> bool:
     folder = output_folder(cfg.output_dir)
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
     with (_on_ray if cfg.async_rl else _here)(cfg) as site, stop_signals() as stop_requested:
-        peers = site.peers
-        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=peers.rank == 0)
+        world = site.world
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=world.rank == 0)
         resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
         if cfg.resume_from_checkpoint and resume is None:
             raise ConfigError(f"resume_from_checkpoint=true, but {folder / 'checkpoints'} holds no checkpoint")
@@ -53,8 +53,8 @@ def run(cfg: RunConfig) -> bool:
         if resume is not None:
             learner.load(resume)
             state = checkpoints.read(resume, prompts.at)
-        log = _open(cfg, folder, state, resumes=resume is not None) if peers.rank == 0 else NoLog()
-        peers.any(False)  # nobody writes into the folder before rank 0 has opened it
+        log = _open(cfg, folder, state, resumes=resume is not None) if world.rank == 0 else NoLog()
+        world.any(False)  # nobody writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
         try:
             outcome = train_and_export(
@@ -67,14 +67,14 @@ def run(cfg: RunConfig) -> bool:
                 checkpoints,
                 state,
                 prompts.at,
-                lambda: peers.any(stop_requested()),
+                lambda: world.any(stop_requested()),
                 folder / "adapter",
             )
         finally:
             log.close()
             rollouts.close()
             shutil.rmtree(folder / _ROLLOUT_BASE, ignore_errors=True)
-    if peers.rank == 0:
+    if world.rank == 0:
         _report(cfg, outcome, state, folder)
     return state.step == cfg.num_steps
 
@@ -151,7 +151,7 @@ def _rollout_base(cfg: RunConfig, uses: ExitStack) -> str:
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
     from learner.model import DTYPES, device_of
-    from learner.parallel import World
+    from tora.distributed.process_group import World
     from tora.models.dequantized import dequantized_folder, in_use
 
     cache, device = Path(cfg.output_dir) / _ROLLOUT_BASE, device_of(cfg, World.from_environment().local_rank)
@@ -227,10 +227,10 @@ class _Here:
     """Everything in this process; under torchrun, in each rank's."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        from learner.parallel import World
+        from tora.distributed.process_group import World
 
         world = World.from_environment()
-        self._cfg, self.peers = cfg, Peers(world.rank, world.size)
+        self._cfg, self.world = cfg, world
 
     def learner(self) -> Learner:
         from learner.learner import Learner as Rank
@@ -245,11 +245,11 @@ class _Here:
         vllm = self._cfg.rollout.engine == "vllm"
         make_engine = partial(_make_vllm_engine, self._cfg) if vllm else self._shared_torch_engine
         worker = RolloutWorker(make_engine, **_worker_arguments(self._cfg, prompts))
-        return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts, self.peers)
+        return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts, self.world)
 
     def _shared_torch_engine(self) -> Engine:
         """On the learner's own model."""
-        from learner.parallel import unsharded
+        from learner.fsdp import unsharded
         from tora.generate import TorchEngine
 
         return TorchEngine(
@@ -267,7 +267,7 @@ class _Here:
 
 @contextmanager
 def _here(cfg: RunConfig) -> Iterator[_Here]:
-    from learner.parallel import leave
+    from tora.distributed.process_group import leave
 
     try:
         yield _Here(cfg)
@@ -279,7 +279,7 @@ class _OnRay:
     """The learner's ranks and the rollout workers, each a Ray actor. All are started before any is waited for."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self._cfg, self.peers = cfg, Peers()
+        self._cfg, self.world = cfg, World()
         self._gpus = gpus_each(_num_devices(cfg), cfg.device)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
             raise ConfigError(

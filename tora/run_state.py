@@ -33,7 +33,7 @@ class Checkpoints:
     """`FOLDER/step_000010`, ...; the newest `keep` of them."""
 
     def __init__(self, folder: Path, keep: int, *, is_writer: bool = True) -> None:
-        """Of several peers, one writes; all must call `save`, which is collective for their learners."""
+        """Of several ranks, one writes; all must call `save`, which is collective for their learners."""
         self._folder, self._keep, self._is_writer = folder, keep, is_writer
 
     def newest(self) -> Path | None:

@@ -15,8 +15,8 @@ from torch import nn
 
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import GAIN
+from tora.distributed.sharding import local, own_rows
 from tora.models.quantize import frozen_linear, row_slabs
-from tora.sharding import local, own_rows
 
 
 def squared_row_norm(weight_OI: torch.Tensor) -> torch.Tensor:

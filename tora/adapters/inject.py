@@ -13,10 +13,10 @@ from torch import nn
 from tora.adapters.dora import CachedDoRALinear, DoRALinear
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import pack, split_by_module
+from tora.distributed.sharding import as_sharded, gather
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 from tora.models.names import TOWER
-from tora.sharding import as_sharded, gather
 from tora.types import PolicySnapshot
 
 LAYERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear, "dora_cache": CachedDoRALinear}

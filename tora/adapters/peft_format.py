@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tora.adapters.inject import adapter_layers, refresh, whole_parameters
 from tora.config import ModelConfig
+from tora.distributed.sharding import fill
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
-from tora.sharding import fill
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}

@@ -1,0 +1,1 @@
+"""What ranks share: the process group, and tensors that they hold in parts."""
