@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from tora.tasks.images import decode
+from tora.models.vision.processor import decode
 
 if TYPE_CHECKING:
     from vllm.inputs import EngineInput

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from tora.models.decoder import Decoder
-from tora.models.image_inputs import ImageReader, unseen_image
-from tora.models.qwen3_vl import ImageInputs, Qwen3VL
 from tora.models.shared_prefix import training_attention
+from tora.models.vision.inputs import ImageReader, unseen_image
+from tora.models.vision.processor import ImageProcessor
+from tora.models.vision.qwen3_vl import ImageInputs, Qwen3VL
 from tora.packing import documents
-from tora.tasks.images import ImageProcessor
 from tora.types import MicroBatch
 
 

@@ -34,7 +34,7 @@ from tora.distributed.process_group import SUM, World, gather_objects, join, red
 from tora.distributed.sharding import gather, whole
 from tora.models.decoder import Decoder
 from tora.models.load import side_files
-from tora.tasks.images import ImageProcessor
+from tora.models.vision.processor import ImageProcessor
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
 
 

@@ -15,7 +15,7 @@ from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 from tora.models.load import empty_decoder, fill_decoder
 from tora.models.quantize import check_shards
-from tora.models.qwen3_vl import Qwen3VL
+from tora.models.vision.qwen3_vl import Qwen3VL
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

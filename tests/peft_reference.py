@@ -14,8 +14,8 @@ from tiny import LINEARS
 from actors.engine import VLLMEngine
 from actors.weight_updates import BetweenRollouts, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
+from tora.models.vision.processor import ImageProcessor
 from tora.sampling import log_distribution
-from tora.tasks.images import ImageProcessor
 from tora.types import Completion, PolicySnapshot, SampleRequest, Sampling
 
 RANK = 4

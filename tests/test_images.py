@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from tora.errors import ConfigError
+from tora.models.vision.processor import ImageProcessor, decode, has_image_processor
 from tora.tasks.dataset import PromptStream, file_dataset
 from tora.tasks.image_rows import encoded, take_images
-from tora.tasks.images import ImageProcessor, decode, has_image_processor
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = CONFIGS / "bases" / "digits"

@@ -15,11 +15,11 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from tora.models.attention import PackedAttention
-from tora.models.image_inputs import image_inputs
 from tora.models.load import load_decoder
-from tora.models.qwen3_vl import FAMILY, ImageInputs, Qwen3VL
 from tora.models.shared_prefix import SharedPrefixAttention
-from tora.tasks.images import ImageProcessor
+from tora.models.vision.inputs import image_inputs
+from tora.models.vision.processor import ImageProcessor
+from tora.models.vision.qwen3_vl import FAMILY, ImageInputs, Qwen3VL
 
 SIZES: list[list[tuple[int, int]]] = [[], [(96, 64)], [(64, 64), (128, 96)], [(32, 160), (96, 64)]]
 """Widths and heights of each prompt's images; one image is in two prompts."""

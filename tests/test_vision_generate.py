@@ -20,7 +20,7 @@ from tora.adapters.inject import load_wire, snapshot
 from tora.batch import micro_batches
 from tora.generate import TorchEngine
 from tora.models.load import load_decoder
-from tora.tasks.images import ImageProcessor
+from tora.models.vision.processor import ImageProcessor
 from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, ScoreRequest, TrainBatch
 
 LONG = 150

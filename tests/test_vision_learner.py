@@ -23,7 +23,7 @@ from tora.advantage import group_advantages
 from tora.batch import micro_batches
 from tora.config import RunConfig
 from tora.errors import ConfigError
-from tora.tasks.images import ImageProcessor
+from tora.models.vision.processor import ImageProcessor
 from tora.types import Group, Prompt, Rollout, TrainBatch
 
 SHOWN: list[list[tuple[int, int]]] = [[(64, 32)], [], [(32, 64), (96, 64)], [(64, 32), (64, 64)]]

@@ -19,7 +19,7 @@ from learner.learner import Learner
 from tora.adapters.inject import trained_parameters
 from tora.adapters.snapshot import unpack
 from tora.generate import TorchEngine
-from tora.tasks.images import ImageProcessor
+from tora.models.vision.processor import ImageProcessor
 from tora.types import SampleRequest, Sampling, TrainBatch
 
 NUM_BLOCKS, NUM_LAYERS = 3, 3

@@ -23,11 +23,11 @@ from actors.weight_updates import InFlight
 from tora.adapters.snapshot import pack
 from tora.errors import SyncError
 from tora.models.attention import PackedAttention
-from tora.models.image_inputs import image_inputs
 from tora.models.load import load_decoder
-from tora.models.qwen3_vl import Qwen3VL
+from tora.models.vision.inputs import image_inputs
+from tora.models.vision.processor import ImageProcessor
+from tora.models.vision.qwen3_vl import Qwen3VL
 from tora.sampling import log_distribution
-from tora.tasks.images import ImageProcessor
 from tora.types import Completion, SampleRequest, Sampling, ScoreRequest
 
 SMALL, WIDE = picture(64, 64), picture(160, 96, seed=1)

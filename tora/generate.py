@@ -23,10 +23,10 @@ from tora.cuda_graph import DecodeStep, GraphedStep
 from tora.errors import RolloutError, SyncError
 from tora.models.attention import CachedAttention, PrefillAttention
 from tora.models.decoder import Decoder
-from tora.models.image_inputs import ImageReader
+from tora.models.vision.inputs import ImageReader
+from tora.models.vision.processor import ImageProcessor
 from tora.packing import distinct
 from tora.sampling import draw, log_distribution
-from tora.tasks.images import ImageProcessor
 from tora.types import (
     Completion,
     EngineLoad,

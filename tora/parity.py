@@ -25,9 +25,9 @@ from tora.batch import pack
 from tora.config import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
+from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.packing import OwnPrompts
 from tora.protocols import Engine
-from tora.tasks.images import ImageProcessor, has_image_processor
 from tora.tasks.text import load_tokenizer
 from tora.types import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest
 

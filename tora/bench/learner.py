@@ -20,8 +20,8 @@ from tora.bench.vision import TOKEN_IDS, image_prompt
 from tora.config import ModelConfig, RunConfig
 from tora.errors import ConfigError
 from tora.generate import TorchEngine
-from tora.models.qwen3_vl import Qwen3VL
-from tora.tasks.images import ImageProcessor
+from tora.models.vision.processor import ImageProcessor
+from tora.models.vision.qwen3_vl import Qwen3VL
 from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, TrainBatch
 
 Dtype = Literal["bf16", "fp32"]

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from tora.tasks.images import ImageProcessor
+from tora.models.vision.processor import ImageProcessor
 
 PATCH, MERGE = 16, 2
 _PAD = "<|endoftext|>"

@@ -9,7 +9,7 @@ from typing import Any
 
 from tora.models.names import Names
 
-_MODULES = ("qwen2_5", "qwen3", "llama3", "qwen3_vl")
+_MODULES = ("qwen2_5", "qwen3", "llama3", "vision.qwen3_vl")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tora.errors import ConfigError, nearest
+from tora.models.vision.processor import ImageProcessor
 from tora.tasks.image_rows import take_images
-from tora.tasks.images import ImageProcessor
 from tora.tasks.table import Table, load_files, load_hub
 from tora.types import Prompt
 

@@ -21,8 +21,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from tora.models.vision.processor import ImageProcessor
 from tora.tasks.digits import QUESTIONS, digits, draw, picture, values
-from tora.tasks.images import ImageProcessor
 from tora.tasks.rewards import answer_tag
 from tora.tasks.tiny_base import SWITCH, answer_batch, make, make_tokenizer, pretrain
 

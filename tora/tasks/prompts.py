@@ -8,8 +8,8 @@ from pathlib import Path
 from tora.components import instantiate
 from tora.config import Component, RunConfig
 from tora.errors import ConfigError
+from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.tasks.dataset import PromptStream
-from tora.tasks.images import ImageProcessor, has_image_processor
 from tora.tasks.text import load_tokenizer, stop_token_ids
 from tora.types import Prompt, Sampling
 

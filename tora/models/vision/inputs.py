@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from tora.models.decoder import Decoder
-from tora.models.mrope import multimodal_positions
-from tora.models.qwen3_vl import ImageInputs, Qwen3VL
-from tora.models.vision_layout import vision_layout
-from tora.tasks.images import ImageProcessor, Pixels
+from tora.models.vision.layout import vision_layout
+from tora.models.vision.mrope import multimodal_positions
+from tora.models.vision.processor import ImageProcessor, Pixels
+from tora.models.vision.qwen3_vl import ImageInputs, Qwen3VL
 
 
 class ImageReader:

@@ -15,7 +15,7 @@ from torch import nn
 from tora.errors import ConfigError
 from tora.models.attention import LayerAttention
 from tora.models.decoder import Rope, rotate
-from tora.models.vision_layout import VisionLayout
+from tora.models.vision.layout import VisionLayout
 
 _NORM_EPS = 1e-6
 

@@ -16,15 +16,15 @@ from torch import nn
 from tora.models.attention import AttentionContext
 from tora.models.decoder import Decoder, decoder_parts, identity
 from tora.models.family import ModelFamily
-from tora.models.mrope import MultimodalRotaryTable
 from tora.models.names import Names
-from tora.models.vision_layout import VisionLayout
-from tora.models.vision_tower import VisionTower
+from tora.models.vision.layout import VisionLayout
+from tora.models.vision.mrope import MultimodalRotaryTable
+from tora.models.vision.tower import VisionTower
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInputs:
-    """The images of one forward, on the model's device; `tora.models.image_inputs` makes them."""
+    """The images of one forward, on the model's device; `tora.models.vision.inputs` makes them."""
 
     patches_ND: torch.Tensor
     """All patches of the distinct images, see `Pixels`, in the tower's dtype."""

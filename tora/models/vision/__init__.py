@@ -1,0 +1,1 @@
+"""Images before a decoder: processor, inputs, positions, and the vision tower."""
