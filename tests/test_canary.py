@@ -21,7 +21,7 @@ from tora.canary import Canary, Scores, broken
 from tora.config import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import SyncError
 from tora.generate import TorchEngine
-from tora.tasks.rewarder import FunctionRewarder
+from tora.rewards.rewarder import FunctionRewarder
 from tora.types import Sampling, ScoreRequest, SyncReport
 
 pytest.importorskip("vllm")

@@ -16,7 +16,7 @@ from test_pool import config, next_batch, running
 from actors.assemble import SignalFilter, summarize_evaluation
 from actors.worker import RolloutWorker
 from tora.errors import ConfigError, RolloutError
-from tora.tasks.reward_processes import RewardProcesses
+from tora.rewards.processes import RewardProcesses
 from tora.types import FailedReward, Group, Prompt
 
 SOURCE = """

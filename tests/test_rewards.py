@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from tora.errors import ConfigError
-from tora.tasks import rewards
-from tora.tasks.math_judge import MathJudge
-from tora.tasks.rewarder import FunctionRewarder, build_rewarder
+from tora.rewards.math_judge import MathJudge
+from tora.rewards.rewarder import FunctionRewarder, build_rewarder
 from tora.types import FailedReward, Prompt
 
-R = "tora.tasks.rewards"
+R = "tora.rewards"
 TEXT = Prompt(0, (1,), "1 + 1 =", {"answer": "2", "level": 3})
 CHAT = Prompt(0, (1,), [{"role": "user", "content": "1 + 1 ="}], {"answer": "2"})
 

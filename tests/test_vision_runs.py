@@ -18,7 +18,7 @@ from tora.launch import run
 pytest.importorskip("vllm")
 
 HERE = "async_rl=false"
-LENGTH = ["rewards.0._component_=tora.tasks.rewards.length", "rewards.0.target=2", "rewards.0.limit=40"]
+LENGTH = ["rewards.0._component_=tora.rewards.length", "rewards.0.target=2", "rewards.0.limit=40"]
 """A reward that differs within a group whatever the model can do."""
 TOWER = "model.train_vision=lora"
 DECODER_MODULES, TOWER_MODULES = 4 * 7, 2 * 4 + 2 + 2

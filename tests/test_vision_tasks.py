@@ -13,11 +13,11 @@ from PIL import Image
 
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor, decode
+from tora.rewards.functions import math_answer
 from tora.tasks.clevr import clevr
 from tora.tasks.digits import digits, picture, pictures_of, values
 from tora.tasks.geometry3k import geometry3k
 from tora.tasks.image_rows import encoded, take_images
-from tora.tasks.rewards import math_answer
 
 BASE = Path(__file__).parent.parent / "configs" / "bases" / "digits"
 

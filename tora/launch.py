@@ -124,7 +124,7 @@ def with_engine(cfg: RunConfig) -> RunConfig:
 
 def _worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """Keyword arguments of `RolloutWorker` that do not depend on where it runs."""
-    from tora.tasks.reward_processes import RewardProcesses
+    from tora.rewards.processes import RewardProcesses
 
     return {
         "make_rewarder": partial(

@@ -1,7 +1,7 @@
 """DAPO: Decoupled Clip and Dynamic Sampling Policy Optimization (Yu et al. 2025, arXiv:2503.14476, eq. 8).
 
 Clip-higher (eq. 10) is here. The mean over tokens (eq. 12) is `loss_normalization: token`, the overlong shaping (eq.
-13) `tora.tasks.rewards.overlong`, and the dynamic sampling (eq. 11) what every run does with groups without signal.
+13) `tora.rewards.overlong`, and the dynamic sampling (eq. 11) what every run does with groups without signal.
 """
 
 from __future__ import annotations

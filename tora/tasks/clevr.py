@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from tora.errors import ConfigError
-from tora.tasks.rewards import final_answer
+from tora.rewards.functions import final_answer
 from tora.tasks.table import TaskRows, load_task
 
 INSTRUCTION = "Think step by step, then give the final number inside <answer></answer> tags."

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from tora.rewards.functions import answer_tag
 from tora.tasks.chain_sum import Problem, chain_sum, draw
-from tora.tasks.rewards import answer_tag
 from tora.tasks.tiny_base import SWITCH, answer_batch, make, make_tokenizer, pretrain
 
 CHAT_TEMPLATE = (

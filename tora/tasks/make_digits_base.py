@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from tora.models.vision.processor import ImageProcessor
+from tora.rewards.functions import answer_tag
 from tora.tasks.digits import QUESTIONS, digits, draw, picture, values
-from tora.tasks.rewards import answer_tag
 from tora.tasks.tiny_base import SWITCH, answer_batch, make, make_tokenizer, pretrain
 
 IMAGE, VIDEO, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"

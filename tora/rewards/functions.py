@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from tora.tasks import math_judge
+from tora.rewards import math_judge
 
 Completion = str | list[dict[str, Any]]
 

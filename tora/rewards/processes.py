@@ -25,14 +25,12 @@ from typing import Any
 
 from tora.config import Component
 from tora.errors import RolloutError
-from tora.tasks.rewarder import Column, build_rewarder, combine, names_and_weights, total
+from tora.rewards.rewarder import Column, build_rewarder, combine, names_and_weights, total
 from tora.types import FailedReward, Prompt
 
 _START_S = 300.0
 """How long a child may take to import the functions."""
-_MAIN = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tora.tasks import reward_processes as r; r.serve()"
-)
+_MAIN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tora.rewards import processes; processes.serve()"
 
 
 class RewardProcesses:
