@@ -15,8 +15,9 @@ from transformers import AutoProcessor
 
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor, decode, has_image_processor
-from tora.tasks.dataset import PromptStream, file_dataset
+from tora.tasks.dataset import file_dataset
 from tora.tasks.image_rows import encoded, take_images
+from tora.tasks.prompts import PromptStream
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = CONFIGS / "bases" / "digits"

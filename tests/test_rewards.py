@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tora import rewards
 from tora.errors import ConfigError
 from tora.rewards.math_judge import MathJudge
 from tora.rewards.rewarder import FunctionRewarder, build_rewarder

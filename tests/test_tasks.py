@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 
 from tora.errors import ConfigError
 from tora.tasks.chain_sum import PREFIX, chain_sum, is_held_out
-from tora.tasks.dataset import PromptStream, encode_prompt, file_dataset, hub_dataset
+from tora.tasks.dataset import file_dataset, hub_dataset
+from tora.tasks.encode import encode_prompt
 from tora.tasks.gsm8k import gsm8k
+from tora.tasks.prompts import PromptStream
 
 BASE = Path(__file__).parent.parent / "configs" / "bases" / "chain_sum"
 ROWS = [{"prompt": f"{i} + {i} =", "answer": str(2 * i), "level": i % 3} for i in range(7)]

@@ -28,7 +28,7 @@ from tora.models.decoder import Decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.packing import OwnPrompts
 from tora.protocols import Engine
-from tora.tasks.text import load_tokenizer
+from tora.tasks.tokenizer import load_tokenizer
 from tora.types import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest
 
 _TEXTS = ("The capital of France is", "def add(a, b):\n", "Once upon a time", "2 + 2 =")

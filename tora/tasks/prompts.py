@@ -1,16 +1,22 @@
-"""The prompts of a run, and how they are answered."""
+"""Rows of a dataset as a stream of prompts, and the prompts and sampling settings of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tora.components import instantiate
 from tora.config import Component, RunConfig
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor, has_image_processor
-from tora.tasks.dataset import PromptStream
-from tora.tasks.text import load_tokenizer, stop_token_ids
+from tora.tasks.dataset import Dataset, missing_column
+from tora.tasks.encode import as_messages, encode_prompt
+from tora.tasks.image_rows import take_images
+from tora.tasks.tokenizer import load_tokenizer, stop_token_ids
 from tora.types import Prompt, Sampling
 
 
@@ -43,3 +49,71 @@ def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | No
     if max_pixels is not None:
         raise ConfigError(f"rollout.max_pixels={max_pixels} needs a model that takes images, and {model} takes none")
     return None
+
+
+_FIRST_HELD_OUT_ID = 1 << 32
+
+
+class PromptStream:
+    """Prompts by position, without state: epoch `i // n` has its own permutation of the n rows, drawn from the seed.
+
+    A resumed run that asks for position i gets the prompt that the interrupted run got.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        seed: int = 0,
+        image_processor: ImageProcessor | None = None,
+    ) -> None:
+        """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None where the model takes no images."""
+        if len(rows) == 0:
+            raise ConfigError("the dataset has no rows")
+        self._rows = rows
+        self._tokenizer = tokenizer
+        self._max_prompt_tokens = max_prompt_tokens
+        self._image_processor = image_processor
+        # Two epochs: a step may straddle their boundary.
+        self._permutation = lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(rows))
+        )
+
+    def prompt(self, position: int) -> Prompt:
+        """Raises `ConfigError` when the row has no usable prompt or one that is too long."""
+        epoch, place = divmod(position, len(self._rows))
+        return self._make(position, int(self._permutation(epoch)[place]))
+
+    def sequential(self, num_prompts: int) -> list[Prompt]:
+        """The first rows in order, for evaluation; fewer when the dataset is smaller.
+
+        Ids start at 2**32, so that they never meet the training stream's.
+        """
+        count = min(num_prompts, len(self._rows))
+        return [self._make(_FIRST_HELD_OUT_ID + index, index) for index in range(count)]
+
+    def _make(self, prompt_id: int, index: int) -> Prompt:
+        columns = dict(self._rows[index])
+        if "prompt" not in columns:
+            raise ConfigError(missing_column(f"dataset row {index}", "prompt", "prompt", list(columns)))
+        try:
+            source, images = take_images(columns)
+            token_ids = self._encode(source, images)
+        except ValueError as error:
+            raise ConfigError(f"dataset row {index}: {error}") from error
+        if not token_ids:
+            raise ConfigError(f"dataset row {index} has an empty prompt")
+        if len(token_ids) > self._max_prompt_tokens:
+            raise ConfigError(
+                f"dataset row {index} has a prompt of {len(token_ids)} tokens, more than "
+                f"max_prompt_tokens={self._max_prompt_tokens}"
+            )
+        return Prompt(id=prompt_id, token_ids=token_ids, source=source, columns=columns, images=images)
+
+    def _encode(self, source: str | list[dict[str, Any]], images: tuple[bytes, ...]) -> tuple[int, ...]:
+        if self._image_processor is None:
+            if images:
+                raise ConfigError(f"it has {len(images)} images, and the model takes none")
+            return encode_prompt(self._tokenizer, source)
+        return self._image_processor.encode(as_messages(source), images)
