@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from actors.assemble import PromptCursor, SignalFilter, make_batch, summarize_evaluation, sync_metrics
+from actors.group_filter import SignalFilter
+from actors.prompt_cursor import PromptCursor
+from actors.rollout_metrics import summarize_evaluation, sync_metrics
 from actors.worker import RolloutWorker
+from tora.batching.train_batch import make_batch
 from tora.config import RunConfig
 from tora.distributed.process_group import World
 from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, RolloutState, ScoreRequest, TrainBatch

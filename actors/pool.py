@@ -23,9 +23,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.assemble import PromptCursor, SignalFilter, make_batch, summarize_evaluation, sync_metrics
 from actors.buffer import Buffer, Slot, in_time
-from actors.supervisor import Seat, WorkerHandle, is_fatal
+from actors.group_filter import SignalFilter
+from actors.prompt_cursor import PromptCursor
+from actors.rollout_metrics import summarize_evaluation, sync_metrics
+from actors.seat import Seat, WorkerHandle, is_fatal
+from tora.batching.train_batch import make_batch
 from tora.config import RunConfig
 from tora.errors import RolloutError, WorkerLost
 from tora.types import EvalResult, Group, Metrics, Prompt, RolloutState, ScoreRequest, TrainBatch

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.partial import generate_in_parts
+from actors.continuation import generate_in_parts
 from tora.adapters.snapshot import held_digest
 from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
@@ -62,7 +62,7 @@ class RolloutWorker:
     ) -> None:
         """Engine and rewarder are made here, in the process that uses them. `tokenizer` only decodes.
 
-        `part_tokens`: training rollouts are cut after so many, see `actors.partial`.
+        `part_tokens`: training rollouts are cut after so many, see `actors.continuation`.
         """
         self._engine, self._rewarder, self._tokenizer = make_engine(), make_rewarder(), tokenizer
         self._sampling, self._eval_sampling = sampling, eval_sampling

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from tora.batching.packing import documents
 from tora.models.decoder import Decoder
 from tora.models.shared_prefix import training_attention
 from tora.models.vision.inputs import ImageReader, unseen_image
 from tora.models.vision.processor import ImageProcessor
 from tora.models.vision.qwen3_vl import ImageInputs, Qwen3VL
-from tora.packing import documents
 from tora.types import MicroBatch
 
 

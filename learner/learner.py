@@ -27,7 +27,7 @@ from learner.optim import build_optimizer, build_schedule
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.adapters.snapshot import pack
-from tora.batch import penalize
+from tora.batching.batch import penalize
 from tora.components import instantiate
 from tora.config import RunConfig
 from tora.distributed.process_group import SUM, World, gather_objects, join, reduce

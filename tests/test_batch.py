@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from fakes import make_group, make_prompt
 
-from tora.advantage import advantages_by_group, group_advantages
-from tora.batch import micro_batches, penalize, token_weights
-from tora.packing import bins
+from tora.batching.advantage import advantages_by_group, group_advantages
+from tora.batching.batch import micro_batches, penalize, token_weights
+from tora.batching.packing import bins
 
 
 def test_advantages_by_hand() -> None:

@@ -20,10 +20,10 @@ from learner.fsdp import sharder, unsharded
 from learner.learner import Learner
 from learner.model import empty_policy, fill_policy
 from tora.adapters.snapshot import unpack
-from tora.batch import micro_batches
+from tora.batching.batch import micro_batches
+from tora.batching.packing import spread
 from tora.distributed.process_group import World, end_rank, join, leave
 from tora.generate import TorchEngine
-from tora.packing import spread
 from tora.types import SampleRequest, Sampling, TrainBatch
 
 RANKS = 2

@@ -20,7 +20,7 @@ from learner.learner import Learner
 from learner.loss import LossInputs
 from learner.mismatch import mismatch
 from tora.adapters.inject import adapters_off, trained_parameters
-from tora.batch import micro_batches
+from tora.batching.batch import micro_batches
 from tora.config import ModelConfig, RunConfig
 from tora.types import Group, Rollout, TrainBatch
 

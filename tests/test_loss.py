@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from learner.loss import CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, LossInputs
-from tora.batch import token_weights
+from tora.batching.batch import token_weights
 
 LENGTHS = (5, 1, 9, 4, 12, 3)
 LOSSES: dict[Any, str] = {

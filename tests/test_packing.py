@@ -15,7 +15,7 @@ from tiny import make_text_model
 from torch._dynamo.utils import counters
 
 from learner.learner import Learner
-from tora.batch import micro_batches
+from tora.batching.batch import micro_batches
 from tora.bench.packing import PaddedLearner
 from tora.models.attention import PackedAttention
 from tora.models.varlen import VarlenAttention, takes

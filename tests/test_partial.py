@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.partial import generate_in_parts
+from actors.continuation import generate_in_parts
 from tora.types import Completion, SampleRequest, Sampling
 
 PROMPT = (7, 8, 9)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from fakes import FakeWorker, make_group, make_prompt, make_snapshot
 
-from actors import supervisor
+from actors import seat
 from actors.buffer import in_time
 from actors.concurrency import adapted
 from actors.pool import AsyncRollouts
-from actors.supervisor import WorkerHandle, pause
+from actors.seat import WorkerHandle, pause
 from tora.config import EvalConfig, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError, RolloutError, SyncError, WorkerLost
 from tora.group_files import load_groups, save_groups
@@ -101,8 +101,8 @@ def test_it_resumes_where_it_stood() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "_PULSE_S", 0.01)
-    monkeypatch.setattr(supervisor, "pause", lambda failures: 0.001)
+    monkeypatch.setattr(seat, "_PULSE_S", 0.01)
+    monkeypatch.setattr(seat, "pause", lambda failures: 0.001)
 
 
 class MortalWorker(FakeWorker):

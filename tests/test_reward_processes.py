@@ -13,7 +13,8 @@ import pytest
 from fakes import FakeWorker, make_group, make_prompt, make_snapshot
 from test_pool import config, next_batch, running
 
-from actors.assemble import SignalFilter, summarize_evaluation
+from actors.group_filter import SignalFilter
+from actors.rollout_metrics import summarize_evaluation
 from actors.worker import RolloutWorker
 from tora.errors import ConfigError, RolloutError
 from tora.rewards.processes import RewardProcesses

@@ -17,7 +17,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from learner.learner import Learner
 from learner.model import build_policy
 from tora.adapters.inject import load_wire, snapshot
-from tora.batch import micro_batches
+from tora.batching.batch import micro_batches
 from tora.generate import TorchEngine
 from tora.models.load import load_decoder
 from tora.models.vision.processor import ImageProcessor

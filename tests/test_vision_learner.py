@@ -19,8 +19,8 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from learner.learner import Learner
 from tora.adapters.inject import trained_parameters
-from tora.advantage import group_advantages
-from tora.batch import micro_batches
+from tora.batching.advantage import group_advantages
+from tora.batching.batch import micro_batches
 from tora.config import RunConfig
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor

@@ -311,7 +311,7 @@ def test_impossible_arguments_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_cut_rollout_goes_on_under_the_newest_version(served: Served) -> None:
-    from actors.partial import generate_in_parts
+    from actors.continuation import generate_in_parts
 
     old, asked = served.load("lora", 1), request(LONG_PROMPT, max_tokens=50, num_samples=3)
 

@@ -16,8 +16,8 @@ from tiny import LINEARS, make_text_model, make_vl_model, picture
 
 pytest.importorskip("vllm")
 
+from actors.continuation import generate_in_parts
 from actors.engine import VLLMEngine
-from actors.partial import generate_in_parts
 from actors.vllm_images import collapsed
 from actors.weight_updates import InFlight
 from tora.adapters.snapshot import pack

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tora.batch import pack
+from tora.batching.batch import pack
+from tora.batching.packing import OwnPrompts
 from tora.config import RunConfig
 from tora.errors import SyncError
-from tora.packing import OwnPrompts
 from tora.types import Metrics, MicroBatch, Prompt, Rollout, ScoreRequest
 
 NUM_PROBES = 4

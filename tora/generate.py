@@ -19,13 +19,13 @@ import torch
 
 from tora.adapters.inject import adapters_off, load_wire, num_trained_modules
 from tora.adapters.snapshot import digest, unpack
+from tora.batching.packing import distinct
 from tora.cuda_graph import DecodeStep, GraphedStep
 from tora.errors import RolloutError, SyncError
 from tora.models.attention import CachedAttention, PrefillAttention
 from tora.models.decoder import Decoder
 from tora.models.vision.inputs import ImageReader
 from tora.models.vision.processor import ImageProcessor
-from tora.packing import distinct
 from tora.sampling import draw, log_distribution
 from tora.types import (
     Completion,

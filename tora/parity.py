@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tora.adapters.inject import refresh, trained_parameters
-from tora.batch import pack
+from tora.batching.batch import pack
+from tora.batching.packing import OwnPrompts
 from tora.config import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
-from tora.packing import OwnPrompts
 from tora.protocols import Engine
 from tora.tasks.tokenizer import load_tokenizer
 from tora.types import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest

@@ -168,7 +168,7 @@ class MicroBatch:
     advantages_N: np.ndarray
     """float32: the advantage of the token's sequence."""
     weights_N: np.ndarray
-    """float32: share of each token in the loss, see `tora.batch.token_weights`."""
+    """float32: share of each token in the loss, see `tora.batching.batch.token_weights`."""
     rewards_B: np.ndarray
     """float64: the reward of each sequence."""
     groups_B: np.ndarray

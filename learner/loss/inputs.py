@@ -24,7 +24,7 @@ class LossInputs:
     """By the base model; None where `kl_coeff` is 0."""
     advantages_N: torch.Tensor
     weights_N: torch.Tensor
-    """Share of each token in the loss, see `tora.batch.token_weights`."""
+    """Share of each token in the loss, see `tora.batching.batch.token_weights`."""
     shares_N: torch.Tensor
     """Share of each token in the step's means: the weights, scaled to sum to 1 over all micro-batches of all ranks."""
     sequence_N: torch.Tensor

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from learner.learner import Learner
-from tora.batch import micro_batches
+from tora.batching.batch import micro_batches
 from tora.bench.memory import peak_bytes
 from tora.bench.rows import LoraType, Row, Samples, Setting, make_row
 from tora.bench.vision import TOKEN_IDS, image_prompt

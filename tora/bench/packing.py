@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from learner.learner import Learner
 from learner.logprobs import token_logprobs
-from tora.batch import micro_batches
+from tora.batching.batch import micro_batches
 from tora.bench.learner import make_config
 from tora.bench.rows import Setting, ratio
 from tora.bench.shapes import write_random_model

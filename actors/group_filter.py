@@ -1,14 +1,45 @@
-"""Rollouts whose reward failed: counted, told once, and too many of them end the run."""
+"""Which groups are trained on: those with a signal, while not too many of their rewards fail."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
 
+from tora.config import RunConfig
 from tora.errors import RolloutError
 from tora.types import Group
 
 _log = logging.getLogger(__name__)
+
+
+class SignalFilter:
+    """Drops groups whose rewards are all equal, up to a number a step, and remembers all that were generated.
+
+    A group that failed rewards left with fewer than two rollouts is dropped in any case.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._max_drops = int(cfg.rollout.max_refills * cfg.batch_size)
+        self._failed = FailedRewards(cfg.max_failed_rewards, window=cfg.batch_size)
+        self._drops = 0
+        self._seen: list[Group] = []
+
+    def keeps(self, group: Group) -> bool:
+        """Errors: RolloutError where too many rewards fail."""
+        self._seen.append(group)
+        self._failed.add(group)
+        if len(group.rollouts) < 2:
+            return False
+        if group.has_signal or self._drops >= self._max_drops:
+            return True
+        self._drops += 1
+        return False
+
+    def take(self) -> tuple[list[Group], int]:
+        """Groups generated and groups dropped since the last call."""
+        seen, drops = self._seen, self._drops
+        self._seen, self._drops = [], 0
+        return seen, drops
 
 
 class FailedRewards:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from tora.advantage import advantages_by_group, group_advantages
+from tora.batching.advantage import advantages_by_group, group_advantages
+from tora.batching.packing import OwnPrompts, Packing, Sequence_, SharedPrompts, distinct
 from tora.config import LossNormalization
-from tora.packing import OwnPrompts, Packing, Sequence_, SharedPrompts, distinct
 from tora.types import Group, MicroBatch
 
 

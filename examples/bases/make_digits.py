@@ -1,4 +1,4 @@
-"""Makes the tiny Qwen3-VL base of the vision quick-start: `python -m tora.tasks.make_digits_base --out DIR`.
+"""Makes the tiny Qwen3-VL base of the vision quick-start: `python examples/bases/make_digits.py --out DIR`.
 
 It learns two ways to add the digits of a picture: worked ("3 + 5 = 8", then the answer) and direct (the answer alone).
 """
@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from pretrain import SWITCH, answer_batch, make, make_tokenizer, pretrain
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -24,7 +25,6 @@ from transformers import (
 from tora.models.vision.processor import ImageProcessor
 from tora.rewards.functions import answer_tag
 from tora.tasks.digits import QUESTIONS, digits, draw, picture, values
-from tora.tasks.tiny_base import SWITCH, answer_batch, make, make_tokenizer, pretrain
 
 IMAGE, VIDEO, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 SPECIAL_TOKENS = {

@@ -1,4 +1,4 @@
-"""Makes the tiny Qwen3 base that the quick start trains: `python -m tora.tasks.make_chain_sum_base --out DIR`.
+"""Makes the tiny Qwen3 base that the quick start trains: `python examples/bases/make_chain_sum.py --out DIR`.
 
 It learns three ways to answer: worked (each partial sum on its own line, then the answer), direct (the answer alone)
 and plain (a sentence without tags, which earns nothing).
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretrain import SWITCH, answer_batch, make, make_tokenizer, pretrain
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from tora.rewards.functions import answer_tag
 from tora.tasks.chain_sum import Problem, chain_sum, draw
-from tora.tasks.tiny_base import SWITCH, answer_batch, make, make_tokenizer, pretrain
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -1,0 +1,30 @@
+"""Metrics of a sync and of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tora.types import EvalResult, Group, Metrics, SyncReport
+
+
+def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
+    """Accuracy counts rollouts that earn 1 in the first reward part; one whose reward failed earns nothing."""
+    answered = [(group.prompt, rollout) for group in groups_P for rollout in group.rollouts]
+    correct = [next(iter(rollout.reward_parts.values())) >= 1 for _, rollout in answered]
+    return EvalResult(
+        accuracy=sum(correct) / len(groups_P),
+        reward=sum(rollout.reward for _, rollout in answered) / len(groups_P),
+        num_prompts=len(groups_P),
+        sample=answered[0] if answered else None,
+    )
+
+
+def sync_metrics(reports: Sequence[SyncReport], seconds: float) -> Metrics:
+    """`sync/bytes` is what one worker received; `sync/seconds` the wall time until all had it that were up;
+    `sync/stall_ms` the longest that an engine's generation stood still for it."""
+    metrics = {"sync/seconds": seconds, "sync/workers": float(len(reports))}
+    if reports:
+        metrics["sync/bytes"] = float(reports[0].nbytes)
+        metrics["sync/modules"] = float(reports[0].num_modules)
+        metrics["sync/stall_ms"] = max(report.stall_seconds for report in reports) * 1000
+    return metrics

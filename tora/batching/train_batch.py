@@ -1,0 +1,52 @@
+"""One step's groups as a `TrainBatch`, with what the rollout side measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from tora.batching.batch import micro_batches
+from tora.config import RunConfig
+from tora.types import Group, Metrics, TrainBatch
+
+
+def make_batch(
+    cfg: RunConfig, groups_P: Sequence[Group], generated: Sequence[Group], drops: int, version: int, seconds: float
+) -> TrainBatch:
+    """`generated` are all groups since the last step, dropped ones too: rewards are averaged over them, not over what
+    the filter left, unless there are none. `seconds`: wall time since the last batch. `staleness/*`: of a group's
+    oldest token; `rollout/mixed_share`: of rollouts sampled by more than one policy version."""
+    staleness_P = [version - group.version for group in groups_P]
+    # all of the step's groups may have been there already at the last one
+    measured = [group for group in generated if group.rollouts] or groups_P
+    rollouts = [r for group in measured for r in group.rollouts]
+    metrics: Metrics = {
+        "staleness/mean": float(np.mean(staleness_P)),
+        "staleness/max": float(max(staleness_P)),
+        "rollout/signal_share": float(np.mean([g.has_signal for g in measured])),
+        "rollout/groups_dropped": float(drops),
+        "rollout/tokens_per_s": sum(g.num_tokens for g in generated) / max(seconds, 1e-9),
+        "rollout/length_mean": float(np.mean([len(r.token_ids) for r in rollouts])),
+        "rollout/mixed_share": float(np.mean([r.versions[0] != r.versions[-1] for r in rollouts])),
+        "rollout/stopped_share": float(np.mean([r.stopped for r in rollouts])),
+        "reward/mean": float(np.mean([r.reward for r in rollouts])),
+    }
+    failures = [failure for group in generated for failure in group.failures]
+    metrics["reward/failed_share"] = len(failures) / (len(failures) + sum(len(g.rollouts) for g in generated) or 1)
+    for name, number in Counter(failure.name for failure in failures).items():
+        metrics[f"reward/failed/{name}"] = float(number)
+    for part in rollouts[0].reward_parts:
+        metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
+    micro = micro_batches(
+        groups_P,
+        normalize_advantages=cfg.normalize_advantages,
+        normalization=cfg.loss_normalization,
+        max_generated_tokens=cfg.max_generated_tokens,
+        capacity=cfg.micro_batch_tokens,
+        num_ranks=cfg.learner_ranks,
+        share_prefix=cfg.share_prefix,
+    )
+    metrics["learner/tokens"] = float(sum(len(m.tokens_T) for m in micro))
+    return TrainBatch(micro, cfg.temperature, metrics, tuple(group.prompt.id for group in groups_P))
