@@ -14,13 +14,13 @@ import torch
 from fakes import make_prompt
 from tiny import LINEARS, make_text_model
 
+from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from tora.adapters.inject import refresh
 from tora.adapters.snapshot import LORA_B
 from tora.canary import Canary, Scores, broken
 from tora.config import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import SyncError
-from tora.generate import TorchEngine
 from tora.rewards.rewarder import FunctionRewarder
 from tora.types import Sampling, ScoreRequest, SyncReport
 

@@ -12,8 +12,8 @@ from test_learner import config, make_batch, make_groups
 from tiny import make_text_model
 from torch._dynamo.utils import counters
 
+from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
-from tora.generate import TorchEngine
 from tora.types import SampleRequest, Sampling
 
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}

@@ -16,6 +16,7 @@ from tiny import make_text_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from actors.torch_engine.engine import TorchEngine
 from learner.fsdp import sharder, unsharded
 from learner.learner import Learner
 from learner.model import empty_policy, fill_policy
@@ -23,7 +24,6 @@ from tora.adapters.snapshot import unpack
 from tora.batching.batch import micro_batches
 from tora.batching.packing import spread
 from tora.distributed.process_group import World, end_rank, join, leave
-from tora.generate import TorchEngine
 from tora.types import SampleRequest, Sampling, TrainBatch
 
 RANKS = 2

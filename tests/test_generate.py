@@ -8,10 +8,10 @@ from test_adapters import build, model_config, shake
 from test_models import packed_logits
 from tiny import make_text_model
 
+from actors.torch_engine.engine import TorchEngine
+from actors.torch_engine.sampling import draw, truncate
 from tora.adapters.inject import snapshot
 from tora.errors import RolloutError, SyncError
-from tora.generate import TorchEngine
-from tora.sampling import draw, truncate
 from tora.types import SampleRequest, Sampling
 
 PROMPTS = [(5, 9, 30, 41), (7, 8), tuple(range(1, 130))]

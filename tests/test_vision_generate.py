@@ -14,11 +14,11 @@ from test_vision_learner import vision_groups, vl_config
 from tiny import make_vl_model
 from transformers import Qwen3VLForConditionalGeneration
 
+from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from learner.model import build_policy
 from tora.adapters.inject import load_wire, snapshot
 from tora.batching.batch import micro_batches
-from tora.generate import TorchEngine
 from tora.models.load import load_decoder
 from tora.models.vision.processor import ImageProcessor
 from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, ScoreRequest, TrainBatch

@@ -14,11 +14,11 @@ from test_vision_learner import SGD, batch_of, vision_groups, vl_config
 from tiny import make_vl_model
 from torch._dynamo.utils import counters
 
+from actors.torch_engine.engine import TorchEngine
 from learner.fsdp import unsharded
 from learner.learner import Learner
 from tora.adapters.inject import trained_parameters
 from tora.adapters.snapshot import unpack
-from tora.generate import TorchEngine
 from tora.models.vision.processor import ImageProcessor
 from tora.types import SampleRequest, Sampling, TrainBatch
 

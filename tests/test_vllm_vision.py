@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 
 from actors.continuation import generate_in_parts
 from actors.engine import VLLMEngine
+from actors.torch_engine.sampling import log_distribution
 from actors.vllm_images import collapsed
 from actors.weight_updates import InFlight
 from tora.adapters.snapshot import pack
@@ -27,7 +28,6 @@ from tora.models.load import load_decoder
 from tora.models.vision.inputs import image_inputs
 from tora.models.vision.processor import ImageProcessor
 from tora.models.vision.qwen3_vl import Qwen3VL
-from tora.sampling import log_distribution
 from tora.types import Completion, SampleRequest, Sampling, ScoreRequest
 
 SMALL, WIDE = picture(64, 64), picture(160, 96, seed=1)

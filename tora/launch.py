@@ -193,9 +193,9 @@ def _weight_update(cfg: RunConfig) -> WeightUpdate:
 
 def _make_torch_engine(cfg: RunConfig) -> Engine:
     """On a copy of the learner's model."""
+    from actors.torch_engine.engine import TorchEngine
     from learner.compile import compile_layers
     from learner.model import build_policy, device_of
-    from tora.generate import TorchEngine
 
     device = device_of(cfg)
     model = build_policy(cfg, device)
@@ -249,8 +249,8 @@ class _Here:
 
     def _shared_torch_engine(self) -> Engine:
         """On the learner's own model."""
+        from actors.torch_engine.engine import TorchEngine
         from learner.fsdp import unsharded
-        from tora.generate import TorchEngine
 
         return TorchEngine(
             self._learner.model,

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from tora.batching.batch import micro_batches
 from tora.bench.memory import peak_bytes
@@ -19,7 +20,6 @@ from tora.bench.rows import LoraType, Row, Samples, Setting, make_row
 from tora.bench.vision import TOKEN_IDS, image_prompt
 from tora.config import ModelConfig, RunConfig
 from tora.errors import ConfigError
-from tora.generate import TorchEngine
 from tora.models.vision.processor import ImageProcessor
 from tora.models.vision.qwen3_vl import Qwen3VL
 from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, TrainBatch

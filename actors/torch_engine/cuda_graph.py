@@ -1,4 +1,4 @@
-"""A decode step as one CUDA graph: one launch in place of some twenty a layer. Shape letters as in `tora.generate`."""
+"""A decode step as one CUDA graph: one launch in place of some twenty a layer. Shape letters as in `actors.torch_engine.engine`."""
 
 from __future__ import annotations
 

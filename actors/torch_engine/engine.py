@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.torch_engine.cuda_graph import DecodeStep, GraphedStep
+from actors.torch_engine.sampling import draw, log_distribution
 from tora.adapters.inject import adapters_off, load_wire, num_trained_modules
 from tora.adapters.snapshot import digest, unpack
 from tora.batching.packing import distinct
-from tora.cuda_graph import DecodeStep, GraphedStep
 from tora.errors import RolloutError, SyncError
 from tora.models.attention import CachedAttention, PrefillAttention
 from tora.models.decoder import Decoder
 from tora.models.vision.inputs import ImageReader
 from tora.models.vision.processor import ImageProcessor
-from tora.sampling import draw, log_distribution
 from tora.types import (
     Completion,
     EngineLoad,

@@ -1,0 +1,1 @@
+"""Generation on the learner's own modules, without vLLM."""
