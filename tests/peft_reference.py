@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from tiny import LINEARS
 
-from actors.engine import VLLMEngine
 from actors.torch_engine.sampling import log_distribution
-from actors.weight_updates import BetweenRollouts, WeightUpdate
+from actors.vllm_engine.engine import VLLMEngine
+from actors.vllm_engine.weight_updates import BetweenRollouts, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.models.vision.processor import ImageProcessor
 from tora.types import Completion, PolicySnapshot, SampleRequest, Sampling

@@ -28,8 +28,8 @@ pytest.importorskip("vllm")
 
 from peft_reference import start_engine
 
-from actors import vllm_slots
-from actors.weight_updates import BetweenRollouts
+from actors.vllm_engine import adapter_slots
+from actors.vllm_engine.weight_updates import BetweenRollouts
 from actors.worker import RolloutWorker
 
 PROBES = [replace(make_prompt(i), token_ids=tuple((7 * k + i) % 250 + 3 for k in range(40 + i))) for i in range(3)]
@@ -125,23 +125,23 @@ def test_a_good_sync_passes(run: Run) -> None:
         assert run.metrics["canary/effect"] > 0.1
 
 
-def drop(placed: vllm_slots.Placed) -> vllm_slots.Placed:
+def drop(placed: adapter_slots.Placed) -> adapter_slots.Placed:
     (first, parts), *rest = placed.items()
     assert parts[0] is not None
     return dict([(first, [{**parts[0], LORA_B: torch.zeros_like(parts[0][LORA_B])}, *parts[1:]]), *rest])
 
 
-def scale(placed: vllm_slots.Placed) -> vllm_slots.Placed:
+def scale(placed: adapter_slots.Placed) -> adapter_slots.Placed:
     """By alpha / rank, which the wire has in B already."""
     return {n: [p and {**p, LORA_B: 8 * p[LORA_B]} for p in parts] for n, parts in placed.items()}
 
 
 @pytest.mark.parametrize("change", [drop, scale])
 def test_the_digest_catches_what_was_written_wrong(
-    run: Run, change: Callable[[vllm_slots.Placed], vllm_slots.Placed], monkeypatch: pytest.MonkeyPatch
+    run: Run, change: Callable[[adapter_slots.Placed], adapter_slots.Placed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = vllm_slots.write
-    monkeypatch.setattr(vllm_slots, "write", lambda manager, slot, placed: write(manager, slot, change(placed)))
+    write = adapter_slots.write
+    monkeypatch.setattr(adapter_slots, "write", lambda manager, slot, placed: write(manager, slot, change(placed)))
     run.change(0.02)
     with pytest.raises(SyncError, match="applied in part"):
         run.sync()
@@ -149,15 +149,15 @@ def test_the_digest_catches_what_was_written_wrong(
 
 def test_the_digest_catches_what_was_left_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot of fewer modules, into a slot that is not emptied first."""
-    write = vllm_slots.write
+    write = adapter_slots.write
 
-    def without_reset(manager: Any, slot: int, placed: vllm_slots.Placed) -> None:
+    def without_reset(manager: Any, slot: int, placed: adapter_slots.Placed) -> None:
         kept = {n: m for n, m in manager.modules.items() if n in placed}
         write(type("Manager", (), {"modules": kept}), slot, placed)
 
     run.change(0.02)
     run.sync()
-    monkeypatch.setattr(vllm_slots, "write", without_reset)
+    monkeypatch.setattr(adapter_slots, "write", without_reset)
     for _ in range(2):
         run.change(0.02)
     snapshot = run.learner.snapshot()
@@ -170,15 +170,15 @@ def test_the_digest_catches_what_was_left_over(run: Run, monkeypatch: pytest.Mon
 
 def test_the_canary_catches_a_swapped_module(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """k and v have one shape: every tensor finds a place, and lies there as it was sent."""
-    places = vllm_slots._places
+    places = adapter_slots._places
     swap = {"k_proj": "v_proj", "v_proj": "k_proj"}
 
-    def swapped(manager: Any) -> dict[str, vllm_slots.Place]:
+    def swapped(manager: Any) -> dict[str, adapter_slots.Place]:
         found = places(manager)
         layer0 = "layers.0."
         return {n: found[n[:-6] + swap[n[-6:]]] if layer0 in n and n[-6:] in swap else p for n, p in found.items()}
 
-    monkeypatch.setattr(vllm_slots, "_places", swapped)
+    monkeypatch.setattr(adapter_slots, "_places", swapped)
     run.change(0.02)
     with pytest.raises(SyncError, match="applied in part, or wrongly, or to another slot"):
         run.sync()
@@ -197,16 +197,16 @@ def test_the_canary_catches_a_learner_that_sends_the_wrong_scaling(run: Run, mon
 
 
 def test_the_canary_catches_a_stale_slot(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    slot_of = vllm_slots.slot_of
-    monkeypatch.setattr(vllm_slots, "slot_of", lambda manager, adapter_id: 1 - slot_of(manager, adapter_id))
+    slot_of = adapter_slots.slot_of
+    monkeypatch.setattr(adapter_slots, "slot_of", lambda manager, adapter_id: 1 - slot_of(manager, adapter_id))
     run.change(0.1)
     with pytest.raises(SyncError, match="canary"):
         run.sync()
 
 
 def test_the_canary_catches_an_adapter_that_is_not_applied(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from actors.vllm_cpu_lora import GroupedLoRA
-    from actors.vllm_dora import BaseLinearLayerWithLoRA, GainLayer
+    from actors.vllm_engine.cpu_lora import GroupedLoRA
+    from actors.vllm_engine.dora_layers import BaseLinearLayerWithLoRA, GainLayer
 
     monkeypatch.setattr(GroupedLoRA, "add_lora_linear", lambda *args, **kwargs: None)
     monkeypatch.setattr(GainLayer, "apply", BaseLinearLayerWithLoRA.apply)

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from peft_reference import LONG_PROMPT, request, start_engine
 from test_canary import Run
 
-from actors.weight_updates import BetweenRollouts, InFlight
+from actors.vllm_engine.weight_updates import BetweenRollouts, InFlight
 
 
 def resident_bytes() -> int:

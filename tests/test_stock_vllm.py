@@ -21,7 +21,7 @@ from learner.learner import Learner
 
 pytest.importorskip("vllm")
 
-from actors.vllm_images import collapsed, vision_linears
+from actors.vllm_engine.images import collapsed, vision_linears
 
 _STOCK = """
 import io, json, sys

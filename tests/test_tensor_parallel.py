@@ -16,8 +16,8 @@ pytest.importorskip("vllm")
 
 from peft_reference import PROMPT, TOLERANCE, Reference, request, start_engine
 
-from actors.engine import agreed
-from actors.vllm_extension import Held
+from actors.vllm_engine.engine import agreed
+from actors.vllm_engine.worker_extension import Held
 from tora.errors import SyncError
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 
 from peft_reference import LONG_PROMPT, PROMPT, RANK, TOLERANCE, Reference, Tensors, request, start_engine, wait_until
 
-from actors.engine import VLLMEngine
+from actors.vllm_engine.engine import VLLMEngine
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.errors import RolloutError, SyncError
 from tora.types import Completion, SampleRequest, Sampling
@@ -176,7 +176,7 @@ def test_rows_without_adapter_are_the_base(served: Served) -> None:
     """The engine's interface has no such request; vLLM is asked while the engine's thread sleeps."""
     from vllm.inputs import tokens_input
 
-    from actors.vllm_setup import completion, sampling_params
+    from actors.vllm_engine.requests import completion, sampling_params
 
     served.load("lora", 1)
     served.load("dora", 2)

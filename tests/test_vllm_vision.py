@@ -17,10 +17,10 @@ from tiny import LINEARS, make_text_model, make_vl_model, picture
 pytest.importorskip("vllm")
 
 from actors.continuation import generate_in_parts
-from actors.engine import VLLMEngine
 from actors.torch_engine.sampling import log_distribution
-from actors.vllm_images import collapsed
-from actors.weight_updates import InFlight
+from actors.vllm_engine.engine import VLLMEngine
+from actors.vllm_engine.images import collapsed
+from actors.vllm_engine.weight_updates import InFlight
 from tora.adapters.snapshot import pack
 from tora.errors import SyncError
 from tora.models.attention import PackedAttention

@@ -14,8 +14,8 @@ pytest.importorskip("vllm")
 
 from peft_reference import LONG_PROMPT, TOLERANCE, Reference, VisionReference, request, start_engine
 
-from actors.engine import VLLMEngine
-from actors.weight_updates import WholeWeights
+from actors.vllm_engine.engine import VLLMEngine
+from actors.vllm_engine.weight_updates import WholeWeights
 from tora.adapters.snapshot import pack
 from tora.errors import SyncError
 from tora.models.load import shard_files, stream_tensors

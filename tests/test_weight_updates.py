@@ -15,8 +15,8 @@ pytest.importorskip("vllm")
 
 from peft_reference import LONG_PROMPT, TOLERANCE, Reference, request, start_engine, wait_until
 
-from actors.engine import VLLMEngine
-from actors.weight_updates import InFlight
+from actors.vllm_engine.engine import VLLMEngine
+from actors.vllm_engine.weight_updates import InFlight
 from tora.types import Completion, SampleRequest
 
 OLD, NEW = ("lora", 1), ("dora", 2)

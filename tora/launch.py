@@ -29,7 +29,7 @@ from tora.stop import stop_signals
 from tora.tasks.prompts import RunPrompts
 
 if TYPE_CHECKING:
-    from actors.weight_updates import WeightUpdate
+    from actors.vllm_engine.weight_updates import WeightUpdate
 
 
 def run(cfg: RunConfig) -> bool:
@@ -160,7 +160,7 @@ def _rollout_base(cfg: RunConfig, uses: ExitStack) -> str:
 
 
 def _make_vllm_engine(cfg: RunConfig) -> Engine:
-    from actors.engine import VLLMEngine
+    from actors.vllm_engine.engine import VLLMEngine
 
     uses = ExitStack()
     return VLLMEngine(
@@ -182,7 +182,7 @@ def _make_vllm_engine(cfg: RunConfig) -> Engine:
 
 
 def _weight_update(cfg: RunConfig) -> WeightUpdate:
-    from actors.weight_updates import BetweenRollouts, InFlight, WholeWeights
+    from actors.vllm_engine.weight_updates import BetweenRollouts, InFlight, WholeWeights
 
     if cfg.model.lora_type == "full":
         return WholeWeights()

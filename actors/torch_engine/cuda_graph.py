@@ -1,4 +1,4 @@
-"""A decode step as one CUDA graph: one launch in place of some twenty a layer. Shape letters as in `actors.torch_engine.engine`."""
+"""One CUDA graph for a decode step: one launch instead of some twenty a layer. Shape letters as in `engine`."""
 
 from __future__ import annotations
 

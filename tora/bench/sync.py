@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.engine import VLLMEngine
-from actors.weight_updates import BetweenRollouts, InFlight, WeightUpdate
+from actors.vllm_engine.engine import VLLMEngine
+from actors.vllm_engine.weight_updates import BetweenRollouts, InFlight, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.models.load import build_model, read_config
 from tora.types import PolicySnapshot, SampleRequest, Sampling

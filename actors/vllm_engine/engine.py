@@ -1,7 +1,7 @@
 """VLLMEngine: vLLM in this process, stepped by one thread, fed by many.
 
 The thread builds vLLM, writes snapshots between its steps and ends it. Every other thread hands it commands and waits.
-What a new version means for the sequences that are running is `actors.weight_updates`'.
+What a new version means for the sequences that are running is `actors.vllm_engine.weight_updates`'.
 """
 
 from __future__ import annotations
@@ -20,22 +20,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch.distributed
 
-from actors.vllm_images import EngineInputs
-from actors.vllm_setup import (
-    Environment,
+from actors.vllm_engine.arguments import engine_args
+from actors.vllm_engine.images import EngineInputs
+from actors.vllm_engine.process import Environment, build, engine_load, meeting_point, shut_down
+from actors.vllm_engine.requests import (
     LoadedPolicy,
-    build,
     completion,
     completion_logprobs,
-    engine_args,
-    engine_load,
     loaded_policy,
-    meeting_point,
     sampling_params,
     scoring_params,
-    shut_down,
 )
-from actors.weight_updates import WeightUpdate
+from actors.vllm_engine.weight_updates import WeightUpdate
 from tora.errors import RolloutError, SyncError
 from tora.types import Completion, EngineLoad, PolicySnapshot, SampleRequest, ScoreRequest, SyncReport
 
@@ -44,7 +40,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.inputs import EngineInput
 
-    from actors.vllm_extension import Held
+    from actors.vllm_engine.worker_extension import Held
 
 _END_SECONDS = 60.0
 """How long `close` waits for vLLM to end; its thread never keeps the process alive."""

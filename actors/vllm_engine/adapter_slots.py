@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm.lora.lora_model import LoRAModel
 
-from actors.vllm_dora import GainLayer
+from actors.vllm_engine.dora_layers import GainLayer
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B
 from tora.errors import SyncError
 

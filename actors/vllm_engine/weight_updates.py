@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from actors.vllm_setup import LoadedPolicy
+    from actors.vllm_engine.requests import LoadedPolicy
 
 
 class WeightUpdate(Protocol):

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from actors import vllm_cpu_lora, vllm_dora, vllm_slots
-from actors.vllm_slots import Placed
-from actors.vllm_weights import replace_weights
+from actors.vllm_engine import adapter_slots, cpu_lora, dora_layers
+from actors.vllm_engine.adapter_slots import Placed
+from actors.vllm_engine.full_weights import replace_weights
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, views
 from tora.errors import SyncError
 from tora.types import PolicySnapshot
 
-vllm_dora.install()
-vllm_cpu_lora.install()
+dora_layers.install()
+cpu_lora.install()
 # vLLM 0.32's bf16 CPU kernels use AMX tiles without asking Linux for them first, and die of SIGILL.
 # Answers False on a CPU without AMX.
 torch.cpu._init_amx()
@@ -54,16 +54,16 @@ class SnapshotExtension:
 
     def stage_snapshot(self, snapshot: PolicySnapshot) -> Placed:
         """Errors: SyncError unless every tensor arrived intact and has a place in the engine."""
-        return vllm_slots.stage(self._manager, _modules(_receive(snapshot)))
+        return adapter_slots.stage(self._manager, _modules(_receive(snapshot)))
 
     def write_snapshot(self, placed: Placed, adapter_id: int) -> None:
         """Afterwards requests with `adapter_id` run under this policy."""
-        vllm_slots.write(self._manager, vllm_slots.slot_of(self._manager, adapter_id), placed)
+        adapter_slots.write(self._manager, adapter_slots.slot_of(self._manager, adapter_id), placed)
 
     def read_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> Held:
         """Reads every tensor of the snapshot back. Errors: SyncError where the slot adapts more than the snapshot."""
         sent = split_by_module(views(snapshot))
-        modules = vllm_slots.read(self._manager, vllm_slots.slot_of(self._manager, adapter_id), sent)
+        modules = adapter_slots.read(self._manager, adapter_slots.slot_of(self._manager, adapter_id), sent)
         names = {entry.name for entry in snapshot.entries}
         held = {
             name + suffix: tensor

@@ -1,0 +1,1 @@
+"""Generation with vLLM, whose adapters change between two of its steps."""
