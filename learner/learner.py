@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 from learner.activation import checkpoint_layers
-from learner.checkpoint import load_training_state, save_training_state
 from learner.compile import compile_layers
+from learner.device_batch import InputMaker, Inputs, forward
 from learner.fsdp import sharder, share_micro_batches
-from learner.inputs import InputMaker, Inputs, forward
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
 from learner.loss.kl import kind_of, sequence_kl
 from learner.mismatch import mismatch
-from learner.model import device_of, empty_policy, fill_policy
 from learner.optim import build_optimizer, build_schedule
+from learner.policy import device_of, empty_policy, fill_policy
+from learner.training_state import load_training_state, save_training_state
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.adapters.snapshot import pack

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from actors.torch_engine.engine import TorchEngine
 from learner.fsdp import sharder, unsharded
 from learner.learner import Learner
-from learner.model import empty_policy, fill_policy
+from learner.policy import empty_policy, fill_policy
 from tora.adapters.snapshot import unpack
 from tora.batching.batch import micro_batches
 from tora.batching.packing import spread
@@ -168,11 +168,11 @@ def generate_apart(folder: Path, out: Path) -> None:
     learner = Learner(config(folder, "dora"))
     learner.step(batches()[0])
     engine = TorchEngine(
-        learner.model,
+        learner.policy,
         device=learner.device,
         shared=True,
         max_rows=100,
-        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
+        while_generating=lambda: unsharded(learner.policy, reshard_after_forward=True),
     )
     engine.load_snapshot(learner.snapshot())
     count = 1 + 2 * learner.world.rank

@@ -24,7 +24,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from transformers import AutoModelForCausalLM
 
 import tora.models.load
-from learner.model import build_policy
+from learner.policy import build_policy
 from tora.adapters.dora import DoRALinear
 from tora.adapters.inject import LAYERS, adapter_layers, load_wire, snapshot
 from tora.adapters.snapshot import unpack

@@ -16,7 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
-from learner.model import build_policy
+from learner.policy import build_policy
 from tora.adapters.inject import load_wire, snapshot
 from tora.batching.batch import micro_batches
 from tora.models.load import load_decoder
@@ -107,7 +107,7 @@ def test_a_copy_serves_the_learners_policy(
     cfg = vl_config(folder, lora_type, train_vision)
     learner, copy = Learner(cfg), build_policy(cfg, CPU)
     if lora_type != "full":
-        shake(learner.model)
+        shake(learner.policy)
     else:
         learner.step(TrainBatch(_batch(prompts, [np.arange(20, 30)] * 8, [np.zeros(10, np.float32)] * 8), 1.0))
     engine = engine_of(copy, folder, shared=False)

@@ -150,7 +150,7 @@ def _rollout_base(cfg: RunConfig, uses: ExitStack) -> str:
     """
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
-    from learner.model import DTYPES, device_of
+    from learner.policy import DTYPES, device_of
     from tora.distributed.process_group import World
     from tora.models.dequantized import dequantized_folder, in_use
 
@@ -195,7 +195,7 @@ def _make_torch_engine(cfg: RunConfig) -> Engine:
     """On a copy of the learner's model."""
     from actors.torch_engine.engine import TorchEngine
     from learner.compile import compile_layers
-    from learner.model import build_policy, device_of
+    from learner.policy import build_policy, device_of
 
     device = device_of(cfg)
     model = build_policy(cfg, device)
@@ -289,7 +289,7 @@ class _OnRay:
             )
 
     def learner(self) -> Learner:
-        from learner.group import LearnerGroup
+        from learner.ray_ranks import LearnerGroup
 
         return LearnerGroup(self._cfg, self._gpus, place_of("learner"))
 

@@ -146,7 +146,7 @@ def _config(model: Path, scratch: Path, dtype: str, quantize_base: bool) -> RunC
 
 
 def _row(cfg: RunConfig, version: int, learner: Any, engine: Engine, prompts: Sequence[Prompt]) -> ParityRow:
-    _make_adapter(learner.model, version)
+    _make_adapter(learner.policy, version)
     learner.version = version
     engine.load_snapshot(learner.snapshot())
     sampling = Sampling(_NEW_TOKENS)
