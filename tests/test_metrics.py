@@ -15,8 +15,9 @@ import wandb
 from rich.console import Console
 
 from tora.config import RunConfig
-from tora.metrics import MetricLog, duration, read_rows
-from tora.report import print_summary, reward_curve, smooth
+from tora.reporting.console import duration
+from tora.reporting.metrics import MetricLog, read_rows
+from tora.reporting.summary import print_summary, reward_curve, smooth
 from tora.types import EvalResult, Prompt, Rollout
 
 LOGGERS = "torchtune.training.metric_logging"

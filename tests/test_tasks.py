@@ -208,7 +208,7 @@ def test_stream_refuses_what_it_cannot_use(tokenizer):
 
 
 def test_modules_import_without_torch():
-    code = "import sys, tora.tasks.dataset, tora.rewards.rewarder, tora.tasks.gsm8k, tora.metrics, tora.report"
+    code = "import sys, tora.tasks.dataset, tora.rewards.rewarder, tora.tasks.gsm8k, tora.reporting.metrics, tora.reporting.summary"
     subprocess.run(
         [sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=BASE.parents[2], check=True
     )

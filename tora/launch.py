@@ -18,12 +18,12 @@ from tora.config_rules import check
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.loop import Outcome
-from tora.metrics import MetricLog, NoLog
 from tora.models.vision.processor import ImageProcessor
 from tora.protocols import Engine, Learner, Rollouts
 from tora.ray_session import gpus_each, output_folder, place_of, ray_session
 from tora.recovery import train_and_export
-from tora.report import print_summary, reward_curve
+from tora.reporting.metrics import MetricLog, NoLog
+from tora.reporting.summary import print_summary, reward_curve
 from tora.run_state import Checkpoints, RunState
 from tora.stop import stop_signals
 from tora.tasks.prompts import RunPrompts

@@ -15,7 +15,7 @@ from tora.types import EvalResult, Metrics, Prompt, Rollout
 
 
 class Log(Protocol):
-    """Where numbers go; `tora.metrics` implements it. Only the loop logs."""
+    """Where numbers go; `tora.reporting.metrics` implements it. Only the loop logs."""
 
     def step(self, step: int, metrics: Metrics, prompt_ids: Sequence[int]) -> None: ...
 

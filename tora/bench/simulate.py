@@ -31,7 +31,7 @@ from tora.canary import Canary
 from tora.config import ModelConfig, RolloutConfig, RunConfig, SyncConfig
 from tora.errors import ConfigError
 from tora.loop import train
-from tora.metrics import NoLog
+from tora.reporting.metrics import NoLog
 from tora.run_state import Checkpoints, RunState
 from tora.types import (
     EngineLoad,

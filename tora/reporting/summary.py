@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tora.metrics import duration, read_rows
+from tora.reporting.console import duration
+from tora.reporting.metrics import read_rows
 
 _BLUE, _ORANGE, _GREY = "#2563eb", "#c2410c", "#6b7280"
 

@@ -1,0 +1,1 @@
+"""What a run shows: metrics, console, curve and summary."""
