@@ -18,10 +18,10 @@ from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from tora.adapters.inject import refresh
 from tora.adapters.snapshot import LORA_B
-from tora.canary import Canary, Scores, broken
 from tora.config import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import SyncError
 from tora.rewards.rewarder import FunctionRewarder
+from tora.run.canary import Canary, Scores, broken
 from tora.types import Sampling, ScoreRequest, SyncReport
 
 pytest.importorskip("vllm")

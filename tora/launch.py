@@ -11,20 +11,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tora.canary import NUM_PROBES, Canary
 from tora.config import RunConfig
 from tora.config_loader import dump_yaml
 from tora.config_rules import check
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
-from tora.loop import Outcome
 from tora.models.vision.processor import ImageProcessor
 from tora.protocols import Engine, Learner, Rollouts
 from tora.ray_session import gpus_each, output_folder, place_of, ray_session
-from tora.recovery import train_and_export
 from tora.reporting.metrics import MetricLog, NoLog
 from tora.reporting.summary import print_summary, reward_curve
-from tora.run_state import Checkpoints, RunState
+from tora.run.canary import NUM_PROBES, Canary
+from tora.run.checkpoints import Checkpoints, RunState
+from tora.run.loop import Outcome
+from tora.run.recovery import train_and_export
 from tora.stop import stop_signals
 from tora.tasks.prompts import RunPrompts
 

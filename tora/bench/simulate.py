@@ -27,12 +27,12 @@ from rich.table import Table
 
 from actors.pool import AsyncRollouts
 from tora.bench.rows import write_json
-from tora.canary import Canary
 from tora.config import ModelConfig, RolloutConfig, RunConfig, SyncConfig
 from tora.errors import ConfigError
-from tora.loop import train
 from tora.reporting.metrics import NoLog
-from tora.run_state import Checkpoints, RunState
+from tora.run.canary import Canary
+from tora.run.checkpoints import Checkpoints, RunState
+from tora.run.loop import train
 from tora.types import (
     EngineLoad,
     Group,

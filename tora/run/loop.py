@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tora.canary import Canary
 from tora.config import RunConfig
 from tora.protocols import Learner, Rollouts
-from tora.run_state import Checkpoints, RunState
+from tora.run.canary import Canary
+from tora.run.checkpoints import Checkpoints, RunState
 from tora.types import EvalResult, Metrics, Prompt, Rollout
 
 

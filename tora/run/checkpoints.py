@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tora.group_files import load_groups, save_groups
 from tora.protocols import Learner
+from tora.run.group_files import load_groups, save_groups
 from tora.types import Prompt, RolloutState
 
 _STATE = "run_state.json"

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from tora.canary import Canary
 from tora.config import RunConfig
 from tora.errors import LearnerLost
-from tora.loop import Log, Outcome, train
 from tora.protocols import Learner, Rollouts
-from tora.run_state import Checkpoints, RunState
+from tora.run.canary import Canary
+from tora.run.checkpoints import Checkpoints, RunState
+from tora.run.loop import Log, Outcome, train
 from tora.types import Prompt
 
 _log = logging.getLogger(__name__)
