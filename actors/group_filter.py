@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.errors import RolloutError
 from tora.types import Group
 

@@ -12,7 +12,7 @@ from actors.prompt_cursor import PromptCursor
 from actors.rollout_metrics import summarize_evaluation, sync_metrics
 from actors.worker import RolloutWorker
 from tora.batching.train_batch import make_batch
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, RolloutState, ScoreRequest, TrainBatch
 

@@ -29,7 +29,7 @@ from actors.prompt_cursor import PromptCursor
 from actors.rollout_metrics import summarize_evaluation, sync_metrics
 from actors.seat import Seat, WorkerHandle, is_fatal
 from tora.batching.train_batch import make_batch
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.errors import RolloutError, WorkerLost
 from tora.types import EvalResult, Group, Metrics, Prompt, RolloutState, ScoreRequest, TrainBatch
 

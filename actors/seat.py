@@ -20,7 +20,7 @@ import numpy as np
 
 from actors.buffer import Slot
 from actors.concurrency import adapted
-from tora.config import RolloutConfig
+from tora.config.schema import RolloutConfig
 from tora.errors import ConfigError, SyncError, WorkerLost
 from tora.types import EngineLoad, Group, Prompt, ScoreRequest, SyncReport
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torchtune.training import OffloadActivations
 
-from tora.config import ActivationCheckpointing
+from tora.config.schema import ActivationCheckpointing
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 

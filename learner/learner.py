@@ -28,8 +28,8 @@ from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot
 from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.adapters.snapshot import pack
 from tora.batching.batch import penalize
-from tora.components import instantiate
-from tora.config import RunConfig
+from tora.config.components import instantiate
+from tora.config.schema import RunConfig
 from tora.distributed.process_group import SUM, World, gather_objects, join, reduce
 from tora.distributed.sharding import gather, whole
 from tora.models.decoder import Decoder

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tora.components import instantiate
-from tora.config import Component
+from tora.config.components import instantiate
+from tora.config.schema import Component
 
 
 def build_optimizer(component: Component, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tora.adapters.inject import inject, reset_adapters, scaling_of
 from tora.adapters.peft_format import load_peft
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 from tora.models.load import empty_decoder, fill_decoder

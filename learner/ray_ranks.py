@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.learner import Learner
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.errors import LearnerLost, ToraError
 from tora.types import MicroBatch, PolicySnapshot, SnapshotRef, StepResult, TrainBatch
 

@@ -30,7 +30,7 @@ def train(folder: Path, lora_type: str, **changes: Any) -> tuple[list[dict[str, 
     learner = Learner(config(folder, lora_type, loss=LOSS, **changes))
     batches = [make_batch(make_groups(3, seed=i), capacity=capacity) for i, capacity in enumerate((10_000, 60, 90))]
     metrics = [learner.step(batch).metrics for batch in batches]
-    return metrics, {name: p.detach().clone() for name, p in trained_parameters(learner.policy).items()}
+    return metrics, {name: p.detach().clone() for name, p in trained_parameters(learner.model).items()}
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
@@ -66,7 +66,7 @@ def test_layers_run_again_in_the_backward_pass(folder: Path, kind: str, forwards
 
         return hook
 
-    for index, layer in enumerate(learner.policy.layers):
+    for index, layer in enumerate(learner.model.layers):
         layer.attn.register_forward_pre_hook(count(index))
     learner.step(make_batch(make_groups()))
     assert calls == forwards
@@ -82,7 +82,7 @@ def test_less_is_kept_for_the_backward_pass(folder: Path, kind: str, share: floa
                 sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        weights = {p.untyped_storage().data_ptr() for p in learner.policy.parameters()}
+        weights = {p.untyped_storage().data_ptr() for p in learner.model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             learner.step(make_batch(make_groups()))
         return sum(size for pointer, size in sizes.items() if pointer not in weights)

@@ -26,7 +26,7 @@ from tora.adapters.inject import (
 from tora.adapters.lora import LoRALinear
 from tora.adapters.peft_format import load_peft, peft_tensors, save_peft
 from tora.adapters.snapshot import GAIN, digest, pack, unpack
-from tora.config import ModelConfig
+from tora.config.schema import ModelConfig
 from tora.errors import ConfigError
 from tora.models.load import load_decoder
 

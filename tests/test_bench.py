@@ -11,7 +11,7 @@ from tora.bench.rows import Samples, Setting, make_row, ratio
 from tora.bench.shapes import shape_names, write_random_model
 from tora.bench.sync import UPDATES
 from tora.cli import main
-from tora.config_loader import config_names
+from tora.config.load import config_names
 from tora.errors import ConfigError
 
 

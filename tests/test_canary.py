@@ -18,7 +18,7 @@ from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from tora.adapters.inject import refresh
 from tora.adapters.snapshot import LORA_B
-from tora.config import ModelConfig, RolloutConfig, RunConfig
+from tora.config.schema import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import SyncError
 from tora.rewards.rewarder import FunctionRewarder
 from tora.run.canary import Canary, Scores, broken

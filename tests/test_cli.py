@@ -13,8 +13,8 @@ import pytest
 
 from tora import torchtune_cli
 from tora.cli import main
-from tora.config import RunConfig
-from tora.config_loader import config_file, load_config
+from tora.config.load import config_file, load_config
+from tora.config.schema import RunConfig
 from tora.errors import RolloutError
 
 HEAVY = ("torch", "transformers", "ray", "vllm", "torchtune")

@@ -21,7 +21,7 @@ LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 
 def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
     """Three rollouts a prompt."""
-    engine = TorchEngine(learner.policy, device=learner.device, shared=True, max_rows=100)
+    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=100)
     engine.load_snapshot(learner.snapshot())
     groups = engine.generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])
     return [completion.token_ids.tolist() for group in groups for completion in group]

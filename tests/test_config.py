@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tora.components import instantiate, locate
-from tora.config import RunConfig
-from tora.config_loader import config_names, configs_dir, dump_yaml, load_config, missing_folders, to_dict
+from tora.config.components import instantiate, locate
+from tora.config.load import config_names, configs_dir, dump_yaml, load_config, missing_folders, to_dict
+from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 
 

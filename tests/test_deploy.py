@@ -65,7 +65,7 @@ def test_the_rayjobs_nodes_have_the_resources_that_tora_looks_for() -> None:
 
 
 def test_the_rayjobs_run_fits_its_gpus() -> None:
-    from tora.config_loader import load_config
+    from tora.config.load import load_config
 
     spec = documents()[1]["spec"]
     program, command, config, *overrides = spec["entrypoint"].split()

@@ -168,11 +168,11 @@ def generate_apart(folder: Path, out: Path) -> None:
     learner = Learner(config(folder, "dora"))
     learner.step(batches()[0])
     engine = TorchEngine(
-        learner.policy,
+        learner.model,
         device=learner.device,
         shared=True,
         max_rows=100,
-        while_generating=lambda: unsharded(learner.policy, reshard_after_forward=True),
+        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
     )
     engine.load_snapshot(learner.snapshot())
     count = 1 + 2 * learner.world.rank

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tora.cli import main
-from tora.config_loader import config_names, configs_dir
+from tora.config.load import config_names, configs_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tora", "actors", "learner")
@@ -22,7 +22,7 @@ FORBIDDEN = {
     "tora": set(),
 }
 KNOWS_BOTH_SIDES = "tora/launch.py"
-LIGHT = ("tora.config", "tora.types", "tora.errors", "tora.protocols", "tora.config_loader", "tora.cli")
+LIGHT = ("tora.config.schema", "tora.types", "tora.errors", "tora.protocols", "tora.config.load", "tora.cli")
 
 
 def name_of(file: Path) -> str:

@@ -21,7 +21,7 @@ from learner.loss import LossInputs
 from learner.mismatch import mismatch
 from tora.adapters.inject import adapters_off, trained_parameters
 from tora.batching.batch import micro_batches
-from tora.config import ModelConfig, RunConfig
+from tora.config.schema import ModelConfig, RunConfig
 from tora.types import Group, Rollout, TrainBatch
 
 SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token", "max_generated_tokens": 20}
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trained_parameters(learner.policy).items()}
+    return {name: p.detach().clone() for name, p in trained_parameters(learner.model).items()}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
@@ -109,13 +109,13 @@ def test_a_step_moves_what_is_trained_and_nothing_else(folder: Path, lora_type: 
     learner = Learner(config(folder, lora_type))
     before, frozen = (
         weights(learner),
-        {n: p.clone() for n, p in learner.policy.named_parameters() if not p.requires_grad},
+        {n: p.clone() for n, p in learner.model.named_parameters() if not p.requires_grad},
     )
     for _ in range(2):  # B starts at zero, so A moves from the second update on
         learner.step(make_batch(make_groups()))
     after = weights(learner)
     assert all(not torch.equal(before[name], after[name]) for name in before)
-    assert all(torch.equal(p, dict(learner.policy.named_parameters())[n]) for n, p in frozen.items())
+    assert all(torch.equal(p, dict(learner.model.named_parameters())[n]) for n, p in frozen.items())
 
 
 def test_kl_is_to_the_adapter_off_base_and_zero_at_the_start(folder: Path) -> None:
@@ -123,15 +123,15 @@ def test_kl_is_to_the_adapter_off_base_and_zero_at_the_start(folder: Path) -> No
     learner = Learner(config(folder, "dora_cache", loss=loss))
     batch = make_batch(make_groups())
     assert learner.step(batch).metrics["kl/mean"] == pytest.approx(0, abs=1e-6)
-    shake(learner.policy)
+    shake(learner.model)
     tokens, total = 0, 0.0
     for group in make_groups():
         for rollout in group.rollouts:
             ids, start = torch.tensor([*group.prompt.token_ids, *rollout.token_ids]), len(group.prompt.token_ids)
             with torch.no_grad():
-                on = packed_logits(learner.policy, [ids])[start - 1 : -1].log_softmax(1)
-                with adapters_off(learner.policy):
-                    off = packed_logits(learner.policy, [ids])[start - 1 : -1].log_softmax(1)
+                on = packed_logits(learner.model, [ids])[start - 1 : -1].log_softmax(1)
+                with adapters_off(learner.model):
+                    off = packed_logits(learner.model, [ids])[start - 1 : -1].log_softmax(1)
             d = (off - on).gather(1, ids[start:, None])
             total += float((d.exp() - d - 1).sum())
             tokens += len(d)
@@ -158,7 +158,7 @@ def spy_on(learner: Learner) -> list[LossInputs]:
 def test_kl_in_the_reward_moves_the_advantages_and_adds_no_loss(folder: Path, capacity: int) -> None:
     loss = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.1, "kl_in": "reward"}
     learner = Learner(config(folder, "dora", loss=loss))
-    shake(learner.policy)
+    shake(learner.model)
     seen = spy_on(learner)
     batch = make_batch(make_groups(), capacity)
     metrics = learner.step(batch).metrics
@@ -214,14 +214,14 @@ def test_full_weights_keep_a_frozen_reference(folder: Path) -> None:
 def test_several_epochs_clip_around_the_policy_before_the_step(folder: Path) -> None:
     learner = Learner(config(folder, ppo_epochs=3))
     seen = spy_on(learner)
-    shake(learner.policy)
-    start = copy.deepcopy(learner.policy)
+    shake(learner.model)
+    start = copy.deepcopy(learner.model)
     result = learner.step(make_batch(make_groups()))
     assert result.version == 1 and len(seen) == 3
     assert all(torch.equal(x.proximal_logprobs_N, seen[0].proximal_logprobs_N) for x in seen)
     torch.testing.assert_close(seen[0].learner_logprobs_N, seen[0].proximal_logprobs_N)
     assert not torch.allclose(seen[2].learner_logprobs_N, seen[2].proximal_logprobs_N, atol=1e-4)
-    changed = [not torch.equal(p, q) for p, q in zip(start.parameters(), learner.policy.parameters(), strict=True)]
+    changed = [not torch.equal(p, q) for p, q in zip(start.parameters(), learner.model.parameters(), strict=True)]
     assert any(changed)
 
 
@@ -297,5 +297,5 @@ def test_full_weights_export_as_a_hugging_face_folder(folder: Path, tmp_path: Pa
     ids = torch.arange(10, 40)
     with torch.no_grad():
         torch.testing.assert_close(
-            packed_logits(learner.policy, [ids]), theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-5
+            packed_logits(learner.model, [ids]), theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-5
         )

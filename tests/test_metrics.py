@@ -14,7 +14,7 @@ import pytest
 import wandb
 from rich.console import Console
 
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.reporting.console import duration
 from tora.reporting.metrics import MetricLog, read_rows
 from tora.reporting.summary import print_summary, reward_curve, smooth

@@ -98,7 +98,7 @@ def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], t
     import ray
     from ray._private.state import actors
 
-    from tora.config_loader import load_config
+    from tora.config.load import load_config
     from tora.launch import run
 
     words = ["num_steps=2", "batch_size=4", "grpo_samples=4", "eval=null", "rollout.engine=torch"]

@@ -38,7 +38,7 @@ def gradients(kind: type[Learner], folder: Path, lora_type: str, **batch: Any) -
     """The metrics of a step, and its gradients: B has left zero, so A has one too."""
     learner = kind(config(folder, lora_type, **PLAIN))
     torch.manual_seed(1)
-    for name, tensor in learner.policy.named_parameters():
+    for name, tensor in learner.model.named_parameters():
         if name.endswith("lora_b"):
             torch.nn.init.normal_(tensor, std=0.02)
     before = weights(learner)

@@ -21,7 +21,7 @@ from actors.buffer import in_time
 from actors.concurrency import adapted
 from actors.pool import AsyncRollouts
 from actors.seat import WorkerHandle, pause
-from tora.config import EvalConfig, ModelConfig, RolloutConfig, RunConfig
+from tora.config.schema import EvalConfig, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError, RolloutError, SyncError, WorkerLost
 from tora.run.group_files import load_groups, save_groups
 from tora.types import EngineLoad, Group, Prompt, RolloutState, SyncReport, TrainBatch

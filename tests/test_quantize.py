@@ -28,7 +28,7 @@ from learner.policy import build_policy
 from tora.adapters.dora import DoRALinear
 from tora.adapters.inject import LAYERS, adapter_layers, load_wire, snapshot
 from tora.adapters.snapshot import unpack
-from tora.config_loader import load_config
+from tora.config.load import load_config
 from tora.errors import ConfigError
 from tora.models.dequantized import dequantized_folder, in_use
 from tora.models.load import load_decoder

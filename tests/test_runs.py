@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tora.config_loader import load_config
+from tora.config.load import load_config
 from tora.errors import ConfigError
 from tora.launch import run
 

@@ -61,7 +61,7 @@ def stock_vllm(**asked: Any) -> dict[str, Any]:
 def test_an_exported_lora_is_served_as_in_peft(tmp_path: Path, train_vision: str) -> None:
     folder, adapter = make_vl_model(tmp_path / "model"), tmp_path / "adapter"
     learner = Learner(vl_config(folder, "lora", train_vision))
-    shake(learner.policy)
+    shake(learner.model)
     learner.export(adapter)
     reference = VisionReference(folder, tower=False)
     images = (picture(160, 96), picture(64, 64, seed=1))

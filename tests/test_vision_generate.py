@@ -107,7 +107,7 @@ def test_a_copy_serves_the_learners_policy(
     cfg = vl_config(folder, lora_type, train_vision)
     learner, copy = Learner(cfg), build_policy(cfg, CPU)
     if lora_type != "full":
-        shake(learner.policy)
+        shake(learner.model)
     else:
         learner.step(TrainBatch(_batch(prompts, [np.arange(20, 30)] * 8, [np.zeros(10, np.float32)] * 8), 1.0))
     engine = engine_of(copy, folder, shared=False)

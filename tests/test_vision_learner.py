@@ -21,7 +21,7 @@ from learner.learner import Learner
 from tora.adapters.inject import trained_parameters
 from tora.batching.advantage import group_advantages
 from tora.batching.batch import micro_batches
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor
 from tora.types import Group, Prompt, Rollout, TrainBatch
@@ -101,7 +101,7 @@ def test_an_exported_policy_has_the_same_gradients_in_peft(
     tmp_path: Path, folder: Path, lora_type: str, train_vision: str
 ) -> None:
     learner = Learner(vl_config(folder, lora_type, train_vision, loss=LOSS))
-    shake(learner.policy)
+    shake(learner.model)
     learner.export(tmp_path)
     base = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
@@ -116,7 +116,7 @@ def test_an_exported_policy_has_the_same_gradients_in_peft(
     gradients = spy_on_gradients(learner)
     assert learner.step(batch_of(groups)).metrics["mismatch_kl"] == pytest.approx(mismatch, rel=1e-3)
     suffix = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
-    names = learner.policy.names
+    names = learner.model.names
     for name, gradient in gradients.items():
         module, _, leaf = name.rpartition(".")
         theirs_name = f"{names.module_to_hf(module)}.{suffix[leaf]}" if leaf in suffix else names.parameter_to_hf(name)
@@ -135,7 +135,7 @@ def spy_on_gradients(learner: Learner) -> dict[str, torch.Tensor]:
 
         return hook
 
-    for name, parameter in trained_parameters(learner.policy).items():
+    for name, parameter in trained_parameters(learner.model).items():
         parameter.register_post_accumulate_grad_hook(keep(name))
     return gradients
 
@@ -160,7 +160,7 @@ def test_packing_does_not_change_the_update(folder: Path, lora_type: str, train_
 def test_each_distinct_image_goes_through_the_tower_once(folder: Path, share_prefix: bool) -> None:
     learner = Learner(vl_config(folder, "lora", "none"))
     patches: list[int] = []
-    learner.policy.visual.register_forward_pre_hook(lambda _, inputs: patches.append(len(inputs[0])))
+    learner.model.visual.register_forward_pre_hook(lambda _, inputs: patches.append(len(inputs[0])))
     (micro,) = batch_of(vision_groups(folder), share_prefix=share_prefix).micro_batches
     learner.step(TrainBatch((micro,), 1.0))
     distinct = {size for sizes in SHOWN for size in sizes}
@@ -179,12 +179,12 @@ def test_each_distinct_image_goes_through_the_tower_once(folder: Path, share_pre
 )
 def test_a_step_moves_what_is_trained(folder: Path, lora_type: str, train_vision: str, num_in_tower: int) -> None:
     learner = Learner(vl_config(folder, lora_type, train_vision))
-    trained, before = set(trained_parameters(learner.policy)), dict(learner.policy.named_parameters())
+    trained, before = set(trained_parameters(learner.model)), dict(learner.model.named_parameters())
     before = {name: p.detach().clone() for name, p in before.items()}
     assert len([name for name in trained if name.startswith("visual.")]) == num_in_tower
     for _ in range(2):
         learner.step(batch_of(vision_groups(folder)))
-    moved = {name for name, p in learner.policy.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in learner.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trained
     names = {entry.name for entry in learner.snapshot().entries}
     assert any(name.startswith("model.visual.blocks.0.attn.qkv.") for name in names) == (train_vision != "none")

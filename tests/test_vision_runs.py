@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_runs import SHORT, read, steps
 from tiny import make_vl_model, picture
 
-from tora.config_loader import load_config
+from tora.config.load import load_config
 from tora.errors import ConfigError
 from tora.launch import run
 

@@ -80,11 +80,11 @@ def test_two_ranks_train_like_one(
 def generate(learner: Learner, folder: Path, rank: int) -> list[list[int]]:
     """Greedily: the first rank's prompt has an image, the second's has none."""
     engine = TorchEngine(
-        learner.policy,
+        learner.model,
         device=learner.device,
         shared=True,
         max_rows=100,
-        while_generating=lambda: unsharded(learner.policy, reshard_after_forward=True),
+        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
         processor=lambda: ImageProcessor(folder),
     )
     engine.load_snapshot(learner.snapshot())
@@ -149,7 +149,7 @@ def test_blocks_and_layers_run_again_in_the_backward_pass(folder: Path, kind: st
 
         return hook
 
-    for number, stack in enumerate(learner.policy.stacks()):
+    for number, stack in enumerate(learner.model.stacks()):
         for index, layer in enumerate(stack):
             layer.attn.register_forward_pre_hook(count(number, index))
     learner.step(batch_of(vision_groups(folder)))
@@ -161,5 +161,5 @@ def test_checkpointing_changes_no_bit(folder: Path) -> None:
     for batch in batches(folder, num_ranks=1):
         a, b = (learner.step(batch).metrics for learner in learners)
         assert a == b
-    plain, again = (trained_parameters(learner.policy) for learner in learners)
+    plain, again = (trained_parameters(learner.model) for learner in learners)
     assert all(torch.equal(tensor, again[name]) for name, tensor in plain.items())

@@ -9,7 +9,7 @@ import pytest
 from test_runs import SHORT, read, steps
 from transformers import Qwen3VLForConditionalGeneration
 
-from tora.config_loader import load_config
+from tora.config.load import load_config
 from tora.launch import run
 
 TORCH = ["rollout.engine=torch", *SHORT]

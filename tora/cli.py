@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from tora import torchtune_cli
-from tora.config import RunConfig
-from tora.config_loader import config_file, config_names, load_config, missing_folders
+from tora.config.load import config_file, config_names, load_config, missing_folders
+from tora.config.schema import RunConfig
 from tora.errors import ConfigError, ToraError, nearest
 
 _RECIPES = (

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tora.config import RunConfig
-from tora.config_loader import dump_yaml
-from tora.config_rules import check
+from tora.config.load import dump_yaml
+from tora.config.rules import check
+from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor

@@ -23,7 +23,7 @@ from rich.table import Table
 from tora.adapters.inject import refresh, trained_parameters
 from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
-from tora.config import ModelConfig, RolloutConfig, RunConfig
+from tora.config.schema import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
@@ -146,7 +146,7 @@ def _config(model: Path, scratch: Path, dtype: str, quantize_base: bool) -> RunC
 
 
 def _row(cfg: RunConfig, version: int, learner: Any, engine: Engine, prompts: Sequence[Prompt]) -> ParityRow:
-    _make_adapter(learner.policy, version)
+    _make_adapter(learner.model, version)
     learner.version = version
     engine.load_snapshot(learner.snapshot())
     sampling = Sampling(_NEW_TOKENS)

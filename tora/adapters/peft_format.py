@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tora.adapters.inject import adapter_layers, refresh, whole_parameters
-from tora.config import ModelConfig
+from tora.config.schema import ModelConfig
 from tora.distributed.sharding import fill
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder

@@ -9,7 +9,7 @@ import numpy as np
 
 from tora.batching.advantage import advantages_by_group, group_advantages
 from tora.batching.packing import OwnPrompts, Packing, Sequence_, SharedPrompts, distinct
-from tora.config import LossNormalization
+from tora.config.schema import LossNormalization
 from tora.types import Group, MicroBatch
 
 

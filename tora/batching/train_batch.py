@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tora.batching.batch import micro_batches
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.types import Group, Metrics, TrainBatch
 
 

@@ -18,7 +18,7 @@ from tora.batching.batch import micro_batches
 from tora.bench.memory import peak_bytes
 from tora.bench.rows import LoraType, Row, Samples, Setting, make_row
 from tora.bench.vision import TOKEN_IDS, image_prompt
-from tora.config import ModelConfig, RunConfig
+from tora.config.schema import ModelConfig, RunConfig
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor
 from tora.models.vision.qwen3_vl import Qwen3VL
@@ -98,8 +98,8 @@ def make_batch(load: Load, prompt: Prompt, vocab_size: int) -> TrainBatch:
 
 def static_bytes(learner: Learner) -> int:
     """Weights, gradients of what is trained, and the optimizer's moments."""
-    weights = sum(p.nbytes for p in learner.policy.parameters())
-    return weights + sum(3 * p.nbytes for p in learner.policy.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in learner.model.parameters())
+    return weights + sum(3 * p.nbytes for p in learner.model.parameters() if p.requires_grad)
 
 
 def measure(
@@ -121,7 +121,7 @@ def measure(
 
 def tokens_per_second(learner: Learner, prompt: Prompt, load: Load) -> float:
     processor = partial(ImageProcessor, Path(learner.cfg.model.path))
-    engine = TorchEngine(learner.policy, device=learner.device, shared=True, max_rows=load.rows, processor=processor)
+    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=load.rows, processor=processor)
     engine.load_snapshot(learner.snapshot())
     request = SampleRequest(prompt.token_ids, load.rows, 0, Sampling(load.new_tokens), prompt.images)
     _synchronize(learner.device)

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from actors.pool import AsyncRollouts
 from tora.bench.rows import write_json
-from tora.config import ModelConfig, RolloutConfig, RunConfig, SyncConfig
+from tora.config.schema import ModelConfig, RolloutConfig, RunConfig, SyncConfig
 from tora.errors import ConfigError
 from tora.reporting.metrics import NoLog
 from tora.run.canary import Canary

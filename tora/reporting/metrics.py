@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from tora.components import instantiate, locate
-from tora.config import Component, RunConfig
+from tora.config.components import instantiate, locate
+from tora.config.schema import Component, RunConfig
 from tora.reporting.console import ConsoleLog
 from tora.types import EvalResult, Metrics, Prompt, Rollout
 

@@ -23,7 +23,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tora.config import Component
+from tora.config.schema import Component
 from tora.errors import RolloutError
 from tora.rewards.rewarder import Column, build_rewarder, combine, names_and_weights, total
 from tora.types import FailedReward, Prompt

@@ -10,8 +10,8 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-from tora.components import locate
-from tora.config import Component
+from tora.config.components import locate
+from tora.config.schema import Component
 from tora.errors import ConfigError, nearest
 from tora.types import FailedReward, Prompt
 

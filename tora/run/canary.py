@@ -16,7 +16,7 @@ import numpy as np
 
 from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.errors import SyncError
 from tora.types import Metrics, MicroBatch, Prompt, Rollout, ScoreRequest
 

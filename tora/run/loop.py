@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.protocols import Learner, Rollouts
 from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState

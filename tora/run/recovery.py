@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.errors import LearnerLost
 from tora.protocols import Learner, Rollouts
 from tora.run.canary import Canary

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tora.components import instantiate
-from tora.config import Component, RunConfig
+from tora.config.components import instantiate
+from tora.config.schema import Component, RunConfig
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.tasks.dataset import Dataset, missing_column

@@ -15,10 +15,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tora.components import check_component, check_reward
-from tora.config import Component, RunConfig
-from tora.config_build import build, defaults, join, show
-from tora.config_rules import check
+from tora.config.components import check_component, check_reward
+from tora.config.convert import build, defaults, join, show
+from tora.config.rules import check
+from tora.config.schema import Component, RunConfig
 from tora.errors import ConfigError, nearest
 
 _BASES = "base"
@@ -27,7 +27,7 @@ _BASES = "base"
 
 def configs_dir() -> Path:
     """`configs/`: inside the package when installed from a wheel, at the repository's root otherwise."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 

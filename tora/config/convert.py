@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tora.config import RunConfig
+from tora.config.schema import RunConfig
 from tora.errors import ConfigError, nearest
 
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}

@@ -7,8 +7,8 @@ import operator
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
-from tora.config import RunConfig
-from tora.config_build import show
+from tora.config.convert import show
+from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 
 _WORDS = {operator.ge: "at least", operator.gt: "greater than", operator.le: "at most"}

@@ -16,12 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tora.config import Component
-from tora.config_build import join, show
+from tora.config.convert import join, show
+from tora.config.schema import Component
 from tora.errors import ConfigError, nearest
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _OWN = ("tora", "actors", "learner")
+_FORMER = {"tora.tasks.rewards": "tora.rewards"}
+"""Modules that configs may still call by a former name."""
 _Definition = ast.FunctionDef | ast.ClassDef | None
 """None: a name that is bound in a way whose arguments cannot be read off, such as an assignment."""
 _Bindings = dict[str, "_Definition | str"]
@@ -104,7 +106,8 @@ def _path_of(component: Component, key: str) -> str:
         raise ConfigError(f"Missing key {join(key, '_component_')}.")
     if not (isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))):
         raise ConfigError(f"{join(key, '_component_')}={show(path)} must be a dotted path, as in package.module.name.")
-    return path
+    module, _, name = path.rpartition(".")
+    return f"{_FORMER.get(module, module)}.{name}"
 
 
 def _refuse_unknown(path: str, own: Mapping[str, Any], names: Iterable[str], key: str) -> None:
