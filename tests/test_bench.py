@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_adapters import build, model_config
 
-from tora.bench.command import shapes_of
+from tora.bench.measure import shapes_of
 from tora.bench.rows import Samples, Setting, make_row, ratio
 from tora.bench.shapes import shape_names, write_random_model
 from tora.bench.sync import UPDATES

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tora import torchtune_cli
 from tora.cli import main
+from tora.commands import torchtune
 from tora.config.load import config_file, load_config
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError
@@ -23,14 +23,14 @@ LORA = ["lora_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo_single_devi
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """The configs that reached `tora.launch.run`, which is "interrupted" in a run of 13 steps."""
+    """The configs that reached `tora.launch.launcher.run`, which is "interrupted" in a run of 13 steps."""
     configs: list[RunConfig] = []
 
     def run(cfg: RunConfig) -> bool:
         configs.append(cfg)
         return cfg.num_steps != 13
 
-    monkeypatch.setitem(sys.modules, "tora.launch", SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "tora.launch.launcher", SimpleNamespace(run=run))
     return configs
 
 
@@ -170,7 +170,7 @@ def test_a_failed_run_is_one_sentence(
     def run(cfg: RunConfig) -> bool:
         raise RolloutError("The worker is gone.")
 
-    monkeypatch.setitem(sys.modules, "tora.launch", SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "tora.launch.launcher", SimpleNamespace(run=run))
     assert main(["run", *LORA]) == 1
     assert capsys.readouterr().err == "The worker is gone.\n"
 
@@ -229,7 +229,7 @@ def test_the_rest_is_torchtunes(argv: list[str], monkeypatch: pytest.MonkeyPatch
         "# a comment\nmodel:\n  # another\n  _component_: torchtune.models.llama2.llama2_7b\n"
     )
     delegated: list[list[str]] = []
-    monkeypatch.setattr(torchtune_cli, "delegate", delegated.append)
+    monkeypatch.setattr(torchtune, "delegate", delegated.append)
     assert main(argv) == 0
     assert delegated == [argv]
 
@@ -266,7 +266,7 @@ with open(f"seen{os.environ.get('RANK', '')}.json", "w") as file:
 @pytest.mark.parametrize(("how", "target"), [("path", "probe.py"), ("module", "probe")])
 def test_a_rank_has_the_fixes_before_its_recipe_starts(how: str, target: str, tmp_path: Path) -> None:
     (tmp_path / "probe.py").write_text(PROBE.replace("from tora import compat", "compat = sys.modules['tora.compat']"))
-    subprocess.run([sys.executable, "-m", "tora.torchtune_cli", how, target, "a=1"], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-m", "tora.commands.torchtune", how, target, "a=1"], cwd=tmp_path, check=True)
     assert json.loads((tmp_path / "seen.json").read_text()) == ["__main__", True, ["a=1"]]
 
 

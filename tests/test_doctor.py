@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tora import doctor
 from tora.cli import main
-from tora.doctor import CHECKS, Finding
+from tora.commands import doctor
+from tora.commands.doctor import CHECKS, Finding
 
 
 def test_this_machine_runs_tora(capsys: pytest.CaptureFixture[str]) -> None:

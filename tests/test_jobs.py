@@ -46,7 +46,7 @@ def test_the_head_listens_on_loopback_and_wants_the_token(head: Head) -> None:
 
 def test_a_submitted_command_runs_in_a_copy_of_this_folder(head: Head) -> None:
     script = (
-        "import os, tora; from tora.ray_session import output_folder;"
+        "import os, tora; from tora.launch.ray_cluster import output_folder;"
         "print('tora from', tora.__file__); print('outputs in', output_folder('outputs/x'))"
     )
     done = head.ray(

@@ -75,7 +75,7 @@ def test_a_snapshot_reaches_each_node_once(cluster: dict[str, str]) -> None:
     from ray._private.internal_api import memory_summary
     from ray.experimental import get_local_object_locations
 
-    from tora.ray_session import place_of, ray_session
+    from tora.launch.ray_cluster import place_of, ray_session
 
     with ray_session(0):
         source = ray.remote(Source).options(num_cpus=1, resources=place_of("learner")).remote()
@@ -99,7 +99,7 @@ def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], t
     from ray._private.state import actors
 
     from tora.config.load import load_config
-    from tora.launch import run
+    from tora.launch.launcher import run
 
     words = ["num_steps=2", "batch_size=4", "grpo_samples=4", "eval=null", "rollout.engine=torch"]
     words += ["learner_ranks=2", "rollout.num_workers=2", f"output_dir={tmp_path / 'run'}"]

@@ -10,7 +10,7 @@ import pytest
 from tiny import make_text_model, make_vl_model
 
 from tora.cli import main
-from tora.parity import ParityRow
+from tora.commands.parity import ParityRow
 
 
 @pytest.mark.parametrize(

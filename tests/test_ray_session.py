@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tora.ray_session import gpus_each, output_folder, place_of, ray_session
+from tora.launch.ray_cluster import gpus_each, output_folder, place_of, ray_session
 
 
 def test_a_private_session_is_closed_to_others_and_reports_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from tora.config.load import load_config
 from tora.errors import ConfigError
-from tora.launch import run
+from tora.launch.launcher import run
 
 SHORT = ["num_steps=3", "batch_size=4", "grpo_samples=4", "eval.num_prompts=16", "eval.every=2", "checkpoint.every=2"]
 SHORT += ["sync.canary_every=2"]

@@ -13,7 +13,7 @@ from tiny import make_vl_model, picture
 
 from tora.config.load import load_config
 from tora.errors import ConfigError
-from tora.launch import run
+from tora.launch.launcher import run
 
 pytest.importorskip("vllm")
 

@@ -10,7 +10,7 @@ from test_runs import SHORT, read, steps
 from transformers import Qwen3VLForConditionalGeneration
 
 from tora.config.load import load_config
-from tora.launch import run
+from tora.launch.launcher import run
 
 TORCH = ["rollout.engine=torch", *SHORT]
 HERE = "async_rl=false"

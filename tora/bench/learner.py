@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from tora.batching.batch import micro_batches
 from tora.bench.memory import peak_bytes
@@ -20,7 +18,7 @@ from tora.bench.rows import LoraType, Row, Samples, Setting, make_row
 from tora.bench.vision import TOKEN_IDS, image_prompt
 from tora.config.schema import ModelConfig, RunConfig
 from tora.errors import ConfigError
-from tora.models.vision.processor import ImageProcessor
+from tora.launch.engines import shared_torch_engine
 from tora.models.vision.qwen3_vl import Qwen3VL
 from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, TrainBatch
 
@@ -120,8 +118,8 @@ def measure(
 
 
 def tokens_per_second(learner: Learner, prompt: Prompt, load: Load) -> float:
-    processor = partial(ImageProcessor, Path(learner.cfg.model.path))
-    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=load.rows, processor=processor)
+    rollout = replace(learner.cfg.rollout, concurrency=load.rows, enforce_eager=True)
+    engine = shared_torch_engine(replace(learner.cfg, grpo_samples=1, rollout=rollout), learner)
     engine.load_snapshot(learner.snapshot())
     request = SampleRequest(prompt.token_ids, load.rows, 0, Sampling(load.new_tokens), prompt.images)
     _synchronize(learner.device)

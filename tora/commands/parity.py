@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
 from tora.config.schema import ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
+from tora.launch.engines import INSTALL, make_vllm_engine
 from tora.models.decoder import Decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
@@ -66,18 +68,17 @@ class ParityRow:
         return worst <= _BOUNDS[self.dtype] and self.effect > 0
 
 
-def run(
-    model: str,
-    *,
-    make_engine: Callable[[RunConfig], Engine],
-    make_learner: Callable[[RunConfig], Any],
-    as_json: bool = False,
-) -> int:
-    """Prints a row for each method and dtype; 0 where all hold. Errors: ConfigError for a folder that is no model."""
+def parity(model: str, *, as_json: bool = False) -> int:
+    """Prints a row for each method and dtype; 0 where all hold.
+
+    Errors: ConfigError without vLLM, and for a folder that is no model.
+    """
+    if find_spec("vllm") is None:
+        raise ConfigError(f"--parity needs vLLM: {INSTALL}.")
     if not Path(model, "config.json").is_file():
         raise ConfigError(f"--parity {model} is not a Hugging Face model folder: it has no config.json.")
     with tempfile.TemporaryDirectory(prefix="tora-parity-") as scratch:
-        rows = list(_rows(Path(model).absolute(), Path(scratch), make_engine, make_learner))
+        rows = list(_rows(Path(model).absolute(), Path(scratch)))
     if as_json:
         print(json.dumps([{**asdict(row), "holds": row.holds} for row in rows], indent=2))
     else:
@@ -85,22 +86,19 @@ def run(
     return 0 if all(row.holds for row in rows) else 1
 
 
-def _rows(
-    model: Path,
-    scratch: Path,
-    make_engine: Callable[[RunConfig], Engine],
-    make_learner: Callable[[RunConfig], Any],
-) -> Iterator[ParityRow]:
+def _rows(model: Path, scratch: Path) -> Iterator[ParityRow]:
     """One engine for each base and dtype."""
+    from learner.learner import Learner
+
     prompts = _vision_prompts(model) if has_image_processor(model) else _text_prompts(model)
     for dtype in ("fp32", "bf16"):
         for quantize_base in (False, True):
             cfg = _config(model, scratch, dtype, quantize_base)
-            engine = make_engine(cfg)
+            engine = make_vllm_engine(cfg)
             try:
                 for version, lora_type in enumerate(("lora", "dora")):
                     cfg = replace(cfg, model=replace(cfg.model, lora_type=lora_type))
-                    yield _row(cfg, version, make_learner(cfg), engine, prompts)
+                    yield _row(cfg, version, Learner(cfg), engine, prompts)
             finally:
                 engine.close()
 

@@ -6,6 +6,7 @@ a time limit; those run side by side.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -18,11 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.markup import escape
 
 _SHARED_MEMORY_GIB, _DISK_GIB = 2, 20
 _TIME_LIMIT_S = 120
@@ -157,7 +156,7 @@ def check_ray() -> Finding:
         return Finding("note", "not installed", "async_rl=true needs it; everything else runs without.")
     code = (
         "import os; os.environ.pop('RAY_ADDRESS', None)\n"
-        "from tora.ray_session import ray_session\n"
+        "from tora.launch.ray_cluster import ray_session\n"
         "with ray_session(1):\n"
         "    import ray; print('started; a task answered', ray.get(ray.remote(lambda: 'yes').remote()))"
     )
@@ -233,6 +232,21 @@ def _script(code: str, advice: str) -> Finding:
     return Finding("fault", last or f"ended with exit code {done.returncode}", advice)
 
 
+def add_parser(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="check this machine and suggest fixes", allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--parity", metavar="MODEL", help="compare vLLM with the learner on this model folder instead")
+    doctor.set_defaults(command=command)
+
+
+def command(args: argparse.Namespace) -> int:
+    if args.parity is None:
+        return run(args.json)
+    from tora.commands.parity import parity
+
+    return parity(args.parity, as_json=args.json)
+
+
 def run(as_json: bool) -> int:
     """Prints what was found; 1 where something is at fault."""
     with ThreadPoolExecutor(len(CHECKS)) as pool:
@@ -245,6 +259,9 @@ def run(as_json: bool) -> int:
 
 
 def _show(findings: dict[str, Finding]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
     console = Console(soft_wrap=True, highlight=False)
     width = max(map(len, findings))
     colour = {"ok": "green", "note": "yellow", "fault": "red"}

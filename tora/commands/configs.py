@@ -1,0 +1,79 @@
+"""`tora validate`, `tora ls` and `tora cp`: configs without running them."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tora.commands import torchtune
+from tora.commands.recipes import NO_RECIPE, RECIPES, program
+from tora.config.load import config_file, config_names, load_config, missing_folders
+from tora.errors import ConfigError
+
+
+def add_parsers(commands: Any) -> None:
+    validate = commands.add_parser("validate", help="check configs without running them", allow_abbrev=False)
+    validate.add_argument("configs", nargs="+", metavar="CONFIG|key=value")
+    validate.set_defaults(command=_validate)
+
+    ls = commands.add_parser("ls", help="list recipes and configs")
+    ls.set_defaults(command=_ls)
+
+    cp = commands.add_parser("cp", help="copy a config, to edit it")
+    cp.add_argument("name", help="name in `ls`")
+    cp.add_argument("destination", type=Path, help="folder or file")
+    cp.add_argument("-n", "--no-clobber", action="store_true", help="keep an existing file")
+    cp.add_argument("--make-parents", action="store_true", help="create missing folders")
+    cp.set_defaults(command=_cp)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    names = [word for word in args.configs if "=" not in word]
+    overrides = [word for word in args.configs if "=" in word]
+    if not names:
+        raise ConfigError("There is no config to validate, only overrides.")
+    code = 0
+    for name in names:
+        try:
+            notes = missing_folders(load_config(name, overrides))
+            print(f"{name}: OK{''.join(f' ({note})' for note in notes)}")
+        except ConfigError as error:  # the other files still get their line
+            print(f"{name}: {error}", file=sys.stderr)
+            code = 2
+    return code
+
+
+def _ls(args: argparse.Namespace) -> int:
+    """Our recipes with their configs; as `tune`, torchtune's too. A config's name ends in its recipe's."""
+    table: dict[str, list[str]] = {recipe: [] for recipe in (*RECIPES, NO_RECIPE)}
+    for name in config_names():
+        of = (recipe for recipe in RECIPES if name.endswith(recipe.removesuffix("_distributed")))
+        table[next(of, NO_RECIPE)].append(name)
+    if program() == "tune":
+        table |= torchtune.recipes()
+    print(f"{'RECIPE':<40} CONFIG")
+    for recipe, names in table.items():
+        for i, name in enumerate(names or ["<>"]):
+            print(f"{recipe if i == 0 else '':<40} {name}")
+    return 0
+
+
+def _cp(args: argparse.Namespace) -> int:
+    source, to = config_file(args.name), args.destination
+    if to.is_dir():
+        to /= source.name
+    elif to.suffix not in (".yaml", ".yml"):
+        to = to.with_name(f"{to.name}.yaml")
+    if args.no_clobber and to.exists():
+        print(f"{to} is there already and stays as it is")
+        return 0
+    if args.make_parents:
+        to.parent.mkdir(parents=True, exist_ok=True)
+    if not to.parent.is_dir():
+        raise ConfigError(f"{to.parent} is not a folder; --make-parents makes it.")
+    shutil.copyfile(source, to)
+    print(f"Copied {args.name} to {to}")
+    return 0

@@ -1,0 +1,74 @@
+"""`tora run`: train from a config, in this process or in the ranks that torchrun starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from tora.commands.recipes import RECIPES, program
+from tora.config.load import load_config, missing_folders
+from tora.config.schema import RunConfig
+from tora.errors import ConfigError, nearest
+
+
+def add_parser(commands: Any) -> None:
+    run = commands.add_parser("run", help="train", allow_abbrev=False)
+    run.usage = (
+        f"{run.prog} CONFIG [key=value ...]\n"
+        f"       {run.prog} [--nproc_per_node N] RECIPE --config CONFIG [key=value ...]"
+    )
+    run.add_argument("target", metavar="CONFIG|RECIPE", help=f"a config, or one of {', '.join(RECIPES)}")
+    run.add_argument("--config", help="name in `ls` or path of a YAML file")
+    run.add_argument("--nproc_per_node", "--nproc-per-node", type=int, metavar="N", help="learner_ranks=N")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="for instance model.lora_type=dora")
+    run.set_defaults(command=command)
+
+
+def command(args: argparse.Namespace) -> int:
+    recipe = args.target if args.config is not None else None
+    if recipe is None and args.target in RECIPES:
+        raise ConfigError(f"The recipe {args.target} needs --config CONFIG; `{program()} ls` lists them.")
+    config = args.config or args.target
+    ranks = [] if args.nproc_per_node is None else [f"learner_ranks={args.nproc_per_node}"]
+    cfg = load_config(config, [*args.overrides, *ranks])
+    if recipe is not None:
+        _check_recipe(recipe, cfg)
+    for clause in missing_folders(cfg):
+        raise ConfigError(f"{clause}; `{program()} download` fetches models.")
+    if cfg.learner_ranks > 1 and not cfg.async_rl:
+        _check_ranks(cfg.learner_ranks) if "RANK" in os.environ else _torchrun(config, [*args.overrides, *ranks], cfg)
+    from tora.launch.launcher import run
+
+    return 0 if run(cfg) else 130
+
+
+def _check_recipe(recipe: str, cfg: RunConfig) -> None:
+    """A recipe's name promises what is trained and on how many devices."""
+    if recipe not in RECIPES:
+        raise ConfigError(f"There is no recipe {recipe}{nearest(recipe, RECIPES)}.")
+    lora_type = cfg.model.lora_type
+    if recipe.startswith("full") and lora_type != "full":
+        raise ConfigError(f"The recipe {recipe} needs model.lora_type=full, and the config says {lora_type}.")
+    if recipe.startswith("lora") and lora_type == "full":
+        raise ConfigError(f"The recipe {recipe} needs a model.lora_type other than full.")
+    if recipe.endswith("single_device") and cfg.learner_ranks > 1:
+        raise ConfigError(f"The recipe {recipe} runs on one device, not on learner_ranks={cfg.learner_ranks}.")
+
+
+def _check_ranks(learner_ranks: int) -> None:
+    """Inside torchrun, which somebody started for this very run."""
+    world = os.environ.get("WORLD_SIZE")
+    if world != str(learner_ranks):
+        raise ConfigError(f"learner_ranks={learner_ranks} must be the {world} ranks that torchrun started.")
+
+
+def _torchrun(config: str, overrides: Sequence[str], cfg: RunConfig) -> NoReturn:
+    """The same command in as many ranks on this machine, in this process's place."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.num_threads or 1))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    ranks = ["--standalone", f"--nproc_per_node={cfg.learner_ranks}"]
+    words = ["-m", "torch.distributed.run", *ranks, "-m", "tora", "run", config, *overrides]
+    os.execv(sys.executable, [sys.executable, *words])

@@ -1,0 +1,159 @@
+"""How a run makes its engines and rollout workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tora.config.rules import check
+from tora.config.schema import RunConfig
+from tora.errors import ConfigError
+from tora.models.vision.processor import ImageProcessor
+from tora.protocols import Engine
+from tora.tasks.prompts import RunPrompts
+
+if TYPE_CHECKING:
+    from actors.vllm_engine.weight_updates import WeightUpdate
+    from learner.learner import Learner as Rank
+
+
+INSTALL = "pip install -e '.[async_rl]', or '.[async_rl_cpu]' without a GPU"
+
+
+def with_engine(cfg: RunConfig) -> RunConfig:
+    """`rollout.engine: auto` decided. Errors: ConfigError where what the run needs is not installed."""
+    if cfg.async_rl and find_spec("ray") is None:
+        raise ConfigError(f"async_rl=true needs Ray: {INSTALL}.")
+    has_vllm = find_spec("vllm") is not None
+    if cfg.rollout.engine == "vllm" and not has_vllm:
+        raise ConfigError(f"rollout.engine=vllm needs vLLM: {INSTALL}; or set rollout.engine=torch.")
+    if cfg.rollout.engine != "auto":
+        return cfg
+    # The torch engine of a synchronous run is the learner itself, and whole weights need not travel.
+    servable = cfg.async_rl if cfg.model.lora_type == "full" else cfg.model.train_vision != "full"
+    engine = "vllm" if has_vllm and servable else "torch"
+    cfg = replace(cfg, rollout=replace(cfg.rollout, engine=engine))
+    check(cfg)  # what was asked for may need the other one
+    return cfg
+
+
+def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
+    """Keyword arguments of `RolloutWorker` that do not depend on where it runs."""
+    from tora.rewards.processes import RewardProcesses
+
+    return {
+        "make_rewarder": partial(
+            RewardProcesses, cfg.rewards, timeout_s=cfg.reward_timeout_s, num_processes=cfg.reward_processes
+        ),
+        "tokenizer": prompts.tokenizer,
+        "sampling": prompts.sampling,
+        "eval_sampling": prompts.eval_sampling,
+        "group_size": cfg.grpo_samples,
+        "seed": cfg.seed,
+        "part_tokens": cfg.rollout.partial,
+    }
+
+
+ROLLOUT_BASE = "rollout_base"
+"""In `output_dir` while the run lasts, on every machine where that is another folder."""
+
+
+def _rollout_base(cfg: RunConfig, uses: ExitStack) -> str:
+    """The folder that vLLM loads its base from: the learner's own weights, unless the config says otherwise.
+
+    It may be deleted once `uses` is closed.
+    """
+    if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
+        return cfg.model.path
+    from learner.policy import DTYPES, device_of
+    from tora.distributed.process_group import World
+    from tora.models.dequantized import dequantized_folder, in_use
+
+    cache, device = Path(cfg.output_dir) / ROLLOUT_BASE, device_of(cfg, World.from_environment().local_rank)
+    uses.enter_context(in_use(cache))
+    return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device))
+
+
+def make_vllm_engine(cfg: RunConfig) -> Engine:
+    from actors.vllm_engine.engine import VLLMEngine
+
+    uses = ExitStack()
+    return VLLMEngine(
+        _rollout_base(cfg, uses),
+        uses=uses,
+        dtype=cfg.rollout.dtype or cfg.dtype,
+        max_model_len=cfg.rollout.max_model_len,
+        lora_rank=cfg.model.lora_rank,
+        lora_targets=cfg.model.lora_targets,
+        adapt_vision=cfg.model.train_vision == "lora",
+        max_pixels=cfg.rollout.max_pixels,
+        update=_weight_update(cfg),
+        seed=cfg.seed,
+        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
+        kv_cache_gib=cfg.rollout.kv_cache_gib,
+        enforce_eager=cfg.rollout.enforce_eager,
+        tensor_parallel=cfg.rollout.tensor_parallel,
+    )
+
+
+def _weight_update(cfg: RunConfig) -> WeightUpdate:
+    from actors.vllm_engine.weight_updates import BetweenRollouts, InFlight, WholeWeights
+
+    if cfg.model.lora_type == "full":
+        return WholeWeights()
+    if cfg.rollout.update == "in_flight":
+        return InFlight(recompute_kv=cfg.rollout.recompute_kv)
+    return BetweenRollouts(cfg.max_staleness + 1 if cfg.async_rl else 1)
+
+
+def make_torch_engine(cfg: RunConfig) -> Engine:
+    """On a copy of the learner's model."""
+    from actors.torch_engine.engine import TorchEngine
+    from learner.compile import compile_layers
+    from learner.policy import build_policy, device_of
+
+    device = device_of(cfg)
+    model = build_policy(cfg, device)
+    if cfg.compile:
+        compile_layers(model)
+    return TorchEngine(
+        model,
+        device=device,
+        shared=False,
+        max_rows=_max_rows(cfg),
+        cuda_graphs=_cuda_graphs(cfg, device),
+        processor=_image_processor(cfg),
+    )
+
+
+def shared_torch_engine(cfg: RunConfig, learner: Rank) -> Engine:
+    """On the learner's own model."""
+    from actors.torch_engine.engine import TorchEngine
+    from learner.fsdp import unsharded
+
+    return TorchEngine(
+        learner.model,
+        device=learner.device,
+        shared=True,
+        max_rows=_max_rows(cfg),
+        while_generating=partial(unsharded, learner.model, reshard_after_forward=cfg.fsdp_reshard_after_forward),
+        cuda_graphs=_cuda_graphs(cfg, learner.device) and learner.world.size == 1,
+        processor=_image_processor(cfg),
+    )
+
+
+def _image_processor(cfg: RunConfig) -> Callable[[], ImageProcessor]:
+    return partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
+
+
+def _cuda_graphs(cfg: RunConfig, device: Any) -> bool:
+    return device.type == "cuda" and not cfg.rollout.enforce_eager
+
+
+def _max_rows(cfg: RunConfig) -> int:
+    return cfg.rollout.concurrency * cfg.grpo_samples

@@ -1,0 +1,46 @@
+"""A synchronous run: learner, engine and rollouts in one process, or in each of torchrun's ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from tora.config.schema import RunConfig
+from tora.distributed.process_group import World, leave
+from tora.launch.engines import make_vllm_engine, shared_torch_engine, worker_arguments
+from tora.protocols import Learner, Rollouts
+from tora.run.checkpoints import RunState
+from tora.tasks.prompts import RunPrompts
+
+
+class InProcess:
+    """Everything in this process; under torchrun, in each rank's."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._cfg, self.world = cfg, World.from_environment()
+
+    def learner(self) -> Learner:
+        from learner.learner import Learner as Rank
+
+        self._learner = Rank(self._cfg, also_samples=self._cfg.rollout.engine == "torch")
+        return self._learner
+
+    def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
+        from actors.local import LocalRollouts
+        from actors.worker import RolloutWorker
+
+        vllm = self._cfg.rollout.engine == "vllm"
+        make_engine = (
+            partial(make_vllm_engine, self._cfg) if vllm else partial(shared_torch_engine, self._cfg, self._learner)
+        )
+        worker = RolloutWorker(make_engine, **worker_arguments(self._cfg, prompts))
+        return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts, self.world)
+
+
+@contextmanager
+def in_process(cfg: RunConfig) -> Iterator[InProcess]:
+    try:
+        yield InProcess(cfg)
+    finally:
+        leave()

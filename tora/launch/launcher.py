@@ -1,0 +1,97 @@
+"""Assembles a run from its config, trains, and reports."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from tora.config.load import dump_yaml
+from tora.config.schema import RunConfig
+from tora.errors import ConfigError
+from tora.launch.engines import ROLLOUT_BASE, with_engine
+from tora.launch.in_process import in_process
+from tora.launch.on_ray import on_ray
+from tora.launch.ray_cluster import output_folder
+from tora.launch.signals import stop_signals
+from tora.reporting.metrics import MetricLog, NoLog
+from tora.reporting.summary import print_summary, reward_curve
+from tora.run.canary import NUM_PROBES, Canary
+from tora.run.checkpoints import Checkpoints, RunState
+from tora.run.loop import Outcome
+from tora.run.recovery import train_and_export
+from tora.tasks.prompts import RunPrompts
+
+
+def run(cfg: RunConfig) -> bool:
+    """Train, evaluate, export, report; False when a signal ended it before its last step.
+
+    Under torchrun every rank runs this; rank 0 alone writes and reports. Errors: ConfigError for what only shows once
+    data and model are opened.
+    """
+    cfg = with_engine(cfg)
+    folder = output_folder(cfg.output_dir)
+    cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
+    with (on_ray if cfg.async_rl else in_process)(cfg) as site, stop_signals() as stop_requested:
+        world = site.world
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=world.rank == 0)
+        resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
+        if cfg.resume_from_checkpoint and resume is None:
+            raise ConfigError(f"resume_from_checkpoint=true, but {folder / 'checkpoints'} holds no checkpoint")
+        prompts = RunPrompts(cfg)
+        learner = site.learner()
+        state = RunState()
+        if resume is not None:
+            learner.load(resume)
+            state = checkpoints.read(resume, prompts.at)
+        log = _open(cfg, folder, state, resumes=resume is not None) if world.rank == 0 else NoLog()
+        world.any(False)  # nobody writes into the folder before rank 0 has opened it
+        rollouts = site.rollouts(prompts, state)
+        try:
+            outcome = train_and_export(
+                cfg,
+                site.learner,
+                learner,
+                rollouts,
+                Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)], prompts.image_token),
+                log,
+                checkpoints,
+                state,
+                prompts.at,
+                lambda: world.any(stop_requested()),
+                folder / "adapter",
+            )
+        finally:
+            log.close()
+            rollouts.close()
+            shutil.rmtree(folder / ROLLOUT_BASE, ignore_errors=True)
+    if world.rank == 0:
+        _report(cfg, outcome, state, folder)
+    return state.step == cfg.num_steps
+
+
+def _open(cfg: RunConfig, folder: Path, state: RunState, *, resumes: bool) -> MetricLog:
+    """The run's folder; that of an earlier run gets the first free `.1`, `.2`, ... unless it is resumed."""
+    if not resumes and folder.exists() and any(folder.iterdir()):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(cfg))
+    return MetricLog(cfg, folder, first_step=state.step)
+
+
+def _report(cfg: RunConfig, outcome: Outcome, state: RunState, folder: Path) -> None:
+    curve = folder / "reward_curve.png"
+    reward_curve(folder / "metrics.jsonl", curve)
+    print_summary(
+        name=cfg.name,
+        accuracy_before=outcome.before.accuracy if outcome.before else None,
+        accuracy_after=outcome.after.accuracy if outcome.after else None,
+        num_steps=state.step,
+        seconds=outcome.seconds,
+        adapter=folder / "adapter",
+        curve=curve,
+        bytes_per_sync=outcome.bytes_per_sync,
+    )

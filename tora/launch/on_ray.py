@@ -1,0 +1,63 @@
+"""An asynchronous run: learner ranks and rollout workers as Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from tora.config.schema import RunConfig
+from tora.distributed.process_group import World
+from tora.errors import ConfigError
+from tora.launch.engines import make_torch_engine, make_vllm_engine, worker_arguments
+from tora.launch.ray_cluster import gpus_each, place_of, ray_session
+from tora.protocols import Learner, Rollouts
+from tora.run.checkpoints import RunState
+from tora.tasks.prompts import RunPrompts
+
+
+class OnRay:
+    """The learner's ranks and the rollout workers, each a Ray actor. All are started before any is waited for."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._cfg, self.world = cfg, World()
+        self._gpus = gpus_each(_num_devices(cfg), cfg.device)
+        if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
+            raise ConfigError(
+                f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs: with rollout.num_workers="
+                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} they are {_num_devices(cfg)}, and "
+                "the cluster has fewer."
+            )
+
+    def learner(self) -> Learner:
+        from learner.ray_ranks import LearnerGroup
+
+        return LearnerGroup(self._cfg, self._gpus, place_of("learner"))
+
+    def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
+        from actors.pool import AsyncRollouts
+        from actors.ray_worker import RayWorker
+
+        make = make_vllm_engine if self._cfg.rollout.engine == "vllm" else make_torch_engine
+        arguments = {"make_engine": partial(make, self._cfg), **worker_arguments(self._cfg, prompts)}
+        options = {
+            "num_cpus": self._cfg.rollout.tensor_parallel,
+            "num_gpus": self._gpus * self._cfg.rollout.tensor_parallel,
+            "resources": place_of("rollout"),
+            "scheduling_strategy": "SPREAD",
+            # a thread for each group in flight, and one each for evaluation, scores, snapshots and the heartbeat
+            "max_concurrency": self._cfg.rollout.concurrency + 4,
+        }
+        make_worker = partial(RayWorker, arguments, **options)
+        return AsyncRollouts(self._cfg, make_worker, prompts.at, prompts.held_out, state.rollouts, version=state.step)
+
+
+def _num_devices(cfg: RunConfig) -> int:
+    """GPUs that the run wants, and CPUs."""
+    return cfg.learner_ranks + cfg.rollout.num_workers * cfg.rollout.tensor_parallel
+
+
+@contextmanager
+def on_ray(cfg: RunConfig) -> Iterator[OnRay]:
+    with ray_session(_num_devices(cfg), big_objects=cfg.model.lora_type == "full"):
+        yield OnRay(cfg)
