@@ -75,3 +75,9 @@ def _through_here(torchrun: Callable[[Namespace], Any]) -> Callable[[Namespace],
         return torchrun(args)
 
     return run
+
+
+if __name__ == "__main__":
+    _, how, target, *rest = sys.argv
+    sys.argv = [target, *rest]
+    (runpy.run_module if how == "module" else runpy.run_path)(target, run_name="__main__")
