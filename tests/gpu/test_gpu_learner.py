@@ -1,0 +1,37 @@
+"""The learner on a GPU, against itself on the same GPU without the faster way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import attention_inputs
+from learners import train
+from tiny import make_text_model
+
+from tora.models.attention import PackedAttention
+from tora.models.varlen import VarlenAttention
+
+
+@pytest.mark.gpu
+def test_attention_without_padding_equals_padded() -> None:
+    lengths = [50, 1, 170, 8]
+    found = []
+    for kind in (VarlenAttention, PackedAttention):
+        inputs = attention_inputs(lengths, "cuda", torch.bfloat16)
+        out = kind(torch.tensor(lengths, device="cuda"))(*inputs)
+        out.float().square().sum().backward()
+        found.append([out, *(x.grad for x in inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lora_type", ["full", "dora_cache"])
+def test_offloaded_inputs_come_back_as_they_were(tmp_path: Path, lora_type: str) -> None:
+    folder = make_text_model(tmp_path, "qwen2", num_layers=4)
+    plain = train(folder, lora_type, activation_checkpointing="full", device="cuda")
+    away = train(folder, lora_type, activation_checkpointing="full", activation_offloading=True, device="cuda")
+    for name, tensor in plain[1].items():
+        torch.testing.assert_close(tensor, away[1][name], atol=2e-5, rtol=1e-3)

@@ -1,0 +1,60 @@
+"""Compiled layers: the same numbers, whole graphs, and none made anew once they are warm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from learners import LOSS, config, make_batch, make_groups
+from tiny import make_text_model
+from torch._dynamo.utils import counters
+
+from actors.torch_engine.engine import TorchEngine
+from learner.learner import Learner
+from tora.types import SampleRequest, Sampling
+
+
+def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
+    """Three rollouts a prompt."""
+    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=100)
+    engine.load_snapshot(learner.snapshot())
+    groups = engine.generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])
+    return [completion.token_ids.tolist() for group in groups for completion in group]
+
+
+@pytest.mark.parametrize(
+    ("lora_type", "changes"),
+    [
+        pytest.param("full", {}, marks=pytest.mark.slow),
+        pytest.param("lora", {}, marks=pytest.mark.slow),
+        pytest.param("dora", {}, marks=pytest.mark.slow),
+        ("dora_cache", {}),
+    ],
+)
+def test_compiled_training_equals_eager_and_stays_compiled(
+    tmp_path: Path, lora_type: str, changes: dict[str, Any]
+) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    folder = make_text_model(tmp_path, "qwen2")
+    eager, compiled = (Learner(config(folder, lora_type, loss=LOSS, compile=c, **changes)) for c in (False, True))
+    # one document and several, long and short; then lengths never seen
+    warm = [make_batch(make_groups(3, seed=i), capacity=c) for i, c in enumerate((10_000, 20))]
+    fresh = [make_batch(make_groups(2 + i, seed=9 + i), capacity=c) for i, c in enumerate((10_000, 45, 25))]
+    for batch in warm:
+        a, b = eager.step(batch), compiled.step(batch)
+        for name in a.metrics:
+            assert a.metrics[name] == pytest.approx(b.metrics[name], rel=2e-3, abs=1e-5), name
+    decoded = [generate(learner, (5, 6, 7), (8, 9)) for learner in (eager, compiled)]
+    assert decoded[0] == decoded[1]
+    graphs = counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 16
+    generate(compiled, (8, 9), (1, 2, 3), tuple(range(1, 133)))  # more rows, and a cache that grows on the way
+    for batch in fresh:
+        a, b = eager.step(batch), compiled.step(batch)
+        assert a.metrics["loss/total"] == pytest.approx(b.metrics["loss/total"], rel=2e-3, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] == graphs, "recompiled after warm-up"
+    assert not counters["graph_break"]

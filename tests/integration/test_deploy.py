@@ -1,0 +1,122 @@
+"""What is in deploy/: manifests against their schemas, shell files, and versions that agree with pyproject.toml."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SHELL = sorted(file for file in DEPLOY.iterdir() if file.read_text().startswith("#!/usr/bin/env bash"))
+
+
+def documents() -> tuple[dict[str, Any], dict[str, Any]]:
+    claim, job = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
+    return claim, job
+
+
+def errors_in_job(job: dict[str, Any]) -> list[str]:
+    with gzip.open(ROOT / "tests/data/kuberay-rayjob.v1.schema.json.gz") as file:
+        schema = json.load(file)
+    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(job)]
+
+
+def test_the_rayjob_is_one() -> None:
+    claim, job = documents()
+    assert errors_in_job(job) == []
+    wrong = copy.deepcopy(job)
+    wrong["spec"]["shutdownAfterJobFinishes"] = "yes"
+    wrong["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 1
+    assert len(errors_in_job(wrong)) == 2, "the schema sees a wrong type and a wrong key"
+    spec = job["spec"]
+    assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"] > 0) == (
+        0,
+        True,
+        True,
+    )
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
+    for group in groups:
+        pod = group["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        (container,) = pod["containers"]
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+        assert mounts["/outputs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_the_rayjobs_nodes_have_the_resources_that_tora_looks_for() -> None:
+    groups = documents()[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    marked = {group["groupName"]: json.loads(json.loads(group["rayStartParams"]["resources"])) for group in groups}
+    assert marked == {"learner": {"tora_learner": 1}, "rollout": {"tora_rollout": 1}}
+
+
+def test_the_rayjobs_run_fits_its_gpus() -> None:
+    from tora.config.load import load_config
+
+    spec = documents()[1]["spec"]
+    program, command, config, *overrides = spec["entrypoint"].split()
+    cfg = load_config(config, overrides)
+    learner, rollout = spec["rayClusterSpec"]["workerGroupSpecs"]
+
+    def gpus(group: dict[str, Any]) -> int:
+        (container,) = group["template"]["spec"]["containers"]
+        return group["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+
+    assert (program, command, cfg.async_rl) == ("tora", "run", True)
+    assert (gpus(learner), gpus(rollout)) == (cfg.learner_ranks, cfg.rollout.num_workers)
+
+
+def test_rays_launcher_takes_the_cluster() -> None:
+    import ray
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    schema = json.loads((Path(ray.__path__[0]) / "autoscaler/ray-schema.json").read_text())
+    cluster = yaml.safe_load((DEPLOY / "cluster.yaml").read_text())
+    jsonschema.validate(cluster, schema)
+    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
+        jsonschema.validate({**cluster, "max_worker": 2}, schema)
+    validate_config(prepare_config(copy.deepcopy(cluster)))
+    head = " ".join(cluster["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in head and "--disable-usage-stats" in head
+    assert "--env=RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
+
+
+@pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
+def test_shell_files_parse(file: Path) -> None:
+    subprocess.run(["bash", "-n", file], check=True)
+    if shellcheck := shutil.which("shellcheck"):
+        subprocess.run([shellcheck, file], check=True)
+
+
+def test_versions_agree() -> None:
+    (ray,) = {need for extra in PROJECT["optional-dependencies"].values() for need in extra if need.startswith("ray[")}
+    minor = ray.partition("==")[2].removesuffix(".*")
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    _, job = documents()
+    assert dict(re.findall(r"^ARG (\w+)=(\S+)$", dockerfile, re.M))["RAY_VERSION"].startswith(f"{minor}.")
+    assert job["spec"]["rayClusterSpec"]["rayVersion"].startswith(f"{minor}.")
+    assert re.findall(r"^ARG EXTRA=(\w+)$", dockerfile, re.M)[0] in PROJECT["optional-dependencies"]
+    python = re.findall(r"^ARG PYTHON=py3(\d+)$", dockerfile, re.M)[0]
+    assert f"3.{python}" in ("3.11", "3.12", "3.13") and PROJECT["requires-python"] == ">=3.11,<3.14"
+    images = {image for file in DEPLOY.iterdir() for image in re.findall(r"\btora:([\w.]+)", file.read_text())}
+    assert images == {PROJECT["version"]}
+
+
+def test_the_dockerfile_copies_what_the_wheel_holds() -> None:
+    copied = set(re.findall(r"^COPY --chown=\S+ (\S+) \1$", (DEPLOY / "Dockerfile").read_text(), re.M))
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert copied == {*wheel["packages"], *wheel["force-include"]}

@@ -1,0 +1,170 @@
+"""Two gloo ranks against one: the same losses, updates, snapshots and files, to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learners import SETTINGS as ONE_RANK
+from learners import config, make_batch, make_groups
+from ranks import RANKS, compare, on_ranks
+from safetensors.torch import load_file
+from tiny import make_text_model
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from actors.torch_engine.engine import TorchEngine
+from learner.fsdp import sharder, unsharded
+from learner.learner import Learner
+from learner.policy import empty_policy, fill_policy
+from tora.adapters.snapshot import unpack
+from tora.batching.batch import micro_batches
+from tora.batching.packing import spread
+from tora.distributed.process_group import World, join
+from tora.types import SampleRequest, Sampling, TrainBatch
+
+TYPES = ("full", "lora", "dora", "dora_cache")
+LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
+SETTINGS: dict[str, Any] = {**ONE_RANK, "num_ranks": RANKS}
+SMOOTH = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "eps": 1e-4}
+"""With its own eps Adam makes a whole step of a gradient that is nothing but rounding, either way."""
+
+
+def batches() -> list[TrainBatch]:
+    """Of one, of several, and of an odd number of micro-batches."""
+    groups = [make_groups(3, seed=i) for i in range(3)]
+    halved = [
+        TrainBatch(micro_batches(g, capacity=capacity, **SETTINGS), 1.0)
+        for g, capacity in zip(groups[:2], (10_000, 50), strict=True)
+    ]
+    return [*halved, make_batch(groups[2], capacity=100)]
+
+
+def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, Any]) -> None:
+    learner = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **changes}))
+    results = [learner.step(batch) for batch in batches()]
+    snapshot = learner.snapshot()
+    if learner.world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        torch.save({"metrics": [r.metrics for r in results], "snapshot": unpack(snapshot)}, out / "seen.pt")
+    learner.save(out)
+    learner.export(out / "export")
+
+
+@pytest.mark.parametrize(
+    ("lora_type", "changes"),
+    [
+        *((t, {}) for t in TYPES),
+        ("lora", {"ppo_epochs": 2, "fsdp_reshard_after_forward": False}),
+        ("dora_cache", {"fsdp_cpu_offload": True}),
+        pytest.param("dora_cache", {"compile": True}, marks=pytest.mark.slow),
+        ("full", {"activation_checkpointing": "full"}),
+        ("dora", {"loss": {**LOSS, "kl_in": "reward"}}),
+        ("lora", {"quantize_base": True}),
+        ("dora_cache", {"quantize_base": True}),
+    ],
+)
+def test_two_ranks_train_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_type: str, changes: dict[str, Any]
+) -> None:
+    folder = make_text_model(tmp_path / "model", "qwen2")
+    alone = {key: value for key, value in changes.items() if key in ("loss", "ppo_epochs", "quantize_base")}
+    train_and_save(folder, tmp_path / "one", lora_type, alone)
+    on_ranks(monkeypatch, train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
+    one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    compare(one["snapshot"], two["snapshot"])
+    exported = "model" if lora_type == "full" else "adapter_model"
+    for file in ("weights.safetensors", f"export/{exported}.safetensors"):
+        compare(load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file))
+    compare(*(load_file(tmp_path / n / "optimizer.safetensors") for n in ("one", "two")), atol=1e-4)
+
+    resumed = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **alone}))
+    resumed.load(tmp_path / "two")  # written by two, read by one
+    compare(unpack(resumed.snapshot()), two["snapshot"], atol=1e-6)
+
+
+def watch_loading(folder: Path) -> None:
+    cfg, cpu, world = config(folder, "dora_cache", learner_ranks=RANKS), torch.device("cpu"), World.from_environment()
+    join(world, cpu)
+    model = empty_policy(cfg, cpu)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+    shard = sharder(world, cpu, reshard_after_forward=True, cpu_offload=False)
+    whole = []
+
+    def watched(unit: nn.Module) -> None:
+        whole.append(sum(p.numel() for p in model.parameters() if not (p.is_meta or isinstance(p, DTensor))))
+        shard(unit)
+
+    fill_policy(model, cfg, cpu, watched)
+    assert max(whole[:-1]) == largest and len(whole) == len(model.layers) + 1
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_no_more_than_a_layer_is_ever_whole_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ranks(monkeypatch, watch_loading, make_text_model(tmp_path / "model"))
+
+
+def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:
+    learner = Learner(config(folder, "dora_cache", loss=LOSS))
+    learner.load(checkpoint)
+    learner.step(batches()[1])
+    snapshot = learner.snapshot()
+    if learner.world.rank == 0:
+        torch.save(unpack(snapshot), out)
+
+
+def test_two_ranks_go_on_from_one_ranks_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_text_model(tmp_path / "model")
+    (tmp_path / "checkpoint").mkdir()
+    learner = Learner(config(folder, "dora_cache", loss=LOSS))
+    learner.step(batches()[0])
+    learner.save(tmp_path / "checkpoint")
+    load_and_step(folder, tmp_path / "checkpoint", tmp_path / "one.pt")
+    on_ranks(monkeypatch, load_and_step, folder, tmp_path / "checkpoint", tmp_path / "two.pt")
+    compare(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"))
+
+
+def generate_apart(folder: Path, out: Path) -> None:
+    """Each rank its own prompts, of its own number: nothing here may wait for the other rank."""
+    learner = Learner(config(folder, "dora"))
+    learner.step(batches()[0])
+    engine = TorchEngine(
+        learner.model,
+        device=learner.device,
+        shared=True,
+        max_rows=100,
+        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
+    )
+    engine.load_snapshot(learner.snapshot())
+    count = 1 + 2 * learner.world.rank
+    requests = [SampleRequest((5, 6, 7 + i), 2, i, Sampling(6 + 5 * learner.world.rank)) for i in range(count)]
+    tokens = [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
+    torch.save((requests, tokens), f"{out}.{learner.world.rank}")
+    learner.step(batches()[1])
+
+
+def test_ranks_generate_their_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_text_model(tmp_path / "model")
+    on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
+    alone = Learner(config(folder, "dora"))
+    alone.step(batches()[0])
+    engine = TorchEngine(alone.model, device=alone.device, shared=True, max_rows=100)
+    engine.load_snapshot(alone.snapshot())
+    for rank in range(RANKS):
+        requests, tokens = torch.load(f"{tmp_path / 'seen'}.{rank}", weights_only=False)
+        assert tokens == [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
+
+
+def test_bins_are_halved_until_every_rank_has_as_many() -> None:
+    lengths = [9, 1, 5, 5, 7]
+    assert spread([[0, 1, 2, 3, 4]], lengths, 1) == [[0, 1, 2, 3, 4]]
+    halves = spread([[0, 1, 2, 3, 4]], lengths, 2)
+    assert sorted(i for half in halves for i in half) == [0, 1, 2, 3, 4]
+    assert {sum(lengths[i] for i in half) for half in halves} == {14, 13}
+    assert len(spread([[0]], lengths, 2)) == 1, "a sequence is never cut"

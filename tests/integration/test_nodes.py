@@ -1,0 +1,133 @@
+"""Several nodes, as several raylets with object stores of their own on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeWorker
+from histories import check_history, check_nothing_lost, rows, tora_run, wait_for
+
+from tora.types import PolicySnapshot
+
+pytestmark = pytest.mark.slow
+SNAPSHOT_BYTES = 20 << 20
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Ray's `Cluster`, of a head without CPUs; runs join it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+    here = Path(__file__).resolve().parent
+    folders = (here, here.parent / "support", here.parents[1], os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    head = {"num_cpus": 0, "object_store_memory": 200 << 20, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        yield nodes
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes: Any) -> dict[str, str]:
+    """With one node for learner ranks and two for rollout workers; answers their names by node id."""
+    names = {nodes.head_node.node_id: "head"}
+    for name, resource in {
+        "learner": "tora_learner",
+        "rollout a": "tora_rollout",
+        "rollout b": "tora_rollout",
+    }.items():
+        node = nodes.add_node(num_cpus=4, resources={resource: 1}, object_store_memory=200 << 20)
+        names[node.node_id] = name
+    nodes.wait_for_nodes()
+    return names
+
+
+class Source:
+    """Stands where the learner's first rank does."""
+
+    def snapshot(self) -> PolicySnapshot:
+        return PolicySnapshot(3, (), np.ones(SNAPSHOT_BYTES, np.uint8), "")
+
+
+class Worker(FakeWorker):
+    async def load_snapshot(self, snapshot: Any) -> Any:
+        assert snapshot.data.sum() == SNAPSHOT_BYTES
+        return await super().load_snapshot(snapshot)
+
+
+def test_a_snapshot_reaches_each_node_once(cluster: dict[str, str]) -> None:
+    import ray
+    from ray._private.internal_api import memory_summary
+    from ray.experimental import get_local_object_locations
+
+    from tora.launch.ray_cluster import place_of, ray_session
+
+    with ray_session(0):
+        source = ray.remote(Source).options(num_cpus=1, resources=place_of("learner")).remote()
+        options = {"num_cpus": 1, "resources": place_of("rollout"), "scheduling_strategy": "SPREAD"}
+        remote = ray.remote(Worker).options(**options)
+        workers = [remote.remote(float, lambda prompt: [0.0]) for _ in range(4)]
+        ref = source.snapshot.remote()
+        ray.wait([ref], fetch_local=False)
+        assert [report.version for report in ray.get([w.load_snapshot.remote(ref) for w in workers])] == [3] * 4
+        (locations,) = get_local_object_locations([ref]).values()
+        held_by = sorted(cluster[node] for node in locations["node_ids"])
+        assert held_by == ["learner", "rollout a", "rollout b"], (
+            "put once, fetched once by each node, none by the driver"
+        )
+        summary = memory_summary(stats_only=True)
+        assert f"Plasma memory usage {3 * SNAPSHOT_BYTES >> 20} MiB" in summary, summary
+
+
+def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], tmp_path: Path) -> None:
+    import ray
+    from ray._private.state import actors
+
+    from tora.config.load import load_config
+    from tora.launch.launcher import run
+
+    words = ["num_steps=2", "batch_size=4", "grpo_samples=4", "eval=null", "rollout.engine=torch"]
+    words += ["learner_ranks=2", "rollout.num_workers=2", f"output_dir={tmp_path / 'run'}"]
+    assert run(load_config("quickstart", words))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [row["version"] for row in map(json.loads, lines) if "version" in row] == [1, 2]
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+    places = Counter((a["ActorClassName"], cluster[a["Address"]["NodeID"]]) for a in actors().values())
+    assert places == {
+        ("LearnerRank", "learner"): 2,
+        ("RolloutActor", "rollout a"): 1,
+        ("RolloutActor", "rollout b"): 1,
+    }
+
+
+def test_a_worker_joins_a_running_job_once_there_is_room(nodes: Any, tmp_path: Path) -> None:
+    nodes.add_node(num_cpus=2, object_store_memory=200 << 20)
+    nodes.wait_for_nodes()
+    with tora_run(
+        tmp_path / "run", "num_steps=400", "rollout.engine=torch", "rollout.num_workers=1", "rollout.max_workers=2"
+    ) as run:
+        wait_for(lambda: len(rows(tmp_path / "run")) >= 3, run)
+        assert {row["rollout/workers"] for row in rows(tmp_path / "run")} == {1}, "a rank and a worker fill the cluster"
+        nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
+        wait_for(lambda: rows(tmp_path / "run")[-1]["rollout/workers"] == 2, run)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(120) == 130
+    seen = rows(tmp_path / "run")
+    check_history(tmp_path / "run", len(seen), 4, 1)
+    check_nothing_lost(tmp_path / "run", len(seen))

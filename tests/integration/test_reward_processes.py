@@ -1,0 +1,254 @@
+"""Reward functions that hang, crash and lie, in real processes; and what becomes of their rollouts."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fakes import FakeWorker, make_group, make_prompt, make_snapshot
+from pools import config, next_batch, running
+
+from actors.group_filter import SignalFilter
+from actors.rollout_metrics import summarize_evaluation
+from actors.worker import RolloutWorker
+from tora.errors import ConfigError, RolloutError
+from tora.rewards.processes import RewardProcesses
+from tora.types import FailedReward, Group, Prompt
+
+SOURCE = """
+import os, re, time
+
+def _each(completions, bad, act):
+    if any(c == bad for c in completions):
+        act()
+    return [float(len(c)) for c in completions]
+
+def good(completions, **columns): return [1.0] * len(completions)
+def raises(completions, **columns): return _each(completions, "bad", lambda: 1 / 0)
+def hangs(completions, **columns): return _each(completions, "bad", lambda: time.sleep(3600))
+# one call in C, deaf to signals' handlers and holding the interpreter's lock
+def holds_the_lock(completions, **columns): return _each(completions, "bad", lambda: re.match("(a+)+$", "a" * 60 + "b"))
+def dies(completions, **columns): return _each(completions, "bad", lambda: os._exit(3))
+def nan(completions, **columns): return [float("nan") if c == "bad" else 1.0 for c in completions]
+def forgets(completions, **columns): return None
+def too_few(completions, **columns): return [float(len(c)) for c in completions][: 1 if "bad" in completions else None]
+def slow(completions, **columns): time.sleep(0.3); return [1.0] * len(completions)
+def pid(completions, **columns): return [float(os.getpid())] * len(completions)
+"""
+PROMPT = Prompt(0, (1,), "q", {"answer": "2"})
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd_rewards.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def make(modules: None) -> Iterator[object]:
+    made: list[RewardProcesses] = []
+
+    def build(*names: str, timeout_s: float = 4.0, num_processes: int = 2) -> RewardProcesses:
+        components = [{"_component_": f"odd_rewards.{name}"} for name in names]
+        made.append(RewardProcesses(components, timeout_s=timeout_s, num_processes=num_processes))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.close()
+
+
+def ask(rewarder: RewardProcesses, texts: list[str]) -> list:
+    return rewarder(PROMPT, texts, [[1]] * len(texts))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("raises", "raised ZeroDivisionError: division by zero"),
+        ("hangs", "took longer than"),
+        ("holds_the_lock", "took longer than"),
+        ("dies", "ended its process"),
+        ("nan", "returned nan"),
+    ],
+)
+def test_a_bad_completion_costs_itself_alone(make, function: str, reason: str) -> None:
+    rewarder = make("good", function)
+    rows = ask(rewarder, ["a", "bad", "abc"])
+    assert isinstance(rows[1], FailedReward)
+    assert (rows[1].name, rows[1].reason[: len(reason)]) == (function, reason)
+    assert [rows[i][function] for i in (0, 2)] == ([1, 1] if function == "nan" else [1, 3])
+    assert ask(rewarder, ["ab"])[0]["good"] == 1, "and the next group is scored"
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("forgets", "returned a NoneType for 1 completions"), ("too_few", "returned 1 scores for 2 completions")],
+)
+def test_a_wrong_result(make, function: str, reason: str) -> None:
+    rows = ask(make(function), ["bad", "a"] if function == "too_few" else ["a", "b"])
+    if function == "forgets":
+        assert rows == [FailedReward(function, reason)] * 2
+    else:
+        assert rows == [{"too_few": 3.0}, {"too_few": 1.0}], "alone it answers rightly"
+
+
+def test_a_hanging_function_holds_a_group_for_twice_its_limit_at_most(make) -> None:
+    rewarder = make("hangs", timeout_s=0.5)
+    start = time.perf_counter()
+    rows = ask(rewarder, ["bad"] * 16)
+    assert all(isinstance(row, FailedReward) for row in rows)
+    assert time.perf_counter() - start < 60, "starts of new processes aside"
+
+
+def test_a_config_that_names_no_function_is_refused_at_once(modules: None) -> None:
+    with pytest.raises(ConfigError, match=r"odd_rewards.*goood"):
+        RewardProcesses([{"_component_": "odd_rewards.goood"}], timeout_s=1, num_processes=1)
+    Path("broken_rewards.py").write_text("raise RuntimeError('no weights here')")
+    with pytest.raises(RuntimeError, match="no weights here"):
+        RewardProcesses([{"_component_": "broken_rewards.f"}], timeout_s=1, num_processes=1)
+
+
+def test_calls_run_side_by_side_and_a_fast_function_needs_one_process(make) -> None:
+    rewarder = make("pid")
+    assert len({row["pid"] for _ in range(20) for row in ask(rewarder, ["a", "b"])}) == 1
+    start = time.perf_counter()
+    for _ in range(100):
+        ask(rewarder, ["x" * 200] * 16)
+    assert (time.perf_counter() - start) / 100 < 0.02
+    slow = make("slow", num_processes=4, timeout_s=5)
+    threads = [threading.Thread(target=ask, args=(slow, ["a"])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(slow._all) > 1
+
+
+def test_nothing_is_left_after_close(make) -> None:
+    rewarder = make("pid")
+    (row,) = ask(rewarder, ["a"])
+    rewarder.close()
+    assert not Path(f"/proc/{int(row['pid'])}").exists()
+
+
+def test_a_child_ends_with_a_parent_that_was_killed(modules: None) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "from test_reward_processes import *; import sys\n"
+        "r = RewardProcesses([{'_component_': 'odd_rewards.pid'}, {'_component_': 'odd_rewards.hangs'}],"
+        " timeout_s=3600, num_processes=1)\n"
+        "print(int(next(iter(r._all))._process.pid), flush=True)\n"
+        "ask(r, ['bad'])\n"
+    )
+    path = os.pathsep.join(sys.path)
+    env = {**os.environ, "PYTHONPATH": path}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+# What becomes of the rollouts.
+
+
+def failing(group: Group, number: int, name: str = "mine") -> Group:
+    """`number` of its rollouts failed."""
+    rollouts = group.rollouts[: len(group.rollouts) - number]
+    return replace(group, rollouts=rollouts, failures=(FailedReward(name, "returned nan"),) * number)
+
+
+class Engine:
+    """Completions of one token."""
+
+    def generate(self, requests):
+        import numpy as np
+
+        from tora.types import Completion
+
+        one = (np.ones(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int64), True)
+        return [[Completion(*one) for _ in range(r.num_samples)] for r in requests]
+
+    def close(self) -> None: ...
+
+
+class Decoder:
+    def __init__(self) -> None:
+        self.texts = iter(["a", "bad", "abc", "bad"])
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return next(self.texts)
+
+
+def test_a_worker_drops_the_rollouts_whose_reward_failed(make) -> None:
+    from tora.types import Sampling
+
+    worker = RolloutWorker(
+        Engine,  # type: ignore[arg-type]
+        lambda: make("raises"),
+        Decoder(),
+        sampling=Sampling(1),
+        eval_sampling=Sampling(1),
+        group_size=4,
+        seed=0,
+    )
+    group = worker.run_group(PROMPT)
+    assert [(r.text, r.reward) for r in group.rollouts] == [("a", 1.0), ("abc", 3.0)]
+    assert [f.name for f in group.failures] == ["raises"] * 2
+    worker.close()
+
+
+def test_a_group_of_fewer_than_two_rollouts_is_dropped() -> None:
+    keep = SignalFilter(config(0))
+    whole = make_group(make_prompt(0), [0, 1, 1])
+    assert keep.keeps(failing(whole, 1))
+    assert not keep.keeps(failing(whole, 2))
+    assert not keep.keeps(failing(whole, 3))
+    generated, drops = keep.take()
+    assert (len(generated), drops) == (3, 0), "not counted among those without a signal"
+
+
+def test_a_failed_answer_is_no_right_one() -> None:
+    groups = [make_group(make_prompt(0), [1.0]), failing(make_group(make_prompt(1), [1.0]), 1)]
+    result = summarize_evaluation(groups)
+    assert (result.accuracy, result.reward, result.num_prompts) == (0.5, 0.5, 2)
+
+
+class Failing(FakeWorker):
+    share = 0.25
+
+    async def run_group(self, prompt: Prompt) -> Group:
+        return failing(await super().run_group(prompt), round(4 * self.share))
+
+
+def test_failures_are_counted_and_too_many_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    def rewards(prompt: Prompt) -> list[float]:
+        return [0.0, 1.0, 0.0, 1.0]
+
+    with running(config(0), lambda: Failing(rewards=rewards)) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        batch = next_batch(rollouts, 0)
+        assert batch.metrics["reward/failed_share"] == 0.25
+        assert batch.metrics["reward/failed/mine"] == 4
+        assert sum(len(m.lengths_B) for m in batch.micro_batches) == 4 * 3
+        assert caplog.text.count("reward mine returned nan") == 1, "told once"
+        Failing.share = 1.0
+        try:
+            rollouts.publish(make_snapshot(1))
+            with pytest.raises(RolloutError, match=r"failed for .* more than max_failed_rewards=0.5; the last: mine"):
+                next_batch(rollouts, 1)
+        finally:
+            Failing.share = 0.25

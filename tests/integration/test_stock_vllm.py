@@ -1,0 +1,92 @@
+"""An exported adapter in vLLM as anybody runs it: no extension of ours, the adapter read from its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import shake
+from peft import PeftModel
+from peft_reference import TOLERANCE, VisionReference
+from tiny import LINEARS, make_vl_model, picture
+from vision_learners import vl_config
+
+from learner.learner import Learner
+
+pytest.importorskip("vllm")
+
+from actors.vllm_engine.images import collapsed, vision_linears
+
+_STOCK = """
+import io, json, sys
+import tora  # lets vLLM's dependencies import beside a CPU's torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+asked = json.load(sys.stdin)
+llm = LLM(asked["model"], dtype="float32", max_model_len=256, max_num_seqs=4, enforce_eager=True, enable_lora=True,
+    max_lora_rank=8, kv_cache_memory_bytes=16 << 20, lora_target_modules=asked["targets"],
+    enable_tower_connector_lora=asked["tower"], mm_device_do_normalize=False, limit_mm_per_prompt={"video": 0})
+images = [Image.open(io.BytesIO(bytes.fromhex(image))) for image in asked["images"]]
+prompt = {"prompt_token_ids": asked["prompt"], "multi_modal_data": {"image": images}}
+params = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
+(output,) = llm.generate([prompt], params, lora_request=LoRARequest("policy", 1, asked["adapter"]), use_tqdm=False)
+sample = output.outputs[0]
+pairs = [(token, step[token].logprob) for token, step in zip(sample.token_ids, sample.logprobs)]
+print("ANSWER" + json.dumps({"prompt": list(output.prompt_token_ids), "pairs": pairs}))
+"""
+
+
+def stock_vllm(**asked: Any) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _STOCK], input=json.dumps(asked), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.rpartition("ANSWER")[2])
+
+
+@pytest.mark.parametrize("train_vision", [pytest.param("none", marks=pytest.mark.slow), "lora"])
+def test_an_exported_lora_is_served_as_in_peft(tmp_path: Path, train_vision: str) -> None:
+    folder, adapter = make_vl_model(tmp_path / "model"), tmp_path / "adapter"
+    learner = Learner(vl_config(folder, "lora", train_vision))
+    shake(learner.model)
+    learner.export(adapter)
+    reference = VisionReference(folder, tower=False)
+    images = (picture(160, 96), picture(64, 64, seed=1))
+    content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    ids = list(reference.processor.encode([{"role": "user", "content": content}], images))
+    short, length = collapsed(ids, reference.processor.image_token_id, len(images))
+    tower = train_vision == "lora"
+    answer = stock_vllm(
+        model=str(folder),
+        adapter=str(adapter),
+        tower=tower,
+        targets=[*LINEARS, *(vision_linears(str(folder)) if tower else ())],
+        prompt=[*short, *ids[length:]],
+        images=[image.hex() for image in images],
+    )
+    assert answer["prompt"] == ids
+    tokens, logprobs = zip(*answer["pairs"], strict=True)
+    theirs = PeftModel.from_pretrained(reference.model("base"), str(adapter)).eval()
+
+    def gap() -> float:
+        with torch.no_grad():
+            logits = reference.logits(theirs, [*ids, *tokens], images)[len(ids) - 1 : -1]
+        expected = logits.log_softmax(1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        return float((expected - torch.tensor(logprobs)).abs().max())
+
+    assert gap() < TOLERANCE
+    with theirs.disable_adapter():
+        assert gap() > 0.05, "the adapter shows"

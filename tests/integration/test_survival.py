@@ -1,0 +1,165 @@
+"""Runs whose processes are killed: real Ray, real engines, signals from outside."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from histories import check_history, check_nothing_lost, rows, tora_run, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SHORT = ["batch_size=4", "grpo_samples=4", "eval=null", "dtype=fp32"]
+
+
+def output(folder: Path) -> str:
+    return (folder.parent / f"{folder.name}.log").read_text()
+
+
+def descendants(pid: int) -> list[int]:
+    """Of a process and in its session; Ray's own are in sessions of their own, so parents are followed."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if stat[0] != "Z":
+                parents[int(entry.name)] = int(stat[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
+
+
+def actors(pid: int, name: str) -> list[int]:
+    """Processes of Ray actors of a class: `ray::CLASS` by name, and `ray::CLASS.METHOD` while they run one."""
+    found = []
+    for child in descendants(pid):
+        try:
+            line = Path(f"/proc/{child}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if line.startswith(f"ray::{name}".encode()):
+            found.append(child)
+    return found
+
+
+def test_a_killed_worker_is_replaced_and_its_groups_run_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    torch = ["rollout.engine=torch", "rollout.num_workers=2", "num_steps=400", "rollout.max_refills=1"]
+    with tora_run(folder, *torch) as run:
+        wait_for(lambda: len(rows(folder)) >= 3, run)
+        os.kill(actors(run.pid, "RolloutActor")[0], signal.SIGKILL)
+        wait_for(lambda: rows(folder)[-1]["rollout/workers"] == 1, run)
+        wait_for(lambda: rows(folder)[-1]["rollout/workers"] == 2, run)
+        os.kill(run.pid, signal.SIGTERM)
+        assert run.wait(60) == 130
+    assert "is lost (ActorDiedError" in output(folder) and "is up" in output(folder)
+    done = len(rows(folder))
+    check_history(folder, done, 4, 1)
+    check_nothing_lost(folder, done)
+
+
+def test_a_killed_learner_rank_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    torch = ["rollout.engine=torch", "learner_ranks=2", "num_steps=14", "checkpoint.every=3", "checkpoint.keep=99"]
+    with tora_run(folder, *torch, "max_learner_restarts=1") as run:
+        wait_for(lambda: len(rows(folder)) >= 5, run)
+        os.kill(actors(run.pid, "LearnerRank")[1], signal.SIGKILL)
+        assert run.wait(240) == 0
+    assert "the learner is lost" in output(folder)
+    check_history(folder, 14, 4, 1)
+    check_nothing_lost(folder, 14)
+
+
+def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    torch = ["rollout.engine=torch", "checkpoint.every=2", "max_learner_restarts=0"]
+    with tora_run(folder, *torch, "num_steps=400") as run:
+        wait_for(lambda: len(rows(folder)) >= 3, run)
+        os.kill(actors(run.pid, "LearnerRank")[0], signal.SIGKILL)
+        assert run.wait(120) == 1
+    message = output(folder).splitlines()[-1]
+    assert "max_learner_restarts=0 is used up; resume_from_checkpoint=true goes on from step" in message
+    step = int(message.rpartition(" ")[2].rstrip("."))
+    with tora_run(folder, *torch, f"num_steps={step + 4}", "resume_from_checkpoint=true") as run:
+        assert run.wait(240) == 0
+    check_history(folder, step + 4, 4, 1)
+    check_nothing_lost(folder, step + 4)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "torch"])
+def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path, engine: str) -> None:
+    """It ends normally, no group lost, none trained twice, the staleness bound kept.
+
+    Workers that run a group are killed, not those that start: where that takes longer than the kills are apart, none
+    would ever be up.
+    """
+    folder, rng, kills = tmp_path / "run", random.Random(0), 0
+    whole = ["batch_size=16", "grpo_samples=16", "num_steps=60", "rollout.num_workers=2", f"rollout.engine={engine}"]
+    with tora_run(folder, *whole) as run:
+        wait_for(lambda: rows(folder), run, 600)
+        began = last = time.monotonic()
+        while run.poll() is None:
+            time.sleep(0.2)
+            victims = actors(run.pid, "RolloutActor.run_group")
+            if time.monotonic() >= last + 10 and victims and len(rows(folder)) < 60:
+                os.kill(rng.choice(victims), signal.SIGKILL)
+                kills, last = kills + 1, time.monotonic()
+            assert time.monotonic() < began + 1700
+        assert run.returncode == 0
+    seen = rows(folder)
+    check_history(folder, 60, 16, 1)
+    check_nothing_lost(folder, 60, max_drops=48)
+    assert kills >= 3 and seen[-1]["rollout/workers_lost"] > 0
+    print(f"{kills} kills, {seen[-1]['rollout/workers_lost']:.0f} workers lost", end=", ")
+    print(f"{seen[-1]['rollout/groups_rerun']:.0f} groups run again, {time.monotonic() - began:.0f} s")
+
+
+def shared_memory(pids: list[int]) -> set[str]:
+    """Files under /dev/shm that the processes have open or mapped."""
+    found = set()
+    for pid in pids:
+        try:
+            words = Path(f"/proc/{pid}/maps").read_text().split()
+            words += [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found |= {word for word in words if word.startswith("/dev/shm/")}
+    return found
+
+
+def listening(pids: list[int]) -> set[int]:
+    """TCP ports that the processes listen on."""
+    connections = [c for pid in pids if psutil.pid_exists(pid) for c in psutil.Process(pid).net_connections("tcp")]
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_stop_leaves_a_checkpoint_and_nothing_else(tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "run"
+    with tora_run(folder, "num_steps=400", "rollout.num_workers=2") as run:
+        wait_for(lambda: len(rows(folder)) >= 3, run, 600)
+        pids = descendants(run.pid)
+        memory, ports = shared_memory(pids), listening(pids)
+        assert len(actors(run.pid, "RolloutActor")) == 2 and ports
+        if how == "Ctrl-C":
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to the whole group
+        else:
+            os.kill(run.pid, signal.SIGTERM)
+        assert run.wait(180) == 130
+    deadline = time.monotonic() + 10  # Ray's last processes end by themselves
+    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+    assert not [file for file in memory if Path(file).exists()]
+    assert not ports & {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    done = len(rows(folder))
+    check_history(folder, done, 4, 1)
+    check_nothing_lost(folder, done)

@@ -1,0 +1,117 @@
+"""A new policy version under sequences that are running: real vLLM against PEFT, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from stepped import Stepped
+from tiny import make_text_model
+
+pytest.importorskip("vllm")
+
+from peft_reference import LONG_PROMPT, TOLERANCE, Reference, request, start_engine, wait_until
+
+from actors.vllm_engine.engine import VLLMEngine
+from actors.vllm_engine.weight_updates import InFlight
+from tora.types import Completion, SampleRequest
+
+OLD, NEW = ("lora", 1), ("dora", 2)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(make_text_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["keep", "recompute"])
+def recompute(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(reference: Reference, recompute: bool) -> Iterator[VLLMEngine]:
+    engine = start_engine(reference.folder, update=InFlight(recompute_kv=recompute))
+    yield engine
+    engine.close()
+
+
+def in_flight(
+    engine: VLLMEngine, reference: Reference, monkeypatch: pytest.MonkeyPatch, version: int, asked: SampleRequest
+) -> list[Completion]:
+    """The completions of a request whose first 40 tokens are `version`'s; then come the next one's, and a neighbour
+    that had been queued, but not begun."""
+    engine.load_snapshot(reference.snapshot(version, *OLD))
+    engine.generate([asked])  # so that its prompt is in the old version's prefix cache
+    stepped = Stepped(engine, monkeypatch)
+    with ThreadPoolExecutor(3) as threads:
+        generating: Future[list[list[Completion]]] = threads.submit(engine.generate, [asked])
+        stepped.allow(40)
+        queued = threads.submit(engine.generate, [request(LONG_PROMPT, seed=7)])
+        wait_until(lambda: len(engine._commands) == 1)
+        loading = threads.submit(engine.load_snapshot, reference.snapshot(version + 1, *NEW))
+        wait_until(lambda: len(engine._commands) == 2)
+        stepped.allow(1000)
+        assert loading.result(30).stall_seconds > 0
+        (group,), (neighbours,) = generating.result(30), queued.result(30)
+    monkeypatch.undo()
+    for neighbour in neighbours:
+        assert (neighbour.versions == version + 1).all()
+        assert reference.error(*NEW, request(LONG_PROMPT, seed=7), neighbour) < TOLERANCE, "served from the old cache"
+    return group
+
+
+def test_running_sequences_go_on_under_the_new_version(
+    engine: VLLMEngine, reference: Reference, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(LONG_PROMPT, max_tokens=90, num_samples=3)
+    for version in (10, 20):
+        for completion in in_flight(engine, reference, monkeypatch, version, asked):
+            tokens = completion.token_ids
+            # the step that the load waited for had begun under the old version
+            assert completion.versions.tolist() == [version] * 41 + [version + 1] * 49
+            logprobs = torch.from_numpy(completion.logprobs)
+            before, after = logprobs_of(reference, OLD, asked, tokens), logprobs_of(reference, NEW, asked, tokens)
+            assert (logprobs[:41] - before[:41]).abs().max() < TOLERANCE
+            mixed = logprobs_of(reference, NEW, asked, tokens, (OLD, len(asked.token_ids) + 40))
+            right, wrong = (after, mixed) if recompute else (mixed, after)
+            assert (logprobs[41:] - right[41:]).abs().max() < TOLERANCE
+            assert (logprobs[41:] - wrong[41:]).abs().max() > 0.1, "the two settings differ visibly"
+
+
+def test_what_a_carried_sequence_cached_serves_nobody_else(
+    engine: VLLMEngine, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(LONG_PROMPT, max_tokens=90, num_samples=2)
+    for completion in in_flight(engine, reference, monkeypatch, 30, asked):
+        # its whole blocks come before its last token, so a longer request would meet them all
+        longer = request((*LONG_PROMPT, *completion.token_ids.tolist()))
+        for sample in engine.generate([longer])[0]:
+            assert reference.error(*NEW, longer, sample) < TOLERANCE
+    engine.load_snapshot(reference.snapshot(32, *OLD))
+    for sample in engine.generate([asked])[0]:
+        assert (sample.versions == 32).all()
+        assert reference.error(*OLD, asked, sample) < TOLERANCE
+
+
+@torch.no_grad()
+def logprobs_of(
+    reference: Reference,
+    policy: tuple[str, int],
+    asked: SampleRequest,
+    tokens_L: np.ndarray,
+    begun: tuple[tuple[str, int], int] | None = None,
+) -> torch.Tensor:
+    """Of the tokens [L], at temperature 1; `begun`: another policy computed so many positions' keys and values."""
+    ids, start = torch.tensor([[*asked.token_ids, *tokens_L.tolist()]]), len(asked.token_ids)
+    if begun is None:
+        logits = reference.model(*policy)(input_ids=ids).logits[0, start - 1 : -1]
+    else:
+        other, count = begun
+        first = reference.model(*other)(input_ids=ids[:, :count], use_cache=True)
+        rest = reference.model(*policy)(input_ids=ids[:, count:], past_key_values=first.past_key_values)
+        logits = torch.cat([first.logits[0], rest.logits[0]])[start - 1 : -1]
+    return logits.log_softmax(1).gather(1, torch.from_numpy(tokens_L)[:, None])[:, 0]

@@ -1,0 +1,84 @@
+"""Adapter layers on tiny models, and their parity with PEFT."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoders import packed_logits, random_sequences
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tora.adapters.inject import (
+    adapter_layers,
+    inject,
+    refresh,
+    scaling_of,
+    trained_parameters,
+)
+from tora.adapters.peft_format import peft_tensors, save_peft
+from tora.config.schema import ModelConfig
+from tora.models.load import load_decoder
+
+TYPES = ("lora", "dora", "dora_cache")
+
+
+RANK, ALPHA = 4, 10.0
+
+
+def model_config(folder: Path, lora_type: str, **changes: Any) -> ModelConfig:
+    return ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=RANK, lora_alpha=ALPHA, **changes)
+
+
+def build(cfg: ModelConfig) -> Any:
+    cpu, path = torch.device("cpu"), Path(cfg.path)
+    model = load_decoder(path, dtype=torch.float32, device=cpu, quantize_base=cfg.quantize_base)
+    scaling = scaling_of(cfg.lora_rank, cfg.lora_alpha, cfg.use_rslora)
+    inject(model, cfg.lora_type, rank=cfg.lora_rank, scaling=scaling, targets=cfg.lora_targets)
+    return model
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    """Move every trained parameter away from its start."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in trained_parameters(model).items():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("magnitude"):
+            parameter.mul_(1 + 0.2 * noise.abs())
+        else:
+            parameter.copy_(0.1 * noise)
+    refresh(model)
+
+
+def check_against_peft(cfg: ModelConfig, base_folder: Path, adapter_folder: Path) -> None:
+    """Outputs and gradients of a policy equal those of PEFT's, over the base in `base_folder`."""
+    ours = build(cfg)
+    shake(ours)
+    save_peft(peft_tensors(ours), cfg, adapter_folder)
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True)
+    sequences = random_sequences(9, 21)
+    ours_logits = packed_logits(ours, sequences)
+    their_logits = torch.cat([theirs(s[None]).logits[0] for s in sequences])
+    torch.testing.assert_close(ours_logits, their_logits, atol=1e-4, rtol=1e-5)
+
+    loss_of(ours_logits).backward()
+    loss_of(their_logits).backward()
+    their_gradients = {
+        n.removeprefix("base_model.model."): p.grad for n, p in theirs.named_parameters() if p.requires_grad
+    }
+    names = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
+    names["magnitude"] = "lora_magnitude_vector.default.weight"
+    compared = 0
+    for module, layer in adapter_layers(ours).items():
+        for name in layer.adapter_params():
+            expected = their_gradients[f"{module}.{names[name]}"]
+            torch.testing.assert_close(getattr(layer, name).grad, expected, atol=1e-6, rtol=1e-3)
+            compared += 1
+    assert compared == len(their_gradients) == 2 * 7 * (2 if cfg.lora_type == "lora" else 3)
+
+
+def loss_of(logits: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return (logits * torch.randn(logits.shape, generator=generator)).mean()

@@ -1,0 +1,63 @@
+"""One learner rank on a tiny model, and batches for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo
+from fakes import make_prompt
+
+from learner.learner import Learner
+from tora.adapters.inject import trained_parameters
+from tora.batching.batch import micro_batches
+from tora.config.schema import ModelConfig, RunConfig
+from tora.types import Group, Rollout, TrainBatch
+
+SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token", "max_generated_tokens": 20}
+
+
+def config(folder: Path, lora_type: str = "lora", *, quantize_base: bool = False, **changes: Any) -> RunConfig:
+    return RunConfig(
+        name="test",
+        dtype="fp32",
+        num_steps=10,
+        model=ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=4, quantize_base=quantize_base),
+        dataset={},
+        rewards=[],
+        lr_scheduler={"_component_": "transformers.get_cosine_schedule_with_warmup", "num_warmup_steps": 0},
+        **{"optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3}, **changes},
+    )
+
+
+def make_groups(count: int = 3, seed: int = 0, version: int = 0) -> list[Group]:
+    rng = np.random.default_rng(seed)
+
+    def rollout() -> Rollout:
+        ids = rng.integers(3, 259, size=rng.integers(2, 20))
+        logprobs = -rng.random(len(ids)).astype(np.float32) * 6
+        reward = float(rng.random())
+        return Rollout(ids, logprobs, np.full(len(ids), version), True, "", reward, {"fake": reward})
+
+    return [Group(make_prompt(i, length=4 + i), tuple(rollout() for _ in range(4))) for i in range(count)]
+
+
+def make_batch(groups: list[Group], capacity: int = 10_000, temperature: float = 1.0, **changes: Any) -> TrainBatch:
+    return TrainBatch(micro_batches(groups, capacity=capacity, **{**SETTINGS, **changes}), temperature)
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trained_parameters(learner.model).items()}
+
+
+LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
+
+
+def train(folder: Path, lora_type: str, **changes: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Metrics of three steps, the gradient's norm among them, and the weights that they leave."""
+    learner = Learner(config(folder, lora_type, loss=LOSS, **changes))
+    batches = [make_batch(make_groups(3, seed=i), capacity=capacity) for i, capacity in enumerate((10_000, 60, 90))]
+    metrics = [learner.step(batch).metrics for batch in batches]
+    return metrics, {name: p.detach().clone() for name, p in trained_parameters(learner.model).items()}

@@ -1,0 +1,68 @@
+"""Loss inputs, and each loss by hand in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from learner.loss import CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, LossInputs
+from tora.batching.batch import token_weights
+
+LENGTHS = (5, 1, 9, 4, 12, 3)
+
+LOSSES: dict[Any, str] = {
+    GRPOLoss: "sequence",
+    DrGRPOLoss: "constant",
+    DAPOLoss: "token",
+    GSPOLoss: "sequence",
+    CISPOLoss: "token",
+}
+"""Each with the normalisation that its paper gives it."""
+
+
+def inputs(
+    loss_class: Any = GRPOLoss, *, with_ref: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> LossInputs:
+    """Sequences of several lengths. GSPO's proximal policy lies closer, as its clip does."""
+    generator = torch.Generator().manual_seed(seed)
+    counts, lengths = sum(LENGTHS), torch.tensor(LENGTHS)
+
+    def draw(scale: float, count: int = counts) -> torch.Tensor:
+        return torch.randn(count, generator=generator, dtype=torch.float64) * scale
+
+    learner = -draw(1.0).abs()
+    weights_B = torch.tensor(token_weights(LENGTHS, LOSSES[loss_class], 20), dtype=torch.float64)
+    weights = weights_B.repeat_interleave(lengths)
+    tensors = {
+        "proximal_logprobs_N": learner + draw(1e-3 if loss_class is GSPOLoss else 0.3),
+        "actor_logprobs_N": learner + draw(0.5),
+        "advantages_N": draw(1.0, len(LENGTHS)).repeat_interleave(lengths),
+        "weights_N": weights,
+        "shares_N": weights / weights.sum(),
+    }
+    return LossInputs(
+        learner_logprobs_N=learner.to(dtype).clone().requires_grad_(),
+        ref_logprobs_N=(learner + draw(0.4)).to(dtype) if with_ref else None,
+        sequence_N=torch.arange(len(LENGTHS)).repeat_interleave(lengths),
+        num_sequences=len(LENGTHS),
+        **{name: tensor.to(dtype) for name, tensor in tensors.items()},
+    )
+
+
+def by_hand(
+    learner: Sequence[float], proximal: Sequence[float], advantages: Sequence[float], weights: Sequence[float]
+) -> LossInputs:
+    """Tokens of one sequence, sampled by the proximal policy itself."""
+    return LossInputs(
+        learner_logprobs_N=torch.tensor(learner, requires_grad=True),
+        proximal_logprobs_N=torch.tensor(proximal),
+        actor_logprobs_N=torch.tensor(proximal),
+        ref_logprobs_N=None,
+        advantages_N=torch.tensor(advantages),
+        weights_N=torch.tensor(weights),
+        shares_N=torch.tensor(weights),
+        sequence_N=torch.zeros(len(learner), dtype=torch.int64),
+        num_sequences=1,
+    )

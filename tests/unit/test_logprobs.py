@@ -1,0 +1,84 @@
+"""Log-probs without the logits of all positions, against a whole log-softmax in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import random_sequences
+from tiny import make_text_model
+
+from learner.logprobs import token_logprobs
+from tora.models.attention import PackedAttention
+from tora.models.load import load_decoder
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("rows", [23, 5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_chunks_equal_log_softmax_with_gradients(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, temperature: float, rows: int
+) -> None:
+    torch.manual_seed(0)
+    head = torch.randn(50, 16).mul(0.25).to(dtype).requires_grad_()
+    hidden = torch.randn(23, 16).to(dtype).requires_grad_()
+    targets, upstream = torch.randint(0, 50, (23,)), torch.randn(23)
+    distribution = (hidden.double() @ head.double().T / temperature).log_softmax(1)
+    expected = distribution.gather(1, targets[:, None])[:, 0]
+    references = torch.autograd.grad((expected * upstream).sum(), [hidden, head])
+    monkeypatch.setattr("learner.logprobs._CHUNK_BYTES", rows * 50 * 4)
+    logprobs, entropy = token_logprobs(hidden, head, targets, temperature=temperature)
+    assert logprobs.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(logprobs.double(), expected, atol=tolerance, rtol=tolerance)
+    exact_entropy = -(distribution.exp() * distribution).sum(1)
+    torch.testing.assert_close(entropy.double(), exact_entropy, atol=tolerance, rtol=tolerance)
+    gradients = torch.autograd.grad((logprobs * upstream).sum(), [hidden, head])
+    for ours, reference in zip(gradients, references, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
+
+
+def test_a_frozen_head_gets_no_gradient_and_frozen_hidden_states_no_graph() -> None:
+    head, hidden, targets = torch.randn(50, 16), torch.randn(4, 16, requires_grad=True), torch.arange(4)
+    logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0)
+    logprobs.sum().backward()
+    assert head.grad is None and hidden.grad is not None
+    with torch.no_grad():
+        assert not token_logprobs(hidden, head, targets, temperature=1.0)[0].requires_grad
+
+
+def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
+    """What autograd keeps between forward and backward: inputs and one number a token."""
+    head, hidden, targets = torch.randn(5000, 8), torch.randn(64, 8, requires_grad=True), torch.arange(64)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        token_logprobs(hidden, head, targets, temperature=1.0)
+    assert sorted(t.numel() for t in kept) == sorted([head.numel(), hidden.numel(), 64, 64])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_head_tied_or_not_learns_as_through_its_module(tmp_path: Path, tied: bool) -> None:
+    model = load_decoder(make_text_model(tmp_path, tied=tied), dtype=torch.float32, device=torch.device("cpu"))
+    model.requires_grad_(True)
+    (ids,) = random_sequences(40)
+    targets = ids.roll(1)
+
+    def gradients(way: str) -> dict[str, torch.Tensor]:
+        def finish(hidden_1TH: torch.Tensor) -> torch.Tensor:
+            if way == "module":
+                return model.output(hidden_1TH[0]).log_softmax(1).gather(1, targets[:, None])[:, 0]
+            return token_logprobs(hidden_1TH[0], model.head, targets, temperature=1.0)[0]
+
+        model.zero_grad()
+        attend = PackedAttention(torch.tensor([len(ids)]))
+        model(ids[None], positions=torch.arange(len(ids))[None], attend=attend, finish=finish).mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    ours, reference = gradients("ours"), gradients("module")
+    assert ours.keys() == reference.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, reference[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,156 @@
+"""What the losses share: importance correction, KL estimators and their place, and the check of their settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from losses import LOSSES, by_hand, inputs
+
+from learner.loss import GRPOLoss, LossInputs
+from learner.loss.correction import importance_weights
+from learner.loss.kl import kl_estimate, sequence_kl
+from tora.errors import ConfigError
+
+
+def two_sequences(log_ratios: list[float], lengths: list[int]) -> LossInputs:
+    """Proximal minus actor log-probs as given."""
+    count = len(log_ratios)
+    x = by_hand([-1.0] * count, [-1.0] * count, [1.0] * count, [1 / count] * count)
+    sequence_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    actor = -1.0 - torch.tensor(log_ratios)
+    return replace(x, actor_logprobs_N=actor, sequence_N=sequence_N, num_sequences=len(lengths))
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds", "expected", "is_cut"),
+    [
+        ("none", (None, None), [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]),
+        ("token_tis", (None, None), [2, 0.25, 1, 1.5, 2], [1, 0, 0, 0, 0]),
+        ("token_tis", (None, 1.25), [1.25, 0.25, 1, 1.25, 1.25], [1, 0, 0, 1, 1]),
+        ("token_mask", (None, None), [4, 0, 1, 1.5, 2], [0, 1, 0, 0, 0]),
+        ("token_mask", (0.2, 1.75), [0, 0.25, 1, 1.5, 0], [1, 0, 0, 0, 1]),
+        ("sequence_mask", (None, None), [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]),
+        ("sequence_mask", (0.5, 2.0), [1, 1, *[3 ** (1 / 3)] * 3], [0, 0, 0, 0, 0]),
+    ],
+)
+def test_importance_weights_by_hand(kind: Any, bounds: Any, expected: list[float], is_cut: list[int]) -> None:
+    """Ratios 4 and 1/4 of one sequence, of geometric mean 1, and 1, 3/2 and 2 of another, of geometric mean 3^(1/3)."""
+    x = two_sequences([math.log(r) for r in (4, 0.25, 1, 1.5, 2)], [2, 3])
+    weights, cut = importance_weights(x, kind, *bounds)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
+    assert cut.tolist() == [bool(c) for c in is_cut]
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_corrections_equal_the_float64_reference_in_a_loss(loss_class: Any) -> None:
+    """By the gradient for a token's weight, in which the loss is linear: -c · objective."""
+    x = inputs(loss_class, with_ref=False)
+    weights_N = x.weights_N.clone().requires_grad_()
+    x = replace(x, weights_N=weights_N)
+    sequence_N, low, high = x.sequence_N.tolist(), 0.8, 1.3
+    pairs = zip(x.proximal_logprobs_N.tolist(), x.actor_logprobs_N.tolist(), strict=True)
+    ratios = [math.exp(proximal) / math.exp(actor) for proximal, actor in pairs]
+    members = [[r for r, b in zip(ratios, sequence_N, strict=True) if b == s] for s in range(x.num_sequences)]
+    means = [math.prod(members[b]) ** (1 / len(members[b])) for b in sequence_N]
+    bounds = {"importance_low": low, "importance_high": high}
+    expected = {
+        "token_tis": (ratios, [min(r, high) for r in ratios], {"importance_high": high}),
+        "token_mask": (ratios, [r * (low <= r <= high) for r in ratios], bounds),
+        "sequence_mask": (means, [r * (low <= r <= high) for r in means], bounds),
+    }
+    plain, metrics = loss_class(importance_correction="none")(x)
+    (slopes,) = torch.autograd.grad(plain, weights_N)
+    assert metrics["importance/cut_share"].item() == 0
+    for kind, (free, weights, settings) in expected.items():
+        loss, metrics = loss_class(importance_correction=kind, **settings)(x)
+        (gradient,) = torch.autograd.grad(loss, weights_N)
+        torch.testing.assert_close(gradient, slopes * torch.tensor(weights, dtype=torch.float64))
+        cut = sum(s for s, r, w in zip(x.shares_N.tolist(), free, weights, strict=True) if r != w)
+        assert 0 < cut < 1 and metrics["importance/cut_share"].item() == pytest.approx(cut)
+
+
+def test_importance_weights_are_constants_and_survive_extremes() -> None:
+    x = two_sequences([200.0, -200.0, 0.0], [1, 2])
+    proximal = x.proximal_logprobs_N.clone().requires_grad_()
+    for kind in ("token_tis", "token_mask", "sequence_mask"):
+        weights, _ = importance_weights(replace(x, proximal_logprobs_N=proximal), kind, None, None)
+        assert not weights.requires_grad and weights.isfinite().all(), kind
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_kl_is_added_in_the_loss_and_only_told_in_the_reward(loss_class: Any, kind: Any) -> None:
+    x = inputs(loss_class)
+    assert x.ref_logprobs_N is not None
+    policy, _ = loss_class()(replace(x, ref_logprobs_N=None))
+    (plain,) = torch.autograd.grad(policy, x.learner_logprobs_N)
+    kl, mean, slopes = 0.0, 0.0, []
+    for weight, share, learner, ref in zip(
+        *(t.tolist() for t in (x.weights_N, x.shares_N, x.learner_logprobs_N, x.ref_logprobs_N)), strict=True
+    ):
+        d = ref - learner
+        value = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[kind]
+        slopes.append(weight * {"k1": 1.0, "k2": -d, "k3": 1 - math.exp(d)}[kind])
+        kl, mean = kl + weight * value, mean + share * value
+    loss, metrics = loss_class(kl_coeff=0.3, kl_type=kind)(x)
+    assert loss.item() == pytest.approx(policy.item() + 0.3 * kl, abs=1e-13)
+    assert metrics["kl/mean"].item() == pytest.approx(mean, abs=1e-13)
+    (gradient,) = torch.autograd.grad(loss, x.learner_logprobs_N)
+    torch.testing.assert_close(gradient, plain + 0.3 * torch.tensor(slopes, dtype=torch.float64))
+
+    loss, metrics = loss_class(kl_coeff=0.3, kl_type=kind, kl_in="reward")(x)
+    assert loss.item() == policy.item() and metrics["kl/mean"].item() == pytest.approx(mean, abs=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(loss, x.learner_logprobs_N)[0], plain, rtol=0, atol=0)
+
+
+def test_the_estimator_suits_the_place_where_none_is_named() -> None:
+    x = inputs()
+    for place, kind in (("loss", "k3"), ("reward", "k1")):
+        default, named = (GRPOLoss(kl_coeff=0.3, kl_in=place, kl_type=k)(x)[1] for k in (None, kind))  # type: ignore[arg-type]
+        assert default["kl/mean"] == named["kl/mean"]
+
+
+def test_kl_estimators_agree_with_the_exact_divergence_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    policy = torch.randn(5, generator=generator).double().log_softmax(0)
+    ref = (policy + 0.3 * torch.randn(5, generator=generator).double()).log_softmax(0)
+    exact = (policy.exp() * (policy - ref)).sum()
+    for kind, tolerance in (("k1", 1e-12), ("k3", 1e-12), ("k2", 0.02)):  # k2 is biased, of second order
+        mean = (policy.exp() * kl_estimate(policy, ref, kind)).sum()  # type: ignore[arg-type]
+        assert abs(mean - exact) <= tolerance
+
+
+def test_a_sequences_kl_is_the_sum_over_its_tokens() -> None:
+    x = inputs(dtype=torch.float32)
+    assert x.ref_logprobs_N is not None
+    sums = [0.0] * x.num_sequences
+    for b, actor, ref in zip(*(t.tolist() for t in (x.sequence_N, x.actor_logprobs_N, x.ref_logprobs_N)), strict=True):
+        sums[b] += actor - ref
+    found = sequence_kl(x.actor_logprobs_N, x.ref_logprobs_N, x.sequence_N, x.num_sequences, "k1")
+    assert found.tolist() == pytest.approx(sums, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kl_type": "k4"}, "loss.kl_type=k4 must be one of k1, k2, k3"),
+        ({"kl_in": "rewards"}, "the nearest is reward"),
+        ({"importance_correction": "tis"}, "loss.importance_correction=tis must be one of none, token_tis"),
+        ({"kl_coeff": -0.1}, "loss.kl_coeff=-0.1 must be a number of at least 0"),
+        ({"clip_high": "much"}, "loss.clip_high=much must be a number"),
+        ({"importance_low": 0.5}, "importance_low=0.5 is a bound of the masks"),
+        ({"importance_correction": "none", "importance_high": 3}, "importance_correction is none"),
+        ({"importance_correction": "token_mask", "importance_low": 6}, "importance_low=6 must be less than"),
+        ({"importance_correction": "sequence_mask", "importance_high": 0.9}, "must be less than importance_high=0.9"),
+        ({"importance_high": 0}, "must be less than importance_high=0"),
+    ],
+)
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_settings_without_a_meaning_are_refused(loss_class: Any, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        loss_class(**settings)
+    assert words in str(error.value) and str(error.value).endswith(".")

@@ -1,0 +1,132 @@
+"""Packed, with prompts shared or not, against a row for each sequence: the same loss and the same gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from decoders import attention_inputs
+from learners import LOSS, SETTINGS, config, make_batch, make_groups, weights
+from tiny import make_text_model
+from torch._dynamo.utils import counters
+
+from learner.learner import Learner
+from tora.batching.batch import micro_batches
+from tora.bench.packing import PaddedLearner
+from tora.models.attention import PackedAttention
+from tora.models.varlen import VarlenAttention, takes
+
+PLAIN: dict[str, Any] = {
+    "loss": LOSS,
+    "clip_grad_norm": None,
+    "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
+}
+"""With these a step's change of the weights is its gradient."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+def gradients(kind: type[Learner], folder: Path, lora_type: str, **batch: Any) -> tuple[dict[str, float], Any]:
+    """The metrics of a step, and its gradients: B has left zero, so A has one too."""
+    learner = kind(config(folder, lora_type, **PLAIN))
+    torch.manual_seed(1)
+    for name, tensor in learner.model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(tensor, std=0.02)
+    before = weights(learner)
+    metrics = learner.step(make_batch(make_groups(3), **batch)).metrics
+    return metrics, {name: before[name] - after for name, after in weights(learner).items()}
+
+
+@pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
+def test_packed_and_shared_equal_padded(folder: Path, lora_type: str) -> None:
+    padded, expected = gradients(PaddedLearner, folder, lora_type)
+    assert sum(float(g.abs().sum()) for g in expected.values()) > 0
+    for batch in ({}, {"capacity": 60}, {"share_prefix": True}, {"share_prefix": True, "capacity": 45}):
+        metrics, found = gradients(Learner, folder, lora_type, **batch)
+        for name in ("loss/total", "kl/mean", "learner/grad_norm", "policy/entropy", "mismatch_kl"):
+            assert metrics[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-6), (name, batch)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=2e-5, rtol=1e-3)
+
+
+def test_shared_prompts_stay_compiled(folder: Path) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    eager, compiled = (Learner(config(folder, "dora_cache", loss=LOSS, compile=c)) for c in (False, True))
+    graphs = []
+    for seed, capacity in enumerate((10_000, 45, 10_000, 38)):
+        batch = make_batch(make_groups(2 + seed, seed=seed), share_prefix=True, capacity=capacity)
+        a, b = eager.step(batch).metrics, compiled.step(batch).metrics
+        assert a["loss/total"] == pytest.approx(b["loss/total"], rel=2e-3, abs=1e-5)
+        assert a["learner/grad_norm"] == pytest.approx(b["learner/grad_norm"], rel=2e-3, abs=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[3] and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [10, 30, 45, 10_000])
+def test_a_prompt_stands_once_before_all_its_completions(capacity: int, num_ranks: int) -> None:
+    groups = make_groups(4, seed=3)
+    micro = micro_batches(groups, capacity=capacity, num_ranks=num_ranks, share_prefix=True, **SETTINGS)
+    assert len(micro) % num_ranks == 0 or all(len(x.lengths_B) == 1 for x in micro)
+    found: Counter[tuple[int, ...]] = Counter()
+    for x in micro:
+        num_prompts, prompt_ends = len(x.prompt_lengths_P), x.prompt_lengths_P.cumsum()
+        assert x.prompt_lengths_P.sum() + x.lengths_B.sum() == len(x.tokens_T) == len(x.positions_T)
+        assert len(x.tokens_T) <= capacity or len(x.lengths_B) == 1
+        prompts = [tuple(x.tokens_T[end - n : end]) for end, n in zip(prompt_ends, x.prompt_lengths_P, strict=True)]
+        assert len(set(prompts)) == num_prompts == len(set(x.groups_B))
+        starts = x.prompt_lengths_P.sum() + x.lengths_B.cumsum() - x.lengths_B
+        for b, (start, length, p) in enumerate(zip(starts, x.lengths_B, x.prompt_B, strict=True)):
+            completion = x.tokens_T[start : start + length]
+            assert prompts[p] == groups[x.groups_B[b]].prompt.token_ids
+            assert (x.targets_N[x.sequence_N == b] == completion).all()
+            predicting = x.response_N[x.sequence_N == b]
+            assert (
+                predicting[0] == prompt_ends[p] - 1
+                and (predicting[1:] == start + torch.arange(length - 1).numpy()).all()
+            )
+            assert (x.positions_T[start : start + length] == len(prompts[p]) + torch.arange(length).numpy()).all()
+            found[tuple(completion)] += 1
+    assert found == Counter(tuple(r.token_ids) for group in groups for r in group.rollouts)
+
+
+def as_documented(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch's page says `varlen_attn` computes, which has no kernel for a CPU."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    lengths_q, lengths_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max(lengths_q), max(lengths_k)) == (max_q, max_k) and window_size == (-1, 0)
+    documents = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
+    rows = [[x.transpose(0, 1)[None] for x in document] for document in documents]
+    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa) for q, k, v in rows]
+    return torch.cat([x[0].transpose(0, 1) for x in out])
+
+
+def test_attention_without_padding_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tora.models.varlen.varlen_attn", as_documented)
+    lengths = [5, 1, 17, 8]
+    inputs = attention_inputs(lengths, "cpu", torch.float32)
+    torch.testing.assert_close(
+        VarlenAttention(torch.tensor(lengths))(*inputs), PackedAttention(torch.tensor(lengths))(*inputs)
+    )
+    assert not takes(torch.device("cpu"), torch.bfloat16)
