@@ -6,13 +6,13 @@ sooner. One that has room to spare batches more. The bound follows what fits, as
 
 from __future__ import annotations
 
-from tora.types import EngineLoad
+from tora.types import Occupancy
 
 _FULL, _SPARE = 0.95, 0.80
 """Shares of the KV cache: above the first the bound falls, below the second it may rise."""
 
 
-def adapted(limit: int, most: int, in_flight: int, load: EngineLoad) -> int:
+def adapted(limit: int, most: int, in_flight: int, load: Occupancy) -> int:
     """The next bound on groups in flight, from 1 to `most`.
 
     It rises only while it is what holds groups back, so that an idle worker's bound does not drift up untested.

@@ -14,7 +14,7 @@ from actors.worker import RolloutWorker
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
-from tora.types import EvalResult, Group, Metrics, PolicySnapshot, Prompt, RolloutState, ScoreRequest, TrainBatch
+from tora.types import EvalResult, Group, LogprobRequest, Metrics, PolicySnapshot, Prompt, RolloutState, TrainBatch
 
 
 class LocalRollouts:
@@ -49,14 +49,14 @@ class LocalRollouts:
 
     def publish(self, snapshot: PolicySnapshot) -> Metrics:
         start = time.perf_counter()
-        report = self._worker.load_snapshot(snapshot)
+        report = self._worker.forward(snapshot)
         return sync_metrics([report], time.perf_counter() - start)
 
     def evaluate(self) -> EvalResult:
         return summarize_evaluation(self._world.collect(self._worker.evaluate(self._world.share(self._eval_prompts))))
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        return {self._world.rank: self._worker.score(requests, adapter=adapter)}
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
+        return {self._world.rank: self._worker.logprobs(requests, adapter=adapter)}
 
     def state(self) -> RolloutState:
         return self._cursor.state(())

@@ -31,7 +31,7 @@ from actors.seat import Seat, WorkerHandle, is_fatal
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError, WorkerLost
-from tora.types import EvalResult, Group, Metrics, Prompt, RolloutState, ScoreRequest, TrainBatch
+from tora.types import EvalResult, Group, LogprobRequest, Metrics, Prompt, RolloutState, TrainBatch
 
 T = TypeVar("T")
 _STOP_POLL_S = 0.2
@@ -91,7 +91,7 @@ class AsyncRollouts:
     async def _add_seat(self) -> None:
         seat = Seat(len(self._seats), self._make_worker, self._newest, self._cfg.rollout, self)
         self._seats.append(seat)
-        self._spawn(seat.keep())
+        self._spawn(seat.run_forever())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -110,7 +110,7 @@ class AsyncRollouts:
         self._hand_out()
         self._news.set()
 
-    def eased(self) -> None:
+    def has_capacity(self) -> None:
         self._hand_out()
 
     def left(self, seat: Seat, error: BaseException) -> None:
@@ -224,7 +224,7 @@ class AsyncRollouts:
         start = time.perf_counter()
         self._snapshot = snapshot
         if self._running:
-            reports = await asyncio.gather(*(self._unless_lost(seat.load_snapshot(snapshot)) for seat in self._up()))
+            reports = await asyncio.gather(*(self._unless_lost(seat.forward(snapshot)) for seat in self._up()))
         else:
             self._published.set()
             first = self._seats[: self._cfg.rollout.num_workers]
@@ -262,12 +262,12 @@ class AsyncRollouts:
             except WorkerLost:
                 continue
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
         return self._wait(self._score(requests, adapter))
 
-    async def _score(self, requests: Sequence[ScoreRequest], adapter: bool) -> dict[int, list[np.ndarray]]:
+    async def _score(self, requests: Sequence[LogprobRequest], adapter: bool) -> dict[int, list[np.ndarray]]:
         seats = self._up()
-        answers = await asyncio.gather(*(self._unless_lost(seat.score(requests, adapter)) for seat in seats))
+        answers = await asyncio.gather(*(self._unless_lost(seat.logprobs(requests, adapter)) for seat in seats))
         return {seat.number: answer for seat, answer in zip(seats, answers, strict=True) if answer is not None}
 
     def state(self) -> RolloutState:

@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.worker import RolloutWorker
 from tora.errors import WorkerLost
-from tora.types import EngineLoad, Group, Prompt, ScoreRequest, SnapshotRef, SyncReport
+from tora.types import Group, LogprobRequest, Occupancy, Prompt, SnapshotRef, SyncReport
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 20
@@ -63,15 +63,15 @@ class RayWorker:
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return await _answer(self._actor.evaluate.remote(list(prompts)))
 
-    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]:
-        return await _answer(self._actor.score.remote(list(requests), adapter=adapter))
+    async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
+        return await _answer(self._actor.logprobs.remote(list(requests), adapter=adapter))
 
-    async def load_snapshot(self, snapshot: SnapshotRef) -> SyncReport:
+    async def forward(self, snapshot: SnapshotRef) -> SyncReport:
         """Ray hands the actor the bytes from its node's object store."""
-        return await _answer(self._actor.load_snapshot.remote(snapshot.data))
+        return await _answer(self._actor.forward.remote(snapshot.data))
 
-    async def load(self) -> EngineLoad:
-        return await _answer(self._actor.load.remote())
+    async def occupancy(self) -> Occupancy:
+        return await _answer(self._actor.occupancy.remote())
 
     async def close(self) -> None:
         """Gives the engine time to end its own processes, then ends the Ray actor."""

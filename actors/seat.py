@@ -22,7 +22,7 @@ from actors.buffer import Slot
 from actors.concurrency import adapted
 from tora.config.schema import RolloutConfig
 from tora.errors import ConfigError, SyncError, WorkerLost
-from tora.types import EngineLoad, Group, Prompt, ScoreRequest, SyncReport
+from tora.types import Group, LogprobRequest, Occupancy, Prompt, SyncReport
 
 T = TypeVar("T")
 _PULSE_S = 2.0
@@ -41,11 +41,11 @@ class WorkerHandle(Protocol):
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]: ...
 
-    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]: ...
+    async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]: ...
 
-    async def load_snapshot(self, snapshot: Any) -> SyncReport: ...
+    async def forward(self, snapshot: Any) -> SyncReport: ...
 
-    async def load(self) -> EngineLoad: ...
+    async def occupancy(self) -> Occupancy: ...
 
     async def close(self) -> None: ...
 
@@ -61,7 +61,7 @@ class SeatEvents(Protocol):
     def left(self, seat: Seat, error: BaseException) -> None:
         """Its worker failed; unless `is_fatal`, another one follows."""
 
-    def eased(self) -> None:
+    def has_capacity(self) -> None:
         """A seat may take more groups."""
 
 
@@ -89,7 +89,7 @@ class Seat:
         self._worker: WorkerHandle | None = None
         self._end: asyncio.Future[BaseException] | None = None
 
-    async def keep(self) -> None:
+    async def run_forever(self) -> None:
         """For ever: a worker after the other."""
         while True:
             self._end = asyncio.get_running_loop().create_future()
@@ -103,7 +103,7 @@ class Seat:
             except asyncio.CancelledError:
                 raise
             except BaseException as error:  # the pool decides what it means
-                self._bury(error)
+                self._discard_worker(error)
                 self._events.left(self, error)
             await asyncio.sleep(pause(self._failures))
             self._failures += 1
@@ -133,17 +133,17 @@ class Seat:
         finally:
             self.evaluating -= 1
 
-    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]:
+    async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         """Errors: as of `_call`."""
-        return await self._call(lambda worker: worker.score(requests, adapter), self._cfg.group_timeout_s)
+        return await self._call(lambda worker: worker.logprobs(requests, adapter), self._cfg.group_timeout_s)
 
-    async def load_snapshot(self, snapshot: Any) -> SyncReport:
+    async def forward(self, snapshot: Any) -> SyncReport:
         """Errors: as of `_call`."""
-        self.report = await self._call(lambda worker: worker.load_snapshot(snapshot), self._cfg.group_timeout_s)
+        self.report = await self._call(lambda worker: worker.forward(snapshot), self._cfg.group_timeout_s)
         return self.report
 
     async def close(self) -> None:
-        """After `keep` was cancelled: ends the worker, gently if it can answer."""
+        """After `run_forever` was cancelled: ends the worker, gently if it can answer."""
         if self._worker is None:
             return
         if self.up:
@@ -154,7 +154,7 @@ class Seat:
     async def _catch_up(self) -> None:
         loaded = None
         while loaded is not (newest := await self._policy()):
-            await self.load_snapshot(newest)
+            await self.forward(newest)
             loaded = newest
 
     async def _watch(self) -> None:
@@ -162,10 +162,10 @@ class Seat:
         assert self._end is not None
         while True:
             await asyncio.wait({self._end}, timeout=_PULSE_S)
-            load = await self._call(lambda worker: worker.load(), self._cfg.heartbeat_s)
+            load = await self._call(lambda worker: worker.occupancy(), self._cfg.heartbeat_s)
             before, self.limit = self.limit, adapted(self.limit, self._cfg.concurrency, len(self.slots), load)
             if self.limit > before:
-                self._events.eased()
+                self._events.has_capacity()
 
     async def _call(self, ask: Callable[[WorkerHandle], Awaitable[T]], limit_s: float) -> T:
         """The worker's answer. Errors: WorkerLost where there will be none; fatal ones as themselves."""
@@ -193,7 +193,7 @@ class Seat:
         if self._end is not None and not self._end.done():
             self._end.set_result(error)
 
-    def _bury(self, error: BaseException) -> None:
+    def _discard_worker(self, error: BaseException) -> None:
         self._lose(error)
         if self._worker is not None:
             self._worker.kill()

@@ -14,15 +14,15 @@ from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
 from tora.types import (
     Completion,
-    EngineLoad,
     FailedReward,
     Group,
+    LogprobRequest,
+    Occupancy,
     PolicySnapshot,
     Prompt,
     Rollout,
     SampleRequest,
     Sampling,
-    ScoreRequest,
     SyncReport,
 )
 
@@ -115,19 +115,19 @@ class RolloutWorker:
         )
         return rollouts, tuple(parts for parts in parts_G if isinstance(parts, FailedReward))
 
-    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+    def forward(self, snapshot: PolicySnapshot) -> SyncReport:
         """Errors: SyncError where what the engine holds is not what the learner sent."""
-        report = self._engine.load_snapshot(snapshot)
+        report = self._engine.install(snapshot)
         if report.nbytes:
             check_held(snapshot, report)
         return report
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
-        """See `Engine.score`."""
-        return self._engine.score(requests, adapter=adapter)
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
+        """See `Engine.logprobs`."""
+        return self._engine.logprobs(requests, adapter=adapter)
 
-    def load(self) -> EngineLoad:
-        return self._engine.load()
+    def occupancy(self) -> Occupancy:
+        return self._engine.occupancy()
 
     def close(self) -> None:
         self._engine.close()

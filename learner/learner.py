@@ -195,7 +195,7 @@ class Learner:
         return mismatch(*(np.concatenate(parts) for parts in zip(*gather_objects(own), strict=True)))
 
     @torch.no_grad()
-    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+    def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         """Log-probs of the response tokens, [N] float32, at temperature 1; under the base where `adapter` is false."""
         (x,) = self._on_device([batch], [batch])
         off = nullcontext() if adapter else adapters_off(self.model)
@@ -216,7 +216,7 @@ class Learner:
             is_writer=self.world.rank == 0,
         )
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         self.version = load_training_state(
             folder, parameters=self._parameters, optimizer=self._optimizer, schedule=self._schedule
         )

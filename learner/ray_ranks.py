@@ -118,9 +118,9 @@ class LearnerGroup:
     def step(self, batch: TrainBatch) -> StepResult:
         return self._all("step", ray.put(batch))[0]
 
-    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+    def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         self._get(self._booted)
-        return self._get([rank.score.remote(batch, adapter=adapter) for rank in self._ranks])[0]
+        return self._get([rank.logprobs.remote(batch, adapter=adapter) for rank in self._ranks])[0]
 
     def snapshot(self) -> SnapshotRef:
         """Holds an ObjectRef that this process owns, so it outlives the learner; the bytes go straight to workers."""
@@ -132,8 +132,8 @@ class LearnerGroup:
     def save(self, folder: Path) -> None:
         self._all("save", folder)
 
-    def load(self, folder: Path) -> None:
-        self._all("load", folder)
+    def restore(self, folder: Path) -> None:
+        self._all("restore", folder)
 
     def export(self, folder: Path) -> None:
         self._all("export", folder)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tora.types import (
     Completion,
-    EngineLoad,
     EvalResult,
     FailedReward,
+    LogprobRequest,
     Metrics,
     MicroBatch,
+    Occupancy,
     PolicySnapshot,
     Prompt,
     RolloutState,
     SampleRequest,
-    ScoreRequest,
     StepResult,
     SyncReport,
     TrainBatch,
@@ -43,19 +43,19 @@ class Engine(Protocol):
         """
         ...
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
         """Log-probs of each completion's tokens, [L] float32, at temperature 1 and untruncated, under the newest
         version; under the base where `adapter` is false."""
         ...
 
-    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+    def install(self, snapshot: PolicySnapshot) -> SyncReport:
         """Serve this policy version from now on. Every tensor is used or `SyncError` is raised.
 
         One caller at a time.
         """
         ...
 
-    def load(self) -> EngineLoad:
+    def occupancy(self) -> Occupancy:
         """How full it is. May be called from any thread at any time; answers at once."""
         ...
 
@@ -90,13 +90,13 @@ class Learner(Protocol):
         """A `PolicySnapshot`, or a `SnapshotRef` that the run's `Rollouts` can resolve without copying it here."""
         ...
 
-    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+    def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         """Log-probs of the response tokens, [N] float32, at temperature 1; under the base where `adapter` is false."""
         ...
 
     def save(self, folder: Path) -> None: ...
 
-    def load(self, folder: Path) -> None: ...
+    def restore(self, folder: Path) -> None: ...
 
     def export(self, folder: Path) -> None:
         """Write the adapter in PEFT's format (the whole model for a full-weight run)."""
@@ -114,8 +114,8 @@ class Rollouts(Protocol):
 
     def evaluate(self) -> EvalResult: ...
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        """What each rollout worker's engine answers, see `Engine.score`; by the worker's number, those that are up."""
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
+        """`Engine.logprobs` of every rollout worker that is up, by the worker's number."""
         ...
 
     def state(self) -> RolloutState:

@@ -60,7 +60,7 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreRequest:
+class LogprobRequest:
     """Given tokens, to be told how probable they are."""
 
     token_ids: tuple[int, ...]
@@ -240,7 +240,7 @@ class SnapshotRef:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineLoad:
+class Occupancy:
     """How full an engine is."""
 
     kv_usage: float = 0.0

@@ -19,7 +19,7 @@ import torch
 
 from actors.torch_engine.cuda_graph import DecodeStep, GraphedStep
 from actors.torch_engine.sampling import draw, log_distribution
-from tora.adapters.inject import adapters_off, load_wire, num_trained_modules
+from tora.adapters.inject import adapters_off, from_wire, num_trained_modules
 from tora.adapters.snapshot import digest, unpack
 from tora.batching.packing import distinct
 from tora.errors import RolloutError, SyncError
@@ -29,11 +29,11 @@ from tora.models.vision.inputs import ImageReader
 from tora.models.vision.processor import ImageProcessor
 from tora.types import (
     Completion,
-    EngineLoad,
+    LogprobRequest,
+    Occupancy,
     PolicySnapshot,
     SampleRequest,
     Sampling,
-    ScoreRequest,
     SyncReport,
 )
 
@@ -83,7 +83,7 @@ class TorchEngine:
         self._version: int | None = None
         self._turn = threading.Lock()
 
-    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+    def install(self, snapshot: PolicySnapshot) -> SyncReport:
         """The digest of a copied model is of what arrived: it holds the tensors in a form of its own.
 
         Errors: SyncError where that model and the snapshot do not match.
@@ -98,7 +98,7 @@ class TorchEngine:
             return SyncReport(snapshot.version, 0, time.perf_counter() - start, "", num_trained_modules(self._model))
         tensors = unpack(snapshot)
         try:
-            modules = load_wire(self._model, tensors)
+            modules = from_wire(self._model, tensors)
         except ValueError as error:
             raise SyncError(str(error)) from error
         self._version = snapshot.version
@@ -106,9 +106,9 @@ class TorchEngine:
         sha256 = digest(tensors)
         return SyncReport(snapshot.version, snapshot.nbytes, seconds, sha256, modules, stall_seconds=seconds)
 
-    def load(self) -> EngineLoad:
+    def occupancy(self) -> Occupancy:
         """Its caches grow with the rollouts and are bounded by `max_rows` alone."""
-        return EngineLoad()
+        return Occupancy()
 
     def close(self) -> None:
         """Holds nothing of its own."""
@@ -125,7 +125,7 @@ class TorchEngine:
         return result
 
     @torch.no_grad()
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
         """See `Engine`. Errors: RolloutError before the first snapshot."""
         if self._version is None:
             raise RolloutError("the engine was asked to score before it was given a snapshot")
@@ -133,7 +133,7 @@ class TorchEngine:
         with self._turn, self._while_generating(), torch.compiler.set_stance("force_eager"), off:
             return [self._score(request) for request in requests]
 
-    def _score(self, request: ScoreRequest) -> np.ndarray:
+    def _score(self, request: LogprobRequest) -> np.ndarray:
         start = len(request.token_ids)
         x = self._pack([request], [request.completion])
         logits_NV = self._model(**x.arguments, finish=lambda hidden: self._model.output(hidden[0, start - 1 : -1]))
@@ -174,7 +174,7 @@ class TorchEngine:
         cache = CachedAttention(x.attend, x.lengths_P[rows_B], rows_B, x.next_P[rows_B])
         return cache, logits_PV[rows_B]
 
-    def _pack(self, requests: Sequence[SampleRequest | ScoreRequest], tails: Sequence[tuple[int, ...]]) -> _Packed:
+    def _pack(self, requests: Sequence[SampleRequest | LogprobRequest], tails: Sequence[tuple[int, ...]]) -> _Packed:
         """Prompts, each with its tail, end to end."""
         ids_P = [request.token_ids + tail for request, tail in zip(requests, tails, strict=True)]
         lengths_P = np.array([len(ids) for ids in ids_P])

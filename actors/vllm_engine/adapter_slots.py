@@ -28,7 +28,7 @@ class Place:
     """Position among the modules packed into that layer."""
 
 
-def place_of(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
+def find_places(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
     """By Hugging Face name. Errors: SyncError for a module that no LoRA layer of this engine holds, or two that one
     does."""
     places, rename = _places(manager), _renamer(manager.model)
@@ -69,10 +69,10 @@ def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
     """This rank's part of each tensor at its place, in the slots' dtype and on their device: A and B are rounded here
     and nowhere else.
 
-    Errors: SyncError as for `place_of`, and for a tensor that does not fit.
+    Errors: SyncError as for `find_places`, and for a tensor that does not fit.
     """
     placed: Placed = {}
-    for name, place in place_of(manager, modules).items():
+    for name, place in find_places(manager, modules).items():
         layer = manager.modules[place.layer]
         _check_fits(name, modules[name], layer, place.part)
         slots = layer.lora_a_stacked[place.part]
@@ -164,7 +164,7 @@ def read(manager: Any, slot: int, sent: Mapping[str, Tensors]) -> dict[str, dict
     A tensor-parallel rank answers for its part: the rest is as `sent`. A gain of ones is answered for a module without.
     Errors: SyncError where the slot adapts any other module.
     """
-    places = place_of(manager, sent)
+    places = find_places(manager, sent)
     for place in set(_places(manager).values()) - set(places.values()):
         layer = manager.modules[place.layer]
         if isinstance(layer, GainLayer) and place.part < layer.n_slices and not _is_base(layer, slot, place.part):

@@ -22,7 +22,7 @@ import torch.distributed
 
 from actors.vllm_engine.arguments import engine_args
 from actors.vllm_engine.images import EngineInputs
-from actors.vllm_engine.process import Environment, build, engine_load, meeting_point, shut_down
+from actors.vllm_engine.process import Environment, build, engine_occupancy, rendezvous_address, shut_down
 from actors.vllm_engine.requests import (
     LoadedPolicy,
     completion,
@@ -33,14 +33,14 @@ from actors.vllm_engine.requests import (
 )
 from actors.vllm_engine.weight_updates import WeightUpdate
 from tora.errors import RolloutError, SyncError
-from tora.types import Completion, EngineLoad, PolicySnapshot, SampleRequest, ScoreRequest, SyncReport
+from tora.types import Completion, LogprobRequest, Occupancy, PolicySnapshot, SampleRequest, SyncReport
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.inputs import EngineInput
 
-    from actors.vllm_engine.worker_extension import Held
+    from actors.vllm_engine.worker_extension import SlotContents
 
 _END_SECONDS = 60.0
 """How long `close` waits for vLLM to end; its thread never keeps the process alive."""
@@ -65,7 +65,7 @@ class VLLMEngine:
         kv_cache_gib: float,
         enforce_eager: bool,
         tensor_parallel: int = 1,
-        uses: ExitStack | None = None,
+        resources: ExitStack | None = None,
     ) -> None:
         """Blocks until vLLM is up. It seeds this process's random generators with `seed`.
 
@@ -73,13 +73,15 @@ class VLLMEngine:
         the decoder; `adapt_vision` adds all of the vision tower's; neither counts where `update` is of whole weights.
         `max_pixels`: of an image, as in `ImageProcessor`. `gpu_memory_utilization` is a share, and unused on a CPU;
         `kv_cache_gib` is unused on a GPU. `tensor_parallel` processes of vLLM's share the weights; a sync then holds
-        generation up for its whole length, not for the copy alone. `uses` is closed once vLLM has ended, for what lies
-        behind `model_path`. Errors: ValueError for an impossible argument, RolloutError where vLLM does not start.
+        generation up for its whole length, not for the copy alone. `resources` is closed once vLLM has ended: it
+        holds what lies behind `model_path`.
+
+        Errors: ValueError for an impossible argument, RolloutError where vLLM does not start.
         """
-        self._uses = uses or ExitStack()
+        self._resources = resources or ExitStack()
         self._update = update
         self._takes_whole = tensor_parallel > 1 or update.num_slots == 0
-        self._commands: deque[_Ask | _Load] = deque()
+        self._commands: deque[_Generate | _Install] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
@@ -87,7 +89,7 @@ class VLLMEngine:
         self._answers: dict[int, Any] = {}  # what the loads of those policies answered
         self._newest: LoadedPolicy | None = None
         self._in_flight: Counter[int] = Counter()  # unfinished vLLM requests by slot
-        self._running: dict[str, tuple[_Ask, int]] = {}  # by vLLM's request id
+        self._running: dict[str, tuple[_Generate, int]] = {}  # by vLLM's request id
         self._request_ids = count()
         started: Future[None] = Future()
         self._environment = Environment()
@@ -114,7 +116,7 @@ class VLLMEngine:
             started.result()
         except BaseException:
             self._environment.restore_own()
-            self._uses.close()
+            self._resources.close()
             raise
         finally:
             self._environment.restore_others()
@@ -135,9 +137,9 @@ class VLLMEngine:
         inputs = self._input_maker()
         prompts = [inputs(request.token_ids, request.images) for request in requests]
         params = [sampling_params(request) for request in requests]
-        return self._submit(_Ask(prompts, params, completions, adapter)).result()
+        return self._submit(_Generate(prompts, params, completions, adapter)).result()
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> list[np.ndarray]:
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
         """See `Engine`. Errors: as for `generate`."""
         for request in requests:
             self._check(request.token_ids + request.completion, 1)
@@ -147,9 +149,9 @@ class VLLMEngine:
 
         inputs = self._input_maker()
         prompts = [inputs(request.token_ids + request.completion, request.images) for request in requests]
-        return self._submit(_Ask(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
+        return self._submit(_Generate(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
 
-    def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+    def install(self, snapshot: PolicySnapshot) -> SyncReport:
         """Blocks until it is written, between two steps, and read back; see `WeightUpdate` for when it has to wait.
 
         Requests that arrive meanwhile run under the new version. Nothing is written for a snapshot that a slot holds
@@ -160,11 +162,11 @@ class VLLMEngine:
             self._check_alive()
             llm = self._llm
         if self._takes_whole:  # several processes listen to one thread alone, and whole weights replace others'
-            held, stall = self._submit(_Load(snapshot, None)).result()
+            held, stall = self._submit(_Install(snapshot, None)).result()
         else:
             # Reading, hashing and casting happen here, in the caller's thread, while the engine's steps on.
             (placed,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
-            adapter_id, stall = self._submit(_Load(snapshot, placed)).result()
+            adapter_id, stall = self._submit(_Install(snapshot, placed)).result()
             (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, adapter_id))
         return SyncReport(
             version=snapshot.version,
@@ -176,13 +178,13 @@ class VLLMEngine:
             stall_seconds=stall,
         )
 
-    def load(self) -> EngineLoad:
+    def occupancy(self) -> Occupancy:
         """See `Engine`. Errors: RolloutError once the engine has failed or is closed."""
         with self._wake:
             if self._failure is not None or self._closing:
                 raise _gone(self._failure)
             llm = self._llm
-        return engine_load(llm)
+        return engine_occupancy(llm)
 
     def close(self) -> None:
         """Ends vLLM; whoever waits for a completion gets a RolloutError. May be called twice."""
@@ -195,7 +197,7 @@ class VLLMEngine:
         gc.collect()
         gc.collect()
         self._environment.restore_own()
-        self._uses.close()
+        self._resources.close()
 
     def _check(self, token_ids: tuple[int, ...], num_new: int) -> None:
         if len(token_ids) == 0:
@@ -217,7 +219,7 @@ class VLLMEngine:
             self._check_alive()
             return self._inputs
 
-    def _submit(self, command: _Ask | _Load) -> Future[Any]:
+    def _submit(self, command: _Generate | _Install) -> Future[Any]:
         with self._wake:
             self._check_alive()
             self._commands.append(command)
@@ -230,7 +232,7 @@ class VLLMEngine:
         llm, met, owns_group = None, "", not torch.distributed.is_initialized()
         try:
             llm = self._llm = build(args)
-            met = meeting_point(llm)
+            met = rendezvous_address(llm)
             self._max_model_len: int = llm.model_config.max_model_len
             self._vocab_size: int = llm.model_config.get_vocab_size()
             self._inputs = EngineInputs(llm)
@@ -263,15 +265,15 @@ class VLLMEngine:
                 if not self._commands or self._must_wait(self._commands[0]):
                     return
                 command = self._commands[0]
-            if isinstance(command, _Load):
+            if isinstance(command, _Install):
                 self._load(command)
             else:
                 self._begin(command)
             with self._wake:
                 self._commands.popleft()  # only now, so that `_abandon` finds it if vLLM raises
 
-    def _must_wait(self, command: _Ask | _Load) -> bool:
-        if isinstance(command, _Ask):
+    def _must_wait(self, command: _Generate | _Install) -> bool:
+        if isinstance(command, _Generate):
             return False
         slot = self._update.slot(command.snapshot.version)
         return self._update.must_wait(self._in_flight[slot]) and not self._holds(slot, command.snapshot)
@@ -280,7 +282,7 @@ class VLLMEngine:
         held = self._policies.get(slot)
         return held is not None and (held.version, held.sha256) == (snapshot.version, snapshot.sha256)
 
-    def _load(self, command: _Load) -> None:
+    def _load(self, command: _Install) -> None:
         start = time.perf_counter()
         slot = self._update.slot(command.snapshot.version)
         if not self._holds(slot, command.snapshot):
@@ -294,13 +296,13 @@ class VLLMEngine:
         self._newest = self._policies[slot]
         command.future.set_result((self._answers[slot], time.perf_counter() - start))
 
-    def _write(self, command: _Load, slot: int) -> Any:
+    def _write(self, command: _Install, slot: int) -> Any:
         if command.placed is None:
             return agreed(self._llm.collective_rpc("take_snapshot", args=(command.snapshot, slot)))
         self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
         return slot
 
-    def _begin(self, command: _Ask) -> None:
+    def _begin(self, command: _Generate) -> None:
         if self._newest is None:
             command.future.set_exception(RolloutError("the engine was asked to generate before its first snapshot"))
             return
@@ -336,7 +338,7 @@ class VLLMEngine:
 
 
 @dataclass(eq=False)
-class _Ask:
+class _Generate:
     prompts: Sequence[EngineInput]
     params: Sequence[SamplingParams]
     read: Callable[[Any, int, LoadedPolicy], Any]
@@ -349,7 +351,7 @@ class _Ask:
 
 
 @dataclass(eq=False)
-class _Load:
+class _Install:
     snapshot: PolicySnapshot
     placed: Any
     """What `stage_snapshot` answered; None where vLLM's processes stage it themselves."""
@@ -357,7 +359,7 @@ class _Load:
     """The adapter id, or what those processes hold; and the seconds between two steps that it took."""
 
 
-def agreed(answers: Sequence[Held | str]) -> Held:
+def agreed(answers: Sequence[SlotContents | str]) -> SlotContents:
     """What tensor-parallel ranks all hold. Errors: SyncError where one answers what is wrong, or where they differ."""
     for answer in answers:
         if isinstance(answer, str):

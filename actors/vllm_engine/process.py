@@ -9,7 +9,7 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tora.types import EngineLoad
+from tora.types import Occupancy
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -75,11 +75,11 @@ def build(args: EngineArgs) -> LLMEngine:
         raise ValueError("; ".join(e["msg"] for e in error.errors())) from error
 
 
-def engine_load(llm: LLMEngine) -> EngineLoad:
+def engine_occupancy(llm: LLMEngine) -> Occupancy:
     """Of an engine in this process. Reads what the engine's thread writes, and takes an answer that is a step old."""
     scheduler = llm.engine_core.engine_core.scheduler  # pyright: ignore[reportAttributeAccessIssue]
     requests = list(scheduler.requests.values())
-    return EngineLoad(scheduler.kv_cache_manager.usage, sum(request.num_preemptions for request in requests))
+    return Occupancy(scheduler.kv_cache_manager.usage, sum(request.num_preemptions for request in requests))
 
 
 @contextmanager
@@ -100,12 +100,12 @@ def _children_import_tora() -> Iterator[None]:
         setattr(spawn, "get_preparation_data", prepare)  # noqa: B010
 
 
-def meeting_point(llm: LLMEngine) -> str:
+def rendezvous_address(llm: LLMEngine) -> str:
     """See `SnapshotExtension`."""
-    return llm.collective_rpc("meeting_point")[0]
+    return llm.collective_rpc("rendezvous_address")[0]
 
 
-def shut_down(llm: LLMEngine, owns_group: bool, meeting_point: str) -> None:
+def shut_down(llm: LLMEngine, owns_group: bool, rendezvous_address: str) -> None:
     """Leaves no file behind.
 
     `owns_group`: vLLM made this process's default process group; one that it found is the learner's and stays.
@@ -120,10 +120,10 @@ def shut_down(llm: LLMEngine, owns_group: bool, meeting_point: str) -> None:
         llm.engine_core.shutdown()
     finally:
         setattr(core, "cleanup_dist_env_and_memory", clean_up)  # noqa: B010
-        _remove_meeting_point(meeting_point)
+        _remove_rendezvous(rendezvous_address)
 
 
-def _remove_meeting_point(address: str) -> None:
+def _remove_rendezvous(address: str) -> None:
     """vLLM 0.32 leaves the file that its processes met by, and on a CPU the memory that several of them shared."""
     if not address.startswith("file://"):
         return

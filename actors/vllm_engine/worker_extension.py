@@ -28,7 +28,7 @@ torch.cpu._init_amx()
 
 
 @dataclass(frozen=True)
-class Held:
+class SlotContents:
     """What an engine holds of a snapshot."""
 
     sha256: str
@@ -48,7 +48,7 @@ class SnapshotExtension:
     model_runner: Any
     distributed_init_method: str
 
-    def meeting_point(self) -> str:
+    def rendezvous_address(self) -> str:
         """The address by which vLLM's processes found one another."""
         return self.distributed_init_method
 
@@ -60,7 +60,7 @@ class SnapshotExtension:
         """Afterwards requests with `adapter_id` run under this policy."""
         adapter_slots.write(self._manager, adapter_slots.slot_of(self._manager, adapter_id), placed)
 
-    def read_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> Held:
+    def read_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> SlotContents:
         """Reads every tensor of the snapshot back. Errors: SyncError where the slot adapts more than the snapshot."""
         sent = split_by_module(views(snapshot))
         modules = adapter_slots.read(self._manager, adapter_slots.slot_of(self._manager, adapter_id), sent)
@@ -73,14 +73,14 @@ class SnapshotExtension:
             if name + suffix in names or suffix != GAIN or bool((tensor != 1).any())
         }
         dtype = next(tensor.dtype for name, tensor in held.items() if name.endswith(LORA_A))
-        return Held(digest(held), str(dtype).removeprefix("torch."), len(modules))
+        return SlotContents(digest(held), str(dtype).removeprefix("torch."), len(modules))
 
-    def take_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> Held | str:
+    def take_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> SlotContents | str:
         """All three, for an engine whose workers are processes of their own: it answers what is wrong, because an
         error that leaves such a process ends the engine. Adapter id 0 stands for the weights themselves."""
         try:
             if adapter_id == 0:
-                return Held(*replace_weights(self, _receive(snapshot)))
+                return SlotContents(*replace_weights(self, _receive(snapshot)))
             self.write_snapshot(self.stage_snapshot(snapshot), adapter_id)
             return self.read_snapshot(snapshot, adapter_id)
         except SyncError as error:

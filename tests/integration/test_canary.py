@@ -109,7 +109,7 @@ def test_the_digest_catches_what_was_left_over(run: Run, monkeypatch: pytest.Mon
 
     fewer = {n: t for n, t in unpack(snapshot).items() if "down_proj" not in n}
     with pytest.raises(SyncError, match="down_proj is adapted"):
-        run.worker.load_snapshot(pack(snapshot.version, fewer))
+        run.worker.forward(pack(snapshot.version, fewer))
 
 
 def test_the_canary_catches_a_swapped_module(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +131,9 @@ def test_the_canary_catches_a_swapped_module(run: Run, monkeypatch: pytest.Monke
 def test_the_canary_catches_a_learner_that_sends_the_wrong_scaling(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from tora.adapters.lora import LoRALinear
 
-    wire = LoRALinear.wire
+    wire = LoRALinear.to_wire
     monkeypatch.setattr(
-        LoRALinear, "wire", lambda self, adapter, norm: {**wire(self, adapter, norm), LORA_B: adapter["lora_b"]}
+        LoRALinear, "to_wire", lambda self, adapter, norm: {**wire(self, adapter, norm), LORA_B: adapter["lora_b"]}
     )
     run.change(0.02)
     with pytest.raises(SyncError, match="applied in part, or wrongly"):

@@ -20,7 +20,7 @@ from tora.types import SampleRequest, Sampling
 def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
     """Three rollouts a prompt."""
     engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=100)
-    engine.load_snapshot(learner.snapshot())
+    engine.install(learner.snapshot())
     groups = engine.generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])
     return [completion.token_ids.tolist() for group in groups for completion in group]
 

@@ -85,7 +85,7 @@ def test_two_ranks_train_like_one(
     compare(*(load_file(tmp_path / n / "optimizer.safetensors") for n in ("one", "two")), atol=1e-4)
 
     resumed = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **alone}))
-    resumed.load(tmp_path / "two")  # written by two, read by one
+    resumed.restore(tmp_path / "two")  # written by two, read by one
     compare(unpack(resumed.snapshot()), two["snapshot"], atol=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_no_more_than_a_layer_is_ever_whole_on_a_rank(tmp_path: Path, monkeypatc
 
 def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:
     learner = Learner(config(folder, "dora_cache", loss=LOSS))
-    learner.load(checkpoint)
+    learner.restore(checkpoint)
     learner.step(batches()[1])
     snapshot = learner.snapshot()
     if learner.world.rank == 0:
@@ -141,7 +141,7 @@ def generate_apart(folder: Path, out: Path) -> None:
         max_rows=100,
         while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
     )
-    engine.load_snapshot(learner.snapshot())
+    engine.install(learner.snapshot())
     count = 1 + 2 * learner.world.rank
     requests = [SampleRequest((5, 6, 7 + i), 2, i, Sampling(6 + 5 * learner.world.rank)) for i in range(count)]
     tokens = [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
@@ -155,7 +155,7 @@ def test_ranks_generate_their_own_share(tmp_path: Path, monkeypatch: pytest.Monk
     alone = Learner(config(folder, "dora"))
     alone.step(batches()[0])
     engine = TorchEngine(alone.model, device=alone.device, shared=True, max_rows=100)
-    engine.load_snapshot(alone.snapshot())
+    engine.install(alone.snapshot())
     for rank in range(RANKS):
         requests, tokens = torch.load(f"{tmp_path / 'seen'}.{rank}", weights_only=False)
         assert tokens == [c.token_ids.tolist() for group in engine.generate(requests) for c in group]

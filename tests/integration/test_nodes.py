@@ -66,9 +66,9 @@ class Source:
 
 
 class Worker(FakeWorker):
-    async def load_snapshot(self, snapshot: Any) -> Any:
+    async def forward(self, snapshot: Any) -> Any:
         assert snapshot.data.sum() == SNAPSHOT_BYTES
-        return await super().load_snapshot(snapshot)
+        return await super().forward(snapshot)
 
 
 def test_a_snapshot_reaches_each_node_once(cluster: dict[str, str]) -> None:
@@ -76,16 +76,16 @@ def test_a_snapshot_reaches_each_node_once(cluster: dict[str, str]) -> None:
     from ray._private.internal_api import memory_summary
     from ray.experimental import get_local_object_locations
 
-    from tora.launch.ray_cluster import place_of, ray_session
+    from tora.launch.ray_cluster import ray_session, role_resources
 
     with ray_session(0):
-        source = ray.remote(Source).options(num_cpus=1, resources=place_of("learner")).remote()
-        options = {"num_cpus": 1, "resources": place_of("rollout"), "scheduling_strategy": "SPREAD"}
+        source = ray.remote(Source).options(num_cpus=1, resources=role_resources("learner")).remote()
+        options = {"num_cpus": 1, "resources": role_resources("rollout"), "scheduling_strategy": "SPREAD"}
         remote = ray.remote(Worker).options(**options)
         workers = [remote.remote(float, lambda prompt: [0.0]) for _ in range(4)]
         ref = source.snapshot.remote()
         ray.wait([ref], fetch_local=False)
-        assert [report.version for report in ray.get([w.load_snapshot.remote(ref) for w in workers])] == [3] * 4
+        assert [report.version for report in ray.get([w.forward.remote(ref) for w in workers])] == [3] * 4
         (locations,) = get_local_object_locations([ref]).values()
         held_by = sorted(cluster[node] for node in locations["node_ids"])
         assert held_by == ["learner", "rollout a", "rollout b"], (

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tora.launch.ray_cluster import gpus_each, output_folder, place_of, ray_session
+from tora.launch.ray_cluster import gpus_each, output_folder, ray_session, role_resources
 
 
 def test_a_private_session_is_closed_to_others_and_reports_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +28,7 @@ def test_a_private_session_is_closed_to_others_and_reports_to_nobody(monkeypatch
         assert 401 in answers, "the agent, which would run a job, asks who is there"
         assert not any("client.server" in " ".join(p.cmdline()) for p in started)
         assert not usage_stats_enabled()
-        assert place_of("learner") == {}
+        assert role_resources("learner") == {}
     assert not ray.is_initialized()
     assert not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
@@ -62,8 +62,8 @@ def test_gpus_each(total: int, num_actors: int, device: str, each: float, monkey
 
 def test_actors_go_where_nodes_are_marked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "tora_rollout": 2.0})
-    assert place_of("learner") == {}
-    assert list(place_of("rollout")) == ["tora_rollout"] and 0 < place_of("rollout")["tora_rollout"] <= 0.01
+    assert role_resources("learner") == {}
+    assert list(role_resources("rollout")) == ["tora_rollout"] and 0 < role_resources("rollout")["tora_rollout"] <= 0.01
 
 
 def test_output_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

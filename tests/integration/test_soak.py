@@ -39,7 +39,7 @@ def test_a_thousand_syncs_leave_memory_flat_and_the_canary_green(tmp_path: Path,
                 run.sync()
                 assert run.metrics["canary/gap_max"] < 1e-4
             else:
-                worker.load_snapshot(run.learner.snapshot())
+                worker.forward(run.learner.snapshot())
             worker._engine.generate([request(LONG_PROMPT, seed=number, max_tokens=4)])
             memory.append(resident_bytes())
         assert run.metrics["canary/effect"] > 0.1

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 from peft_reference import PROMPT, TOLERANCE, Reference, request, start_engine
 
 from actors.vllm_engine.engine import agreed
-from actors.vllm_engine.worker_extension import Held
+from actors.vllm_engine.worker_extension import SlotContents
 from tora.errors import SyncError
 
 
@@ -31,7 +31,7 @@ def test_two_ranks_serve_the_policy_that_was_sent(tmp_path: Path, family: str) -
         workers = [p for p in psutil.Process().children(recursive=True) if "VLLM" in " ".join(p.cmdline())]
         for version, (kind, seed) in enumerate([("lora", 1), ("dora", 2), ("dora", 1)]):
             sent = reference.snapshot(version, kind, seed)
-            report = engine.load_snapshot(sent)
+            report = engine.install(sent)
             assert (report.version, report.sha256) == (version, sent.sha256), "both ranks hold every tensor's part"
             asked = request(num_samples=2)
             for completion in engine.generate([asked])[0]:
@@ -39,7 +39,7 @@ def test_two_ranks_serve_the_policy_that_was_sent(tmp_path: Path, family: str) -
         damaged = sent.data.copy()
         damaged[100] ^= 1
         with pytest.raises(SyncError, match="damaged"):
-            engine.load_snapshot(replace(sent, version=9, data=damaged))
+            engine.install(replace(sent, version=9, data=damaged))
         assert np.isfinite(engine.generate([request(PROMPT)])[0][0].logprobs).all(), "and the engine goes on"
     finally:
         engine.close()
@@ -54,7 +54,7 @@ def _shared() -> set[str]:
 
 
 def test_ranks_that_differ_are_an_error() -> None:
-    held = Held("abc", "float32", 7)
+    held = SlotContents("abc", "float32", 7)
     assert agreed([held, held]) == held
     with pytest.raises(SyncError, match="different policies"):
         agreed([held, replace(held, sha256="abd")])

@@ -87,7 +87,7 @@ def generate(learner: Learner, folder: Path, rank: int) -> list[list[int]]:
         while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
         processor=lambda: ImageProcessor(folder),
     )
-    engine.load_snapshot(learner.snapshot())
+    engine.install(learner.snapshot())
     prompt = vision_groups(folder, [[(64, 32)], []])[rank].prompt
     request = SampleRequest(prompt.token_ids, 1 + rank, 0, Sampling(6 + rank, temperature=0), prompt.images)
     return [c.token_ids.tolist() for c in engine.generate([request])[0]]

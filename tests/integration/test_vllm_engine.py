@@ -45,7 +45,7 @@ class Served:
 
     def load(self, kind: str, seed: int) -> int:
         self.version += 1
-        report = self.engine.load_snapshot(self.reference.snapshot(self.version, kind, seed))
+        report = self.engine.install(self.reference.snapshot(self.version, kind, seed))
         assert report.version == self.version
         return self.version
 
@@ -73,9 +73,9 @@ def test_successive_syncs_serve_the_policy_that_was_sent(served: Served, kind: s
 def test_report_counts_and_proves_what_arrived(served: Served) -> None:
     served.version += 1
     snapshot = served.reference.snapshot(served.version, "dora", 1)
-    report = served.engine.load_snapshot(snapshot)
+    report = served.engine.install(snapshot)
     assert (report.nbytes, report.sha256, report.num_modules) == (snapshot.nbytes, snapshot.sha256, 2 * len(LINEARS))
-    again = served.engine.load_snapshot(snapshot)
+    again = served.engine.install(snapshot)
     assert replace(again, seconds=0, stall_seconds=0) == replace(report, seconds=0, stall_seconds=0), "idempotent"
 
 
@@ -85,7 +85,7 @@ def test_modules_absent_from_a_snapshot_are_those_of_the_base(served: Served) ->
     served.version += 1  # into the slot of the first
     name = "model.layers.1.mlp.down_proj"
     zero = {name + LORA_A: torch.zeros(RANK, 256), name + LORA_B: torch.zeros(128, RANK)}
-    assert served.engine.load_snapshot(pack(served.version, zero)).num_modules == 1
+    assert served.engine.install(pack(served.version, zero)).num_modules == 1
     served.check("base", 0, request())
 
 
@@ -150,13 +150,13 @@ def test_versions_in_one_batch_do_not_touch_each_other(served: Served, monkeypat
     steps, step = threading.Semaphore(0), engine._llm.step
     monkeypatch.setattr(engine._llm, "step", lambda: steps.acquire() and step())
     served.version = versions[-1]
-    engine.load_snapshot(snapshots[0])
+    engine.install(snapshots[0])
     with ThreadPoolExecutor(5) as threads:
         generations = [threads.submit(engine.generate, [asked[0]])]
         wait_until(lambda: bool(engine._running))
         loads = []
         for i in (1, 2):  # the thread stands in a step, so commands queue up in this order
-            loads.append(threads.submit(engine.load_snapshot, snapshots[i]))
+            loads.append(threads.submit(engine.install, snapshots[i]))
             wait_until(lambda i=i: len(engine._commands) == 2 * i - 1)
             generations.append(threads.submit(engine.generate, [asked[i]]))
             wait_until(lambda i=i: len(engine._commands) == 2 * i)
@@ -236,7 +236,7 @@ def test_a_broken_snapshot_is_refused_whole(served: Served, case: str) -> None:
         served.load("dora", 1)
     breakage, message = BROKEN[case]
     with pytest.raises(SyncError, match=message):
-        served.engine.load_snapshot(pack(served.version + 1, breakage(served.reference.tensors("dora", 2))))
+        served.engine.install(pack(served.version + 1, breakage(served.reference.tensors("dora", 2))))
     if case == list(BROKEN)[-1]:
         served.check("dora", 1, request())
 
@@ -249,7 +249,7 @@ def test_a_damaged_snapshot_is_refused(served: Served) -> None:
     repeated = replace(good, entries=(*good.entries, good.entries[0]))
     for damaged in (replace(good, data=flipped), replace(good, data=good.data[:-64]), repeated):
         with pytest.raises(SyncError):
-            served.engine.load_snapshot(damaged)
+            served.engine.install(damaged)
     served.check("dora", 1, request())
 
 
@@ -275,7 +275,7 @@ def test_death_of_the_thread_reaches_every_caller(tmp_path: Path, monkeypatch: p
     changed = {name for name, value in os.environ.items() if before.get(name) != value}
     assert all(name.startswith("VLLM_") for name in changed), "LD_PRELOAD and the like are not left to children"
     reference = Reference(folder)
-    engine.load_snapshot(reference.snapshot(0, "lora", 1))
+    engine.install(reference.snapshot(0, "lora", 1))
     enough = threading.Event()
 
     def die() -> list[Any]:
@@ -286,12 +286,12 @@ def test_death_of_the_thread_reaches_every_caller(tmp_path: Path, monkeypatch: p
     with ThreadPoolExecutor(3) as threads:
         waiting = [threads.submit(engine.generate, [request()]) for _ in range(2)]
         wait_until(lambda: bool(engine._running))
-        waiting.append(threads.submit(engine.load_snapshot, reference.snapshot(2, "lora", 2)))
+        waiting.append(threads.submit(engine.install, reference.snapshot(2, "lora", 2)))
         enough.set()
         for future in waiting:
             with pytest.raises(RolloutError, match="MemoryError: out of memory in step"):
                 future.result(30)
-    for call in (lambda: engine.generate([request()]), lambda: engine.load_snapshot(reference.snapshot(1, "lora", 1))):
+    for call in (lambda: engine.generate([request()]), lambda: engine.install(reference.snapshot(1, "lora", 1))):
         with pytest.raises(RolloutError, match="out of memory in step"):
             call()
     engine.close()

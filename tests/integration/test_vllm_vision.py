@@ -28,7 +28,7 @@ from tora.models.load import load_decoder
 from tora.models.vision.inputs import image_inputs
 from tora.models.vision.processor import ImageProcessor
 from tora.models.vision.qwen3_vl import Qwen3VL
-from tora.types import Completion, SampleRequest, Sampling, ScoreRequest
+from tora.types import Completion, LogprobRequest, SampleRequest, Sampling
 
 SMALL, WIDE = picture(64, 64), picture(160, 96, seed=1)
 DECODER_MODULES, TOWER_MODULES = 3 * len(LINEARS), 3 * 4 + 3 * 2
@@ -51,7 +51,7 @@ class Served:
     def load(self, kind: str, seed: int, reference: VisionReference | None = None) -> int:
         """Answers the number of modules."""
         self.version += 1
-        return self.engine.load_snapshot((reference or self.reference).snapshot(self.version, kind, seed)).num_modules
+        return self.engine.install((reference or self.reference).snapshot(self.version, kind, seed)).num_modules
 
     def check(self, kind: str, seed: int, *requests: SampleRequest, reference: VisionReference | None = None) -> None:
         for r, group in zip(requests, self.engine.generate(requests), strict=True):
@@ -139,9 +139,9 @@ def test_scores_of_given_completions(served: Served) -> None:
     served.load("dora", 1)
     request = ask(served.reference, WIDE, SMALL)
     ((completion, _),) = served.engine.generate([request])
-    given = ScoreRequest(request.token_ids, tuple(completion.token_ids.tolist()), request.images)
+    given = LogprobRequest(request.token_ids, tuple(completion.token_ids.tolist()), request.images)
     for adapter, kind in ((True, "dora"), (False, "base")):
-        (scores,) = served.engine.score([given], adapter=adapter)
+        (scores,) = served.engine.logprobs([given], adapter=adapter)
         assert served.reference.error(kind, 1, request, replace(completion, logprobs=scores)) < TOLERANCE
 
 
@@ -149,7 +149,7 @@ def test_a_placeholder_that_is_sampled_is_a_token_like_any_other(served: Served)
     """In the engine and in the learner's model alike: nothing need be banned, which would change the distribution."""
     zero = {name: torch.zeros_like(t) for name, t in served.reference.tensors("lora", 1).items()}
     served.version += 1
-    served.engine.load_snapshot(pack(served.version, zero))
+    served.engine.install(pack(served.version, zero))
     model = load_decoder(served.reference.folder, dtype=torch.float32, device=CPU)
     assert isinstance(model, Qwen3VL)
     special = {model.image_token, model.video_token, model.image_token - 1, model.image_token - 2}
@@ -200,14 +200,14 @@ def test_images_under_a_new_version_while_requests_run(
     reference = VisionReference(folder, tower=True)
     asked = replace(ask(reference, WIDE, max_tokens=60), num_samples=1)
     try:
-        engine.load_snapshot(reference.snapshot(1, "lora", 1))
+        engine.install(reference.snapshot(1, "lora", 1))
         stepped = Stepped(engine, monkeypatch)
         with ThreadPoolExecutor(3) as threads:
             running = threads.submit(engine.generate, [asked])
             stepped.allow(20)
             queued = threads.submit(engine.generate, [asked])
             wait_until(lambda: len(engine._commands) == 1)
-            loading = threads.submit(engine.load_snapshot, reference.snapshot(2, "dora", 2))
+            loading = threads.submit(engine.install, reference.snapshot(2, "dora", 2))
             wait_until(lambda: len(engine._commands) == 2)
             stepped.allow(1000)
             loading.result(30)

@@ -74,7 +74,7 @@ def test_successive_syncs_serve_the_weights_that_were_sent(served: Served) -> No
     """The prompts are the same each time: nothing cached under the last weights may serve them."""
     for version, number in enumerate([0, 1, 2, 1]):
         sent = served.snapshot(version, number)
-        report = served.engine.load_snapshot(sent)
+        report = served.engine.install(sent)
         assert (report.version, report.nbytes, report.sha256) == (version, sent.nbytes, sent.sha256)
         assert report.num_modules == len({entry.name.rpartition(".")[0] for entry in sent.entries})
         served.check(version, number)
@@ -82,7 +82,7 @@ def test_successive_syncs_serve_the_weights_that_were_sent(served: Served) -> No
 
 def test_broken_weights_are_refused_whole(served: Served) -> None:
     good = served.snapshot(7, 1)
-    served.engine.load_snapshot(good)
+    served.engine.install(good)
     (file,) = shard_files(served.references[2].folder)
     tensors = dict(stream_tensors(file))
     some = next(name for name in tensors if name.endswith("k_proj.weight"))
@@ -95,5 +95,5 @@ def test_broken_weights_are_refused_whole(served: Served) -> None:
         (replace(good, version=8, data=damaged), "damaged on its way"),
     ):
         with pytest.raises(SyncError, match=words):
-            served.engine.load_snapshot(broken)
+            served.engine.install(broken)
     served.check(7, 1)

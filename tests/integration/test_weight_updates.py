@@ -44,7 +44,7 @@ def in_flight(
 ) -> list[Completion]:
     """The completions of a request whose first 40 tokens are `version`'s; then come the next one's, and a neighbour
     that had been queued, but not begun."""
-    engine.load_snapshot(reference.snapshot(version, *OLD))
+    engine.install(reference.snapshot(version, *OLD))
     engine.generate([asked])  # so that its prompt is in the old version's prefix cache
     stepped = Stepped(engine, monkeypatch)
     with ThreadPoolExecutor(3) as threads:
@@ -52,7 +52,7 @@ def in_flight(
         stepped.allow(40)
         queued = threads.submit(engine.generate, [request(LONG_PROMPT, seed=7)])
         wait_until(lambda: len(engine._commands) == 1)
-        loading = threads.submit(engine.load_snapshot, reference.snapshot(version + 1, *NEW))
+        loading = threads.submit(engine.install, reference.snapshot(version + 1, *NEW))
         wait_until(lambda: len(engine._commands) == 2)
         stepped.allow(1000)
         assert loading.result(30).stall_seconds > 0
@@ -91,7 +91,7 @@ def test_what_a_carried_sequence_cached_serves_nobody_else(
         longer = request((*LONG_PROMPT, *completion.token_ids.tolist()))
         for sample in engine.generate([longer])[0]:
             assert reference.error(*NEW, longer, sample) < TOLERANCE
-    engine.load_snapshot(reference.snapshot(32, *OLD))
+    engine.install(reference.snapshot(32, *OLD))
     for sample in engine.generate([asked])[0]:
         assert (sample.versions == 32).all()
         assert reference.error(*OLD, asked, sample) < TOLERANCE

@@ -18,7 +18,7 @@ from tora.adapters.inject import refresh
 from tora.config.schema import ModelConfig, RolloutConfig, RunConfig
 from tora.rewards.rewarder import FunctionRewarder
 from tora.run.canary import Canary
-from tora.types import Sampling, ScoreRequest, SyncReport
+from tora.types import LogprobRequest, Sampling, SyncReport
 
 PROBES = [replace(make_prompt(i), token_ids=tuple((7 * k + i) % 250 + 3 for k in range(40 + i))) for i in range(3)]
 
@@ -55,17 +55,17 @@ class Run:
         return self.worker
 
     def sync(self) -> SyncReport:
-        report = self.worker.load_snapshot(self.learner.snapshot())
+        report = self.worker.forward(self.learner.snapshot())
         canary = Canary.of(replace(self.cfg, sync=replace(self.cfg.sync, canary_every=1)), PROBES)
         self.metrics = canary.check(self.learner.version, self.learner, Workers(self.worker))
         return report
 
 
 class Workers:
-    """`Rollouts.score` of one worker."""
+    """`Rollouts.logprobs` of one worker."""
 
     def __init__(self, worker: RolloutWorker) -> None:
         self.worker = worker
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        return {0: self.worker.score(requests, adapter=adapter)}
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
+        return {0: self.worker.logprobs(requests, adapter=adapter)}

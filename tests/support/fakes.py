@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tora.types import EngineLoad, Group, Prompt, Rollout, ScoreRequest, SnapshotRef, SyncReport
+from tora.types import Group, LogprobRequest, Occupancy, Prompt, Rollout, SnapshotRef, SyncReport
 
 
 def make_prompt(prompt_id: int, length: int = 3) -> Prompt:
@@ -61,16 +61,16 @@ class FakeWorker:
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return [make_group(p, [float(p.id % 2)], self.version) for p in prompts]
 
-    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]:
+    async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         return [np.full(len(r.completion), -1.0 - adapter, np.float32) for r in requests]
 
-    async def load_snapshot(self, snapshot: Any) -> SyncReport:
+    async def forward(self, snapshot: Any) -> SyncReport:
         await asyncio.sleep(self.latency())
         self.version = snapshot.version
         return SyncReport(snapshot.version, 8, 0.0, "", 1)
 
-    async def load(self) -> EngineLoad:
-        return EngineLoad()
+    async def occupancy(self) -> Occupancy:
+        return Occupancy()
 
     async def close(self) -> None:
         self.closed = True

@@ -146,7 +146,7 @@ def start_engine(
     update: WeightUpdate | None = None,
     dtype: Literal["bf16", "fp32"] = "fp32",
     tensor_parallel: int = 1,
-    uses: ExitStack | None = None,
+    resources: ExitStack | None = None,
 ) -> VLLMEngine:
     """Two slots, unless `update` says otherwise."""
     return VLLMEngine(
@@ -163,7 +163,7 @@ def start_engine(
         kv_cache_gib=0.02,
         enforce_eager=True,
         tensor_parallel=tensor_parallel,
-        uses=uses,
+        resources=resources,
     )
 
 

@@ -18,7 +18,7 @@ from tora.adapters.inject import (
     LAYERS,
     adapter_layers,
     adapters_off,
-    load_wire,
+    from_wire,
     refresh,
     snapshot,
     trained_parameters,
@@ -151,14 +151,14 @@ def test_a_snapshot_carries_the_policy(tmp_path: Path, lora_type: str) -> None:
     assert sent.version == 7 and sent.nbytes == sum(t.nbytes for t in tensors.values())
     assert digest(tensors) == sent.sha256
     assert any(name.endswith(GAIN) for name in tensors) == (lora_type != "lora")
-    assert load_wire(receiver, tensors) == 2 * 3
+    assert from_wire(receiver, tensors) == 2 * 3
     with torch.no_grad():
         torch.testing.assert_close(
             packed_logits(receiver, sequence), packed_logits(sender, sequence), atol=1e-4, rtol=1e-5
         )
     dropped = "model.layers.1.self_attn.v_proj"
     with pytest.raises(ValueError, match="differ in 1"):
-        load_wire(receiver, {n: t for n, t in tensors.items() if not n.startswith(dropped)})
+        from_wire(receiver, {n: t for n, t in tensors.items() if not n.startswith(dropped)})
     next(iter(tensors.values())).view(-1)[0] += 1e-3
     assert digest(tensors) != sent.sha256
 

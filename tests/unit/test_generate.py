@@ -32,7 +32,7 @@ def model(request, tmp_path: Path):
 
 def ready(model, max_rows: int = 100) -> TorchEngine:
     engine = TorchEngine(model, device=CPU, shared=True, max_rows=max_rows)
-    engine.load_snapshot(snapshot(model, 3))
+    engine.install(snapshot(model, 3))
     return engine
 
 
@@ -94,14 +94,14 @@ def test_a_copy_serves_what_it_was_sent_and_refuses_what_does_not_fit(tmp_path: 
         engine.generate(requests(Sampling(4)))
     shake(sender)
     sent = snapshot(sender, 5)
-    report = engine.load_snapshot(sent)
+    report = engine.install(sent)
     assert (report.version, report.nbytes, report.sha256, report.num_modules) == (5, sent.nbytes, sent.sha256, 14)
     greedy = Sampling(10, temperature=0.0)
     ours, theirs = engine.generate(requests(greedy)), ready(sender).generate(requests(greedy))
     assert [c.token_ids.tolist() for g in ours for c in g] == [c.token_ids.tolist() for g in theirs for c in g]
     other = build(model_config(tmp_path, "dora_cache", lora_targets=["q_proj"]))
     with pytest.raises(SyncError):
-        engine.load_snapshot(snapshot(other, 6))
+        engine.install(snapshot(other, 6))
 
 
 def test_truncation_by_hand() -> None:

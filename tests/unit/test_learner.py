@@ -240,7 +240,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(folder: Path, tmp_path: Path, lo
     unbroken.save(tmp_path)
     results += [unbroken.step(b) for b in batches[2:]]
     restored = Learner(dataclasses.replace(config(folder, lora_type), seed=99))  # another start, to be overwritten
-    restored.load(tmp_path)
+    restored.restore(tmp_path)
     assert [restored.step(b) for b in batches[2:]] == results[2:]
     assert all(torch.equal(tensor, weights(restored)[name]) for name, tensor in weights(unbroken).items())
     assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".safetensors")], "nothing that unpickles"
@@ -249,7 +249,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(folder: Path, tmp_path: Path, lo
 def test_a_checkpoint_of_other_parameters_is_refused(folder: Path, tmp_path: Path) -> None:
     Learner(config(folder, "lora")).save(tmp_path)
     with pytest.raises(ValueError, match="different parameters"):
-        Learner(config(folder, "dora")).load(tmp_path)
+        Learner(config(folder, "dora")).restore(tmp_path)
 
 
 def test_full_weights_export_as_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from actors.concurrency import adapted
 from actors.seat import WorkerHandle, pause
 from tora.errors import ConfigError, RolloutError, SyncError, WorkerLost
 from tora.run.group_files import load_groups, save_groups
-from tora.types import EngineLoad, Group, Prompt, RolloutState, SyncReport
+from tora.types import Group, Occupancy, Prompt, RolloutState, SyncReport
 
 
 def pending(state: RolloutState) -> set[int]:
@@ -100,16 +100,16 @@ class MortalWorker(FakeWorker):
             dead.cancel()
             group.cancel()
 
-    async def load_snapshot(self, snapshot: Any) -> SyncReport:
+    async def forward(self, snapshot: Any) -> SyncReport:
         if self.fault == "crash at a sync" and snapshot.version % 4 == 3:
             self.dead.set()
             raise WorkerLost("killed")
-        return await super().load_snapshot(snapshot)
+        return await super().forward(snapshot)
 
-    async def load(self) -> EngineLoad:
+    async def occupancy(self) -> Occupancy:
         if self.fault == "frozen" and self.calls > 3:
             await asyncio.sleep(3600)
-        return EngineLoad()
+        return Occupancy()
 
 
 FAULTS = ["crash", "broken engine", "out of memory", "hang", "crash at a sync", "frozen"]
@@ -194,9 +194,9 @@ def test_a_worker_that_starts_loads_the_newest_snapshot_before_its_first_group()
         async def start(self, limit_s: float) -> None:
             await asyncio.sleep(0.05)
 
-        async def load_snapshot(self, snapshot: Any) -> SyncReport:
+        async def forward(self, snapshot: Any) -> SyncReport:
             await asyncio.sleep(0.02)  # long enough for a newer one to come out meanwhile, now and then
-            return await super().load_snapshot(snapshot)
+            return await super().forward(snapshot)
 
     made = [MortalWorker("crash", lambda: 0.002, lambda p: [0.0, 1.0]), FakeWorker(lambda: 0.002), Late(), Late()]
     with running(config(1), iter(made).__next__) as rollouts:
@@ -299,13 +299,13 @@ def test_a_slot_goes_to_the_worker_that_owes_the_fewest_tokens() -> None:
 
 
 def test_concurrency_follows_the_kv_cache() -> None:
-    assert adapted(8, 16, 8, EngineLoad(0.5)) == 9
-    assert adapted(16, 16, 16, EngineLoad(0.5)) == 16
-    assert adapted(8, 16, 3, EngineLoad(0.5)) == 8, "nothing waits for a higher bound"
-    assert adapted(8, 16, 8, EngineLoad(0.9)) == 8
-    assert adapted(8, 16, 8, EngineLoad(0.99)) == 6
-    assert adapted(8, 16, 4, EngineLoad(0.5, preemptions=2)) == 3
-    assert adapted(1, 16, 1, EngineLoad(1.0, preemptions=9)) == 1
+    assert adapted(8, 16, 8, Occupancy(0.5)) == 9
+    assert adapted(16, 16, 16, Occupancy(0.5)) == 16
+    assert adapted(8, 16, 3, Occupancy(0.5)) == 8, "nothing waits for a higher bound"
+    assert adapted(8, 16, 8, Occupancy(0.9)) == 8
+    assert adapted(8, 16, 8, Occupancy(0.99)) == 6
+    assert adapted(8, 16, 4, Occupancy(0.5, preemptions=2)) == 3
+    assert adapted(1, 16, 1, Occupancy(1.0, preemptions=9)) == 1
 
 
 @pytest.mark.usefixtures("quick")
@@ -324,8 +324,8 @@ def test_a_full_cache_gets_fewer_groups() -> None:
             finally:
                 self.running -= 1
 
-        async def load(self) -> EngineLoad:
-            return EngineLoad(min(1.0, self.running / 3), max(0, self.running - 3))
+        async def occupancy(self) -> Occupancy:
+            return Occupancy(min(1.0, self.running / 3), max(0, self.running - 3))
 
     worker = Small(lambda: 0.03)
     worker.overflows = []

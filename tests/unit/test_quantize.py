@@ -7,8 +7,6 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import tora.models.load
 from learner.policy import build_policy
 from tora.adapters.dora import DoRALinear
-from tora.adapters.inject import LAYERS, adapter_layers, load_wire, snapshot
+from tora.adapters.inject import LAYERS, adapter_layers, from_wire, snapshot
 from tora.adapters.snapshot import unpack
 from tora.config.load import load_config
 from tora.errors import ConfigError
@@ -175,7 +173,7 @@ def test_a_snapshot_carries_a_quantised_policy(tmp_path: Path) -> None:
     sender, receiver = build(cfg), build(cfg)
     shake(sender)
     tensors = unpack(snapshot(sender, 1))
-    assert load_wire(receiver, tensors) == 2 * len(LINEARS)
+    assert from_wire(receiver, tensors) == 2 * len(LINEARS)
     sequences = random_sequences(9, 15)
     torch.testing.assert_close(packed_logits(receiver, sequences), packed_logits(sender, sequences))
     layer = adapter_layers(sender)["model.layers.1.mlp.up_proj"]
@@ -308,42 +306,3 @@ def test_the_last_to_use_a_dequantised_folder_deletes_it(tmp_path: Path) -> None
         other.wait()
         assert cache.exists()
     assert not cache.exists(), "a process that was killed holds nobody up"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_model(tmp_path_factory.mktemp("served") / "base", "qwen2")
-
-
-@pytest.fixture(scope="module", params=["dequantized", "checkpoint"])
-def served(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[tuple[str, Any]]:
-    pytest.importorskip("vllm")
-    from test_vllm_engine import start_engine
-
-    folder, cache, uses = checkpoint, checkpoint.parent / "cache", ExitStack()
-    if request.param == "dequantized":
-        uses.enter_context(in_use(cache))
-        folder = dequantized_folder(checkpoint, cache, dtype=torch.float32, device=CPU)
-    engine = start_engine(folder, uses=uses)
-    yield request.param, engine
-    engine.close()
-    assert not cache.exists(), "whoever wrote the folder deletes it"
-
-
-@pytest.mark.parametrize("lora_type", ["lora", "dora_cache"])
-def test_vllm_serves_the_quantised_policy(served: tuple[str, Any], checkpoint: Path, lora_type: str) -> None:
-    from test_vllm_engine import PROMPT
-    from test_vllm_engine import request as sample_request
-
-    base, engine = served
-    learner = build(model_config(checkpoint, lora_type, quantize_base=True))
-    shake(learner)
-    engine.load_snapshot(snapshot(learner, TYPES.index(lora_type)))
-    largest = 0.0
-    for completion in engine.generate([sample_request(num_samples=4)])[0]:
-        ids = torch.tensor([*PROMPT, *completion.token_ids.tolist()])
-        with torch.no_grad():
-            logprobs = packed_logits(learner, [ids])[len(PROMPT) - 1 : -1].log_softmax(-1)
-        own = logprobs.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
-        largest = max(largest, float((own - torch.from_numpy(completion.logprobs)).abs().max()))
-    assert largest < 1e-3 if base == "dequantized" else largest > 0.1

@@ -17,11 +17,11 @@ from vision_learners import vision_groups, vl_config
 from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from learner.policy import build_policy
-from tora.adapters.inject import load_wire, snapshot
+from tora.adapters.inject import from_wire, snapshot
 from tora.batching.batch import micro_batches
 from tora.models.load import load_decoder
 from tora.models.vision.processor import ImageProcessor
-from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, ScoreRequest, TrainBatch
+from tora.types import Group, LogprobRequest, Prompt, Rollout, SampleRequest, Sampling, TrainBatch
 
 LONG = 150
 """Tokens that make the cache grow on the way."""
@@ -66,7 +66,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(folder: Path, prompts: li
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     ours = load_decoder(folder, dtype=torch.float32, device=CPU)
     engine = engine_of(ours, folder)
-    engine.load_snapshot(snapshot(ours, 3))
+    engine.install(snapshot(ours, 3))
     image_token = ImageProcessor(folder).image_token_id
     stop = tuple(range(10, 14))
     lengths = []
@@ -89,9 +89,9 @@ def test_scores_of_vision_prompts(folder: Path, prompts: list[Prompt]) -> None:
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     ours = load_decoder(folder, dtype=torch.float32, device=CPU)
     engine = engine_of(ours, folder)
-    engine.load_snapshot(snapshot(ours, 0))
+    engine.install(snapshot(ours, 0))
     completion = tuple(range(40, 52))
-    scores = engine.score([ScoreRequest(p.token_ids, completion, p.images) for p in prompts], adapter=True)
+    scores = engine.logprobs([LogprobRequest(p.token_ids, completion, p.images) for p in prompts], adapter=True)
     for prompt, score in zip(prompts, scores, strict=True):
         expected = expected_logprobs(theirs, folder, prompt, list(completion))
         torch.testing.assert_close(torch.from_numpy(score), expected, atol=2e-4, rtol=1e-4)
@@ -112,7 +112,7 @@ def test_a_copy_serves_the_learners_policy(
         learner.step(TrainBatch(_batch(prompts, [np.arange(20, 30)] * 8, [np.zeros(10, np.float32)] * 8), 1.0))
     engine = engine_of(copy, folder, shared=False)
     sent = learner.snapshot()
-    report = engine.load_snapshot(sent)
+    report = engine.install(sent)
     assert report.sha256 == sent.sha256
     completions = [c for group in engine.generate(requests(prompts, Sampling(12))) for c in group]
     batch = _batch(prompts, [c.token_ids for c in completions], [c.logprobs for c in completions])
@@ -134,7 +134,7 @@ def _batch(prompts: list[Prompt], ids: list[np.ndarray], logprobs: list[np.ndarr
 def test_a_snapshot_that_lacks_the_tower_is_refused(folder: Path) -> None:
     sender, receiver = (build_policy(vl_config(folder, "lora", kind), CPU) for kind in ("none", "lora"))
     with pytest.raises(ValueError, match="differ in 18 adapted layers"):
-        load_wire(receiver, dict.fromkeys([f"{n}.lora_A.weight" for n in _modules(sender)], torch.zeros(1)))
+        from_wire(receiver, dict.fromkeys([f"{n}.lora_A.weight" for n in _modules(sender)], torch.zeros(1)))
 
 
 def _modules(model: Any) -> set[str]:

@@ -82,13 +82,13 @@ class DoRALinear(LoRALinear):
         update = F.linear(self._down(x), (gain_O[:, None] * self.lora_b).to(x.dtype), self.bias)
         return torch.addcmul(update, base, gain_O.to(x.dtype))
 
-    def wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def to_wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
         assert norm_O is not None
-        return {**super().wire(adapter, norm_O), GAIN: adapter["magnitude"] / norm_O}
+        return {**super().to_wire(adapter, norm_O), GAIN: adapter["magnitude"] / norm_O}
 
     @torch.no_grad()
-    def load_wire(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().load_wire(tensors)
+    def from_wire(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().from_wire(tensors)
         self.magnitude.copy_(tensors[GAIN] * self.own_row_norm(self.lora_a))
 
 

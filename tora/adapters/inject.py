@@ -107,7 +107,7 @@ def snapshot(model: Decoder, version: int) -> PolicySnapshot:
     norms, tensors = row_norms(layers), dict[str, torch.Tensor](whole_parameters(model))
     for hf, layer in layers.items():
         own = {name: adapters[f"{hf}/{name}"] for name in layer.adapter_params()}
-        tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.wire(own, norms.get(hf)).items()}
+        tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.to_wire(own, norms.get(hf)).items()}
     return pack(version, tensors, gather)
 
 
@@ -129,7 +129,7 @@ def num_trained_modules(model: Decoder) -> int:
 
 
 @torch.no_grad()
-def load_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
+def from_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
     """Inverse of `snapshot`, for a model that is not sharded; answers the number of modules written.
 
     Errors: ValueError where the tensors and what the model trains do not match one to one.
@@ -142,7 +142,7 @@ def load_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
     for name, place in places.items():
         place.copy_(given[name])
     for name, layer in layers.items():
-        layer.load_wire(modules[name])
+        layer.from_wire(modules[name])
     refresh(model)
     return num_trained_modules(model)
 

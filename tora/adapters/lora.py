@@ -56,13 +56,13 @@ class LoRALinear(nn.Module):
         y = frozen_linear(x, self.weight, self.bias)
         return y + F.linear(self._down(x), self.lora_b.to(x.dtype)) if self.enabled else y
 
-    def wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def to_wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """What an engine needs, by wire suffix, of this layer's whole parameters and row norm; the scaling is folded
         into B."""
         return {LORA_A: adapter["lora_a"], LORA_B: self.scaling * adapter["lora_b"]}
 
     @torch.no_grad()
-    def load_wire(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Inverse of `wire`: the layer then computes what the sender's computes, by generation alone."""
+    def from_wire(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Inverse of `to_wire`: the layer then computes what the sender's computes, by generation alone."""
         self.lora_a.copy_(tensors[LORA_A])
         self.lora_b.copy_(tensors[LORA_B] / self.scaling)

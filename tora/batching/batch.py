@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from tora.batching.advantage import advantages_by_group, group_advantages
-from tora.batching.packing import OwnPrompts, Packing, Sequence_, SharedPrompts, distinct
+from tora.batching.packing import OwnPrompts, Packing, SharedPrompts, TrainSequence, distinct
 from tora.config.schema import LossNormalization
 from tora.types import Group, MicroBatch
 
@@ -26,7 +26,7 @@ def token_weights(lengths_B: Sequence[int], normalization: LossNormalization, ma
     return [1.0 / (len(lengths_B) * n) for n in lengths_B]
 
 
-def pack(packing: Packing, sequences_B: Sequence[Sequence_], weights_B: Sequence[float]) -> MicroBatch:
+def pack(packing: Packing, sequences_B: Sequence[TrainSequence], weights_B: Sequence[float]) -> MicroBatch:
     _, rollouts, advantages, groups = zip(*sequences_B, strict=True)
     counts = [len(rollout.token_ids) for rollout in rollouts]
     images, image_I = distinct([image for prompt in packing.prompts(sequences_B) for image in prompt.images])
@@ -61,7 +61,7 @@ def micro_batches(
     stands once in a micro-batch.
     """
     packing: Packing = SharedPrompts() if share_prefix else OwnPrompts()
-    sequences: list[Sequence_] = []
+    sequences: list[TrainSequence] = []
     for number, group in enumerate(groups_P):
         if group.has_signal:
             advantages_G = group_advantages([r.reward for r in group.rollouts], normalize_advantages)

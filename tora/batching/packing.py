@@ -12,36 +12,36 @@ import numpy as np
 
 from tora.types import MicroBatch, Prompt, Rollout
 
-Sequence_ = tuple[Prompt, Rollout, float, int]
+TrainSequence = tuple[Prompt, Rollout, float, int]
 """A rollout with its prompt, its advantage and the number of its group."""
 Layout = dict[str, np.ndarray]
 """`MicroBatch`'s tokens_T, positions_T, prompt_lengths_P, lengths_B, prompt_B and response_N."""
 
 
 class Packing(Protocol):
-    def prompts(self, sequences_B: Sequence[Sequence_]) -> list[Prompt]:
+    def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
         """In the order in which `lay_out` puts them."""
         ...
 
-    def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
+    def bins(self, sequences: Sequence[TrainSequence], capacity: int, num_ranks: int) -> list[list[int]]:
         """Indices of the sequences of each micro-batch, which holds at most `capacity` tokens unless a single sequence
         has more. Their number is a multiple of `num_ranks`, as far as there are sequences for it."""
         ...
 
-    def lay_out(self, sequences_B: Sequence[Sequence_]) -> Layout: ...
+    def lay_out(self, sequences_B: Sequence[TrainSequence]) -> Layout: ...
 
 
 class OwnPrompts:
     """Prompt and completion of each sequence end to end."""
 
-    def prompts(self, sequences_B: Sequence[Sequence_]) -> list[Prompt]:
+    def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
         return [prompt for prompt, _, _, _ in sequences_B]
 
-    def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
+    def bins(self, sequences: Sequence[TrainSequence], capacity: int, num_ranks: int) -> list[list[int]]:
         lengths = [len(prompt.token_ids) + len(rollout.token_ids) for prompt, rollout, _, _ in sequences]
         return spread(bins(lengths, capacity), lengths, num_ranks)
 
-    def lay_out(self, sequences_B: Sequence[Sequence_]) -> Layout:
+    def lay_out(self, sequences_B: Sequence[TrainSequence]) -> Layout:
         prompt_lengths = [len(prompt.token_ids) for prompt, _, _, _ in sequences_B]
         counts = [len(rollout.token_ids) for _, rollout, _, _ in sequences_B]
         lengths = np.add(prompt_lengths, counts)
@@ -62,10 +62,10 @@ class SharedPrompts:
     """The prompts of all groups, each once, then the completions. A group too long for one micro-batch is cut into
     several, each with the prompt."""
 
-    def prompts(self, sequences_B: Sequence[Sequence_]) -> list[Prompt]:
+    def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
         return list({number: prompt for prompt, _, _, number in sequences_B}.values())
 
-    def bins(self, sequences: Sequence[Sequence_], capacity: int, num_ranks: int) -> list[list[int]]:
+    def bins(self, sequences: Sequence[TrainSequence], capacity: int, num_ranks: int) -> list[list[int]]:
         groups: dict[int, list[int]] = {}
         for index, (_, _, _, number) in enumerate(sequences):
             groups.setdefault(number, []).append(index)
@@ -89,7 +89,7 @@ class SharedPrompts:
             blocks.remove(largest)
             blocks += halves(largest, counts)
 
-    def lay_out(self, sequences_B: Sequence[Sequence_]) -> Layout:
+    def lay_out(self, sequences_B: Sequence[TrainSequence]) -> Layout:
         prompts = {number: prompt.token_ids for prompt, _, _, number in sequences_B}
         place = {number: p for p, number in enumerate(prompts)}
         prompt_lengths = np.array([len(ids) for ids in prompts.values()])

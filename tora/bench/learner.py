@@ -120,7 +120,7 @@ def measure(
 def tokens_per_second(learner: Learner, prompt: Prompt, load: Load) -> float:
     rollout = replace(learner.cfg.rollout, concurrency=load.rows, enforce_eager=True)
     engine = shared_torch_engine(replace(learner.cfg, grpo_samples=1, rollout=rollout), learner)
-    engine.load_snapshot(learner.snapshot())
+    engine.install(learner.snapshot())
     request = SampleRequest(prompt.token_ids, load.rows, 0, Sampling(load.new_tokens), prompt.images)
     _synchronize(learner.device)
     start = time.perf_counter()

@@ -34,13 +34,13 @@ from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.loop import train
 from tora.types import (
-    EngineLoad,
     Group,
+    LogprobRequest,
     MicroBatch,
+    Occupancy,
     PolicySnapshot,
     Prompt,
     Rollout,
-    ScoreRequest,
     StepResult,
     SyncReport,
     TrainBatch,
@@ -102,15 +102,15 @@ class SleepingWorker:
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return [await self.run_group(prompt) for prompt in prompts]
 
-    async def score(self, requests: Sequence[ScoreRequest], adapter: bool) -> list[np.ndarray]:
+    async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         return [np.zeros(len(request.completion), np.float32) for request in requests]
 
-    async def load_snapshot(self, snapshot: PolicySnapshot) -> SyncReport:
+    async def forward(self, snapshot: PolicySnapshot) -> SyncReport:
         self._version = snapshot.version
         return SyncReport(snapshot.version, 0, 0.0, "", 0)
 
-    async def load(self) -> EngineLoad:
-        return EngineLoad()
+    async def occupancy(self) -> Occupancy:
+        return Occupancy()
 
     async def close(self) -> None: ...
 
@@ -139,12 +139,12 @@ class SleepingLearner:
     def snapshot(self) -> PolicySnapshot:
         return PolicySnapshot(self._version, (), np.empty(0, np.uint8), "")
 
-    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+    def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         return np.zeros(len(batch.targets_N), np.float32)
 
     def save(self, folder: Path) -> None: ...
 
-    def load(self, folder: Path) -> None: ...
+    def restore(self, folder: Path) -> None: ...
 
     def export(self, folder: Path) -> None: ...
 

@@ -114,12 +114,12 @@ def _syncs(
     source = torch.from_numpy(snapshot.data.copy())
     target = source.clone()  # touched before it is timed
     first = 0 if kind == "lora" else 10**5
-    engine.load_snapshot(replace(snapshot, version=first))
+    engine.install(replace(snapshot, version=first))
     reports, copies = [], []
     start = time.perf_counter()
     with _decoding(engine, batch) as tokens:
         for number in range(syncs):
-            reports.append(engine.load_snapshot(replace(snapshot, version=first + 1 + number)))
+            reports.append(engine.install(replace(snapshot, version=first + 1 + number)))
             copies.append(_seconds(lambda: target.copy_(source)))
     elapsed = time.perf_counter() - start
     return SyncRow(
@@ -157,7 +157,7 @@ def _decoding(engine: VLLMEngine, batch: int) -> Iterator[list[int]]:
 def _speed(
     engine: VLLMEngine, kind: str, rank: int, snapshot: PolicySnapshot, batch: int, new_tokens: int, rounds: int
 ) -> SpeedRow:
-    engine.load_snapshot(replace(snapshot, version=10**6 + (kind == "dora")))
+    engine.install(replace(snapshot, version=10**6 + (kind == "dora")))
     request = SampleRequest(_PROMPT, batch, 0, Sampling(new_tokens))
 
     def speed(adapter: bool) -> float:

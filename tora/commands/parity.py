@@ -31,7 +31,7 @@ from tora.models.decoder import Decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.tasks.tokenizer import load_tokenizer
-from tora.types import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest
+from tora.types import LogprobRequest, Prompt, Rollout, SampleRequest, Sampling
 
 _TEXTS = ("The capital of France is", "def add(a, b):\n", "Once upon a time", "2 + 2 =")
 _IMAGES = ((), ((96, 64),), ((64, 128), (96, 64)))
@@ -146,18 +146,18 @@ def _config(model: Path, scratch: Path, dtype: str, quantize_base: bool) -> RunC
 def _row(cfg: RunConfig, version: int, learner: Any, engine: Engine, prompts: Sequence[Prompt]) -> ParityRow:
     _make_adapter(learner.model, version)
     learner.version = version
-    engine.load_snapshot(learner.snapshot())
+    engine.install(learner.snapshot())
     sampling = Sampling(_NEW_TOKENS)
     groups = engine.generate([SampleRequest(p.token_ids, _SAMPLES, p.id, sampling, p.images) for p in prompts])
     sampled = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
-    asked = [ScoreRequest(p.token_ids, tuple(c.token_ids.tolist()), p.images) for p, c in sampled]
+    asked = [LogprobRequest(p.token_ids, tuple(c.token_ids.tolist()), p.images) for p, c in sampled]
     sequences = [
         (p, Rollout(c.token_ids, c.logprobs, c.versions, c.stopped, "", 0.0, {}), 0.0, i)
         for i, (p, c) in enumerate(sampled)
     ]
     batch = pack(OwnPrompts(), sequences, [1.0] * len(sequences))
-    ours = {adapter: learner.score(batch, adapter=adapter) for adapter in (True, False)}
-    theirs = {adapter: np.concatenate(engine.score(asked, adapter=adapter)) for adapter in (True, False)}
+    ours = {adapter: learner.logprobs(batch, adapter=adapter) for adapter in (True, False)}
+    theirs = {adapter: np.concatenate(engine.logprobs(asked, adapter=adapter)) for adapter in (True, False)}
     gaps = [np.abs(a - b) for a, b in ((batch.actor_logprobs_N, ours[True]), *((theirs[k], ours[k]) for k in ours))]
     return ParityRow(
         ("q" if cfg.model.quantize_base else "") + cfg.model.lora_type,  # pyright: ignore[reportArgumentType]

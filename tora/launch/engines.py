@@ -63,10 +63,10 @@ ROLLOUT_BASE = "rollout_base"
 """In `output_dir` while the run lasts, on every machine where that is another folder."""
 
 
-def _rollout_base(cfg: RunConfig, uses: ExitStack) -> str:
+def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
     """The folder that vLLM loads its base from: the learner's own weights, unless the config says otherwise.
 
-    It may be deleted once `uses` is closed.
+    It may be deleted once `resources` is closed.
     """
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
@@ -75,17 +75,17 @@ def _rollout_base(cfg: RunConfig, uses: ExitStack) -> str:
     from tora.models.dequantized import dequantized_folder, in_use
 
     cache, device = Path(cfg.output_dir) / ROLLOUT_BASE, device_of(cfg, World.from_environment().local_rank)
-    uses.enter_context(in_use(cache))
+    resources.enter_context(in_use(cache))
     return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device))
 
 
 def make_vllm_engine(cfg: RunConfig) -> Engine:
     from actors.vllm_engine.engine import VLLMEngine
 
-    uses = ExitStack()
+    resources = ExitStack()
     return VLLMEngine(
-        _rollout_base(cfg, uses),
-        uses=uses,
+        _rollout_base(cfg, resources),
+        resources=resources,
         dtype=cfg.rollout.dtype or cfg.dtype,
         max_model_len=cfg.rollout.max_model_len,
         lora_rank=cfg.model.lora_rank,

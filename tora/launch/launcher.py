@@ -42,7 +42,7 @@ def run(cfg: RunConfig) -> bool:
         learner = site.learner()
         state = RunState()
         if resume is not None:
-            learner.load(resume)
+            learner.restore(resume)
             state = checkpoints.read(resume, prompts.at)
         log = _open(cfg, folder, state, resumes=resume is not None) if world.rank == 0 else NoLog()
         world.any(False)  # nobody writes into the folder before rank 0 has opened it

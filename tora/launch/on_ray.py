@@ -10,7 +10,7 @@ from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.launch.engines import make_torch_engine, make_vllm_engine, worker_arguments
-from tora.launch.ray_cluster import gpus_each, place_of, ray_session
+from tora.launch.ray_cluster import gpus_each, ray_session, role_resources
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
@@ -32,7 +32,7 @@ class OnRay:
     def learner(self) -> Learner:
         from learner.ray_ranks import LearnerGroup
 
-        return LearnerGroup(self._cfg, self._gpus, place_of("learner"))
+        return LearnerGroup(self._cfg, self._gpus, role_resources("learner"))
 
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
         from actors.pool import AsyncRollouts
@@ -43,7 +43,7 @@ class OnRay:
         options = {
             "num_cpus": self._cfg.rollout.tensor_parallel,
             "num_gpus": self._gpus * self._cfg.rollout.tensor_parallel,
-            "resources": place_of("rollout"),
+            "resources": role_resources("rollout"),
             "scheduling_strategy": "SPREAD",
             # a thread for each group in flight, and one each for evaluation, scores, snapshots and the heartbeat
             "max_concurrency": self._cfg.rollout.concurrency + 4,

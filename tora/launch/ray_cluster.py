@@ -82,7 +82,7 @@ def gpus_each(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> float:
 Role = Literal["learner", "rollout"]
 
 
-def place_of(role: Role) -> dict[str, float]:
+def role_resources(role: Role) -> dict[str, float]:
     """What a Ray actor asks for to land on the nodes meant for its role: those that were started with the resource
     `tora_learner` or `tora_rollout`. Nothing where no node was."""
     import ray

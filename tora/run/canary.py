@@ -18,7 +18,7 @@ from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
 from tora.config.schema import RunConfig
 from tora.errors import SyncError
-from tora.types import Metrics, MicroBatch, Prompt, Rollout, ScoreRequest
+from tora.types import LogprobRequest, Metrics, MicroBatch, Prompt, Rollout
 
 NUM_PROBES = 4
 _SCORED = 32
@@ -30,13 +30,13 @@ _MAX_GAP = {"fp32": 1e-4, "bf16": 0.1}
 class Scorer(Protocol):
     """A `Learner`."""
 
-    def score(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray: ...
+    def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray: ...
 
 
 class Scorers(Protocol):
     """`Rollouts`."""
 
-    def score(self, requests: Sequence[ScoreRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]: ...
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Canary:
         self._is_first = True
         cuts = [_cut(p.token_ids, image_token) for p in probes]
         parts = [(p.token_ids[:cut], p.token_ids[cut:]) for p, cut in zip(probes, cuts, strict=True)]
-        self._requests = [ScoreRequest(*part, p.images) for p, part in zip(probes, parts, strict=True)]
+        self._requests = [LogprobRequest(*part, p.images) for p, part in zip(probes, parts, strict=True)]
         sequences = [
             (replace(p, token_ids=given), _rollout(scored), 0.0, i)
             for i, (p, (given, scored)) in enumerate(zip(probes, parts, strict=True))
@@ -117,7 +117,7 @@ class Canary:
         if not self._every or (version % self._every and not self._is_first):
             return {}
         self._is_first = False
-        ours = self._scores(lambda adapter: learner.score(self._batch, adapter=adapter))
+        ours = self._scores(lambda adapter: learner.logprobs(self._batch, adapter=adapter))
         engines = self._engines(rollouts)
         if not engines:
             return {}  # all workers are starting again
@@ -138,10 +138,10 @@ class Canary:
 
     def _engines(self, rollouts: Scorers) -> dict[int, Scores]:
         """Of every worker that answered; one may be lost between two questions."""
-        on = rollouts.score(self._requests, adapter=True)
+        on = rollouts.logprobs(self._requests, adapter=True)
         if not self._has_adapter:
             return {number: Scores(np.concatenate(each), None) for number, each in on.items()}
-        off = rollouts.score(self._requests, adapter=False)
+        off = rollouts.logprobs(self._requests, adapter=False)
         both = [number for number in on if number in off]
         return {number: Scores(np.concatenate(on[number]), np.concatenate(off[number])) for number in both}
 

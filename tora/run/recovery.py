@@ -52,7 +52,7 @@ def train_and_export(
             if losses:
                 learner = make_learner()
                 if (folder := checkpoints.newest()) is not None:
-                    learner.load(folder)
+                    learner.restore(folder)
             outcome = train(cfg, learner, rollouts, canary, log, checkpoints, state, stop_requested)
             learner.export(adapter)
             return outcome
