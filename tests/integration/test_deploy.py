@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tomllib
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -119,4 +123,47 @@ def test_versions_agree() -> None:
 def test_the_dockerfile_copies_what_the_wheel_holds() -> None:
     copied = set(re.findall(r"^COPY --chown=\S+ (\S+) \1$", (DEPLOY / "Dockerfile").read_text(), re.M))
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert copied == {*wheel["packages"], *wheel["force-include"]}
+    assert copied == {*wheel["packages"], *wheel["force-include"], wheel["hooks"]["custom"]["path"]}
+
+
+SCRIPT = """
+import sys
+from importlib.util import find_spec
+
+assert not [name for name in ("logging", "torch", "importlib.util") if name in at_start]
+assert find_spec("torchvision") and "torch" not in sys.modules, "to ask whether a package is there imports nothing"
+import peft
+from transformers import Qwen3ForCausalLM
+import torchtune.modules
+
+assert "tora" not in sys.modules
+print(Qwen3ForCausalLM.__name__, peft.PeftModel.__name__)
+"""
+
+
+@pytest.mark.parametrize("how", [[], ["--editable"]], ids=["wheel", "editable"])
+def test_programs_that_never_import_tora_have_the_import_fixes(how: list[str], tmp_path: Path) -> None:
+    """In a virtual environment with Tora as pip installs it, which sees this one's other packages."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv/bin/python"
+    (site,) = tmp_path.glob("venv/lib/python3.*/site-packages")
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", *how, ROOT]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if "hatchling" in done.stderr and done.returncode:
+        pytest.skip("pip reaches no index that has hatchling, which builds the wheel")
+    assert done.returncode == 0, done.stderr
+    here = sysconfig.get_path("purelib")
+    (site / "zz.pth").write_text(f"import sys; sys.at_start = set(sys.modules); sys.path.append({here!r})\n")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    script = SCRIPT.replace("at_start", "sys.at_start")
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout) == (0, "Qwen3ForCausalLM PeftModel\n"), done.stderr
+
+
+def test_a_start_of_the_interpreter_imports_one_module_more(tmp_path: Path) -> None:
+    """And that module, `tora/compat.py`, imports nothing."""
+    shutil.copy(ROOT / "tora/compat.py", tmp_path / "tora_import_fixes.py")
+    script = "import sys; before = set(sys.modules); import tora_import_fixes as fixes; fixes.install(); "
+    script += "print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "['tora_import_fixes']\n", done.stderr
