@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv and installs Tora into it; does nothing where that is done already.
+# Makes .venv and installs Tora into it, unless that has been done already.
 #   ./deploy/setup.sh [EXTRA ...]        for instance ./deploy/setup.sh dev
 # PYTHON            the Python to use, python3 by default
-# TORA_TORCH_INDEX  an index of PyTorch's CPU builds, where pip's own configuration names none
+# TORA_TORCH_INDEX  an index of PyTorch's CPU builds, if pip's own configuration names none
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +22,7 @@ else
   extras=(async_rl_cpu "$@")
 fi
 
-# One line an extra, each with what it was installed from: asking for fewer extras later changes nothing.
+# A line for each extra, with a digest of what it was installed from: a later call for fewer extras changes nothing.
 stamps=.venv/tora-installed
 basis=$({ cat pyproject.toml && echo "$version"; } | sha256sum | cut -d' ' -f1)
 missing=0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sends this folder to a Ray cluster, runs a config there and follows it. Ctrl-C ends the following, not the run.
+# Sends this folder to a Ray cluster, runs a config there and follows it. Ctrl-C stops following it; the run goes on.
 #   ./deploy/submit.sh [CONFIG] [key=value ...]        CONFIG is quickstart by default
-# RAY_API_SERVER_ADDRESS  the cluster's dashboard, http://127.0.0.1:8265 by default: the near end of a tunnel
+# RAY_API_SERVER_ADDRESS  the cluster's dashboard, http://127.0.0.1:8265 by default: the local end of a tunnel
 # RAY_AUTH_MODE           `token` by default, with RAY_AUTH_TOKEN or ~/.ray/auth_token; or `disabled`
 # TORA_OUTPUT_ROOT        where a relative output_dir starts, on storage that the cluster's nodes share
 set -euo pipefail

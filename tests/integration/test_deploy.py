@@ -23,7 +23,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SHELL = sorted(file for file in DEPLOY.iterdir() if file.read_text().startswith("#!/usr/bin/env bash"))
+FILES = sorted(file for file in DEPLOY.iterdir() if file.is_file())
+SHELL = [file for file in FILES if file.read_text().startswith("#!/usr/bin/env bash")]
 
 
 def documents() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,13 +38,13 @@ def errors_in_job(job: dict[str, Any]) -> list[str]:
     return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(job)]
 
 
-def test_the_rayjob_is_one() -> None:
+def test_the_rayjob_fits_its_schema() -> None:
     claim, job = documents()
     assert errors_in_job(job) == []
     wrong = copy.deepcopy(job)
     wrong["spec"]["shutdownAfterJobFinishes"] = "yes"
     wrong["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 1
-    assert len(errors_in_job(wrong)) == 2, "the schema sees a wrong type and a wrong key"
+    assert len(errors_in_job(wrong)) == 2, "the schema rejects a wrong type and an unknown key"
     spec = job["spec"]
     assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"] > 0) == (
         0,
@@ -62,7 +63,7 @@ def test_the_rayjob_is_one() -> None:
         assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
-def test_the_rayjobs_nodes_have_the_resources_that_tora_looks_for() -> None:
+def test_the_rayjob_marks_its_nodes_for_ranks_and_workers() -> None:
     groups = documents()[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     marked = {group["groupName"]: json.loads(json.loads(group["rayStartParams"]["resources"])) for group in groups}
     assert marked == {"learner": {"tora_learner": 1}, "rollout": {"tora_rollout": 1}}
@@ -84,7 +85,7 @@ def test_the_rayjobs_run_fits_its_gpus() -> None:
     assert (gpus(learner), gpus(rollout)) == (cfg.learner_ranks, cfg.rollout.num_workers)
 
 
-def test_rays_launcher_takes_the_cluster() -> None:
+def test_rays_launcher_accepts_the_cluster() -> None:
     import ray
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -116,7 +117,7 @@ def test_versions_agree() -> None:
     assert re.findall(r"^ARG EXTRA=(\w+)$", dockerfile, re.M)[0] in PROJECT["optional-dependencies"]
     python = re.findall(r"^ARG PYTHON=py3(\d+)$", dockerfile, re.M)[0]
     assert f"3.{python}" in ("3.11", "3.12", "3.13") and PROJECT["requires-python"] == ">=3.11,<3.14"
-    images = {image for file in DEPLOY.iterdir() for image in re.findall(r"\btora:([\w.]+)", file.read_text())}
+    images = {image for file in FILES for image in re.findall(r"\btora:([\w.]+)", file.read_text())}
     assert images == {PROJECT["version"]}
 
 

@@ -196,6 +196,15 @@ def test_the_keys_that_foreign_ones_lead_to_exist(page: str) -> None:
             assert key in KEYS or key == "weight", f"{key} in {row}"
 
 
+def test_quoted_messages_are_what_the_code_says() -> None:
+    """`...`, and a capital N, stand for what a message fills in."""
+    files = [file for package in ("tora", "actors", "learner") for file in (ROOT / package).rglob("*.py")]
+    source = re.sub(r'"\s*\n\s*f?"', "", "".join(file.read_text() for file in files))  # implicitly joined strings
+    for message in re.findall(r'"([^"]+)"', prose(ROOT / "docs/troubleshooting.md")):
+        for part in re.split(r"\.\.\.|\bN\b", message):
+            assert part.strip() in source, message
+
+
 # Code, configs and data.
 
 
