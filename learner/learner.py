@@ -20,6 +20,7 @@ from learner.fsdp import sharder, share_micro_batches
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
 from learner.loss.kl import kind_of, sequence_kl
+from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
 from learner.optim import build_optimizer, build_schedule
 from learner.policy import device_of, empty_policy, fill_policy
@@ -28,7 +29,6 @@ from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot
 from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.adapters.snapshot import pack
 from tora.batching.batch import penalize
-from tora.config.components import instantiate
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import SUM, World, gather_objects, join, reduce
 from tora.distributed.sharding import gather, whole
@@ -47,7 +47,7 @@ class Learner:
         self.cfg, self.world, self.version = cfg, World.from_environment(), 0
         self.device = device_of(cfg, self.world.local_rank)
         join(self.world, self.device)
-        self.loss = instantiate(cfg.loss)
+        self.loss: Loss = build_loss(cfg.loss)
         self.model = self._build()
         self._parameters = trained_parameters(self.model)
         self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())

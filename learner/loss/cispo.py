@@ -6,15 +6,18 @@ Its mean over tokens is `loss_normalization: token`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from learner.loss.inputs import LossInputs
-from learner.loss.objective import LossOutput, Terms, policy_ratio, total
+from learner.loss.objective import Terms, policy_ratio, total
+from learner.loss.protocol import LossOutput
 
 
 @dataclass(frozen=True)
 class CISPOLoss(Terms):
     """A sg(clip(r)) log π_learner: the clip bounds a token's weight and never takes its gradient away."""
 
+    requires: ClassVar = {"loss_normalization": "token"}
     clip_low: float = 1.0
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]: at 1 there is no lower bound, as in the paper."""
     clip_high: float = 4.0

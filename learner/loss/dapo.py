@@ -7,6 +7,7 @@ Clip-higher (eq. 10) is here. The mean over tokens (eq. 12) is `loss_normalizati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from learner.loss.objective import TokenClip
 
@@ -15,6 +16,7 @@ from learner.loss.objective import TokenClip
 class DAPOLoss(TokenClip):
     """GRPO's surrogate with more room above than below, so that unlikely tokens can still grow."""
 
+    requires: ClassVar = {"loss_normalization": "token"}
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = 0.28

@@ -7,6 +7,7 @@ GRPO's surrogate without its two biases: `loss_normalization: constant` in place
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from learner.loss.objective import TokenClip
 
@@ -15,6 +16,7 @@ from learner.loss.objective import TokenClip
 class DrGRPOLoss(TokenClip):
     """GRPO's surrogate; what sets Dr. GRPO apart is in the weights and advantages that it is given."""
 
+    requires: ClassVar = {"loss_normalization": "constant", "normalize_advantages": False}
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = 0.2

@@ -6,15 +6,18 @@ Its mean over sequences is `loss_normalization: sequence`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from learner.loss.inputs import LossInputs, sequence_mean
-from learner.loss.objective import LossOutput, Terms, clipped_surrogate, total
+from learner.loss.objective import Terms, clipped_surrogate, total
+from learner.loss.protocol import LossOutput
 
 
 @dataclass(frozen=True)
 class GSPOLoss(Terms):
     """The clipped surrogate of a sequence's ratio, the geometric mean of its tokens' (eq. 7), at each of its tokens."""
 
+    requires: ClassVar = {"loss_normalization": "sequence"}
     clip_low: float = 3e-4
     """The sequence's ratio is clipped to [1 - clip_low, 1 + clip_high]; the bounds are the paper's, section 5.1."""
     clip_high: float = 4e-4

@@ -5,25 +5,27 @@ Shape letters: N response tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 
 from learner.loss.correction import BOUNDS, Correction, importance_weights
 from learner.loss.inputs import LossInputs
 from learner.loss.kl import KLPlace, KLType, kind_of, kl_estimate
+from learner.loss.protocol import LossOutput, Proximal
 from tora.errors import ConfigError, nearest
-
-Proximal = Literal["learner", "actor"]
-LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
-"""The loss of a micro-batch's tokens, and metrics; both add up over a step's micro-batches."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The fields of every loss, which gives the clip bounds values. Raises `ConfigError` for values out of range."""
+    """Settings that all losses share; a subclass gives the clip bounds defaults. Raises ConfigError if a value is out
+    of range."""
 
+    requires: ClassVar[Mapping[str, str | bool]] = {}
+    """Config keys, and the only value of each with which a subclass is the objective of its paper. `tora.config.rules`
+    reads it from the source without importing the class, so a subclass must assign a literal."""
     clip_low: float
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float

@@ -1,0 +1,79 @@
+"""The contract between the learner and a loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+
+from learner.loss.inputs import LossInputs
+from learner.loss.kl import KLPlace, KLType
+from tora.config.components import instantiate
+from tora.config.schema import Component
+from tora.errors import ConfigError
+
+Proximal = Literal["learner", "actor"]
+LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""The loss of one micro-batch, a scalar that carries the gradient, and detached scalar metrics by name."""
+
+
+class Loss(Protocol):
+    """An objective on flat response tokens, as a callable with four attributes that the learner reads.
+
+    Both outputs must be additive over micro-batches: the learner calls the loss once per micro-batch and rank, calls
+    `backward` on each result, and sums losses, gradients and metrics over all of them. So a loss sums over tokens,
+    with `x.weights_N` for the loss and `x.shares_N` for metrics that are means, and never divides by the number of
+    tokens or sequences of its micro-batch. A micro-batch holds whole sequences, but perhaps only part of a group.
+
+    `learner.loss.objective.Terms` supplies the attributes, their validation and the terms that all losses share.
+
+    Example:
+        @dataclass(frozen=True)
+        class ReinforceLoss(Terms):
+            clip_low: float = 1.0
+            clip_high: float = 1e9
+
+            def __call__(self, x: LossInputs) -> LossOutput:
+                objective_N = x.advantages_N * x.learner_logprobs_N
+                return total(self, x, objective_N, torch.zeros_like(objective_N, dtype=torch.bool))
+    """
+
+    @property
+    def kl_coeff(self) -> float:
+        """β, at least 0. Where it is 0 the learner computes no reference log-probs and `x.ref_logprobs_N` is None."""
+        ...
+
+    @property
+    def kl_type(self) -> KLType | None:
+        """The KL estimator; None selects the default for `kl_in`, see `learner.loss.kl.kind_of`. With
+        `kl_in="reward"` the learner itself applies it."""
+        ...
+
+    @property
+    def kl_in(self) -> KLPlace:
+        """`loss`: the loss adds the KL term. `reward`: the learner subtracts β Σ_t KL_t from each sequence's reward and
+        recomputes the advantages; the loss must not add it again."""
+        ...
+
+    @property
+    def proximal(self) -> Proximal:
+        """The policy whose log-probs the learner passes as `x.proximal_logprobs_N`: its own at the start of the step
+        (`learner`), or those of the engine that sampled the tokens (`actor`)."""
+        ...
+
+    def __call__(self, x: LossInputs) -> LossOutput: ...
+
+
+_ATTRIBUTES = ("kl_coeff", "kl_type", "kl_in", "proximal")
+
+
+def build_loss(component: Component) -> Loss:
+    """The config's loss. Raises ConfigError if it cannot be built or lacks an attribute of `Loss`."""
+    loss: Any = instantiate(component)
+    missing = [name for name in _ATTRIBUTES if not hasattr(loss, name)]
+    if missing or not callable(loss):
+        lacks = f"lacks {', '.join(missing)}" if missing else "is not callable"
+        raise ConfigError(
+            f"loss._component_={component['_component_']} {lacks}; learner.loss.protocol.Loss says what a loss needs."
+        )
+    return loss
