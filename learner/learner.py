@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,18 +18,18 @@ from learner.device_batch import InputMaker, Inputs, forward
 from learner.fsdp import sharder, share_micro_batches
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
-from learner.loss.kl import kind_of, sequence_kl
+from learner.loss.kl import kind_of
 from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
 from learner.optim import build_optimizer, build_schedule
 from learner.policy import device_of, empty_policy, fill_policy
+from learner.reward_kl import with_reward_kl
 from learner.training_state import load_training_state, save_training_state
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.adapters.snapshot import pack
-from tora.batching.batch import penalize
 from tora.config.schema import RunConfig
-from tora.distributed.process_group import SUM, World, gather_objects, join, reduce
+from tora.distributed.process_group import World, gather_objects, join, sum_over_ranks
 from tora.distributed.sharding import gather, whole
 from tora.models.decoder import Decoder
 from tora.models.load import side_files
@@ -104,8 +103,16 @@ class Learner:
         micro = self._on_device(mine, batch.micro_batches)
         metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
         ref = [self._ref_logprobs(x, batch.temperature) for x in micro]
-        if self.loss.kl_coeff > 0 and self.loss.kl_in == "reward" and micro:
-            micro = self._with_kl_in_reward(batch.micro_batches, micro, ref)
+        if micro and self.loss.kl_coeff > 0 and self.loss.kl_in == "reward":
+            micro = with_reward_kl(
+                micro,
+                [ref_N for ref_N in ref if ref_N is not None],
+                batch.micro_batches,
+                self.world,
+                kl_coeff=self.loss.kl_coeff,
+                kl_type=kind_of(self.loss.kl_type, self.loss.kl_in),
+                normalize_advantages=self.cfg.normalize_advantages,
+            )
         total_weight = sum(float(m.weights_N.sum(dtype="float64")) for m in batch.micro_batches)
         proximal: list[torch.Tensor | None] = [None] * len(micro)
         if self.cfg.ppo_epochs > 1:
@@ -119,30 +126,6 @@ class Learner:
         self._schedule.step()
         self.version += 1
         return StepResult(self.version, metrics)
-
-    def _with_kl_in_reward(
-        self, whole_step: Sequence[MicroBatch], micro: Sequence[Inputs], ref: Sequence[torch.Tensor | None]
-    ) -> list[Inputs]:
-        """This rank's share with advantages of r - kl_coeff Σ_t KL_t in place of r's.
-
-        A group may be spread over ranks, so each learns every sequence's KL first.
-        """
-        starts = np.cumsum([0, *(len(m.lengths_B) for m in whole_step)])
-        kl_B, kind = np.zeros(starts[-1]), kind_of(self.loss.kl_type, self.loss.kl_in)
-        mine = range(
-            self.world.rank, len(whole_step), self.world.size
-        )  # `share_micro_batches`, less a copy without weight
-        for i, x, ref_N in zip(mine, micro, ref, strict=False):
-            assert ref_N is not None
-            own_B = sequence_kl(x.actor_logprobs_N, ref_N, x.sequence_N, len(x.lengths_B), kind)
-            kl_B[starts[i] : starts[i + 1]] = own_B.cpu().numpy()
-        kl_B = np.array(list(reduce({str(b): kl for b, kl in enumerate(kl_B)}, SUM, self.device).values()))
-        penalized = penalize(whole_step, self.loss.kl_coeff * kl_B, self.cfg.normalize_advantages)
-        mine_again = share_micro_batches(penalized, self.world.rank, self.world.size)
-        return [
-            replace(x, advantages_N=torch.tensor(m.advantages_N, device=self.device))
-            for x, m in zip(micro, mine_again, strict=True)
-        ]
 
     def _proximal(self, x: Inputs, at_start_N: torch.Tensor) -> torch.Tensor:
         """[N]: what the clip is around."""
@@ -183,8 +166,8 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         refresh(self.model)
-        metrics = reduce({name: value.item() for name, value in totals.items()}, SUM, self.device)
-        return {**metrics, "learner/grad_norm": whole(norm).item()}, before
+        sums = sum_over_ranks(torch.stack(list(totals.values())).double()).tolist()
+        return {**dict(zip(totals, sums, strict=True)), "learner/grad_norm": whole(norm).item()}, before
 
     def _mismatch(self, micro: Sequence[Inputs], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
         """See `mismatch`, over the tokens of all ranks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -64,16 +64,15 @@ class Loss(Protocol):
     def __call__(self, x: LossInputs) -> LossOutput: ...
 
 
-_ATTRIBUTES = ("kl_coeff", "kl_type", "kl_in", "proximal")
+_MEMBERS = ("kl_coeff", "kl_type", "kl_in", "proximal", "__call__")
 
 
 def build_loss(component: Component) -> Loss:
-    """The config's loss. Raises ConfigError if it cannot be built or lacks an attribute of `Loss`."""
-    loss: Any = instantiate(component)
-    missing = [name for name in _ATTRIBUTES if not hasattr(loss, name)]
-    if missing or not callable(loss):
-        lacks = f"lacks {', '.join(missing)}" if missing else "is not callable"
+    """The config's loss. Raises ConfigError if it cannot be built or lacks a member of `Loss`."""
+    loss = instantiate(component)
+    if missing := [name for name in _MEMBERS if not hasattr(loss, name)]:
         raise ConfigError(
-            f"loss._component_={component['_component_']} {lacks}; learner.loss.protocol.Loss says what a loss needs."
+            f"loss._component_={component['_component_']} lacks {', '.join(missing)}; "
+            "learner.loss.protocol.Loss documents what a loss needs."
         )
     return loss

@@ -97,7 +97,7 @@ def test_a_loss_of_a_users_module_needs_no_declaration(mine: str) -> None:
 
 
 def test_what_is_no_loss_is_refused(mine: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{mine}\.Bare lacks kl_type, kl_in, proximal; .*Loss says what"):
+    with pytest.raises(ConfigError, match=rf"{mine}\.Bare lacks kl_type, kl_in, proximal; .*Loss documents what"):
         build_loss({"_component_": f"{mine}.Bare"})
-    with pytest.raises(ConfigError, match=rf"{mine}\.NotCallable is not callable"):
+    with pytest.raises(ConfigError, match=rf"{mine}\.NotCallable lacks __call__;"):
         build_loss({"_component_": f"{mine}.NotCallable"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -81,10 +80,9 @@ def gather_objects(own: T) -> list[T]:
     return everyone
 
 
-def reduce(values: Mapping[str, float], how: dist.ReduceOp.RedOpType, device: torch.device) -> dict[str, float]:
-    """Each value over all ranks, which must call with the same names."""
-    if not dist.is_initialized():
-        return dict(values)
-    together = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(together, how)
-    return dict(zip(values, together.tolist(), strict=True))
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum of every rank's tensor, all of one shape and dtype, in a new tensor. Collective."""
+    total = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
