@@ -89,7 +89,7 @@ def test_row_norm_equals_the_norm_of_the_sum_in_float64(dtype: torch.dtype) -> N
     torch.testing.assert_close(layer.magnitude.data, layer.weight.double().norm(dim=1).float(), atol=1e-6, rtol=1e-6)
     nn.init.normal_(layer.lora_b, std=0.1)
     summed = layer.weight.double() + 1.7 * layer.lora_b.double() @ layer.lora_a.double()
-    torch.testing.assert_close(layer.own_row_norm(layer.lora_a).double(), summed.norm(dim=1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer.local_row_norm(layer.lora_a).double(), summed.norm(dim=1), atol=1e-6, rtol=1e-5)
 
 
 def train(layer: DoRALinear, steps: int) -> list[torch.Tensor]:

@@ -68,14 +68,14 @@ def test_a_trained_head_tied_or_not_learns_as_through_its_module(tmp_path: Path,
     targets = ids.roll(1)
 
     def gradients(way: str) -> dict[str, torch.Tensor]:
-        def finish(hidden_1TH: torch.Tensor) -> torch.Tensor:
+        def output_fn(hidden_1TH: torch.Tensor) -> torch.Tensor:
             if way == "module":
                 return model.output(hidden_1TH[0]).log_softmax(1).gather(1, targets[:, None])[:, 0]
             return token_logprobs(hidden_1TH[0], model.head, targets, temperature=1.0)[0]
 
         model.zero_grad()
         attend = PackedAttention(torch.tensor([len(ids)]))
-        model(ids[None], positions=torch.arange(len(ids))[None], attend=attend, finish=finish).mean().backward()
+        model(ids[None], positions=torch.arange(len(ids))[None], attend=attend, output_fn=output_fn).mean().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     ours, reference = gradients("ours"), gradients("module")

@@ -142,7 +142,7 @@ def test_a_sequences_kl_is_the_sum_over_its_tokens() -> None:
         ({"importance_correction": "tis"}, "loss.importance_correction=tis must be one of none, token_tis"),
         ({"kl_coeff": -0.1}, "loss.kl_coeff=-0.1 must be a number of at least 0"),
         ({"clip_high": "much"}, "loss.clip_high=much must be a number"),
-        ({"importance_low": 0.5}, "importance_low=0.5 is a bound of the masks"),
+        ({"importance_low": 0.5}, "importance_low=0.5 bounds the masks"),
         ({"importance_correction": "none", "importance_high": 3}, "importance_correction is none"),
         ({"importance_correction": "token_mask", "importance_low": 6}, "importance_low=6 must be less than"),
         ({"importance_correction": "sequence_mask", "importance_high": 0.9}, "must be less than importance_high=0.9"),

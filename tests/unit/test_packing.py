@@ -19,7 +19,7 @@ from learner.learner import Learner
 from tora.batching.batch import micro_batches
 from tora.bench.packing import PaddedLearner
 from tora.models.attention import PackedAttention
-from tora.models.varlen import VarlenAttention, takes
+from tora.models.varlen import VarlenAttention, supports_varlen
 
 PLAIN: dict[str, Any] = {
     "loss": LOSS,
@@ -129,4 +129,4 @@ def test_attention_without_padding_is_asked_for_the_same(monkeypatch: pytest.Mon
     torch.testing.assert_close(
         VarlenAttention(torch.tensor(lengths))(*inputs), PackedAttention(torch.tensor(lengths))(*inputs)
     )
-    assert not takes(torch.device("cpu"), torch.bfloat16)
+    assert not supports_varlen(torch.device("cpu"), torch.bfloat16)

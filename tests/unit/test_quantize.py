@@ -194,7 +194,7 @@ def test_row_norms_equal_float64(dtype: torch.dtype) -> None:
     weight = dequantize(base.weight).double()
     torch.testing.assert_close(layer.magnitude.double(), weight.norm(dim=1), atol=1e-6, rtol=1e-6)
     expected = (weight + 1.7 * layer.lora_b.double() @ layer.lora_a.double()).norm(dim=1)
-    torch.testing.assert_close(layer.own_row_norm(layer.lora_a).double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer.local_row_norm(layer.lora_a).double(), expected, atol=1e-6, rtol=1e-5)
 
 
 class Pair(nn.Module):

@@ -105,7 +105,7 @@ def packed_logits(model: Qwen3VL, folder: Path, samples: list[Sample]) -> list[t
             positions=torch.from_numpy(positions)[:, None],
             attend=PackedAttention(torch.tensor(lengths)),
             images=inputs,
-            finish=lambda hidden: model.output(hidden[0]),
+            output_fn=lambda hidden: model.output(hidden[0]),
         )
     return list(logits.split(lengths))
 
@@ -136,7 +136,7 @@ def test_without_images_it_is_a_text_model(models: tuple[Any, Qwen3VL, Path], sa
             torch.tensor(samples[0].ids)[None],
             positions=torch.arange(length)[None],
             attend=PackedAttention(torch.tensor([length])),
-            finish=ours.output,
+            output_fn=ours.output,
         )
     torch.testing.assert_close(logits[0], expected, **TOLERANCE)
 
@@ -180,7 +180,7 @@ def test_completions_share_their_prompt(models: tuple[Any, Qwen3VL, Path]) -> No
             positions=torch.from_numpy(positions)[:, None],
             attend=attend,
             images=inputs,
-            finish=lambda hidden: ours.output(hidden[0]),
+            output_fn=lambda hidden: ours.output(hidden[0]),
         )
     expected = hugging_face(theirs, folder, samples, "right")
     *of_prompts, a, b, c = logits.split([*prompt_lengths, *lengths])
@@ -209,7 +209,7 @@ def test_a_sampled_placeholder_is_a_token_like_any_other(
     plain, odd = samples[1], Sample(ImageProcessor(folder), SIZES[1], 1)
     odd.tail[3] = ours.image_token
     (inputs, positions), (odd_inputs, odd_positions) = (packed_inputs(ours, folder, [s]) for s in (plain, odd))
-    assert torch.equal(inputs.where_M, odd_inputs.where_M)
+    assert torch.equal(inputs.index_M, odd_inputs.index_M)
     np.testing.assert_array_equal(positions, odd_positions)
 
 
