@@ -72,10 +72,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, e.g. num_steps=40")
     args = parser.parse_args()
-    print(
-        f"| held-out accuracy | {' | '.join(d.name for d in DEPLOYMENTS)} |\n|---{'|---' * len(DEPLOYMENTS)}|",
-        flush=True,
-    )
+    names = " | ".join(deployment.name for deployment in DEPLOYMENTS)
+    print(f"| held-out accuracy | {names} |\n|---{'|---' * len(DEPLOYMENTS)}|", flush=True)
     rows, failed = [], False
     for method in args.only.split(","):
         cells = []
