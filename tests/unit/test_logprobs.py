@@ -1,4 +1,4 @@
-"""Log-probs without the logits of all positions, against a whole log-softmax in float64."""
+"""Log-probs in chunks, against a full log-softmax in float64."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_frozen_head_gets_no_gradient_and_frozen_hidden_states_no_graph() -> N
 
 
 def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
-    """What autograd keeps between forward and backward: inputs and one number a token."""
+    """Between forward and backward, autograd keeps the inputs and one number per token."""
     head, hidden, targets = torch.randn(5000, 8), torch.randn(64, 8, requires_grad=True), torch.arange(64)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers, float32: logits, positions, and what is refused."""
+"""Qwen3-VL against transformers in float32: logits, positions, and refused inputs."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_without_images_it_is_a_text_model(models: tuple[Any, Qwen3VL, Path], sa
 
 
 def test_images_matter(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
-    """Or the comparisons above would say little."""
+    """Otherwise the comparisons above would prove little."""
     _, ours, folder = models
     sample = samples[1]
     seen = packed_logits(ours, folder, [sample])[0]
@@ -152,7 +152,7 @@ def test_images_matter(models: tuple[Any, Qwen3VL, Path], samples: list[Sample])
 
 
 def test_completions_share_their_prompt(models: tuple[Any, Qwen3VL, Path]) -> None:
-    """Prompts first, then completions, which see their prompt's images and go on where its positions end."""
+    """Completions attend to their prompt's images and continue from its last position."""
     theirs, ours, folder = models
     processor = ImageProcessor(folder)
     samples = [Sample(processor, SIZES[number], number, tail) for number, tail in ((2, 5), (2, 8), (1, 3))]
@@ -218,7 +218,7 @@ def _one_fewer(sample: Sample, model: Qwen3VL) -> None:
 
 
 def _of_another_size(sample: Sample, model: Qwen3VL) -> None:
-    """As many features in all, but the images the other way round."""
+    """Swap two images, which leaves the total number of features unchanged."""
     sample.images.reverse()
 
 
