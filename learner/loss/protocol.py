@@ -40,7 +40,7 @@ class Loss(Protocol):
 
     @property
     def kl_coeff(self) -> float:
-        """β, at least 0. Where it is 0 the learner computes no reference log-probs and `x.ref_logprobs_N` is None."""
+        """β, at least 0. If it is 0 the learner computes no reference log-probs and `x.ref_logprobs_N` is None."""
         ...
 
     @property
@@ -61,7 +61,9 @@ class Loss(Protocol):
         (`learner`), or those of the engine that sampled the tokens (`actor`)."""
         ...
 
-    def __call__(self, x: LossInputs) -> LossOutput: ...
+    def __call__(self, x: LossInputs) -> LossOutput:
+        """The loss and metrics of one micro-batch, each additive over micro-batches."""
+        ...
 
 
 _MEMBERS = ("kl_coeff", "kl_type", "kl_in", "proximal", "__call__")

@@ -240,10 +240,10 @@ def _assigned(definition: _Definition, bound: _Bindings, name: str) -> ast.expr 
     if not isinstance(definition, ast.ClassDef):
         return None
     for node in definition.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            assert isinstance(node, ast.Assign | ast.AnnAssign)
-            return node.value
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return node.value
     for base in definition.bases:
         found = bound.get(ast.unparse(base))
         value = _assigned(*(_find(found, "") if isinstance(found, str) else (found, bound)), name)
