@@ -11,11 +11,11 @@ import torch
 from decoders import CPU
 from safetensors.torch import load_file
 from tiny import LINEARS, make_vl_model, picture
-from torchao.dtypes.nf4tensor import NF4Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from tora.models.attention import PackedAttention
 from tora.models.load import load_decoder
+from tora.models.quantize import NF4Tensor
 from tora.models.shared_prefix import SharedPrefixAttention
 from tora.models.vision.inputs import image_inputs
 from tora.models.vision.processor import ImageProcessor

@@ -23,7 +23,7 @@ def make_batch(
     sampled by more than one policy version.
     """
     staleness_P = [version - group.version for group in groups_P]
-    # all of the step's groups may have been there already at the last one
+    # empty if all of this step's groups arrived before the last step
     measured = [group for group in generated if group.rollouts] or groups_P
     rollouts = [r for group in measured for r in group.rollouts]
     metrics: Metrics = {

@@ -54,7 +54,7 @@ def image_inputs(
     do not match, and for video placeholders.
     """
     if (tokens_T[in_prompt_T] == model.video_token).any():
-        raise ValueError("a prompt holds video placeholders, and Tora trains on images and text alone")
+        raise ValueError("a prompt has video placeholders, and Tora trains on text and images only")
     sizes_I2 = pixels.grid_IT[:, 1:][image_I] // model.visual.merge
     counts_I = sizes_I2.prod(1)
     index_M = np.flatnonzero(in_prompt_T & (tokens_T == model.image_token))

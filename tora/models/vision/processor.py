@@ -84,7 +84,7 @@ class ImageProcessor:
         )
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._video_token_id in ids:
-            raise ConfigError("its prompt has a video placeholder; prompts carry text and images, no videos")
+            raise ConfigError("its prompt has a video placeholder; text and images are supported, no videos")
         found = ids.count(self.image_token_id)
         if found != len(images):
             raise ConfigError(f"its prompt has {found} image placeholders, and there are {len(images)} images")
