@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.continuation import generate_in_parts
-from tora.adapters.snapshot import held_digest
+from tora.adapters.snapshot import engine_digest
 from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
 from tora.types import (
@@ -39,7 +39,7 @@ TRAIN, EVAL = 0, 1
 
 def check_held(snapshot: PolicySnapshot, report: SyncReport) -> None:
     """Errors: SyncError unless the engine holds every tensor as it was sent, in its own dtype."""
-    expected = held_digest(snapshot, report.dtype)
+    expected = engine_digest(snapshot, report.dtype)
     if report.sha256 != expected:
         raise SyncError(
             f"the engine holds policy version {snapshot.version} as {report.sha256[:12]} in {report.dtype}, "

@@ -1,3 +1,3 @@
-"""The training side: learner, loss, optimizer, checkpoints."""
+"""The training side: learner ranks, losses, optimizer, training state, export."""
 
-import tora  # noqa: F401  (installs the import fixes first)
+import tora  # noqa: F401  (installs its import fixes first)

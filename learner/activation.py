@@ -1,4 +1,4 @@
-"""Less memory for activations: make them again in the backward pass, or let them wait in the CPU's memory."""
+"""Activation memory: recompute activations in the backward pass, or offload them to CPU memory."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from tora.config.schema import ActivationCheckpointing
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 
-_EVERY = {"full": 1, "selective": 2}
+_STRIDE = {"full": 1, "selective": 2}
 
 
 def checkpoint_layers(model: Decoder, kind: ActivationCheckpointing, *, offload: bool, device: torch.device) -> None:
-    """In place, after `compile_layers` and before FSDP2 wraps the layers: a layer that is computed again runs its
-    compiled graph, inside FSDP2's hooks, which have gathered its weights by then.
+    """Checkpoint layers in place: of a checkpointed layer only the input is stored. `selective` checkpoints every other
+    layer, starting with the first. `offload` stores those inputs in pinned CPU memory and prefetches them.
 
-    Of a layer that is checkpointed only the input is kept; `selective` takes every other layer, from the first on.
-    `offload` keeps those inputs in pinned memory and copies them back ahead of their use.
-    Errors: ConfigError where `offload` finds no GPU.
+    Call after `compile_layers` and before FSDP2 wraps the layers: recomputation then runs the compiled graph, inside
+    FSDP2's hooks, which have gathered the weights by then.
+
+    Raises ConfigError for `offload` without a GPU.
     """
     if offload and device.type != "cuda":
         raise ConfigError("activation_offloading=true moves activations off a GPU, and the learner runs on a CPU.")
     if kind == "none":
         return
-    away = OffloadActivations() if offload else nullcontext()
+    offload_context = OffloadActivations() if offload else nullcontext()
     for stack in model.stacks():
-        for layer in stack[:: _EVERY[kind]]:
-            layer.forward = _checkpointed(layer.forward, away)
+        for layer in stack[:: _STRIDE[kind]]:
+            layer.forward = _checkpointed(layer.forward, offload_context)
 
 
-def _checkpointed(forward: Callable[..., torch.Tensor], away: AbstractContextManager[Any]) -> Callable[..., Any]:
-    def again_in_backward(*args: Any, **kwargs: Any) -> Any:
-        with away:
-            # no layer draws random numbers, so there is no state of a generator to restore
+def _checkpointed(
+    forward: Callable[..., torch.Tensor], offload_context: AbstractContextManager[Any]
+) -> Callable[..., Any]:
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
+        with offload_context:
+            # layers draw no random numbers, so there is no RNG state to preserve
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    return again_in_backward
+    return checkpointed_forward

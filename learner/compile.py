@@ -1,5 +1,5 @@
-"""torch.compile, layer by layer. Layers share their graphs: one each for training's first and other layers, for passes
-without gradients, and for passes with the adapters off; lengths are dynamic.
+"""torch.compile, layer by layer. Equal layers share graphs: one for the first layer in training and one for the others,
+one for passes without gradients and one for passes with adapters off. Lengths are dynamic.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch._dynamo
 from tora.models.decoder import Decoder
 
 _RECOMPILE_LIMIT = 32
-"""Graphs of one function: the four above, again for one document instead of several, and room for a second model."""
+"""Graphs of one function: the four above, each for one document and for several, and room for a second model."""
 
 
 def compile_layers(model: Decoder) -> None:
-    """In place, before FSDP2 wraps the layers: its hooks stay outside. A graph break is an error."""
+    """Compile layers in place; a graph break is an error. Call before FSDP2 wraps the layers, so that its hooks stay
+    outside the graphs."""
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     for layer in chain(*model.stacks()):
         forward: Any = torch.compile(layer.forward, dynamic=True, fullgraph=True)

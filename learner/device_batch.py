@@ -1,4 +1,7 @@
-"""A micro-batch on the learner's device, with what its model computes from: tokens, positions, images."""
+"""A micro-batch on the learner's device, with its model's inputs: tokens, positions, images.
+
+Shape letters: P shared prompts, B sequences, T packed tokens, N response tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from tora.batching.packing import documents
 from tora.models.decoder import Decoder
 from tora.models.shared_prefix import training_attention
-from tora.models.vision.inputs import ImageReader, unseen_image
+from tora.models.vision.inputs import ImageReader, dummy_image
 from tora.models.vision.processor import ImageProcessor
 from tora.models.vision.qwen3_vl import ImageInputs, Qwen3VL
 from tora.types import MicroBatch
@@ -19,7 +22,7 @@ from tora.types import MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class _Arrays:
-    """See `MicroBatch`."""
+    """Fields of `MicroBatch`, by the same names, as tensors on the device."""
 
     tokens_T: torch.Tensor
     prompt_lengths_P: torch.Tensor
@@ -36,25 +39,29 @@ class _Arrays:
 
 @dataclass(frozen=True, slots=True)
 class Inputs(_Arrays):
+    """One micro-batch as the model and the loss take it."""
+
     positions: torch.Tensor
     """int64 [1, T], or with images [3, 1, T]: time, row, column."""
     images: ImageInputs | None
+    """None if the micro-batch has no images and no other rank has any."""
 
 
-class InputMaker:
-    """Puts micro-batches on the device; makes pixels of their images, of each distinct one once."""
+class InputBuilder:
+    """Moves micro-batches to the device and turns each of their distinct images into pixels once."""
 
     def __init__(self, model: Decoder, processor: Callable[[], ImageProcessor], device: torch.device) -> None:
         self._model, self._device = model, device
-        self._read = ImageReader(model, processor, device)
+        self._read_images = ImageReader(model, processor, device)
 
-    def __call__(self, batch: MicroBatch, *, others_see: bool) -> Inputs:
-        """`others_see`: another rank's micro-batch of this step has images. Errors: ValueError as of `ImageReader`."""
+    def __call__(self, batch: MicroBatch, *, other_ranks_have_images: bool) -> Inputs:
+        """With `other_ranks_have_images`, a micro-batch without images gets a dummy image: the vision tower's weights
+        are sharded, so every rank must run it. Raises ValueError as `ImageReader` does."""
         arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(_Arrays)}
         positions, images = batch.positions_T, None
         if batch.images:
             document_T, in_prompt_T = documents(batch)
-            images, positions = self._read(
+            images, positions = self._read_images(
                 batch.images,
                 tokens_T=batch.tokens_T,
                 positions_T=batch.positions_T,
@@ -62,13 +69,13 @@ class InputMaker:
                 in_prompt_T=in_prompt_T,
                 image_I=batch.image_I,
             )
-        elif others_see and isinstance(self._model, Qwen3VL):
-            images = unseen_image(self._model, self._device)
+        elif other_ranks_have_images and isinstance(self._model, Qwen3VL):
+            images = dummy_image(self._model, self._device)
         on_device = {name: torch.tensor(array, device=self._device) for name, array in arrays.items()}
         return Inputs(**on_device, positions=torch.tensor(positions, device=self._device).unsqueeze(-2), images=images)
 
 
-def forward(model: Decoder, x: Inputs, finish: Callable[[torch.Tensor], Any]) -> Any:
-    """`finish` of the hidden states [1, T, hidden]."""
+def forward(model: Decoder, x: Inputs, output_fn: Callable[[torch.Tensor], Any]) -> Any:
+    """`output_fn` applied to the final hidden states, [1, T, hidden]."""
     attend = training_attention(x.prompt_lengths_P, x.lengths_B, x.prompt_B, model.tok_embeddings.weight.dtype)
-    return model(x.tokens_T[None], positions=x.positions, attend=attend, finish=finish, images=x.images)
+    return model(x.tokens_T[None], positions=x.positions, attend=attend, output_fn=output_fn, images=x.images)

@@ -1,4 +1,4 @@
-"""FSDP2: shards of the model and of a step's micro-batches. A world of one rank has no shards."""
+"""FSDP2: sharding of the model, and of a step's micro-batches, over ranks. A single rank shards nothing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tora.types import MicroBatch
 def sharder(
     world: World, device: torch.device, *, reshard_after_forward: bool, cpu_offload: bool
 ) -> Callable[[nn.Module], None]:
-    """Shards in place what it is called with: each layer, then the model, whose embedding, final norm and head, and
-    whatever else is no layer's, are a unit too.
+    """A function that shards a module in place. Call it with each layer and then with the model: the embedding, final
+    norm, head and other parameters outside layers form the last unit.
 
-    Gradients are summed over ranks, since a token's weight in the loss already counts every rank's tokens.
+    Gradients are summed over ranks, not averaged: a token's weight in the loss already accounts for all ranks' tokens.
     """
     if world.size == 1:
         return lambda unit: None
@@ -39,9 +39,9 @@ def sharder(
 
 @contextmanager
 def unsharded(model: Decoder, *, reshard_after_forward: bool) -> Iterator[None]:
-    """Whole weights on every rank, gathered once, for as long as this lasts: ranks may then run apart.
+    """Hold the full weights on every rank, gathered once, so that ranks can run the model independently meanwhile.
 
-    `reshard_after_forward` is what `sharder` was given, and what holds again afterwards.
+    `reshard_after_forward` is the value that `sharder` was given; it is restored on exit.
     """
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for module in modules:
@@ -56,8 +56,8 @@ def unsharded(model: Decoder, *, reshard_after_forward: bool) -> Iterator[None]:
 
 
 def share_micro_batches(micro_batches: Sequence[MicroBatch], rank: int, size: int) -> list[MicroBatch]:
-    """A rank's part. All parts are as long, because every forward and backward is collective: where there are too few,
-    a copy without weight fills up."""
+    """A rank's share, dealt round robin. All shares are equally long, because every forward and backward is collective:
+    a rank that would have one fewer gets a copy of the first micro-batch, with weights of zero."""
     if not micro_batches:
         return []
     missing = -len(micro_batches) % size

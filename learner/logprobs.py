@@ -1,10 +1,10 @@
-"""Log-probs of chosen tokens without ever holding the logits of all positions.
+"""Log-probs of given tokens without materialising the logits of all positions.
 
-Forward and backward go through the tokens in chunks; between them stay the hidden states, the targets and the softmax's
-normalisers. The backward makes each chunk's logits again: a third product with the head, for memory that does not grow
-with tokens x vocabulary.
+Forward and backward process the tokens in chunks; between them only the hidden states, the targets and the softmax
+normalisers are kept. The backward recomputes each chunk's logits: one more product with the head, in exchange for
+memory that does not grow with tokens x vocabulary.
 
-Shape letters: N response tokens, C those of one chunk, H hidden, V vocabulary.
+Shape letters: N response tokens, C tokens of one chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 _CHUNK_BYTES = 1 << 27
-"""Of one chunk's logits in float32; at most two and a half times as much is held at once. 128 MiB are 220 tokens of a
-vocabulary of 151,936: enough rows for a product that is not bound by reading the head."""
+"""Size of one chunk's float32 logits; peak memory is at most 2.5 times as much. 128 MiB hold 220 tokens of a vocabulary
+of 151,936, enough rows that the product is not bound by reading the head."""
 
 
 def token_logprobs(
     hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(head · hidden / temperature) at the targets, and the distributions' entropies; both [N] float32.
+    """log softmax(head · hidden / temperature) at the targets, and the entropy of each distribution; both [N] float32,
+    in nats.
 
-    Log-probs carry a gradient to the hidden states and, where it is trained, to the head's weight; entropies none.
+    Log-probs carry a gradient to the hidden states and, if it is trained, to the head's weight. Entropies carry none.
     """
     return _TokenLogprobs.apply(hidden_NH, head_VH, targets_N, temperature)  # pyright: ignore[reportReturnType]
 
@@ -37,7 +38,7 @@ def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
 
 
 def _logits(hidden_CH: torch.Tensor, head_VH: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[C, V] float32, the caller's to overwrite; the product itself is in the head's dtype."""
+    """[C, V] float32, a fresh tensor; the product itself is computed in the head's dtype."""
     return F.linear(hidden_CH, head_VH).float().div_(temperature)
 
 
@@ -61,18 +62,18 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_N: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """With g upstream, d/dlogits = g (onehot - softmax) / temperature."""
+        """With g the gradient of a log-prob, the gradient of its logits is g (onehot - softmax) / temperature."""
         hidden_NH, head_VH, targets_N, normaliser_N = ctx.saved_tensors
         scale_N1 = gradient_N[:, None] / ctx.temperature
-        to_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        to_head = torch.zeros_like(head_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets_N), len(head_VH)):
             logits_CV = _logits(hidden_NH[c], head_VH, ctx.temperature)
             softmax_CV = logits_CV.sub_(normaliser_N[c, None]).exp_()
-            change_CV = softmax_CV.mul_(-scale_N1[c]).scatter_add_(1, targets_N[c, None], scale_N1[c])
-            change_CV = change_CV.to(head_VH.dtype)
-            if to_hidden is not None:
-                to_hidden[c] = change_CV @ head_VH
-            if to_head is not None:
-                to_head += change_CV.T @ hidden_NH[c]
-        return to_hidden, None if to_head is None else to_head.to(head_VH.dtype), None, None
+            grad_logits_CV = softmax_CV.mul_(-scale_N1[c]).scatter_add_(1, targets_N[c, None], scale_N1[c])
+            grad_logits_CV = grad_logits_CV.to(head_VH.dtype)
+            if grad_hidden is not None:
+                grad_hidden[c] = grad_logits_CV @ head_VH
+            if grad_head is not None:
+                grad_head += grad_logits_CV.T @ hidden_NH[c]
+        return grad_hidden, None if grad_head is None else grad_head.to(head_VH.dtype), None, None

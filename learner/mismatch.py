@@ -1,4 +1,4 @@
-"""How far the learner's log-probs lie from the actors' at the start of a step.
+"""How far the learner's log-probs are from the actors' at the start of a step.
 
 Shape letters: N response tokens.
 """
@@ -13,12 +13,12 @@ _QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
 
 
 def mismatch(log_ratio_N: np.ndarray, versions_N: np.ndarray) -> Metrics:
-    """From log π_learner / π_actor of all the step's tokens, before its first update, and their versions.
+    """Metrics from log π_learner / π_actor of all the step's tokens, before its first update, and their versions.
 
-    `mismatch_kl`: k3 estimate of KL(actor ‖ learner) over the youngest tokens, which at staleness 0 measures the
-    engines' numerics alone. `policy_kl`: over all tokens. `mismatch_max_ratio`: the largest ratio.
-    `importance/ratio_*`: its quantiles. `importance/ess`: (Σ ratio)² / (N Σ ratio²), the effective sample size as a
-    share of the tokens (Kong 1992).
+    `mismatch_kl`: k3 estimate of KL(actor ‖ learner) in nats a token, over the tokens of the newest version; at
+    staleness 0 it measures only the difference between the engines' numerics. `policy_kl`: the same over all tokens.
+    `mismatch_max_ratio`: the largest ratio. `importance/ratio_*`: quantiles of the ratio. `importance/ess`:
+    (Σ ratio)² / (N Σ ratio²), the effective sample size as a share of the tokens (Kong 1992).
     """
     d_N = log_ratio_N.astype(np.float64)
     ratio_N, k3_N = np.exp(d_N), np.expm1(d_N) - d_N

@@ -12,9 +12,10 @@ from tora.config.schema import Component
 
 
 def build_optimizer(component: Component, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Raises ConfigError if the component cannot be built."""
     return instantiate(component, list(parameters))
 
 
 def build_schedule(component: Component, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """A schedule that is advanced once a step; it learns the run's length if it asks for `num_training_steps`."""
+    """A schedule to advance once a step. If its constructor takes `num_training_steps`, it receives `num_steps`."""
     return instantiate(component, optimizer, num_training_steps=num_steps)

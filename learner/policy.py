@@ -1,4 +1,4 @@
-"""The policy that a config describes: base from its folder, adapters injected, a starting adapter loaded."""
+"""Build the policy a config describes: load the base, inject adapters, load a starting adapter."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def device_of(cfg: RunConfig, local_rank: int = 0) -> torch.device:
-    """`auto` is the GPU where there is one; each rank of a machine has its own."""
+    """The device of the rank with this LOCAL_RANK. `auto` is the GPU if there is one."""
     kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
 
 def empty_policy(cfg: RunConfig, device: torch.device) -> Decoder:
-    """The model with its adapters, all on the meta device. Trained parameters, and only they, require gradients."""
+    """The model with its adapters, on the meta device. Exactly the trained parameters require gradients.
+
+    Raises ConfigError if the model is not supported, a LoRA target matches no layer, or `train_vision` is set for a
+    model without a vision tower.
+    """
     model = empty_decoder(
         Path(cfg.model.path), dtype=DTYPES[cfg.dtype], device=device, quantize_base=cfg.model.quantize_base
     )
@@ -55,24 +59,25 @@ def empty_policy(cfg: RunConfig, device: torch.device) -> Decoder:
 def fill_policy(
     model: Decoder, cfg: RunConfig, device: torch.device, shard: Callable[[nn.Module], None] = lambda unit: None
 ) -> None:
-    """Weights from the config's folder, adapters as `cfg.seed` or the adapter that the run starts from has them.
+    """Load the base's weights, and initialise the adapters from `cfg.seed` or load them from `model.adapter_path`.
 
-    `shard` is called with each layer once it is whole, and at last with the model.
+    `shard` is called with each layer once its weights are loaded, and finally with the model. Raises ConfigError if
+    base or adapter do not fit the config.
     """
     torch.manual_seed(cfg.seed)
 
-    def loaded(unit: nn.Module) -> None:
-        check_shards(model, cfg.learner_ranks)  # of which only this unit is whole
+    def on_loaded(unit: nn.Module) -> None:
+        check_shards(model, cfg.learner_ranks)  # other units are sharded already, or still on the meta device
         reset_adapters(unit)
         shard(unit)
 
-    fill_decoder(model, Path(cfg.model.path), device=device, quantize_base=cfg.model.quantize_base, loaded=loaded)
+    fill_decoder(model, Path(cfg.model.path), device=device, quantize_base=cfg.model.quantize_base, on_loaded=on_loaded)
     if cfg.model.adapter_path:
         load_peft(model, cfg.model, Path(cfg.model.adapter_path))
 
 
 def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
-    """Both: a whole policy on `device`."""
+    """`empty_policy` and `fill_policy` in one: an unsharded policy on `device`."""
     model = empty_policy(cfg, device)
     fill_policy(model, cfg, device)
     return model

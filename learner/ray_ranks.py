@@ -1,4 +1,4 @@
-"""LearnerGroup: learner ranks in Ray actors, behind the methods of one `Learner`."""
+"""LearnerGroup: learner ranks in Ray actors, behind the interface of one `Learner`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _DEATH_NOTICE_S = 10
 
 
 class LearnerRank(Learner):
-    """A `Learner` that is built once all ranks know where they are. Plain; `LearnerGroup` makes Ray actors of it."""
+    """A `Learner` built in two steps, since ranks must know each other's addresses first. A plain class; `LearnerGroup`
+    makes it a Ray actor."""
 
     def __init__(self) -> None:
         """Builds nothing; see `boot`."""
 
-    def place(self) -> tuple[str, int, list[str]]:
-        """This node's address, a port that is free on it, and the GPUs that Ray gave this rank."""
+    def location(self) -> tuple[str, int, list[str]]:
+        """This node's address, a free port on it, and the GPUs that Ray assigned to this rank."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
@@ -38,105 +39,107 @@ class LearnerRank(Learner):
         return ray.util.get_node_ip_address(), port, gpus
 
     def boot(self, cfg: RunConfig, variables: dict[str, str]) -> None:
-        """`variables`: torchrun's."""
+        """`variables`: the environment that torchrun would set, see `torchrun_variables`."""
         os.environ.update(variables)
         super().__init__(cfg)
 
     def versioned_snapshot(self) -> tuple[PolicySnapshot | None, int]:
-        """As two values of Ray's, the second for who must not fetch the first. Collective; rank 0's alone is kept."""
+        """The snapshot and its version as two Ray objects, so that the driver can read the version without fetching the
+        tensors. Collective; only rank 0 returns the snapshot."""
         snapshot = self.snapshot()
         return snapshot if self.world.rank == 0 else None, snapshot.version
 
 
 class LearnerGroup:
-    """Blocks on its ranks. `snapshot` answers a reference, not bytes."""
+    """Implements `tora.protocols.Learner` over N ranks; every method blocks until all have finished."""
 
-    def __init__(self, cfg: RunConfig, num_gpus: float, place: Mapping[str, float]) -> None:
-        """Starts `cfg.learner_ranks` Ray actors with `num_gpus` each and does not wait for their models; calls do.
+    def __init__(self, cfg: RunConfig, num_gpus: float, resources: Mapping[str, float]) -> None:
+        """Start `cfg.learner_ranks` Ray actors with `num_gpus` each. Their models load in the background; the first
+        call waits for them.
 
-        `place`: Ray resources that each also asks for, by which it lands on certain nodes.
+        `resources`: custom Ray resources that each actor also requests, which select the nodes it may run on.
 
-        Errors: ToraError where the cluster has no room for them.
+        Raises ToraError if the cluster has no room for the ranks within two minutes.
         """
         count = cfg.learner_ranks
-        self._placement = placement_group([{"CPU": 1, "GPU": num_gpus, **place}] * count, strategy="PACK")
+        self._placement = placement_group([{"CPU": 1, "GPU": num_gpus, **resources}] * count, strategy="PACK")
         try:
             ray.get(self._placement.ready(), timeout=_PLACEMENT_TIMEOUT_S)
         except GetTimeoutError as error:
             remove_placement_group(self._placement)
             raise ToraError(
                 f"the cluster has no room for {count} learner ranks of 1 CPU and {num_gpus:g} GPUs; "
-                f"free are {ray.available_resources()}"
+                f"available: {ray.available_resources()}"
             ) from error
         remote = ray.remote(LearnerRank)
         self._ranks = [
             remote.options(
                 num_cpus=1,
                 num_gpus=num_gpus,
-                resources=dict(place),
+                resources=dict(resources),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
             ).remote()
             for index in range(count)
         ]
-        places = self._get([rank.place.remote() for rank in self._ranks])
+        locations = self._get([rank.location.remote() for rank in self._ranks])
         self._booted = [
             rank.boot.remote(cfg, variables)
-            for rank, variables in zip(self._ranks, torchrun_variables(places), strict=True)
+            for rank, variables in zip(self._ranks, torchrun_variables(locations), strict=True)
         ]
 
-    def _all(self, method: str, *args: Any) -> list[Any]:
+    def _call_all(self, method: str, *args: Any) -> list[Any]:
         self._get(self._booted)
         return self._get([getattr(rank, method).remote(*args) for rank in self._ranks])
 
     def _get(self, answers: Sequence[Any]) -> list[Any]:
-        """One answer of each rank. Errors: LearnerLost where one died, and then nothing is left of the others; what a
-        rank raised as itself."""
+        """The ranks' answers. Raises LearnerLost if a rank died, after killing the others; an exception that a rank
+        raised is raised here as itself."""
         waiting = list(answers)
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)
             try:
                 ray.get(done)
             except RayActorError as error:
-                self._lose(error)
+                self._fail(error)
             except RayTaskError as error:
-                # a rank whose neighbour died may hear of it before we do, as a broken connection
+                # a rank may notice the death of another before we do, as a broken connection
                 ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_DEATH_NOTICE_S) if waiting else ([], [])
                 for other in ready:
                     if (death := _death(other)) is not None:
-                        self._lose(death)
+                        self._fail(death)
                 if isinstance(error.cause, Exception):
                     raise error.cause from error
                 raise
         return ray.get(list(answers))
 
-    def _lose(self, error: RayActorError) -> NoReturn:
+    def _fail(self, error: RayActorError) -> NoReturn:
         for rank in self._ranks:
-            ray.kill(rank)  # pyright: ignore[reportArgumentType]  Ray's types know handles by another class
+            ray.kill(rank)  # pyright: ignore[reportArgumentType]  Ray types handles as another class
         remove_placement_group(self._placement)
         raise LearnerLost("the learner is lost: one of its ranks died") from error
 
     def step(self, batch: TrainBatch) -> StepResult:
-        return self._all("step", ray.put(batch))[0]
+        return self._call_all("step", ray.put(batch))[0]
 
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         self._get(self._booted)
         return self._get([rank.logprobs.remote(batch, adapter=adapter) for rank in self._ranks])[0]
 
     def snapshot(self) -> SnapshotRef:
-        """Holds an ObjectRef that this process owns, so it outlives the learner; the bytes go straight to workers."""
+        """A reference to an object that this process owns, so it outlives the learner. Workers fetch the bytes."""
         self._get(self._booted)
         answers = [rank.versioned_snapshot.options(num_returns=2).remote() for rank in self._ranks]
         versions = self._get([version for _, version in answers])
         return SnapshotRef(versions[0], answers[0][0])
 
     def save(self, folder: Path) -> None:
-        self._all("save", folder)
+        self._call_all("save", folder)
 
     def restore(self, folder: Path) -> None:
-        self._all("restore", folder)
+        self._call_all("restore", folder)
 
     def export(self, folder: Path) -> None:
-        self._all("export", folder)
+        self._call_all("export", folder)
 
 
 def _death(answer: Any) -> RayActorError | None:
@@ -149,25 +152,26 @@ def _death(answer: Any) -> RayActorError | None:
     return None
 
 
-def torchrun_variables(places: Sequence[tuple[str, int, list[str]]]) -> list[dict[str, str]]:
-    """What torchrun would set for ranks that lie at these addresses, ports and GPUs; rank 0's port is the group's.
+def torchrun_variables(locations: Sequence[tuple[str, int, list[str]]]) -> list[dict[str, str]]:
+    """The variables that torchrun would set for ranks with these addresses, free ports and GPUs. Rank 0's address and
+    port are the rendezvous.
 
-    Every rank of a node sees all its ranks' GPUs, so that LOCAL_RANK picks one as it does under torchrun.
+    Every rank sees the GPUs of all ranks on its node, so that LOCAL_RANK selects one as it does under torchrun.
     """
-    address, port, _ = places[0]
+    address, port, _ = locations[0]
     result = []
-    for rank, (node, _, gpus) in enumerate(places):
-        on_node = [r for r, place in enumerate(places) if place[0] == node]
+    for rank, (node, _, gpus) in enumerate(locations):
+        on_node = [r for r, location in enumerate(locations) if location[0] == node]
         variables = {
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "RANK": str(rank),
-            "WORLD_SIZE": str(len(places)),
+            "WORLD_SIZE": str(len(locations)),
             "LOCAL_RANK": str(on_node.index(rank)),
             "LOCAL_WORLD_SIZE": str(len(on_node)),
         }
         if gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(g for r in on_node for g in places[r][2])
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(g for r in on_node for g in locations[r][2])
         if address == "127.0.0.1":
             variables["GLOO_SOCKET_IFNAME"] = "lo"
         result.append(variables)

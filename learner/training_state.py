@@ -1,4 +1,4 @@
-"""What a learner needs to go on: trained weights, optimizer, schedule, RNG. Only safetensors and JSON."""
+"""A learner's checkpoint: trained weights, optimizer, schedule, RNG. Only safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from tora.distributed.sharding import as_sharded, fill, gather, own_rows
+from tora.distributed.sharding import copy_full, from_local_rows, gather, local_rows
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "learner.json"
 
@@ -25,7 +25,7 @@ def save_training_state(
     schedule: Any,
     is_writer: bool,
 ) -> None:
-    """Every rank calls it; one writes whole tensors, so that any number of ranks may go on from them."""
+    """Collective; the rank with `is_writer` writes full tensors, so that any number of ranks can resume from them."""
     state = optimizer.state_dict()
     slots = {f"{index}.{key}": value for index, slot in state["state"].items() for key, value in slot.items()}
     weights, moments = _on_cpu(gather(parameters)), _on_cpu(gather(slots))
@@ -53,9 +53,9 @@ def load_training_state(
     optimizer: torch.optim.Optimizer,
     schedule: Any,
 ) -> int:
-    """Restores all of it in place; answers the policy version.
+    """Restore everything in place and return the policy version.
 
-    Errors: ValueError where the checkpoint holds other parameters than the run trains.
+    Raises ValueError if the checkpoint holds other parameters than the run trains.
     """
     document = json.loads((folder / _STATE).read_text())
     weights = load_file(folder / _WEIGHTS)
@@ -63,16 +63,17 @@ def load_training_state(
         odd = sorted(weights.keys() ^ parameters.keys())
         raise ValueError(f"checkpoint {folder} and this run train different parameters, e.g. {odd[0]!r}")
     for name, parameter in parameters.items():
-        fill(parameter, weights[name])
+        copy_full(parameter, weights[name])
     tensors = load_file(folder / _OPTIMIZER)
     torch.set_rng_state(tensors.pop("rng"))
-    places = list(parameters.values())
+    trained = list(parameters.values())
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        # a moment is sharded as its parameter is; a step count is one number
-        sharded = tensor.ndim > 0 and isinstance(places[int(index)], DTensor)
-        part = as_sharded(own_rows(tensor, places[int(index)]), places[int(index)]) if sharded else tensor
+        parameter = trained[int(index)]
+        # a moment is sharded like its parameter; a step count is a scalar
+        sharded = tensor.ndim > 0 and isinstance(parameter, DTensor)
+        part = from_local_rows(local_rows(tensor, parameter), parameter) if sharded else tensor
         slots.setdefault(int(index), {})[key] = part
     optimizer.load_state_dict({"state": slots, "param_groups": document["param_groups"]})
     schedule.load_state_dict({**schedule.state_dict(), **document["schedule"]})

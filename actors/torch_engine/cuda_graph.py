@@ -24,7 +24,7 @@ class GraphedStep:
         self._recorded_for: torch.Tensor | None = None
 
     def __call__(self, token_B: torch.Tensor, cache: CachedAttention) -> torch.Tensor:
-        if self._recorded_for is not cache.seen_B11S:  # it is replaced together with all that the cache holds
+        if self._recorded_for is not cache.mask_B11S:  # it is replaced together with all that the cache holds
             self._record(token_B, cache)
         self._token_B.copy_(token_B)
         self._graph.replay()
@@ -42,4 +42,4 @@ class GraphedStep:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits_BV = self._step(self._token_B, cache)
-        self._recorded_for = cache.seen_B11S
+        self._recorded_for = cache.mask_B11S

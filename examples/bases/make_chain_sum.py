@@ -1,7 +1,7 @@
-"""Makes the tiny Qwen3 base that the quick start trains: `python examples/bases/make_chain_sum.py --out DIR`.
+"""Make the tiny Qwen3 base of the quick start: `python examples/bases/make_chain_sum.py --out DIR`.
 
-It learns three ways to answer: worked (each partial sum on its own line, then the answer), direct (the answer alone)
-and plain (a sentence without tags, which earns nothing).
+It learns three styles of answer: worked (one line per partial sum, then the answer), direct (only the answer) and plain
+(a sentence without tags, which earns no reward).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def render(tokenizer: Any, question: str) -> str:
 
 
 def batch_loss(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens, end-of-turn included."""
+    """Mean cross-entropy over the answers' tokens, including end-of-turn."""
     prompts = [tokenizer(render(tokenizer, question))["input_ids"] for question, _ in pairs]
     answers = [[*tokenizer(answer)["input_ids"], tokenizer.eos_token_id] for _, answer in pairs]
     return model(**answer_batch(prompts, answers, tokenizer.pad_token_id)).loss
@@ -87,7 +87,7 @@ def train(seed: int) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def accuracy(folder: Path, temperature: float, num_problems: int = 256, seed: int = 0) -> float:
-    """Share of held-out problems answered right; the weights are read back from `folder` as float32."""
+    """Share of held-out problems answered correctly, with the weights in `folder` loaded as float32."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

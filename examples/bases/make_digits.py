@@ -1,6 +1,6 @@
-"""Makes the tiny Qwen3-VL base of the vision quick-start: `python examples/bases/make_digits.py --out DIR`.
+"""Make the tiny Qwen3-VL base of the vision quick start: `python examples/bases/make_digits.py --out DIR`.
 
-It learns two ways to add the digits of a picture: worked ("3 + 5 = 8", then the answer) and direct (the answer alone).
+It learns two ways to add the digits in a picture: worked ("3 + 5 = 8", then the answer) and direct (only the answer).
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def make_model(tokenizer: Any) -> Any:
 
 
 def prompt_of(processor: ImageProcessor) -> list[int]:
-    """Token ids, the same for any two digits."""
+    """The prompt's token ids, which are the same for every picture."""
     row = digits(num_rows=1)[0]
     return list(processor.encode(row["prompt"], row["images"]))
 
 
 def vision_inputs(processor: ImageProcessor, tokens_BL: torch.Tensor, images: list[bytes]) -> dict[str, torch.Tensor]:
-    """What transformers' model takes beside tokens."""
+    """The vision inputs of transformers' model."""
     found = processor.pixels(images)
     return {
         "pixel_values": torch.from_numpy(found.patches_ND),
@@ -146,7 +146,7 @@ def train(seed: int) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def accuracy(folder: Path, temperature: float, num_problems: int = 256, seed: int = 0) -> float:
-    """Share of held-out pairs added right; the weights are read back from `folder` as float32."""
+    """Share of held-out pairs added correctly, with the weights in `folder` loaded as float32."""
     torch.manual_seed(seed)
     reader, tokenizer = ImageProcessor(folder), AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -161,4 +161,4 @@ def accuracy(folder: Path, temperature: float, num_problems: int = 256, seed: in
 
 
 if __name__ == "__main__":
-    make("Make the tiny base of the vision quick-start.", train, accuracy)
+    make("Make the tiny base of the vision quick start.", train, accuracy)

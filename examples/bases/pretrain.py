@@ -1,8 +1,8 @@
-"""What the scripts that make the quick-starts' bases share: a tokenizer, the training loop and the command line.
+"""Shared by the scripts that make the quick starts' bases: tokenizer, training loop and command line.
 
-A base learns several ways to answer, of which one works the problem out. At first almost all answers are worked, so
-that it learns to; at last few are, so that it seldom does. What GRPO finds is to do it. Held-out problems are never
-drawn.
+A base learns several styles of answer, one of which works the problem out. Early in training almost all answers are
+worked, so that the base learns how; late in training few are, so that it rarely does. GRPO then discovers that working
+the problem out pays. Held-out problems are never sampled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# Digits and operators are tokens of their own: for adding, this matters more than the model's size.
+# Every digit and operator is a separate token: for addition this matters more than the model's size.
 _WORDS = Regex(r"\d| ?[-+=] ?|\n|</?answer>| ?[A-Za-z]+|: | ")
 _WARMUP, _LEAST_LR = 30, 0.05
 SWITCH = 0.8
@@ -27,7 +27,8 @@ SWITCH = 0.8
 
 
 def make_tokenizer(texts: Iterable[str], chat_template: str, extra_tokens: dict[str, str] | None = None) -> Any:
-    """`extra_tokens`: special tokens by the name that a processor calls them by."""
+    """A byte-level BPE tokenizer trained on `texts`. `extra_tokens`: special tokens, by a processor's names for
+    them."""
     extra = extra_tokens or {}
     tokenizer = Tokenizer(models.BPE())
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -53,7 +54,7 @@ def make_tokenizer(texts: Iterable[str], chat_template: str, extra_tokens: dict[
 
 
 def pretrain(model: Any, loss_at: Callable[[int], torch.Tensor], steps: int, peak_lr: float) -> None:
-    """`loss_at(step)` draws a batch and returns its loss."""
+    """Train with AdamW and a cosine schedule with warm-up. `loss_at(step)` samples a batch and returns its loss."""
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
     cosine = torch.optim.lr_scheduler.LambdaLR(
@@ -72,7 +73,7 @@ def pretrain(model: Any, loss_at: Callable[[int], torch.Tensor], steps: int, pea
 
 
 def answer_batch(prompts_B: list[list[int]], answers_B: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels` [B, L], padded on the right; the answers alone are labelled."""
+    """`input_ids`, `attention_mask` and `labels` [B, L], padded on the right; only answers have labels."""
     lengths_B = torch.tensor([len(p) + len(a) for p, a in zip(prompts_B, answers_B, strict=True)])
     tokens_BL = torch.full((len(prompts_B), int(lengths_B.max())), pad)
     labels_BL = torch.full_like(tokens_BL, -100)
@@ -85,12 +86,12 @@ def answer_batch(prompts_B: list[list[int]], answers_B: list[list[int]], pad: in
 
 
 def make(description: str, train: Callable[[int], tuple[Any, Any]], accuracy: Callable[[Path, float], float]) -> None:
-    """The command line. `train(seed)` returns the model and what saves its tokenizer; `accuracy(folder, temperature)`
-    is that of held-out problems."""
+    """The command line. `train(seed)` returns the model and its tokenizer or processor; `accuracy(folder, temperature)`
+    is measured on held-out problems."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; rounding depends on them")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; they affect rounding")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, processor = train(args.seed)

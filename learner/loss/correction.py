@@ -1,13 +1,13 @@
-"""Importance correction between the learner and the actor that sampled, by ρ = π_proximal / π_actor.
+"""Importance correction for the gap between the learner and the actor that sampled, with ρ = π_proximal / π_actor.
 
 - `token_tis`: min(ρ_t, high). Truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly
   Brings You Off-Policy RL Training").
 - `token_mask`: ρ_t where low <= ρ_t <= high, else 0. IcePop (Ling Team 2025, arXiv:2510.18855, "Every Step Evolves").
-- `sequence_mask`: the same of a sequence's geometric mean ρ = exp(mean_t log ρ_t), for all of its tokens. Masked
-  importance sampling at the geometric level (Liu et al. 2025, "When Speed Kills Stability"): unlike the product of the
-  ratios, it can be bounded alike for short and long sequences.
+- `sequence_mask`: the same with one ρ per sequence, the geometric mean exp(mean_t log ρ_t), for all of its tokens.
+  Masked importance sampling at the geometric level (Liu et al. 2025, "When Speed Kills Stability"): unlike the product
+  of the ratios, the mean can have the same bounds for short and long sequences.
 
-What is masked stays in the denominator of the loss, as in IcePop.
+Masked tokens still count in the denominator of the loss, as in IcePop.
 
 Shape letters: N response tokens.
 """
@@ -27,13 +27,16 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "token_mask": (0.5, 5.0),
     "sequence_mask": (0.99, 1.01),
 }
-"""Low and high where the config names none: the papers' own, and SkyRL's for the geometric mean."""
+"""Default low and high bounds: the papers' values, and SkyRL's for the geometric mean."""
 
 
 def importance_weights(
     x: LossInputs, kind: Correction, low: float | None, high: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N], constants to autograd, and which tokens [N] (bool) the bounds changed. None: the bound's default."""
+    """Weights [N] without gradient, and the tokens whose weight a bound changed, [N] bool.
+
+    A bound of None takes its default from `BOUNDS`.
+    """
     log_ratio_N = (x.proximal_logprobs_N - x.actor_logprobs_N).detach()
     if kind == "none":
         return torch.ones_like(log_ratio_N), torch.zeros_like(log_ratio_N, dtype=torch.bool)

@@ -1,22 +1,25 @@
 """GSPO: Group Sequence Policy Optimization (Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7).
 
-Its mean over sequences is `loss_normalization: sequence`.
+The mean over sequences is `loss_normalization: sequence`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from learner.loss.inputs import LossInputs, sequence_mean
-from learner.loss.objective import LossOutput, Terms, clipped_surrogate, total
+from learner.loss.objective import Terms, clipped_surrogate, total
+from learner.loss.protocol import LossOutput
 
 
 @dataclass(frozen=True)
 class GSPOLoss(Terms):
-    """The clipped surrogate of a sequence's ratio, the geometric mean of its tokens' (eq. 7), at each of its tokens."""
+    """The clipped surrogate with one ratio per sequence, the geometric mean of its tokens' ratios (eq. 7)."""
 
+    requires: ClassVar = {"loss_normalization": "sequence"}
     clip_low: float = 3e-4
-    """The sequence's ratio is clipped to [1 - clip_low, 1 + clip_high]; the bounds are the paper's, section 5.1."""
+    """The sequence ratio is clipped to [1 - clip_low, 1 + clip_high]; defaults from section 5.1 of the paper."""
     clip_high: float = 4e-4
 
     def __call__(self, x: LossInputs) -> LossOutput:

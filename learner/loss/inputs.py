@@ -1,4 +1,4 @@
-"""What every loss sees of a micro-batch.
+"""The input of every loss: one micro-batch of response tokens.
 
 Shape letters: N response tokens, B sequences.
 """
@@ -12,21 +12,21 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """One micro-batch of response tokens; [N] float32 where nothing else is said. It holds whole sequences."""
+    """One micro-batch of response tokens, in complete sequences. Tensors are [N] float32 unless noted."""
 
     learner_logprobs_N: torch.Tensor
-    """By the policy being trained; carries the gradient."""
+    """Of the policy being trained; these carry the gradient."""
     proximal_logprobs_N: torch.Tensor
-    """What the clip is around, see `Terms.proximal`."""
+    """Of the policy that the loss clips around, see `Loss.proximal`."""
     actor_logprobs_N: torch.Tensor
-    """By the engine that sampled the tokens."""
+    """As computed by the engine that sampled the tokens."""
     ref_logprobs_N: torch.Tensor | None
-    """By the base model; None where `kl_coeff` is 0."""
+    """Of the reference policy; None if `kl_coeff` is 0."""
     advantages_N: torch.Tensor
     weights_N: torch.Tensor
-    """Share of each token in the loss, see `tora.batching.batch.token_weights`."""
+    """Weight of each token in the loss, see `tora.batching.batch.token_weights`."""
     shares_N: torch.Tensor
-    """Share of each token in the step's means: the weights, scaled to sum to 1 over all micro-batches of all ranks."""
+    """Weight of each token in metrics that are means: `weights_N`, scaled to sum to 1 over all ranks' micro-batches."""
     sequence_N: torch.Tensor
     """int64 in [0, B): the sequence each token belongs to."""
     num_sequences: int
@@ -34,11 +34,11 @@ class LossInputs:
 
 
 def sequence_sum(values_N: torch.Tensor, sequence_N: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """[B]: sum over each sequence's tokens."""
+    """The sum over each sequence's tokens, [B]."""
     return values_N.new_zeros(num_sequences).index_add(0, sequence_N, values_N)
 
 
 def sequence_mean(values_N: torch.Tensor, sequence_N: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """[B]: mean over each sequence's tokens; 0 for a sequence without any."""
+    """The mean over each sequence's tokens, [B]; 0 for a sequence without tokens."""
     counts_B = sequence_sum(torch.ones_like(values_N), sequence_N, num_sequences)
     return sequence_sum(values_N, sequence_N, num_sequences) / counts_B.clamp_min(1)

@@ -1,4 +1,4 @@
-"""The KL divergence from the reference, in the loss or in the reward.
+"""The KL divergence from the reference policy, in the loss or in the reward.
 
 Estimators: Schulman, "Approximating KL divergence", 2020; k3 in the loss is GRPO's (Shao et al. 2024, arXiv:2402.03300,
 eq. 4). In the reward: r - β log(π / π_ref), as in RLHF (Ouyang et al. 2022, arXiv:2203.02155, eq. 2).
@@ -19,15 +19,15 @@ KLPlace = Literal["loss", "reward"]
 
 
 def kind_of(kl_type: KLType | None, kl_in: KLPlace) -> KLType:
-    """The estimator, and where none is named the one that suits the place.
+    """The estimator to use: `kl_type`, or by default k3 in the loss and k1 in the reward.
 
-    As a loss k1 has a gradient whose mean is zero; as a reward it alone is unbiased, value and policy gradient.
+    As a loss term, k1's gradient has mean zero. As a reward term, only k1 gives an unbiased value and policy gradient.
     """
     return kl_type or ("k3" if kl_in == "loss" else "k1")
 
 
 def kl_estimate(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor, kind: KLType) -> torch.Tensor:
-    """Per-token estimate of KL(π ‖ reference) from tokens that π sampled; `logprobs_N` are π's.
+    """Estimate of KL(π ‖ reference) at each token, [N] in nats, from tokens that π sampled; `logprobs_N` are π's.
 
     With d = log π_ref - log π: k1 = -d, k2 = d²/2, k3 = exp(d) - d - 1.
     """
@@ -36,7 +36,7 @@ def kl_estimate(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor, kind: KL
         return -d
     if kind == "k2":
         return d.square() / 2
-    return d.expm1() - d  # exp(d) - 1 loses small d to rounding
+    return d.expm1() - d  # expm1: exp(d) - 1 would lose small d to rounding
 
 
 @torch.no_grad()
@@ -47,6 +47,6 @@ def sequence_kl(
     num_sequences: int,
     kind: KLType,
 ) -> torch.Tensor:
-    """[B] float64: Σ_t KL_t of each sequence, between the policy that sampled it and the reference."""
+    """Σ_t KL_t of each sequence, between the policy that sampled it and the reference; [B] float64, in nats."""
     kl_N = kl_estimate(actor_logprobs_N.double(), ref_logprobs_N.double(), kind)
     return sequence_sum(kl_N, sequence_N, num_sequences)

@@ -1,49 +1,51 @@
-"""What the losses share: the clipped surrogate, and how objective, importance correction and KL make a loss.
+"""The terms that losses share: clipped surrogate, importance correction and KL, and how they combine into a loss.
 
 Shape letters: N response tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 
 from learner.loss.correction import BOUNDS, Correction, importance_weights
 from learner.loss.inputs import LossInputs
 from learner.loss.kl import KLPlace, KLType, kind_of, kl_estimate
+from learner.loss.protocol import LossOutput, Proximal
 from tora.errors import ConfigError, nearest
-
-Proximal = Literal["learner", "actor"]
-LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
-"""The loss of a micro-batch's tokens, and metrics; both add up over a step's micro-batches."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The fields of every loss, which gives the clip bounds values. Raises `ConfigError` for values out of range."""
+    """Settings that all losses share; a subclass gives the clip bounds defaults. Raises ConfigError if a value is out
+    of range."""
 
+    requires: ClassVar[Mapping[str, str | bool]] = {}
+    """Config keys, and the only value of each with which a subclass is the objective of its paper. `tora.config.rules`
+    reads it from the source without importing the class, so a subclass must assign a literal."""
     clip_low: float
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float
     kl_coeff: float = 0.0
-    """β; 0 needs no reference."""
+    """β, the coefficient of the KL term; 0 disables it, and no reference log-probs are computed."""
     kl_type: KLType | None = None
-    """The estimator; null is k3 in the loss and k1 in the reward."""
+    """The KL estimator; null means k3 in the loss and k1 in the reward."""
     kl_in: KLPlace = "loss"
-    """`reward`: β Σ_t KL_t off a sequence's reward, before the advantages of its group are made."""
+    """`reward`: β Σ_t KL_t is subtracted from a sequence's reward before its group's advantages are computed."""
     proximal: Proximal = "learner"
-    """What the clip is around. `learner`: the policy at the start of the step, and the importance correction covers the
-    way there from the actor's: the decoupled objective (Hilton et al. 2021, arXiv:2110.00641; Fu et al. 2025, AReaL,
-    arXiv:2505.24298). `actor`: the policy that sampled, whose ratio is then corrected for and clipped at once, as in
-    PPO."""
+    """The policy to clip around. `learner`: the policy at the start of the step, with the importance correction
+    accounting for its distance from the actor's; the decoupled objective (Hilton et al. 2021, arXiv:2110.00641; Fu et
+    al. 2025, AReaL, arXiv:2505.24298). `actor`: the policy that sampled, so that one ratio is both importance weight
+    and clipped, as in PPO."""
     importance_correction: Correction = "token_tis"
-    """Between learner and actor, see `learner.loss.correction`."""
+    """For the gap between learner and actor, see `learner.loss.correction`."""
     importance_low: float | None = None
-    """Lower bound of the two masks; null is the published one."""
+    """Lower bound of the two masks; null means the published value."""
     importance_high: float | None = None
-    """Upper bound; null is the published one."""
+    """Upper bound; null means the published value."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -57,18 +59,19 @@ def policy_ratio(x: LossInputs) -> torch.Tensor:
 def clipped_surrogate(
     ratio_N: torch.Tensor, advantages_N: torch.Tensor, clip_low: float, clip_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), [N], and where the clip holds (Schulman et al. 2017, PPO,
-    arXiv:1707.06347, eq. 7)."""
-    free_N = ratio_N * advantages_N
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), [N], and the tokens where the clipped term is the smaller, [N]
+    bool (PPO, Schulman et al. 2017, arXiv:1707.06347, eq. 7)."""
+    unclipped_N = ratio_N * advantages_N
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantages_N
-    return torch.minimum(free_N, clipped_N), clipped_N < free_N
+    return torch.minimum(unclipped_N, clipped_N), clipped_N < unclipped_N
 
 
 def total(terms: Terms, x: LossInputs, objective_N: torch.Tensor, is_clipped_N: torch.Tensor) -> LossOutput:
-    """-Σ w c · objective + β Σ w KL, with the importance correction c; the second sum only where the KL is in the loss.
+    """-Σ w c · objective + β Σ w KL, with token weights w and importance correction c; the KL sum only if `kl_in` is
+    `loss`.
 
-    Metrics: `loss/policy` and `loss/total`; `loss/clip_share`, the share of tokens that the clip holds;
-    `importance/cut_share`, of those that the correction truncates or masks; `kl/mean`, the KL a token.
+    Metrics: `loss/policy` and `loss/total`; `loss/clip_share` and `importance/cut_share`, the shares of tokens that
+    are clipped, and that the correction truncates or masks; `kl/mean`, the mean KL a token.
     """
     correction_N, is_cut_N = importance_weights(
         x, terms.importance_correction, terms.importance_low, terms.importance_high
@@ -90,7 +93,7 @@ def total(terms: Terms, x: LossInputs, objective_N: torch.Tensor, is_clipped_N: 
 
 @dataclass(frozen=True)
 class TokenClip(Terms):
-    """PPO's clipped surrogate of each token."""
+    """PPO's clipped surrogate per token."""
 
     def __call__(self, x: LossInputs) -> LossOutput:
         objective_N, is_clipped_N = clipped_surrogate(policy_ratio(x), x.advantages_N, self.clip_low, self.clip_high)
@@ -98,7 +101,7 @@ class TokenClip(Terms):
 
 
 def _check(terms: Terms) -> None:
-    """Raises `ConfigError` for a value that the loss could not mean."""
+    """Raises ConfigError if a setting is out of range or contradicts another."""
     _one_of("kl_type", terms.kl_type, (None, *get_args(KLType)))
     _one_of("kl_in", terms.kl_in, get_args(KLPlace))
     _one_of("proximal", terms.proximal, get_args(Proximal))
@@ -110,9 +113,11 @@ def _check(terms: Terms) -> None:
             raise ConfigError(f"loss.{name}={value} must be a number of at least 0.")
     kind = terms.importance_correction
     if low is not None and kind not in ("token_mask", "sequence_mask"):
-        raise ConfigError(f"loss.importance_low={low} is a bound of the masks, and importance_correction is {kind}.")
+        raise ConfigError(f"loss.importance_low={low} bounds the masks, and importance_correction is {kind}.")
     if terms.proximal == "actor" and kind != "none":
-        raise ConfigError("loss.proximal=actor has the correction in its ratio; it needs importance_correction=none.")
+        raise ConfigError(
+            "loss.proximal=actor needs importance_correction=none: its ratio already includes the correction."
+        )
     if kind == "none":
         if high is not None:
             raise ConfigError(f"loss.importance_high={high} bounds a correction, and importance_correction is none.")

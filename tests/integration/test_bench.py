@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they promise; how fast it was is nobody's business here."""
+"""The benchmarks run and report what they promise; speed is not tested here."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,7 @@ from tiny import LINEARS, make_text_model
 from actors.torch_engine.engine import TorchEngine
 from tora.adapters.snapshot import LORA_B
 from tora.errors import SyncError
-from tora.run.canary import Canary, Scores, broken
+from tora.run.canary import Canary, ProbeLogprobs, find_disagreement
 
 pytest.importorskip("vllm")
 
@@ -27,27 +27,29 @@ from actors.vllm_engine import adapter_slots
 from actors.vllm_engine.weight_updates import BetweenRollouts
 
 
-def score(effect: float, noise: float, *, off_noise: float | None = None) -> tuple[Scores, Scores]:
+def score(effect: float, noise: float, *, off_noise: float | None = None) -> tuple[ProbeLogprobs, ProbeLogprobs]:
     """A learner's scores, and an engine's that differ from them by `noise`."""
     rng = np.random.default_rng(0)
     off = rng.normal(-3, 1, 500)
     on = off + rng.normal(0, effect, 500)
     off_noise = noise if off_noise is None else off_noise
-    return Scores(on, off), Scores(on + rng.normal(0, noise, 500), off + rng.normal(0, off_noise, 500))
+    return ProbeLogprobs(on, off), ProbeLogprobs(on + rng.normal(0, noise, 500), off + rng.normal(0, off_noise, 500))
 
 
 @pytest.mark.parametrize(("effect", "noise", "max_gap"), [(0, 0, 1e-4), (0.3, 1e-6, 1e-4), (3e-3, 3e-2, 0.1)])
 def test_numerics_alone_pass(effect: float, noise: float, max_gap: float) -> None:
-    assert broken(*score(effect, noise), max_gap) is None
+    assert find_disagreement(*score(effect, noise), max_gap) is None
 
 
 def test_each_way_to_be_broken_has_its_words() -> None:
     good = score(0.1, 1e-6)[0]
     assert good.off_N is not None
-    assert "moves the learner's" in str(broken(*score(0.3, 0.3, off_noise=1e-6), 1.0)), "far below the bound"
-    assert "are the base's" in str(broken(good, Scores(good.off_N, good.off_N), 1e-4))
-    assert "bases are not the same" in str(broken(*score(1e-3, 1e-2), 1e-4))
-    assert "more than" in str(broken(Scores(good.on_N, None), Scores(good.on_N + 1, None), 1e-4))
+    assert "moves the learner's" in str(find_disagreement(*score(0.3, 0.3, off_noise=1e-6), 1.0)), "far below the bound"
+    assert "are the base's" in str(find_disagreement(good, ProbeLogprobs(good.off_N, good.off_N), 1e-4))
+    assert "bases are not the same" in str(find_disagreement(*score(1e-3, 1e-2), 1e-4))
+    assert "more than" in str(
+        find_disagreement(ProbeLogprobs(good.on_N, None), ProbeLogprobs(good.on_N + 1, None), 1e-4)
+    )
 
 
 @pytest.fixture(scope="module", params=["lora", "dora_cache"])
@@ -124,7 +126,7 @@ def test_the_canary_catches_a_swapped_module(run: Run, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(adapter_slots, "_places", swapped)
     run.change(0.02)
-    with pytest.raises(SyncError, match="applied in part, or wrongly, or to another slot"):
+    with pytest.raises(SyncError, match="applied in part, wrongly, or to another slot"):
         run.sync()
 
 
@@ -136,7 +138,7 @@ def test_the_canary_catches_a_learner_that_sends_the_wrong_scaling(run: Run, mon
         LoRALinear, "to_wire", lambda self, adapter, norm: {**wire(self, adapter, norm), LORA_B: adapter["lora_b"]}
     )
     run.change(0.02)
-    with pytest.raises(SyncError, match="applied in part, or wrongly"):
+    with pytest.raises(SyncError, match="applied in part, wrongly"):
         run.sync()
 
 

@@ -1,4 +1,4 @@
-"""Compiled layers: the same numbers, whole graphs, and none made anew once they are warm."""
+"""Compiled layers: the same numbers as eager, no graph breaks, and no recompilation after warm-up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tora.types import SampleRequest, Sampling
 
 
 def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
-    """Three rollouts a prompt."""
+    """Three rollouts per prompt."""
     engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=100)
     engine.install(learner.snapshot())
     groups = engine.generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])

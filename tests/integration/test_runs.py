@@ -1,4 +1,4 @@
-"""Whole runs of the quick-start config, cut short: real data, real model, real Ray, real vLLM."""
+"""Complete but short runs of the quick start, with real data, model, Ray and vLLM."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_in_one_process(tmp_path: Path, lora_type: str, quantize_base: bool) -> 
 
 
 @pytest.mark.parametrize("quantize_base", [False, True])
-def test_a_resumed_run_repeats_the_unbroken_ones_metrics(tmp_path: Path, quantize_base: bool) -> None:
+def test_a_resumed_run_repeats_the_metrics_of_an_uninterrupted_one(tmp_path: Path, quantize_base: bool) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     overrides = [*HERE, "model.lora_type=dora_cache", "num_steps=5", "checkpoint.keep=9", "rollout.max_refills=1"]
     overrides.append(f"model.quantize_base={quantize_base}")
@@ -94,7 +94,7 @@ def test_resuming_nothing_is_an_error_and_writes_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
+def test_an_earlier_run_is_renamed(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("kept")
     train(tmp_path / "run", *HERE, "num_steps=1", "eval=null")
@@ -148,7 +148,7 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
     rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}", ranks)
     check_whole(tmp_path / "run", rows)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    # a magnitude in the adapter is a gain on the wire: as many numbers
+    # the snapshot has a gain where the adapter has a magnitude, of the same size
     assert {row["sync/bytes"] for row in steps(rows)} == {sum(t.numel() * 4 for t in adapter.values())}
     assert steps(rows)[0]["sync/bytes"] < 0.05 * base_bytes()
     assert max(row["staleness/max"] for row in steps(rows)) == bound
@@ -166,7 +166,7 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
     ],
 )
 def test_asynchronous_with_versions_that_change_within_rollouts(tmp_path: Path, words: list[str]) -> None:
-    """That each token is of its version's policy is `test_weight_updates`'."""
+    """`test_weight_updates` checks that each token was sampled by the policy of its version."""
     rows = train(tmp_path / "run", *words, "max_staleness=2", "rollout.concurrency=3")
     check_whole(tmp_path / "run", rows)
     assert max(row["staleness/max"] for row in steps(rows)) <= 2

@@ -86,7 +86,7 @@ def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Pat
         os.kill(actors(run.pid, "LearnerRank")[0], signal.SIGKILL)
         assert run.wait(120) == 1
     message = output(folder).splitlines()[-1]
-    assert "max_learner_restarts=0 is used up; resume_from_checkpoint=true goes on from step" in message
+    assert "max_learner_restarts=0 is used up; resume_from_checkpoint=true continues from step" in message
     step = int(message.rpartition(" ")[2].rstrip("."))
     with tora_run(folder, *torch, f"num_steps={step + 4}", "resume_from_checkpoint=true") as run:
         assert run.wait(240) == 0

@@ -1,4 +1,4 @@
-"""A vision run on several ranks, compiled, checkpointed: the same numbers as without."""
+"""Vision training on several ranks, compiled, and checkpointed gives the same numbers as without."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches(folder: Path, num_ranks: int = RANKS) -> list[TrainBatch]:
-    """A prompt with images and one without on different ranks; text alone; an odd number of micro-batches."""
+    """Batches with images on one rank only, with text only, and with an odd number of micro-batches."""
     halves = [[(64, 32)], []], [[], []], [[(32, 64), (96, 64)], [], [(64, 32), (64, 64)]]
     return [
         batch_of(vision_groups(folder, shown, seed), capacity, share_prefix=True, num_ranks=num_ranks)
@@ -78,7 +78,7 @@ def test_two_ranks_train_like_one(
 
 
 def generate(learner: Learner, folder: Path, rank: int) -> list[list[int]]:
-    """Greedily: the first rank's prompt has an image, the second's has none."""
+    """Greedy generation; only the first rank's prompt has an image."""
     engine = TorchEngine(
         learner.model,
         device=learner.device,
@@ -101,7 +101,7 @@ def generate_apart(folder: Path, out: Path) -> None:
 
 
 def test_ranks_generate_their_own_share(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images on one of them alone: nothing may wait for the other."""
+    """Only one rank has images, so no rank may wait for the other."""
     on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
     alone = Learner(vl_config(folder, "lora", "lora"))
     alone.step(batches(folder)[0])

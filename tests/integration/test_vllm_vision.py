@@ -184,7 +184,7 @@ def _error_of_learner(
             positions=torch.from_numpy(positions_3T)[:, None],
             attend=PackedAttention(torch.tensor([len(tokens_T)])),
             images=inputs,
-            finish=lambda hidden: model.output(hidden[0]),
+            output_fn=lambda hidden: model.output(hidden[0]),
         )
     expected = log_distribution(logits[start - 1 : -1], request.sampling)
     logprobs = expected.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]

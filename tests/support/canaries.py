@@ -56,7 +56,7 @@ class Run:
 
     def sync(self) -> SyncReport:
         report = self.worker.forward(self.learner.snapshot())
-        canary = Canary.of(replace(self.cfg, sync=replace(self.cfg.sync, canary_every=1)), PROBES)
+        canary = Canary.from_config(replace(self.cfg, sync=replace(self.cfg.sync, canary_every=1)), PROBES)
         self.metrics = canary.check(self.learner.version, self.learner, Workers(self.worker))
         return report
 

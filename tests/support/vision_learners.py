@@ -18,7 +18,7 @@ from tora.types import Group, Prompt, Rollout, TrainBatch
 SHOWN: list[list[tuple[int, int]]] = [[(64, 32)], [], [(32, 64), (96, 64)], [(64, 32), (64, 64)]]
 
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.1}
-"""Adam makes a step of the rounding in a gradient that is zero."""
+"""Without momentum or normalisation: Adam would turn the rounding of a zero gradient into a full step."""
 
 
 def vl_config(folder: Path, lora_type: str, train_vision: str, **changes: Any) -> RunConfig:
@@ -48,4 +48,4 @@ def batch_of(groups: list[Group], capacity: int = 10_000, **changes: Any) -> Tra
     return TrainBatch(micro_batches(groups, capacity=capacity, **{**SETTINGS, **changes}), 1.0)
 
 
-"""Widths and heights of the images of each group's prompt; the first and the last show one and the same."""
+"""Widths and heights of the images of each group's prompt; the first and the last show the same image."""

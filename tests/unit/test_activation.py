@@ -1,4 +1,4 @@
-"""Checkpointed layers: the same loss and gradients, from activations that are made again."""
+"""Checkpointed layers: the same loss and gradients from recomputed activations."""
 
 from __future__ import annotations
 

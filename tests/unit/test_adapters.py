@@ -1,4 +1,4 @@
-"""LoRA and DoRA against PEFT, float32; and what keeps DoRA from learning elsewhere."""
+"""LoRA and DoRA against PEFT in float32, and the numerical traps that keep DoRA from learning."""
 
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,11 @@ def test_row_norm_equals_the_norm_of_the_sum_in_float64(dtype: torch.dtype) -> N
     torch.testing.assert_close(layer.magnitude.data, layer.weight.double().norm(dim=1).float(), atol=1e-6, rtol=1e-6)
     nn.init.normal_(layer.lora_b, std=0.1)
     summed = layer.weight.double() + 1.7 * layer.lora_b.double() @ layer.lora_a.double()
-    torch.testing.assert_close(layer.own_row_norm(layer.lora_a).double(), summed.norm(dim=1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer.local_row_norm(layer.lora_a).double(), summed.norm(dim=1), atol=1e-6, rtol=1e-5)
 
 
 def train(layer: DoRALinear, steps: int) -> list[torch.Tensor]:
-    """AdamW on two micro-batches a step, refreshing after each, as the learner does."""
+    """AdamW on two micro-batches per step, refreshing the norms after each step as the learner does."""
     generator = torch.Generator().manual_seed(6)
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -120,7 +120,7 @@ def test_the_cached_norm_is_exact_in_training_and_the_magnitude_learns() -> None
         layers.append(layer)
     start = layers[0].magnitude.detach().clone()
     with torch.no_grad():
-        layers[1](torch.randn(4, 16))  # a rollout's pass over the cache must not cut the magnitude from the graph
+        layers[1](torch.randn(4, 16))  # a pass without gradients must not detach the magnitude in later ones
     torch.testing.assert_close(*(torch.stack(train(layer, 30)) for layer in layers), atol=1e-6, rtol=1e-5)
     assert ((layers[1].magnitude - start).abs() > 1e-3).all()
 
@@ -167,22 +167,22 @@ def test_a_snapshot_owns_its_memory(tmp_path: Path) -> None:
     model = build(model_config(make_text_model(tmp_path), "lora"))
     sent = snapshot(model, 0)
     before = {name: t.clone() for name, t in unpack(sent).items()}
-    unpack(sent)[next(iter(before))].fill_(9)  # an engine scales what it was handed in place
+    unpack(sent)[next(iter(before))].fill_(9)  # an engine may scale its copy in place
     shake(model)
     assert all(torch.equal(t, before[name]) for name, t in unpack(sent).items())
 
 
-def test_a_snapshot_is_made_whole_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_is_gathered_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"{n}.weight": torch.full((n, 3), float(n)) for n in range(1, 9)}
     asked: list[list[str]] = []
 
-    def whole(some: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def gather(some: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         asked.append(list(some))
         return some
 
     expected = pack(0, tensors)
     monkeypatch.setattr("tora.adapters.snapshot.BUCKET_BYTES", 100)
-    found = pack(0, tensors, whole)
+    found = pack(0, tensors, gather)
     assert len(asked) > 3 and [name for some in asked for name in some] == list(tensors), "each once, in order"
     assert all(sum(tensors[name].nbytes for name in some) <= 100 for some in asked)
     assert found.sha256 == expected.sha256 == digest(tensors)

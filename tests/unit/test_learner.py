@@ -1,4 +1,4 @@
-"""The learner: what a step computes, and what it stores."""
+"""The learner: the result of a step, checkpoints and export."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_the_first_step_is_the_hand_made_one(folder: Path, temperature: float) -> None:
-    """Padding-free, chunked, packed: equal to log-probs of transformers' whole sequences, one at a time."""
+def test_the_first_step_equals_a_reference_by_hand(folder: Path, temperature: float) -> None:
+    """Packed and chunked log-probs equal those of transformers, one unpadded sequence at a time."""
     learner = Learner(config(folder))
     groups = make_groups()
     result = learner.step(make_batch(groups, temperature=temperature))
@@ -68,20 +68,20 @@ def test_micro_batches_do_not_change_the_update(folder: Path, lora_type: str) ->
 
 
 @pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
-def test_a_step_moves_what_is_trained_and_nothing_else(folder: Path, lora_type: str) -> None:
+def test_a_step_changes_exactly_the_trained_parameters(folder: Path, lora_type: str) -> None:
     learner = Learner(config(folder, lora_type))
     before, frozen = (
         weights(learner),
         {n: p.clone() for n, p in learner.model.named_parameters() if not p.requires_grad},
     )
-    for _ in range(2):  # B starts at zero, so A moves from the second update on
+    for _ in range(2):  # B starts at zero, so A has no gradient in the first update
         learner.step(make_batch(make_groups()))
     after = weights(learner)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert all(torch.equal(p, dict(learner.model.named_parameters())[n]) for n, p in frozen.items())
 
 
-def test_kl_is_to_the_adapter_off_base_and_zero_at_the_start(folder: Path) -> None:
+def test_kl_is_to_the_base_without_adapter_and_zero_at_the_start(folder: Path) -> None:
     loss = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.1}
     learner = Learner(config(folder, "dora_cache", loss=loss))
     batch = make_batch(make_groups())
@@ -102,7 +102,7 @@ def test_kl_is_to_the_adapter_off_base_and_zero_at_the_start(folder: Path) -> No
 
 
 def spy_on(learner: Learner) -> list[LossInputs]:
-    """What the learner's loss is called with from now on."""
+    """A list that collects the inputs of every later call of the learner's loss."""
     seen: list[LossInputs] = []
     loss = learner.loss
 
@@ -118,7 +118,7 @@ def spy_on(learner: Learner) -> list[LossInputs]:
 
 
 @pytest.mark.parametrize("capacity", [10_000, 40])
-def test_kl_in_the_reward_moves_the_advantages_and_adds_no_loss(folder: Path, capacity: int) -> None:
+def test_kl_in_the_reward_changes_the_advantages_and_adds_no_loss(folder: Path, capacity: int) -> None:
     loss = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.1, "kl_in": "reward"}
     learner = Learner(config(folder, "dora", loss=loss))
     shake(learner.model)
@@ -152,7 +152,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("correction", ["none", "token_tis", "token_mask", "sequence_mask"])
 def test_every_loss_trains(folder: Path, name: str, correction: str) -> None:
-    """Wide bounds keep something to learn from: the actor's log-probs are made up, and a mask may take them all."""
+    """With wide bounds, since the actor's log-probs are random and a narrow mask could remove every token."""
     loss: dict[str, Any] = {"_component_": f"learner.loss.{name}", "importance_correction": correction}
     if correction.endswith("mask"):
         loss |= {"importance_low": 0.01, "importance_high": 100.0}
@@ -162,7 +162,7 @@ def test_every_loss_trains(folder: Path, name: str, correction: str) -> None:
     for result in results:
         assert all(np.isfinite(value) for value in result.metrics.values())
         assert 0 <= result.metrics["importance/cut_share"] <= 1 and 0 <= result.metrics["loss/clip_share"] <= 1
-        assert 3 < result.metrics["policy/entropy"] < 6, "a mean over tokens, whatever the weights sum to"
+        assert 3 < result.metrics["policy/entropy"] < 6, "a mean over tokens, whatever the sum of weights"
     assert all(not torch.equal(before[key], tensor) for key, tensor in weights(learner).items())
 
 
@@ -188,7 +188,7 @@ def test_several_epochs_clip_around_the_policy_before_the_step(folder: Path) -> 
     assert any(changed)
 
 
-def test_an_empty_batch_moves_only_the_version(folder: Path) -> None:
+def test_an_empty_batch_advances_only_the_version(folder: Path) -> None:
     learner = Learner(config(folder))
     learner.step(make_batch(make_groups()))
     before = weights(learner)
@@ -196,7 +196,7 @@ def test_an_empty_batch_moves_only_the_version(folder: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(learner).items())
 
 
-def test_mismatch_looks_at_the_youngest_tokens(folder: Path) -> None:
+def test_mismatch_kl_uses_the_newest_tokens(folder: Path) -> None:
     learner = Learner(config(folder))
     young, old = make_groups(2, seed=1, version=1), make_groups(2, seed=2, version=0)
     mixed = learner.step(make_batch(young + old)).metrics
@@ -216,8 +216,9 @@ def test_effective_sample_size_and_quantiles() -> None:
 
 
 def test_the_proximal_policy_is_the_learners_or_the_actors(folder: Path) -> None:
-    """Around the actor's policy the first update of off-policy tokens is clipped already; around the learner's, never.
-    Where nothing is clipped the two objectives have one gradient: ρ of the learner's is the ratio to the actor's."""
+    """Clipping around the actor's policy affects the first update on off-policy tokens; clipping around the learner's
+    does not. Without clipping the two objectives have the same gradient, since the importance correction ρ then equals
+    the ratio to the actor's policy."""
     loss = {"_component_": "learner.loss.GRPOLoss", "importance_correction": "none"}
     batch, results = make_batch(make_groups()), {}
     for proximal, wide in [("learner", False), ("actor", False), ("actor", True), ("corrected", True)]:
@@ -233,17 +234,17 @@ def test_the_proximal_policy_is_the_learners_or_the_actors(folder: Path) -> None
 
 
 @pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
-def test_a_restored_learner_goes_on_bit_for_bit(folder: Path, tmp_path: Path, lora_type: str) -> None:
+def test_a_restored_learner_continues_bit_for_bit(folder: Path, tmp_path: Path, lora_type: str) -> None:
     batches = [make_batch(make_groups(seed=i)) for i in range(4)]
     unbroken = Learner(config(folder, lora_type))
     results = [unbroken.step(b) for b in batches[:2]]
     unbroken.save(tmp_path)
     results += [unbroken.step(b) for b in batches[2:]]
-    restored = Learner(dataclasses.replace(config(folder, lora_type), seed=99))  # another start, to be overwritten
+    restored = Learner(dataclasses.replace(config(folder, lora_type), seed=99))  # `restore` overwrites it
     restored.restore(tmp_path)
     assert [restored.step(b) for b in batches[2:]] == results[2:]
     assert all(torch.equal(tensor, weights(restored)[name]) for name, tensor in weights(unbroken).items())
-    assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".safetensors")], "nothing that unpickles"
+    assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".safetensors")], "nothing pickled"
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Log-probs without the logits of all positions, against a whole log-softmax in float64."""
+"""Log-probs in chunks, against a full log-softmax in float64."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_frozen_head_gets_no_gradient_and_frozen_hidden_states_no_graph() -> N
 
 
 def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
-    """What autograd keeps between forward and backward: inputs and one number a token."""
+    """Between forward and backward, autograd keeps the inputs and one number per token."""
     head, hidden, targets = torch.randn(5000, 8), torch.randn(64, 8, requires_grad=True), torch.arange(64)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -68,14 +68,14 @@ def test_a_trained_head_tied_or_not_learns_as_through_its_module(tmp_path: Path,
     targets = ids.roll(1)
 
     def gradients(way: str) -> dict[str, torch.Tensor]:
-        def finish(hidden_1TH: torch.Tensor) -> torch.Tensor:
+        def output_fn(hidden_1TH: torch.Tensor) -> torch.Tensor:
             if way == "module":
                 return model.output(hidden_1TH[0]).log_softmax(1).gather(1, targets[:, None])[:, 0]
             return token_logprobs(hidden_1TH[0], model.head, targets, temperature=1.0)[0]
 
         model.zero_grad()
         attend = PackedAttention(torch.tensor([len(ids)]))
-        model(ids[None], positions=torch.arange(len(ids))[None], attend=attend, finish=finish).mean().backward()
+        model(ids[None], positions=torch.arange(len(ids))[None], attend=attend, output_fn=output_fn).mean().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     ours, reference = gradients("ours"), gradients("module")

@@ -84,7 +84,7 @@ def test_on_policy_gradient_is_plain_reinforce(loss_class: Any, correction: str)
 @pytest.mark.parametrize("loss_class", LOSSES)
 @pytest.mark.parametrize("correction", ["token_tis", "sequence_mask"])
 def test_micro_batches_add_up_to_the_whole(loss_class: Any, correction: str) -> None:
-    """Loss, every metric, and gradient. A sequence is never cut."""
+    """The loss, every metric and the gradient. Sequences are never split."""
     x = inputs(loss_class)
     loss_fn = loss_class(kl_coeff=0.1, importance_correction=correction)
     whole, metrics = loss_fn(x)
@@ -104,7 +104,7 @@ def test_micro_batches_add_up_to_the_whole(loss_class: Any, correction: str) -> 
 
 
 def test_grpo_by_hand() -> None:
-    """Inside the clip dL/dlogp = -w r A c; outside, on the side that the advantage pushes to, nothing."""
+    """Inside the clip range dL/dlogp = -w r A c; beyond it, in the direction of the advantage, it is zero."""
     x = by_hand([-1.0] * 4, [-1.1, -1.5, -1.5, -0.5], [2.0, 1.0, -1.0, -1.0], [0.25] * 4)
     x = replace(x, actor_logprobs_N=torch.tensor([-1.1, -1.5, -2.5, -0.5]))
     loss, metrics = GRPOLoss()(x)

@@ -1,4 +1,4 @@
-"""What the losses share: importance correction, KL estimators and their place, and the check of their settings."""
+"""The terms that losses share: importance correction, KL estimators in loss and reward, and validation of settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tora.errors import ConfigError
 
 
 def two_sequences(log_ratios: list[float], lengths: list[int]) -> LossInputs:
-    """Proximal minus actor log-probs as given."""
+    """Sequences with the given proximal minus actor log-probs."""
     count = len(log_ratios)
     x = by_hand([-1.0] * count, [-1.0] * count, [1.0] * count, [1 / count] * count)
     sequence_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -47,7 +47,7 @@ def test_importance_weights_by_hand(kind: Any, bounds: Any, expected: list[float
 
 @pytest.mark.parametrize("loss_class", LOSSES)
 def test_corrections_equal_the_float64_reference_in_a_loss(loss_class: Any) -> None:
-    """By the gradient for a token's weight, in which the loss is linear: -c · objective."""
+    """Measured by the gradient of the loss in a token's weight, -c · objective, since the loss is linear in it."""
     x = inputs(loss_class, with_ref=False)
     weights_N = x.weights_N.clone().requires_grad_()
     x = replace(x, weights_N=weights_N)
@@ -83,7 +83,7 @@ def test_importance_weights_are_constants_and_survive_extremes() -> None:
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("loss_class", LOSSES)
-def test_kl_is_added_in_the_loss_and_only_told_in_the_reward(loss_class: Any, kind: Any) -> None:
+def test_kl_is_added_to_the_loss_and_only_reported_for_the_reward(loss_class: Any, kind: Any) -> None:
     x = inputs(loss_class)
     assert x.ref_logprobs_N is not None
     policy, _ = loss_class()(replace(x, ref_logprobs_N=None))
@@ -107,7 +107,7 @@ def test_kl_is_added_in_the_loss_and_only_told_in_the_reward(loss_class: Any, ki
     torch.testing.assert_close(torch.autograd.grad(loss, x.learner_logprobs_N)[0], plain, rtol=0, atol=0)
 
 
-def test_the_estimator_suits_the_place_where_none_is_named() -> None:
+def test_the_default_estimator_depends_on_where_the_kl_is_applied() -> None:
     x = inputs()
     for place, kind in (("loss", "k3"), ("reward", "k1")):
         default, named = (GRPOLoss(kl_coeff=0.3, kl_in=place, kl_type=k)(x)[1] for k in (None, kind))  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ def test_a_sequences_kl_is_the_sum_over_its_tokens() -> None:
         ({"importance_correction": "tis"}, "loss.importance_correction=tis must be one of none, token_tis"),
         ({"kl_coeff": -0.1}, "loss.kl_coeff=-0.1 must be a number of at least 0"),
         ({"clip_high": "much"}, "loss.clip_high=much must be a number"),
-        ({"importance_low": 0.5}, "importance_low=0.5 is a bound of the masks"),
+        ({"importance_low": 0.5}, "importance_low=0.5 bounds the masks"),
         ({"importance_correction": "none", "importance_high": 3}, "importance_correction is none"),
         ({"importance_correction": "token_mask", "importance_low": 6}, "importance_low=6 must be less than"),
         ({"importance_correction": "sequence_mask", "importance_high": 0.9}, "must be less than importance_high=0.9"),
@@ -150,7 +150,7 @@ def test_a_sequences_kl_is_the_sum_over_its_tokens() -> None:
     ],
 )
 @pytest.mark.parametrize("loss_class", LOSSES)
-def test_settings_without_a_meaning_are_refused(loss_class: Any, settings: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_refused(loss_class: Any, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         loss_class(**settings)
     assert words in str(error.value) and str(error.value).endswith(".")

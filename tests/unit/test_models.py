@@ -119,7 +119,7 @@ def _break_window(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> N
     ("damage", "words"),
     [
         (_break_missing, "lacks 1 tensors"),
-        (_break_extra, "has no place"),
+        (_break_extra, "does not belong"),
         (_break_shape, "has shape"),
         (_break_family, "gpt2"),
         (_break_window, "sliding-window"),

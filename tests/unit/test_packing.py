@@ -1,4 +1,4 @@
-"""Packed, with prompts shared or not, against a row for each sequence: the same loss and the same gradients."""
+"""Packed sequences, with and without shared prompts, against one padded row per sequence: same loss and gradients."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from learner.learner import Learner
 from tora.batching.batch import micro_batches
 from tora.bench.packing import PaddedLearner
 from tora.models.attention import PackedAttention
-from tora.models.varlen import VarlenAttention, takes
+from tora.models.varlen import VarlenAttention, supports_varlen
 
 PLAIN: dict[str, Any] = {
     "loss": LOSS,
     "clip_grad_norm": None,
     "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
 }
-"""With these a step's change of the weights is its gradient."""
+"""With these settings, the change of the weights in a step is the gradient."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gradients(kind: type[Learner], folder: Path, lora_type: str, **batch: Any) -> tuple[dict[str, float], Any]:
-    """The metrics of a step, and its gradients: B has left zero, so A has one too."""
+    """The metrics and gradients of a step. B is not zero, so A has a gradient too."""
     learner = kind(config(folder, lora_type, **PLAIN))
     torch.manual_seed(1)
     for name, tensor in learner.model.named_parameters():
@@ -74,7 +74,7 @@ def test_shared_prompts_stay_compiled(folder: Path) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("capacity", [10, 30, 45, 10_000])
-def test_a_prompt_stands_once_before_all_its_completions(capacity: int, num_ranks: int) -> None:
+def test_a_prompt_is_packed_once_before_all_its_completions(capacity: int, num_ranks: int) -> None:
     groups = make_groups(4, seed=3)
     micro = micro_batches(groups, capacity=capacity, num_ranks=num_ranks, share_prefix=True, **SETTINGS)
     assert len(micro) % num_ranks == 0 or all(len(x.lengths_B) == 1 for x in micro)
@@ -112,7 +112,7 @@ def as_documented(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """What torch's page says `varlen_attn` computes, which has no kernel for a CPU."""
+    """`varlen_attn` by its documentation, since it has no CPU kernel."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     lengths_q, lengths_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
     assert (max(lengths_q), max(lengths_k)) == (max_q, max_k) and window_size == (-1, 0)
@@ -122,11 +122,11 @@ def as_documented(
     return torch.cat([x[0].transpose(0, 1) for x in out])
 
 
-def test_attention_without_padding_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_attention_is_called_for_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tora.models.varlen.varlen_attn", as_documented)
     lengths = [5, 1, 17, 8]
     inputs = attention_inputs(lengths, "cpu", torch.float32)
     torch.testing.assert_close(
         VarlenAttention(torch.tensor(lengths))(*inputs), PackedAttention(torch.tensor(lengths))(*inputs)
     )
-    assert not takes(torch.device("cpu"), torch.bfloat16)
+    assert not supports_varlen(torch.device("cpu"), torch.bfloat16)

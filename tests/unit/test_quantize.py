@@ -1,4 +1,4 @@
-"""NF4 bases: what is quantised and how, layers over them against PEFT and torchao, memory, and what vLLM serves."""
+"""NF4 bases: quantisation, adapter layers against PEFT and torchao, memory, and the dequantised folder for vLLM."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_loading_quantises_the_linears_whole_and_one_at_a_time(
     plain: list[weakref.ref[torch.Tensor]] = []
 
     def spy(weight: torch.Tensor, name: str) -> NF4Tensor:
-        assert not any(earlier() is not None for earlier in plain), "an earlier weight is still there in full"
+        assert not any(earlier() is not None for earlier in plain), "an earlier weight is still held unquantised"
         plain.append(weakref.ref(weight))
         return quantize(weight, name)
 
@@ -194,11 +194,11 @@ def test_row_norms_equal_float64(dtype: torch.dtype) -> None:
     weight = dequantize(base.weight).double()
     torch.testing.assert_close(layer.magnitude.double(), weight.norm(dim=1), atol=1e-6, rtol=1e-6)
     expected = (weight + 1.7 * layer.lora_b.double() @ layer.lora_a.double()).norm(dim=1)
-    torch.testing.assert_close(layer.own_row_norm(layer.lora_a).double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer.local_row_norm(layer.lora_a).double(), expected, atol=1e-6, rtol=1e-5)
 
 
 class Pair(nn.Module):
-    """Two layers with something between them, as in a model."""
+    """Two layers with a nonlinearity between them, as in a model."""
 
     def __init__(self, lora_type: str | None, hidden: int, mlp: int) -> None:
         super().__init__()
@@ -218,13 +218,13 @@ class Pair(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
     def held(self) -> set[int]:
-        """Addresses of what is kept in any case."""
+        """Addresses of tensors that are kept in any case."""
         parts = [t for p in self.parameters() for t in (inner(p) if isinstance(p, NF4Tensor) else [p])]
         return {t.data_ptr() for t in [*parts, *self.buffers()]}
 
 
 def saved_bytes(module: Any, x: torch.Tensor, held: set[int]) -> tuple[torch.Tensor, int]:
-    """The output, and the bytes that the backward pass keeps beside what is `held`."""
+    """The output, and the bytes saved for the backward pass in addition to `held`."""
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ def test_the_backward_pass_keeps_no_dequantised_weight(lora_type: str | None) ->
     torch.testing.assert_close(y_compiled, y, atol=1e-5, rtol=1e-5)
     actual = torch.autograd.grad(y_compiled.square().sum(), [x, *(p for p in pair.parameters() if p.requires_grad)])
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-    assert in_graph < 0.1 * one_weight, "inductor keeps both weights unless it is told to decode them anew"
+    assert in_graph < 0.1 * one_weight, "inductor would keep both decoded weights"
 
 
 def test_bf16_computes_in_bf16() -> None:
@@ -299,10 +299,10 @@ def test_the_last_to_use_a_dequantised_folder_deletes_it(tmp_path: Path) -> None
     with in_use(cache):
         with in_use(cache):
             (cache / "model.safetensors").write_bytes(b"weights")
-        assert (cache / "model.safetensors").exists(), "somebody still reads it"
+        assert (cache / "model.safetensors").exists(), "it is still in use"
         other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert other.stdout and other.stdout.readline() == "in\n"
         other.kill()
         other.wait()
         assert cache.exists()
-    assert not cache.exists(), "a process that was killed holds nobody up"
+    assert not cache.exists(), "a killed process does not block deletion"

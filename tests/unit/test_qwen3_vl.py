@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers, float32: logits, positions, and what is refused."""
+"""Qwen3-VL against transformers in float32: logits, positions, and refused inputs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from decoders import CPU
 from safetensors.torch import load_file
 from tiny import LINEARS, make_vl_model, picture
-from torchao.dtypes.nf4tensor import NF4Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from tora.models.attention import PackedAttention
 from tora.models.load import load_decoder
+from tora.models.quantize import NF4Tensor
 from tora.models.shared_prefix import SharedPrefixAttention
 from tora.models.vision.inputs import image_inputs
 from tora.models.vision.processor import ImageProcessor
@@ -105,7 +105,7 @@ def packed_logits(model: Qwen3VL, folder: Path, samples: list[Sample]) -> list[t
             positions=torch.from_numpy(positions)[:, None],
             attend=PackedAttention(torch.tensor(lengths)),
             images=inputs,
-            finish=lambda hidden: model.output(hidden[0]),
+            output_fn=lambda hidden: model.output(hidden[0]),
         )
     return list(logits.split(lengths))
 
@@ -136,13 +136,13 @@ def test_without_images_it_is_a_text_model(models: tuple[Any, Qwen3VL, Path], sa
             torch.tensor(samples[0].ids)[None],
             positions=torch.arange(length)[None],
             attend=PackedAttention(torch.tensor([length])),
-            finish=ours.output,
+            output_fn=ours.output,
         )
     torch.testing.assert_close(logits[0], expected, **TOLERANCE)
 
 
 def test_images_matter(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
-    """Or the comparisons above would say little."""
+    """Otherwise the comparisons above would prove little."""
     _, ours, folder = models
     sample = samples[1]
     seen = packed_logits(ours, folder, [sample])[0]
@@ -152,7 +152,7 @@ def test_images_matter(models: tuple[Any, Qwen3VL, Path], samples: list[Sample])
 
 
 def test_completions_share_their_prompt(models: tuple[Any, Qwen3VL, Path]) -> None:
-    """Prompts first, then completions, which see their prompt's images and go on where its positions end."""
+    """Completions attend to their prompt's images and continue from its last position."""
     theirs, ours, folder = models
     processor = ImageProcessor(folder)
     samples = [Sample(processor, SIZES[number], number, tail) for number, tail in ((2, 5), (2, 8), (1, 3))]
@@ -180,7 +180,7 @@ def test_completions_share_their_prompt(models: tuple[Any, Qwen3VL, Path]) -> No
             positions=torch.from_numpy(positions)[:, None],
             attend=attend,
             images=inputs,
-            finish=lambda hidden: ours.output(hidden[0]),
+            output_fn=lambda hidden: ours.output(hidden[0]),
         )
     expected = hugging_face(theirs, folder, samples, "right")
     *of_prompts, a, b, c = logits.split([*prompt_lengths, *lengths])
@@ -209,7 +209,7 @@ def test_a_sampled_placeholder_is_a_token_like_any_other(
     plain, odd = samples[1], Sample(ImageProcessor(folder), SIZES[1], 1)
     odd.tail[3] = ours.image_token
     (inputs, positions), (odd_inputs, odd_positions) = (packed_inputs(ours, folder, [s]) for s in (plain, odd))
-    assert torch.equal(inputs.where_M, odd_inputs.where_M)
+    assert torch.equal(inputs.index_M, odd_inputs.index_M)
     np.testing.assert_array_equal(positions, odd_positions)
 
 
@@ -218,7 +218,7 @@ def _one_fewer(sample: Sample, model: Qwen3VL) -> None:
 
 
 def _of_another_size(sample: Sample, model: Qwen3VL) -> None:
-    """As many features in all, but the images the other way round."""
+    """Swap two images, which leaves the total number of features unchanged."""
     sample.images.reverse()
 
 

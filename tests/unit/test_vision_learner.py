@@ -1,4 +1,4 @@
-"""The learner on prompts with images: against transformers and PEFT, however it is packed, sharded or compiled."""
+"""The learner on prompts with images, against transformers and PEFT and across packings."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_an_exported_policy_has_the_same_gradients_in_peft(
 
 
 def spy_on_gradients(learner: Learner) -> dict[str, torch.Tensor]:
-    """Filled by the next step of one micro-batch."""
+    """The gradients of the next step, which must have one micro-batch; filled when it runs."""
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -108,7 +108,7 @@ def spy_on_gradients(learner: Learner) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("lora_type", "train_vision"), [("dora_cache", "lora"), ("full", "full"), ("full", "none")])
 def test_packing_does_not_change_the_update(folder: Path, lora_type: str, train_vision: str) -> None:
-    """One micro-batch or several, prompts shared or not; an image's features are made once in each."""
+    """One or several micro-batches, with and without shared prompts."""
     packings: list[dict[str, Any]] = [{}, {"capacity": 100}, {"share_prefix": True}]
     learners = [Learner(vl_config(folder, lora_type, train_vision, loss=KL, optimizer=SGD)) for _ in packings]
     groups = vision_groups(folder)

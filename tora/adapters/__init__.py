@@ -1,1 +1,1 @@
-"""LoRA and DoRA: the layer, its injection, and the wire and PEFT formats."""
+"""LoRA and DoRA: layers, their injection into a model, the snapshot format, and PEFT's folder format."""

@@ -1,6 +1,7 @@
-"""Weight-decomposed LoRA: y = g ⊙ (W x + s·B A x) + b, g = m / ‖W + s·B A‖ by row (DoRA, Liu et al. 2024, eq. 5, 11).
+"""Weight-decomposed low-rank adaptation (DoRA, Liu et al. 2024, arXiv:2402.09353, eq. 5 and 11):
+    y = g ⊙ (W x + s·B A x) + b,   g = m / ‖W + s·B A‖, norms by row, m trained
 
-The norm is a constant to autograd, as section 4.3 of that paper proposes, and is never formed from the product B A:
+The norm is a constant to autograd, as section 4.3 of the paper proposes. It is computed without the product B A:
     ‖W + s·B A‖² = ‖W‖² + 2s·rowsum((W Aᵀ) ∘ B) + s²·rowsum((B (A Aᵀ)) ∘ B)
 Shape letters: R rank, I inputs, O outputs.
 """
@@ -15,19 +16,19 @@ from torch import nn
 
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import GAIN
-from tora.distributed.sharding import local, own_rows
+from tora.distributed.sharding import local, local_rows
 from tora.models.quantize import frozen_linear, row_slabs
 
 
 def squared_row_norm(weight_OI: torch.Tensor) -> torch.Tensor:
-    """[O] float32"""
+    """‖W‖² by row, [O] float32."""
     return torch.cat([slab.square().sum(1) for slab in row_slabs(weight_OI)])
 
 
 def adapted_row_norm(
     squared_O: torch.Tensor, w_a_OR: torch.Tensor, lora_a_RI: torch.Tensor, lora_b_OR: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """‖W + s·B A‖ by row, [O] float32, from ‖W‖² and W Aᵀ."""
+    """‖W + s·B A‖ by row, [O] float32. `squared_O` is ‖W‖² by row, `w_a_OR` is W Aᵀ; all inputs float32."""
     gram_RR = lora_a_RI @ lora_a_RI.T
     cross_O = (w_a_OR * lora_b_OR).sum(1)
     update_O = ((lora_b_OR @ gram_RR) * lora_b_OR).sum(1)
@@ -35,10 +36,12 @@ def adapted_row_norm(
 
 
 class DoRALinear(LoRALinear):
-    """Norms anew in every forward: A's rows ride along as extra inputs, so W Aᵀ comes from the layer's own product."""
+    """Recomputes the row norm in every forward. A's rows are appended to the inputs, so that the base product yields
+    W Aᵀ as well."""
 
     use_dora = True
     squared_norm: torch.Tensor
+    """‖W‖² by row, [O] float32."""
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
         super().__init__(base, rank, scaling)
@@ -56,15 +59,15 @@ class DoRALinear(LoRALinear):
         self.magnitude.copy_(self.squared_norm.sqrt())
 
     @torch.no_grad()
-    def own_row_norm(self, lora_a_RI: torch.Tensor) -> torch.Tensor:
-        """‖W + s·B A‖ of the rows of W that this rank holds, float32. `lora_a_RI` is all of A."""
-        # the narrow factor first: a CPU takes two thirds of the time
+    def local_row_norm(self, lora_a_RI: torch.Tensor) -> torch.Tensor:
+        """‖W + s·B A‖ of this rank's rows, float32. `lora_a_RI` is the full A."""
+        # with the narrow factor first, the product takes two thirds of the time on a CPU
         w_a_RO = torch.cat([lora_a_RI @ slab.T for slab in row_slabs(local(self.weight))], 1)
-        squared_O = own_rows(self.squared_norm, self.weight)
+        squared_O = local_rows(self.squared_norm, self.weight)
         return adapted_row_norm(squared_O, w_a_RO.T, lora_a_RI, local(self.lora_b), self.scaling)
 
     def _base_and_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """W x without bias, and the row norm."""
+        """W x without bias [..., O], and the row norm [O] float32."""
         lora_a_RI, lora_b_OR = self.lora_a.detach(), self.lora_b.detach()
         rows = x.reshape(-1, self.in_features)
         y = frozen_linear(torch.cat([rows, lora_a_RI.to(x.dtype)]), self.weight)
@@ -73,12 +76,12 @@ class DoRALinear(LoRALinear):
         return base.view(*x.shape[:-1], -1), norm_O
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., I] -> [..., O]. Disabled, the layer is its base: the magnitude is off too."""
+        """[..., I] -> [..., O], in x's dtype. Disabled, the layer computes its base alone, without the magnitude."""
         if not self.enabled:
             return frozen_linear(x, self.weight, self.bias)
         base, norm_O = self._base_and_norm(x)
         gain_O = self.magnitude / norm_O
-        # g ⊙ (B z) is (g ⊙ B) z: as many passes over the outputs as LoRA makes
+        # g ⊙ (B z) = (g ⊙ B) z: no more passes over the outputs than LoRA makes
         update = F.linear(self._down(x), (gain_O[:, None] * self.lora_b).to(x.dtype), self.bias)
         return torch.addcmul(update, base, gain_O.to(x.dtype))
 
@@ -89,13 +92,15 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def from_wire(self, tensors: dict[str, torch.Tensor]) -> None:
         super().from_wire(tensors)
-        self.magnitude.copy_(tensors[GAIN] * self.own_row_norm(self.lora_a))
+        self.magnitude.copy_(tensors[GAIN] * self.local_row_norm(self.lora_a))
 
 
 class CachedDoRALinear(DoRALinear):
-    """Keeps the norm; `inject.refresh` must follow every change of A or B. Exact, since the norm is a constant."""
+    """Caches the row norm instead. Exact, since the norm carries no gradient and changes only with A and B; call
+    `inject.refresh` after every change of them."""
 
     norm: torch.Tensor
+    """‖W + s·B A‖ by row, [O] float32."""
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
         super().__init__(base, rank, scaling)

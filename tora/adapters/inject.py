@@ -1,4 +1,4 @@
-"""Put adapters into a model, and reach them all at once."""
+"""Inject adapters into a model, and operate on all of them at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from tora.adapters.dora import CachedDoRALinear, DoRALinear
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import pack, split_by_module
-from tora.distributed.sharding import as_sharded, gather
+from tora.distributed.sharding import from_local_rows, gather
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
 from tora.models.names import TOWER
@@ -23,18 +23,18 @@ LAYERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear, "
 
 
 def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
-    """alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
+    """The factor s of B A: alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def inject(
     model: Decoder, lora_type: str, *, rank: int, scaling: float, targets: Sequence[str], tower: bool = False
 ) -> None:
-    """Replace every linear layer of the decoder whose Hugging Face name ends in a target, and with `tower` every one of
-    the vision tower and its mergers. The base is frozen.
+    """Replace each linear layer of the decoder whose Hugging Face name ends in a target, and with `tower` all linear
+    layers of the vision tower and its mergers. Freezes the base.
 
-    Where its weights are on the meta device, `reset_adapters` must follow their loading.
-    Errors: ConfigError for a target that matches no layer.
+    If the model is on the meta device, call `reset_adapters` after loading its weights.
+    Raises ConfigError if a target matches no layer.
     """
     all_linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linears = {name: module for name, module in all_linears.items() if name.startswith("layers.")}
@@ -55,32 +55,32 @@ def inject(
 
 
 def reset_adapters(unit: nn.Module) -> None:
-    """Those whose base has been loaded since."""
+    """Initialise the adapters of a unit whose base weights were loaded since `inject`."""
     for module in unit.modules():
         if isinstance(module, LoRALinear) and module.lora_a.is_meta:
             module.reset_adapter()
 
 
 def adapter_layers(model: Decoder) -> dict[str, LoRALinear]:
-    """By Hugging Face module name, in the model's order."""
+    """All adapter layers by Hugging Face module name, in the model's order."""
     return {model.names.module_to_hf(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def trained_parameters(model: Decoder) -> dict[str, nn.Parameter]:
-    """By the model's own parameter name."""
+    """All trained parameters, by the model's own parameter name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def row_norms(layers: Mapping[str, LoRALinear]) -> dict[str, torch.Tensor]:
-    """‖W + s·B A‖ by row, whole, of each DoRA layer. On several ranks only A and the norms travel, each in one go."""
+    """‖W + s·B A‖ by row of each DoRA layer, full [O] float32. Collective, in two gathers: all A, then all norms."""
     dora = {name: layer for name, layer in layers.items() if isinstance(layer, DoRALinear)}
     lora_a = gather({name: layer.lora_a for name, layer in dora.items()})
-    return gather({n: as_sharded(layer.own_row_norm(lora_a[n]), layer.weight) for n, layer in dora.items()})
+    return gather({n: from_local_rows(layer.local_row_norm(lora_a[n]), layer.weight) for n, layer in dora.items()})
 
 
 @torch.no_grad()
 def refresh(model: Decoder) -> None:
-    """Bring cached norms up to date; after every change of adapter weights."""
+    """Recompute cached norms; call after every change of adapter weights. Collective."""
     cached = {name: m for name, m in model.named_modules() if isinstance(m, CachedDoRALinear)}
     for name, norm_O in row_norms(cached).items():
         cached[name].norm.copy_(norm_O)
@@ -88,7 +88,7 @@ def refresh(model: Decoder) -> None:
 
 @contextmanager
 def adapters_off(model: Decoder) -> Iterator[None]:
-    """The base model, DoRA's magnitude off too."""
+    """Within the context the model computes its base alone, without DoRA's magnitudes."""
     layers = list(adapter_layers(model).values())
     for layer in layers:
         layer.enabled = False
@@ -101,46 +101,47 @@ def adapters_off(model: Decoder) -> Iterator[None]:
 
 @torch.no_grad()
 def snapshot(model: Decoder, version: int) -> PolicySnapshot:
-    """The trained tensors: the adapters', and parameters trained whole under their Hugging Face names."""
+    """All trained tensors: adapters in the format of `tora.adapters.snapshot`, and full-weight parameters under their
+    Hugging Face names. Collective."""
     layers = adapter_layers(model)
     adapters = gather({f"{hf}/{name}": getattr(m, name) for hf, m in layers.items() for name in m.adapter_params()})
-    norms, tensors = row_norms(layers), dict[str, torch.Tensor](whole_parameters(model))
+    norms, tensors = row_norms(layers), dict[str, torch.Tensor](full_weight_parameters(model))
     for hf, layer in layers.items():
-        own = {name: adapters[f"{hf}/{name}"] for name in layer.adapter_params()}
-        tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.to_wire(own, norms.get(hf)).items()}
+        parameters = {name: adapters[f"{hf}/{name}"] for name in layer.adapter_params()}
+        tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.to_wire(parameters, norms.get(hf)).items()}
     return pack(version, tensors, gather)
 
 
-def whole_parameters(model: Decoder) -> dict[str, nn.Parameter]:
-    """What is trained outside adapters, by Hugging Face name."""
-    own = {
+def full_weight_parameters(model: Decoder) -> dict[str, nn.Parameter]:
+    """Parameters trained directly, not through an adapter, by Hugging Face name."""
+    adapter_names = {
         f"{name}.{parameter}"
         for name, module in model.named_modules()
         if isinstance(module, LoRALinear)
         for parameter in module.adapter_params()
     }
     trained = trained_parameters(model).items()
-    return {model.names.parameter_to_hf(name): p for name, p in trained if name not in own}
+    return {model.names.parameter_to_hf(name): p for name, p in trained if name not in adapter_names}
 
 
 def num_trained_modules(model: Decoder) -> int:
-    """With an adapter, or trained whole."""
-    return len(adapter_layers(model)) + len({name.rpartition(".")[0] for name in whole_parameters(model)})
+    """Number of modules with an adapter or with full-weight parameters."""
+    return len(adapter_layers(model)) + len({name.rpartition(".")[0] for name in full_weight_parameters(model)})
 
 
 @torch.no_grad()
 def from_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Inverse of `snapshot`, for a model that is not sharded; answers the number of modules written.
+    """The inverse of `snapshot`, for a model that is not sharded. Returns the number of modules written.
 
-    Errors: ValueError where the tensors and what the model trains do not match one to one.
+    Raises ValueError unless the tensors match the model's trained parameters one to one.
     """
-    layers, places = adapter_layers(model), whole_parameters(model)
-    given = {name: t for name, t in tensors.items() if name in places or not layers}
-    _check_same("trained parameters", places, given)
+    layers, parameters = adapter_layers(model), full_weight_parameters(model)
+    given = {name: t for name, t in tensors.items() if name in parameters or not layers}
+    _check_same("trained parameters", parameters, given)
     modules = split_by_module({name: t for name, t in tensors.items() if name not in given})
     _check_same("adapted layers", layers, modules)
-    for name, place in places.items():
-        place.copy_(given[name])
+    for name, parameter in parameters.items():
+        parameter.copy_(given[name])
     for name, layer in layers.items():
         layer.from_wire(modules[name])
     refresh(model)

@@ -1,6 +1,6 @@
-"""A frozen linear layer with a low-rank update: y = W x + s·B A x + b (LoRA, Hu et al. 2021, eq. 3).
+"""A frozen linear layer with a low-rank update: y = W x + s·B A x + b (LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-Shape letters: R rank, I inputs, O outputs.
+s is `scaling_of`'s. Shape letters: R rank, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tora.models.quantize import frozen_linear
 
 
 class LoRALinear(nn.Module):
-    """Takes over an `nn.Linear`'s parameters. A and B are float32 whatever the base's dtype."""
+    """Takes over an `nn.Linear`'s parameters. A [R, I] and B [O, R] are float32, whatever the base's dtype."""
 
     use_dora = False
 
@@ -32,8 +32,11 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """A Kaiming-uniform, B zero: the layer starts as its base. Call once the base's weights are loaded; where they
-        were on the meta device, so was the adapter, which is made on theirs now."""
+        """Initialise A Kaiming-uniform and B zero, so that the layer starts out equal to its base.
+
+        Call after the base's weights are loaded. If the layer was built on the meta device, this also moves the adapter
+        to the weights' device.
+        """
         for name, p in self.named_parameters():
             if p.is_meta:
                 setattr(self, name, nn.Parameter(torch.empty_like(p, device=self.weight.device)))
@@ -44,25 +47,27 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_b)
 
     def adapter_params(self) -> list[str]:
-        """torchtune's adapter protocol: the names of this layer's trained parameters."""
+        """Names of this layer's trained parameters (torchtune's adapter protocol)."""
         return ["lora_a", "lora_b"]
 
     def _down(self, x: torch.Tensor) -> torch.Tensor:
-        """s·A x, [..., R] in x's dtype: scaled where it is smallest."""
+        """s·A x, [..., R] in x's dtype. The scaling is applied here because this is the smallest tensor."""
         return self.scaling * F.linear(x, self.lora_a.to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., I] -> [..., O]"""
+        """[..., I] -> [..., O], in x's dtype. Disabled, the layer computes its base alone."""
         y = frozen_linear(x, self.weight, self.bias)
         return y + F.linear(self._down(x), self.lora_b.to(x.dtype)) if self.enabled else y
 
     def to_wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """What an engine needs, by wire suffix, of this layer's whole parameters and row norm; the scaling is folded
-        into B."""
+        """This layer's tensors of a snapshot, by suffix, with the scaling folded into B.
+
+        `adapter`: the full parameters that `adapter_params` names. `norm_O`: the full row norm; None except for DoRA.
+        """
         return {LORA_A: adapter["lora_a"], LORA_B: self.scaling * adapter["lora_b"]}
 
     @torch.no_grad()
     def from_wire(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Inverse of `to_wire`: the layer then computes what the sender's computes, by generation alone."""
+        """The inverse of `to_wire`: afterwards the layer computes the same function as the sender's."""
         self.lora_a.copy_(tensors[LORA_A])
         self.lora_b.copy_(tensors[LORA_B] / self.scaling)

@@ -1,9 +1,13 @@
-"""The wire format: tensors <-> one flat buffer. Names are the Hugging Face model's module names with a suffix.
+"""The snapshot format: named tensors <-> one flat buffer. Names are Hugging Face module names with a suffix:
 
-`<module>.lora_A.weight` [R, I]   `<module>.lora_B.weight` [O, R], scaling folded in   `<module>.gain` [O], DoRA only:
-    y = gain ⊙ (W x + B A x) + bias
-All float32. The gain is the learner's magnitude over its row norm, so the engine needs neither. Parameters that are
-trained whole travel under Hugging Face's names in their own dtype.
+- `<module>.lora_A.weight` [R, I] float32
+- `<module>.lora_B.weight` [O, R] float32, scaling folded in
+- `<module>.gain` [O] float32, DoRA only
+
+so that y = gain ⊙ (W x + B A x) + bias. The gain is the learner's magnitude divided by its row norm, so the engine
+needs neither. Full-weight parameters have their Hugging Face parameter names and their own dtype.
+
+Shape letters: R rank, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -19,17 +23,17 @@ from tora.types import PolicySnapshot, TensorEntry
 
 LORA_A, LORA_B, GAIN = ".lora_A.weight", ".lora_B.weight", ".gain"
 BUCKET_BYTES = 256 << 20
-"""Of tensors that are made whole at a time; a larger one is a bucket of its own."""
+"""Upper bound on the tensors gathered at a time; a larger tensor is gathered alone."""
 
 
 def pack(
     version: int,
     tensors: Mapping[str, torch.Tensor],
-    whole: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] = dict,
+    gather: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] = dict,
 ) -> PolicySnapshot:
-    """Copies the tensors into a fresh buffer that nobody else holds.
+    """Copy the tensors into a new buffer, each aligned to 16 bytes.
 
-    Bucket by bucket: `whole` answers some of the tensors as they are to be copied, where they are not here in full.
+    `gather` turns sharded tensors into full ones; it is called with one bucket at a time, to bound peak memory.
     """
     entries: list[TensorEntry] = []
     buckets: list[list[TensorEntry]] = [[]]
@@ -41,23 +45,23 @@ def pack(
             buckets.append([])
         buckets[-1].append(entry)
         entries.append(entry)
-        offset += -(-nbytes // 16) * 16  # so that every tensor starts aligned
+        offset += -(-nbytes // 16) * 16  # aligned, so that each can be viewed in its dtype
     data = torch.zeros(offset, dtype=torch.uint8)
     for bucket in buckets:
-        filled = whole({entry.name: tensors[entry.name] for entry in bucket})
+        full = gather({entry.name: tensors[entry.name] for entry in bucket})
         for entry in bucket:
-            flat = filled[entry.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            flat = full[entry.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             data[entry.offset : entry.offset + entry.nbytes].copy_(flat)
     return PolicySnapshot(version, tuple(entries), data.numpy(), digest(_tensors(data, entries)))
 
 
 def unpack(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
-    """Views into a private copy: what arrives from Ray is read-only and shared, and vLLM scales in place."""
+    """The tensors, as views into a private copy: memory from Ray is read-only and shared, and vLLM scales in place."""
     return _tensors(torch.from_numpy(np.array(snapshot.data, copy=True)), snapshot.entries)
 
 
 def views(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
-    """Into the snapshot itself. Only to be read: the memory may be others' too."""
+    """The tensors, as views into the snapshot's own buffer. Read only: the memory may be shared."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return _tensors(torch.from_numpy(snapshot.data), snapshot.entries)
@@ -68,7 +72,7 @@ def _tensors(data: torch.Tensor, entries: Iterable[TensorEntry]) -> dict[str, to
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, shapes and bytes in the order of names."""
+    """sha256 over names, shapes, dtypes and bytes, in the order of names; hexadecimal."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         add_to_digest(sha, name, tensors[name])
@@ -76,14 +80,14 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def add_to_digest(sha: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
-    """One tensor of `digest`'s; call in the order of names."""
+    """Add one tensor to a `digest`; call in the order of names."""
     tensor = tensor.detach().cpu().contiguous()
     sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
     sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def held_digest(snapshot: PolicySnapshot, dtype: str) -> str:
-    """The digest of an engine that holds every tensor in `dtype`, the gains excepted."""
+def engine_digest(snapshot: PolicySnapshot, dtype: str) -> str:
+    """The digest that an engine must report if it stores every tensor in `dtype`, and gains in float32."""
     if {e.dtype for e in snapshot.entries if not e.name.endswith(GAIN)} == {dtype}:
         return snapshot.sha256
     tensors, sha = views(snapshot), hashlib.sha256()
@@ -93,7 +97,7 @@ def held_digest(snapshot: PolicySnapshot, dtype: str) -> str:
 
 
 def split_by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """`{module: {LORA_A: ..., LORA_B: ..., GAIN: ...}}`; a name without a known suffix is a ValueError."""
+    """`{module: {LORA_A: ..., LORA_B: ..., GAIN: ...}}`. Raises ValueError for a name without a known suffix."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         suffix = next((s for s in (LORA_A, LORA_B, GAIN) if name.endswith(s)), None)

@@ -1,4 +1,4 @@
-"""Groups -> packed micro-batches. Pure numpy."""
+"""Groups of rollouts -> packed micro-batches. Pure numpy; shape letters as in `tora.types`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from tora.types import Group, MicroBatch
 
 
 def token_weights(lengths_B: Sequence[int], normalization: LossNormalization, max_generated_tokens: int) -> list[float]:
-    """The weight of each token of sequence b in the loss. Over all tokens they sum to 1, but for `constant`.
+    """The weight in the loss of each token of sequence b, for each of B sequences with `lengths_B` response tokens.
 
-    `constant` is Dr. GRPO's (Liu et al. 2025): a token weighs the same in a short completion as in a long one, and in
-    one batch as in another.
+    - `token`: 1 / (all tokens), the mean over tokens.
+    - `sequence`: 1 / (B · length of b), the mean over each sequence's tokens, then over sequences.
+    - `constant`: 1 / (B · `max_generated_tokens`), Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783). A token's weight
+      depends neither on the length of its completion nor on the other completions of the batch.
+
+    Except for `constant`, the weights of all tokens sum to 1.
     """
     if normalization == "token":
         return [1.0 / sum(lengths_B)] * len(lengths_B)
@@ -27,6 +31,7 @@ def token_weights(lengths_B: Sequence[int], normalization: LossNormalization, ma
 
 
 def pack(packing: Packing, sequences_B: Sequence[TrainSequence], weights_B: Sequence[float]) -> MicroBatch:
+    """One micro-batch of the given sequences, whose response tokens have the weights `weights_B`."""
     _, rollouts, advantages, groups = zip(*sequences_B, strict=True)
     counts = [len(rollout.token_ids) for rollout in rollouts]
     images, image_I = distinct([image for prompt in packing.prompts(sequences_B) for image in prompt.images])
@@ -55,10 +60,10 @@ def micro_batches(
     num_ranks: int = 1,
     share_prefix: bool = False,
 ) -> tuple[MicroBatch, ...]:
-    """Every rollout of every group with a signal, packed to `capacity` tokens. Empty where no group has one.
+    """All rollouts of groups whose rewards differ, packed into micro-batches of up to `capacity` tokens.
 
-    Their number is a multiple of `num_ranks`, as far as there are sequences for it. `share_prefix`: a group's prompt
-    stands once in a micro-batch.
+    The number of micro-batches is a multiple of `num_ranks` if there are enough sequences; 0 if no group has a signal.
+    `share_prefix`: include a group's prompt once per micro-batch instead of once per rollout.
     """
     packing: Packing = SharedPrompts() if share_prefix else OwnPrompts()
     sequences: list[TrainSequence] = []
@@ -79,9 +84,9 @@ def micro_batches(
 def penalize(
     micro_batches: Sequence[MicroBatch], penalties_B: np.ndarray, normalize_advantages: bool
 ) -> list[MicroBatch]:
-    """The same with the advantages of rewards less `penalties_B`, which has all sequences in the micro-batches' order.
+    """The same micro-batches with the advantages of rewards minus `penalties_B`, [B] in the order of their sequences.
 
-    They must be all of the step's, since an advantage depends on the rewards of its whole group.
+    Pass all micro-batches of the step, since an advantage depends on the rewards of the entire group.
     """
     rewards_B = np.concatenate([m.rewards_B for m in micro_batches]) - penalties_B
     groups_B = np.concatenate([m.groups_B for m in micro_batches])

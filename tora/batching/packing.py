@@ -1,7 +1,4 @@
-"""Which sequences share a micro-batch, and where their tokens lie in it. Pure numpy.
-
-Shape letters as in `tora.types`.
-"""
+"""Assign sequences to micro-batches, and lay out their tokens. Pure numpy; shape letters as in `tora.types`."""
 
 from __future__ import annotations
 
@@ -13,26 +10,30 @@ import numpy as np
 from tora.types import MicroBatch, Prompt, Rollout
 
 TrainSequence = tuple[Prompt, Rollout, float, int]
-"""A rollout with its prompt, its advantage and the number of its group."""
+"""Prompt, rollout, advantage, and group number."""
 Layout = dict[str, np.ndarray]
 """`MicroBatch`'s tokens_T, positions_T, prompt_lengths_P, lengths_B, prompt_B and response_N."""
 
 
 class Packing(Protocol):
+    """How prompts and completions are packed."""
+
     def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
-        """In the order in which `lay_out` puts them."""
+        """The prompts, in the order of `lay_out`."""
         ...
 
     def bins(self, sequences: Sequence[TrainSequence], capacity: int, num_ranks: int) -> list[list[int]]:
-        """Indices of the sequences of each micro-batch, which holds at most `capacity` tokens unless a single sequence
-        has more. Their number is a multiple of `num_ranks`, as far as there are sequences for it."""
+        """Sequence indices of each micro-batch. A micro-batch has at most `capacity` tokens unless a single sequence
+        has more; their number is a multiple of `num_ranks` if there are enough sequences."""
         ...
 
-    def lay_out(self, sequences_B: Sequence[TrainSequence]) -> Layout: ...
+    def lay_out(self, sequences_B: Sequence[TrainSequence]) -> Layout:
+        """The token arrays of one micro-batch."""
+        ...
 
 
 class OwnPrompts:
-    """Prompt and completion of each sequence end to end."""
+    """Each sequence is its prompt followed by its completion."""
 
     def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
         return [prompt for prompt, _, _, _ in sequences_B]
@@ -46,7 +47,7 @@ class OwnPrompts:
         counts = [len(rollout.token_ids) for _, rollout, _, _ in sequences_B]
         lengths = np.add(prompt_lengths, counts)
         starts = np.cumsum(lengths) - lengths
-        # the position before a response token is the one that predicts it
+        # a response token is predicted at the position before it
         response = [s + n - 1 + np.arange(c) for s, n, c in zip(starts, prompt_lengths, counts, strict=True)]
         return _integers(
             tokens_T=[ids for prompt, rollout, _, _ in sequences_B for ids in (prompt.token_ids, rollout.token_ids)],
@@ -59,8 +60,8 @@ class OwnPrompts:
 
 
 class SharedPrompts:
-    """The prompts of all groups, each once, then the completions. A group too long for one micro-batch is cut into
-    several, each with the prompt."""
+    """All groups' prompts, once each, then all completions. A group too long for one micro-batch is split over several,
+    each with the prompt."""
 
     def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
         return list({number: prompt for prompt, _, _, number in sequences_B}.values())
@@ -77,23 +78,23 @@ class SharedPrompts:
 
         blocks: list[list[int]] = []
         for members in groups.values():
-            room = capacity - prompt_lengths[members[0]]
-            blocks += [[members[i] for i in part] for part in bins([counts[i] for i in members], room)]
+            free = capacity - prompt_lengths[members[0]]
+            blocks += [[members[i] for i in part] for part in bins([counts[i] for i in members], free)]
         while True:
             costs = [cost(block) for block in blocks]
             packed = spread(bins(costs, capacity), costs, num_ranks)
             several = [block for block in blocks if len(block) > 1]
             if len(packed) % num_ranks == 0 or not several:
                 return [[i for b in indices for i in blocks[b]] for indices in packed]
-            largest = max(several, key=cost)  # a prompt twice costs less than a rank without work
+            largest = max(several, key=cost)  # repeating a prompt costs less than an idle rank
             blocks.remove(largest)
             blocks += halves(largest, counts)
 
     def lay_out(self, sequences_B: Sequence[TrainSequence]) -> Layout:
         prompts = {number: prompt.token_ids for prompt, _, _, number in sequences_B}
-        place = {number: p for p, number in enumerate(prompts)}
+        prompt_index = {number: p for p, number in enumerate(prompts)}
         prompt_lengths = np.array([len(ids) for ids in prompts.values()])
-        prompt_B = np.array([place[number] for _, _, _, number in sequences_B])
+        prompt_B = np.array([prompt_index[number] for _, _, _, number in sequences_B])
         counts = np.array([len(rollout.token_ids) for _, rollout, _, _ in sequences_B])
         prompt_ends, ends = np.cumsum(prompt_lengths), prompt_lengths.sum() + np.cumsum(counts)
         # a prompt's last position predicts the first token of each of its completions
@@ -116,7 +117,8 @@ class SharedPrompts:
 
 
 def documents(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
-    """For each token of T: its document, int64, and whether it is a prompt's. Completions belong to their prompt's."""
+    """For each token: its document, [T] int64, and whether it belongs to a prompt, [T] bool. A completion is in the
+    same document as its prompt."""
     if len(batch.prompt_lengths_P) == 0:
         document_T = np.repeat(np.arange(len(batch.lengths_B)), batch.lengths_B)
     else:
@@ -125,35 +127,35 @@ def documents(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
             np.concatenate([prompts, batch.prompt_B]), np.concatenate([batch.prompt_lengths_P, batch.lengths_B])
         )
     _, first_B = np.unique(batch.sequence_N, return_index=True)
-    prompt_end_B = batch.response_N[first_B]  # predicts a completion's first token
+    prompt_end_B = batch.response_N[first_B]  # the position that predicts a completion's first token
     last = np.zeros(document_T.max() + 1, dtype=np.int64)
     last[document_T[prompt_end_B]] = batch.positions_T[prompt_end_B]
     return document_T, batch.positions_T <= last[document_T]
 
 
 def distinct(shown_I: Sequence[bytes]) -> tuple[tuple[bytes, ...], np.ndarray]:
-    """Images without repetition, and which of them each one is, int64."""
-    number = {image: i for i, image in enumerate(dict.fromkeys(shown_I))}
-    return tuple(number), np.asarray([number[image] for image in shown_I], dtype=np.int64)
+    """The distinct images, and the index of each of `shown_I` among them, [I] int64."""
+    index = {image: i for i, image in enumerate(dict.fromkeys(shown_I))}
+    return tuple(index), np.asarray([index[image] for image in shown_I], dtype=np.int64)
 
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices packed first-fit by decreasing length; no bin exceeds `capacity` unless a single length does."""
+    """Indices of `lengths`, packed first-fit decreasing. No bin exceeds `capacity` unless a single length does."""
     result: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
+        fitting = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
+        if fitting is None:
             result.append([])
             room.append(capacity)
-            place = len(room) - 1
-        result[place].append(index)
-        room[place] -= lengths[index]
+            fitting = len(room) - 1
+        result[fitting].append(index)
+        room[fitting] -= lengths[index]
     return result
 
 
 def spread(packed: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Halve the longest bins that can be, until their number is a multiple of `num_ranks`."""
+    """Split the longest bins in two until their number is a multiple of `num_ranks`, or none has two sequences."""
     packed = list(packed)
     while len(packed) % num_ranks and any(len(indices) > 1 for indices in packed):
         longest = max((b for b in packed if len(b) > 1), key=lambda b: sum(lengths[i] for i in b))
@@ -163,7 +165,7 @@ def spread(packed: list[list[int]], lengths: Sequence[int], num_ranks: int) -> l
 
 
 def halves(indices: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Two parts of about the same length in all."""
+    """Two parts of about equal total length, by greedy assignment."""
     parts: tuple[list[int], list[int]] = ([], [])
     for index in sorted(indices, key=lambda i: -lengths[i]):
         min(parts, key=lambda part: sum(lengths[i] for i in part)).append(index)
@@ -171,5 +173,5 @@ def halves(indices: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], l
 
 
 def _integers(**arrays: Sequence[Sequence[int] | np.ndarray]) -> Layout:
-    """Each one's parts end to end, int64."""
+    """Concatenate the parts of each array, as int64."""
     return {name: np.concatenate(parts).astype(np.int64) for name, parts in arrays.items()}

@@ -1,4 +1,4 @@
-"""One step's groups as a `TrainBatch`, with what the rollout side measured."""
+"""One step's groups as a `TrainBatch`, with metrics of the rollout side."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from tora.types import Group, Metrics, TrainBatch
 def make_batch(
     cfg: RunConfig, groups_P: Sequence[Group], generated: Sequence[Group], drops: int, version: int, seconds: float
 ) -> TrainBatch:
-    """`generated` are all groups since the last step, dropped ones too: rewards are averaged over them, not over what
-    the filter left, unless there are none. `seconds`: wall time since the last batch. `staleness/*`: of a group's
-    oldest token; `rollout/mixed_share`: of rollouts sampled by more than one policy version."""
+    """`groups_P`: the groups to train on. `generated`: all groups since the last step, including those the filter
+    dropped; reward metrics average over these, or over `groups_P` if there are none. `drops`: how many were dropped.
+    `version`: the learner's. `seconds`: wall time since the last batch.
+
+    `staleness/*`, in versions, is that of a group's oldest token; `rollout/mixed_share` is the share of rollouts
+    sampled by more than one policy version.
+    """
     staleness_P = [version - group.version for group in groups_P]
-    # all of the step's groups may have been there already at the last one
+    # empty if all of this step's groups arrived before the last step
     measured = [group for group in generated if group.rollouts] or groups_P
     rollouts = [r for group in measured for r in group.rollouts]
     metrics: Metrics = {

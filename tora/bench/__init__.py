@@ -1,1 +1,1 @@
-"""`tora bench`: speed and memory, side by side in one run, on random weights of the real shapes."""
+"""`tora bench`: speed and memory of several settings, measured in one run on random weights in real shapes."""

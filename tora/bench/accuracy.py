@@ -1,7 +1,7 @@
-"""`python -m tora.bench.accuracy`: the quick-start under every method, on one and two learner ranks, async and not.
+"""`python -m tora.bench.accuracy`: the quick start with every method, on one and two learner ranks, sync and async.
 
-Each run is the command that a user would type, in a process of its own. Prints a Markdown table of held-out accuracy
-before and after, row by row as runs end.
+Each run is the command a user would type, in a separate process. Prints a Markdown table of held-out accuracy before
+and after training, row by row as runs finish.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ METHODS = {
     "qdora": ("model.lora_type=dora", "model.quantize_base=true"),
     "qdora_cache": ("model.lora_type=dora_cache", "model.quantize_base=true"),
 }
-"""Overrides. A full-weight run takes the rate that suits it."""
+"""Config overrides of each method. A full-weight run needs its own learning rate."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where and how a run goes."""
+class Deployment:
+    """How a run is launched."""
 
     ranks: int
     is_async: bool
@@ -47,19 +47,19 @@ class Place:
 
 _TORA = "import sys; from tora.cli import main; sys.exit(main())"
 
-PLACES = [Place(ranks, is_async) for is_async in (False, True) for ranks in (1, 2)]
+DEPLOYMENTS = [Deployment(ranks, is_async) for is_async in (False, True) for ranks in (1, 2)]
 
 
-def accuracies(config: str, place: Place, overrides: list[str]) -> tuple[float, float, float]:
-    """Held-out accuracy before the first step and after the last, and seconds in all. Errors: RuntimeError with the
-    end of what a failed run said."""
+def accuracies(config: str, deployment: Deployment, overrides: list[str]) -> tuple[float, float, float]:
+    """Held-out accuracy before the first step and after the last, and the run's seconds. Raises RuntimeError with the
+    end of its stderr if the run fails."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tora-accuracy-") as scratch:
         output = Path(scratch) / "run"
-        command = [sys.executable, "-c", _TORA, *place.command(config), *overrides, f"output_dir={output}"]
+        command = [sys.executable, "-c", _TORA, *deployment.command(config), *overrides, f"output_dir={output}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command[3:])} ended with {done.returncode}: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{' '.join(command[3:])} exited with {done.returncode}: {done.stderr[-2000:]}")
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     found = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
     return found[0], found[-1], time.perf_counter() - start
@@ -70,23 +70,24 @@ def main() -> int:
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--only", default=",".join(METHODS), metavar="METHOD,...")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, e.g. num_steps=40")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, e.g. num_steps=40")
     args = parser.parse_args()
-    print(
-        f"| held-out accuracy | {' | '.join(place.name for place in PLACES)} |\n|---{'|---' * len(PLACES)}|", flush=True
-    )
+    names = " | ".join(deployment.name for deployment in DEPLOYMENTS)
+    print(f"| held-out accuracy | {names} |\n|---{'|---' * len(DEPLOYMENTS)}|", flush=True)
     rows, failed = [], False
     for method in args.only.split(","):
         cells = []
-        for place in PLACES:
+        for deployment in DEPLOYMENTS:
             try:
-                before, after, seconds = accuracies(args.config, place, [*METHODS[method], *args.overrides])
+                before, after, seconds = accuracies(args.config, deployment, [*METHODS[method], *args.overrides])
             except RuntimeError as error:
                 print(error, file=sys.stderr, flush=True)
                 cells.append("failed")
                 failed = True
                 continue
-            rows.append({"method": method, "place": place.name, "before": before, "after": after, "seconds": seconds})
+            rows.append(
+                {"method": method, "place": deployment.name, "before": before, "after": after, "seconds": seconds}
+            )
             cells.append(f"{before:.3f} -> {after:.3f}")
             if args.json:
                 Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Seconds a gradient step and generated tokens a second, of every setting side by side."""
+"""Seconds per gradient step and generated tokens per second of several settings, measured side by side."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ Dtype = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a step trains and an engine generates."""
+class Workload:
+    """What each gradient step trains on, and what the engine generates."""
 
     tokens: int = 2048
-    """Packed tokens a step."""
+    """Packed tokens per step."""
     sequence: int = 256
-    """Tokens of a prompt and its completion, half each."""
+    """Tokens of a prompt and its completion together, half each."""
     image: int = 0
-    """Side of a square image before every prompt, in pixels, for a vision model; 0 is none."""
+    """Side in pixels of a square image in front of every prompt, for a vision model; 0 for none."""
     rows: int = 16
-    """Rollouts decoded at once."""
+    """Rollouts decoded at the same time."""
     new_tokens: int = 32
+    """Tokens generated per rollout."""
     rounds: int = 7
-    """Measured rounds; each measures every setting once. The first one on top is thrown away."""
+    """Measured rounds, each of which measures every setting once. One warm-up round precedes them."""
 
 
 def all_settings(compiled: Sequence[bool]) -> list[Setting]:
+    """Every method with each value of `compile` in `compiled`."""
     kinds: tuple[LoraType, ...] = ("lora", "dora", "dora_cache")
     one = [Setting("full"), *(Setting(kind, quantize) for quantize in (False, True) for kind in kinds)]
     return [replace(setting, compile=compile_) for compile_ in compiled for setting in one]
@@ -62,21 +64,21 @@ def make_config(folder: Path, setting: Setting, *, dtype: Dtype, rank: int, toke
     )
 
 
-def make_prompt(load: Load, folder: Path, vocab_size: int) -> Prompt:
-    """Random text, behind an image where the load has one."""
+def make_prompt(workload: Workload, folder: Path, vocab_size: int) -> Prompt:
+    """Random text, after an image if the workload has one."""
     ids, images = (), ()
-    if load.image:
-        ids, image = image_prompt(folder, load.image)
+    if workload.image:
+        ids, image = image_prompt(folder, workload.image)
         images = (image,)
-    text = np.random.default_rng(0).integers(len(TOKEN_IDS) + 1, vocab_size, load.sequence // 2)
+    text = np.random.default_rng(0).integers(len(TOKEN_IDS) + 1, vocab_size, workload.sequence // 2)
     return Prompt(0, (*ids, *text.tolist()), "", {}, images)
 
 
-def make_batch(load: Load, prompt: Prompt, vocab_size: int) -> TrainBatch:
-    """Random tokens and rewards, in sequences of one length."""
+def make_batch(workload: Workload, prompt: Prompt, vocab_size: int) -> TrainBatch:
+    """Random tokens and rewards, in sequences of equal length."""
     rng = np.random.default_rng(1)
-    length = load.sequence // 2
-    count = max(2, load.tokens // (len(prompt.token_ids) + length))
+    length = workload.sequence // 2
+    count = max(2, workload.tokens // (len(prompt.token_ids) + length))
 
     def rollout() -> Rollout:
         ids = rng.integers(0, vocab_size, length)
@@ -89,21 +91,21 @@ def make_batch(load: Load, prompt: Prompt, vocab_size: int) -> TrainBatch:
         normalize_advantages=True,
         normalization="token",
         max_generated_tokens=length,
-        capacity=load.tokens,
+        capacity=workload.tokens,
     )
     return TrainBatch(micro, 1.0)
 
 
 def static_bytes(learner: Learner) -> int:
-    """Weights, gradients of what is trained, and the optimizer's moments."""
+    """Bytes of all weights, and of the trained weights' gradients and two optimizer moments."""
     weights = sum(p.nbytes for p in learner.model.parameters())
     return weights + sum(3 * p.nbytes for p in learner.model.parameters() if p.requires_grad)
 
 
 def measure(
-    learner: Learner, prompt: Prompt, batch: TrainBatch, load: Load, samples: Samples, *, generate: bool
+    learner: Learner, prompt: Prompt, batch: TrainBatch, workload: Workload, samples: Samples, *, generate: bool
 ) -> None:
-    """One round of one setting."""
+    """Measure one setting in one round, and append to `samples`."""
 
     def step() -> None:
         _synchronize(learner.device)
@@ -114,14 +116,15 @@ def measure(
 
     samples.peak_bytes.append(static_bytes(learner) + peak_bytes(learner.device, step))
     if generate:
-        samples.tokens_per_s.append(tokens_per_second(learner, prompt, load))
+        samples.tokens_per_s.append(tokens_per_second(learner, prompt, workload))
 
 
-def tokens_per_second(learner: Learner, prompt: Prompt, load: Load) -> float:
-    rollout = replace(learner.cfg.rollout, concurrency=load.rows, enforce_eager=True)
+def tokens_per_second(learner: Learner, prompt: Prompt, workload: Workload) -> float:
+    """Throughput of the torch engine on the learner's model."""
+    rollout = replace(learner.cfg.rollout, concurrency=workload.rows, enforce_eager=True)
     engine = shared_torch_engine(replace(learner.cfg, grpo_samples=1, rollout=rollout), learner)
     engine.install(learner.snapshot())
-    request = SampleRequest(prompt.token_ids, load.rows, 0, Sampling(load.new_tokens), prompt.images)
+    request = SampleRequest(prompt.token_ids, workload.rows, 0, Sampling(workload.new_tokens), prompt.images)
     _synchronize(learner.device)
     start = time.perf_counter()
     (completions,) = engine.generate([request])
@@ -130,23 +133,34 @@ def tokens_per_second(learner: Learner, prompt: Prompt, load: Load) -> float:
 
 
 def run(
-    folder: Path, settings: Sequence[Setting], load: Load, *, dtype: Dtype, rank: int, generate: bool, together: bool
+    folder: Path,
+    settings: Sequence[Setting],
+    workload: Workload,
+    *,
+    dtype: Dtype,
+    rank: int,
+    generate: bool,
+    interleave: bool,
 ) -> list[Row]:
-    """`together`: every model in memory at once and measured in turn, which is fair to all on a drifting machine;
-    otherwise one after the other, for models of which only one fits."""
+    """`interleave`: load all models and measure them in turn, which is fair on a machine whose speed drifts. Otherwise
+    load and measure one model after the other, if only one fits into memory.
+
+    Raises ConfigError if the workload has an image and the model takes none.
+    """
     samples = {setting: Samples() for setting in settings}
-    for share in [list(settings)] if together else [[s] for s in settings]:
-        learners = {s: Learner(make_config(folder, s, dtype=dtype, rank=rank, tokens=load.tokens)) for s in share}
+    for loaded in [list(settings)] if interleave else [[s] for s in settings]:
+        configs = {s: make_config(folder, s, dtype=dtype, rank=rank, tokens=workload.tokens) for s in loaded}
+        learners = {setting: Learner(cfg) for setting, cfg in configs.items()}
         model = next(iter(learners.values())).model
-        if load.image and not isinstance(model, Qwen3VL):
-            raise ConfigError(f"--image {load.image} needs the shapes of a vision model, such as qwen3_vl/2B.")
+        if workload.image and not isinstance(model, Qwen3VL):
+            raise ConfigError(f"--image {workload.image} needs the shapes of a vision model, such as qwen3_vl/2B.")
         vocab_size = model.tok_embeddings.num_embeddings
-        prompt = make_prompt(load, folder, vocab_size)
-        batch = make_batch(load, prompt, vocab_size)
-        for round_ in range(load.rounds + 1):
+        prompt = make_prompt(workload, folder, vocab_size)
+        batch = make_batch(workload, prompt, vocab_size)
+        for round_ in range(workload.rounds + 1):
             for setting, learner in learners.items():
-                sink = samples[setting] if round_ else Samples()  # the first warms up compilers and allocators
-                measure(learner, prompt, batch, load, sink, generate=generate)
+                sink = samples[setting] if round_ else Samples()  # round 0 warms up compilers and allocators
+                measure(learner, prompt, batch, workload, sink, generate=generate)
         del learners, model
         torch.cuda.empty_cache()
     return [make_row(setting, samples) for setting in settings]

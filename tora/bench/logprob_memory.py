@@ -1,6 +1,6 @@
-"""`python -m tora.bench.logprob_memory`: peak memory of log-probs and their gradient, ours against whole logits.
+"""`python -m tora.bench.logprob_memory`: peak memory of log-probs and their gradient, in chunks and with full logits.
 
-Each variant runs in a process of its own, with a bf16 head. Shape letters: N tokens, H hidden, V vocabulary.
+Each variant runs in a separate process, with a bf16 head. Shape letters: N tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ Logprobs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def naive(hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """The usual way: all logits, in float32, then log_softmax and gather."""
+    """The baseline: all logits in float32, then log_softmax and gather."""
     logits_NV = F.linear(hidden_NH, head_VH).float()
     return logits_NV.log_softmax(1).gather(1, targets_N[:, None])[:, 0]
 
 
 def ours(hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """`learner.logprobs`, in chunks."""
     return token_logprobs(hidden_NH, head_VH, targets_N, temperature=1.0)[0]
 
 
@@ -34,7 +35,7 @@ VARIANTS: dict[str, Logprobs] = {"naive": naive, "ours": ours}
 
 
 def measure(variant: str, args: argparse.Namespace) -> None:
-    """Prints bytes above the inputs, and seconds."""
+    """Print the peak bytes in addition to the inputs, and seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     hidden_NH = torch.randn(args.tokens, args.hidden, device=device).bfloat16().requires_grad_()
@@ -54,8 +55,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--train-head", action="store_true", help="a gradient for the head's weight too")
-    parser.add_argument("--variant", choices=VARIANTS, help="measure one, here")
+    parser.add_argument("--train-head", action="store_true", help="also compute the gradient of the head's weight")
+    parser.add_argument("--variant", choices=VARIANTS, help="measure only this one, in this process")
     args = parser.parse_args()
     if args.variant:
         measure(args.variant, args)

@@ -1,4 +1,4 @@
-"""`tora bench`, once torch may be imported."""
+"""The part of `tora bench` that imports torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _CPU_SHAPES, _GPU_SHAPES = "tiny", "qwen2_5/1.5B"
 
 
 def shapes_of(config: str | None) -> str:
-    """The shapes that a config's name speaks of: `qwen2_5/7B_lora_grpo` -> `qwen2_5/7B`; by default what suits here."""
+    """The shapes for a config's name: `qwen2_5/7B_lora_grpo` -> `qwen2_5/7B`. For None, small shapes that suit this
+    machine."""
     if config is None:
         return _GPU_SHAPES if torch.cuda.is_available() else _CPU_SHAPES
     family, slash, size = config.removesuffix(".yaml").rpartition("/")
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace, folder: Path, shapes: str, gpu: bool) -> list[object]:
-    from tora.bench.learner import Load, all_settings, run
+    from tora.bench.learner import Workload, all_settings, run
 
     small = {"tokens": 512, "sequence": 128, "rows": 8, "new_tokens": 8, "rounds": 3} if not gpu else {}
     names = ("tokens", "sequence", "image", "rows", "new_tokens", "rounds")
@@ -46,11 +47,11 @@ def _table(args: argparse.Namespace, folder: Path, shapes: str, gpu: bool) -> li
     rows = run(
         folder,
         settings,
-        Load(**{**small, **given}),
+        Workload(**{**small, **given}),
         dtype=args.dtype,
         rank=args.rank,
         generate=args.what != "learner",
-        together=not gpu or args.together,
+        interleave=not gpu or args.together,
     )
     print_rows(f"{shapes}, {args.dtype}, rank {args.rank}, {_device(gpu)}", rows)
     return list(rows)

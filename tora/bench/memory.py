@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, on a GPU or of this process."""
+"""Peak memory of a function, on a GPU or of this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
-    """How far memory rises above where it stands while `work` runs."""
+    """Peak memory during `work` minus memory before it, in bytes: allocated GPU memory, or resident memory on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -19,7 +19,7 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    _CLEAR.write_text("5")  # Linux: the peak starts again from the present size
+    _CLEAR.write_text("5")  # Linux: resets the recorded peak to the current size
     before = _status("VmRSS")
     work()
     return max(0, _status("VmHWM") - before)

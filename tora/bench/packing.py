@@ -1,7 +1,7 @@
-"""`python -m tora.bench.packing`: a whole gradient step on padded rows, on packed ones, and with shared prompts.
+"""`python -m tora.bench.packing`: a full gradient step on padded rows, on packed rows, and with shared prompts.
 
-All variants of a load are measured in turn, in one process and on the same rollouts. Shape letters: B sequences, L
-longest sequence, H hidden, N response tokens, D head size.
+All variants are measured in turn, in one process and on the same rollouts. Shape letters: B sequences, L longest
+sequence, H hidden, N response tokens, D head size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tora.types import Group, Prompt, Rollout, TrainBatch
 
 
 class Causal:
-    """[B, L, heads, D]: what lies right of a token, padding too, is not seen."""
+    """Causal attention on padded rows [B, L, heads, D]. Padding is on the right, so causality hides it."""
 
     def at(self, layer: int) -> LayerAttention:
         return self
@@ -43,19 +43,19 @@ class Causal:
 
 
 class PaddedLearner(Learner):
-    """What packing is compared with: a row for each sequence, padded on the right to the longest. The loss, and the
-    head before it, see the response tokens alone."""
+    """The baseline for packing: one row per sequence, padded on the right to the longest. Head and loss still process
+    response tokens only."""
 
     def _logprobs(self, model: Decoder, x: Any, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         rows = PackedAttention(x.lengths_B)
         tokens_BL = x.tokens_T[rows.pad_BL].view(rows.shape)
         positions_BL = torch.arange(rows.shape[1], device=self.device).expand(rows.shape)
 
-        def finish(hidden_BLH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def response_logprobs(hidden_BLH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, rows.unpad_T[x.response_N])
             return token_logprobs(hidden_NH, model.head, x.targets_N, temperature=temperature)
 
-        return model(tokens_BL, positions=positions_BL, attend=Causal(), finish=finish)
+        return model(tokens_BL, positions=positions_BL, attend=Causal(), output_fn=response_logprobs)
 
 
 def make_group(prompt_tokens: int, completion_tokens: Sequence[int], vocab_size: int) -> Group:
@@ -71,7 +71,7 @@ def make_group(prompt_tokens: int, completion_tokens: Sequence[int], vocab_size:
 
 
 def make_batch(group: Group, *, share_prefix: bool) -> TrainBatch:
-    """In one micro-batch."""
+    """The whole group in one micro-batch."""
     micro = micro_batches(
         [group],
         normalize_advantages=True,
@@ -84,7 +84,7 @@ def make_batch(group: Group, *, share_prefix: bool) -> TrainBatch:
 
 
 def measure(title: str, steps: dict[str, tuple[Learner, TrainBatch]], rounds: int) -> None:
-    """Prints medians, and the median over rounds of each variant's seconds against the padded one's."""
+    """Print each variant's median seconds, and the median over rounds of its speed relative to the padded variant."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, (learner, batch) in steps.items():
@@ -103,9 +103,9 @@ def measure(title: str, steps: dict[str, tuple[Learner, TrainBatch]], rounds: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="small", help="a name of tora.bench.shapes")
-    parser.add_argument("--group", type=int, default=16, help="completions of a prompt")
-    parser.add_argument("--completion", type=int, default=32, help="tokens; the shared prompt has twice as many")
-    parser.add_argument("--longest", type=int, default=96, help="tokens of the longest of sequences that differ")
+    parser.add_argument("--group", type=int, default=16, help="completions per prompt")
+    parser.add_argument("--completion", type=int, default=32, help="tokens each; the shared prompt has twice as many")
+    parser.add_argument("--longest", type=int, default=96, help="tokens of the longest sequence in the uneven load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The shapes of known models, as their config.json gives them, and folders of random weights in those shapes."""
+"""Shapes of known models, as in their config.json, and folders of random weights in these shapes."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def shape_names() -> list[str]:
 
 
 def write_random_model(name: str, folder: Path, *, dtype: str, seed: int = 0) -> Path:
-    """A Hugging Face folder that loads as any other; without tokenizer, but a vision model's with its image processor.
+    """Write a loadable Hugging Face folder with random weights: no tokenizer, but an image processor for vision models.
 
-    Errors: ConfigError for an unknown name.
+    Raises ConfigError for an unknown name.
     """
     if name not in _TABLE:
-        raise ConfigError(f"There are no shapes of {name}{nearest(name, list(_TABLE))}.")
+        raise ConfigError(f"There are no shapes named {name}{nearest(name, list(_TABLE))}.")
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig

@@ -33,6 +33,7 @@ from tora.reporting.metrics import NoLog
 from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.loop import train
+from tora.run.run import Run
 from tora.types import (
     Group,
     LogprobRequest,
@@ -177,8 +178,20 @@ def simulate(scenario: Scenario, max_staleness: int) -> Measured:
     rollouts = AsyncRollouts(cfg, make_worker, _prompt, [], state.rollouts, version=0)
     try:
         with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
-            checkpoints = Checkpoints(Path(scratch), keep=1)
-            train(cfg, learner, rollouts, Canary.of(cfg, [_prompt(0)]), NoLog(), checkpoints, state, lambda: False)
+            run = Run(
+                cfg=cfg,
+                folder=Path(scratch),
+                learner=learner,
+                make_learner=lambda: learner,
+                rollouts=rollouts,
+                canary=Canary.from_config(cfg, [_prompt(0)]),
+                log=NoLog(),
+                checkpoints=Checkpoints(Path(scratch), keep=1),
+                state=state,
+                prompt_at=_prompt,
+                stop_requested=lambda: False,
+            )
+            train(run)
     finally:
         rollouts.close()
     num_groups = cfg.batch_size * scenario.num_steps

@@ -1,4 +1,4 @@
-"""What a benchmark of a vision model needs beside random weights: an image processor, and a prompt with an image."""
+"""For benchmarks of vision models with random weights: config, image processor, and a prompt with an image."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _TOKENS = {
 }
 _TEMPLATE = "<|vision_start|><|image_pad|><|vision_end|>"
 TOKEN_IDS = {name: i + 1 for i, name in enumerate(_TOKENS)}
-"""The model's vocabulary is only a number of rows here, and these are its first ones."""
+"""The model has no real vocabulary here; these are its first token ids."""
 
 
 def vision_config(model_type: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
-    """transformers' config of a Qwen3-VL of this text part and this tower."""
+    """transformers' config of a Qwen3-VL with this text part and vision tower."""
     from transformers import AutoConfig
 
     pairs = text["head_dim"] // 2
@@ -52,7 +52,7 @@ def vision_config(model_type: str, text: dict[str, Any], vision: dict[str, Any])
 
 
 def write_processor(folder: Path) -> None:
-    """Of images up to 16 megapixels, with a tokenizer that knows placeholders alone."""
+    """Write an image processor for up to 16 megapixels, with a tokenizer of only the placeholders."""
     import transformers
     from tokenizers import Tokenizer, models
 
@@ -72,7 +72,7 @@ def write_processor(folder: Path) -> None:
 
 
 def image_prompt(folder: Path, side: int) -> tuple[tuple[int, ...], bytes]:
-    """Token ids of a square image of `side` pixels, and its file."""
+    """The token ids of a square image of `side` x `side` pixels, and its PNG file."""
     from PIL import Image
 
     file = io.BytesIO()

@@ -91,6 +91,17 @@ def check_reward(component: Component, key: str) -> None:
         _refuse_unknown(path, own, ["name", "weight", *(arg.arg for arg in definition.args.kwonlyargs)], key)
 
 
+def class_literal(component: Component, key: str, name: str, *, default: Any) -> Any:
+    """The literal that the component's class, or the nearest of its bases, assigns to `name`; nothing is imported.
+
+    `default` if none does, and for components outside our own packages. `key` is where the component stands in the
+    config. Raises ConfigError if the component does not exist.
+    """
+    _, definition, bound = _definition_of(component, key)
+    value = _assigned(definition, bound, name)
+    return default if value is None else ast.literal_eval(value)
+
+
 def _definition_of(component: Component, key: str) -> tuple[str, _Definition, _Bindings]:
     """The component's path and, in our own packages, its source and what that knows."""
     path = _path_of(component, key)
@@ -212,7 +223,8 @@ def _parameters_of_class(definition: ast.ClassDef, bound: _Bindings) -> list[str
             return None if names is None else names[1:]
     if not any("dataclass" in ast.unparse(node) for node in definition.decorator_list):
         return None
-    annotated = [node.target for node in definition.body if isinstance(node, ast.AnnAssign)]
+    annotations = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
+    annotated = [node.target for node in annotations if not ast.unparse(node.annotation).startswith("ClassVar")]
     fields = [target.id for target in annotated if isinstance(target, ast.Name)]
     for base in definition.bases:
         found = bound.get(ast.unparse(base))
@@ -221,3 +233,20 @@ def _parameters_of_class(definition: ast.ClassDef, bound: _Bindings) -> list[str
             return None
         fields += [name for name in inherited if name not in fields]
     return fields
+
+
+def _assigned(definition: _Definition, bound: _Bindings, name: str) -> ast.expr | None:
+    """What a class body assigns to `name`, its bases searched too; None if that cannot be read from the source."""
+    if not isinstance(definition, ast.ClassDef):
+        return None
+    for node in definition.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return node.value
+    for base in definition.bases:
+        found = bound.get(ast.unparse(base))
+        value = _assigned(*(_find(found, "") if isinstance(found, str) else (found, bound)), name)
+        if value is not None:
+            return value
+    return None

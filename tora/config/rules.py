@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+from tora.config.components import class_literal
 from tora.config.convert import show
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
@@ -37,13 +38,6 @@ _BOUNDS = (
     ),
     (operator.le, 1, "top_p rollout.gpu_memory_utilization max_failed_rewards"),
 )
-_LOSS_NEEDS = {
-    "DrGRPOLoss": {"loss_normalization": "constant", "normalize_advantages": False},
-    "DAPOLoss": {"loss_normalization": "token"},
-    "GSPOLoss": {"loss_normalization": "sequence"},
-    "CISPOLoss": {"loss_normalization": "token"},
-}
-"""What the papers' objectives consist of beside what our losses compute; `configs/base/` has a file for each."""
 _NO_ADAPTER = ("lm_head", "embed_tokens")
 """Shared with the embedding in a tied model, and outside what the rollout engine adapts."""
 
@@ -144,11 +138,10 @@ def _broken_components(cfg: RunConfig) -> Iterator[str]:
     lr = cfg.optimizer.get("lr")
     if not _is_number(lr) or not lr > 0:
         yield f"optimizer.lr={show(lr)} must be a number greater than 0."
-    path = str(cfg.loss.get("_component_"))
-    needs = _LOSS_NEEDS.get(path.rpartition(".")[2], {}) if path.startswith("learner.loss.") else {}
-    for key, needed in needs.items():
-        if getattr(cfg, key) != needed:
-            yield f"{key}={show(getattr(cfg, key))} must be {show(needed)} with loss._component_={path}."
+    for key, required in class_literal(cfg.loss, "loss", "requires", default={}).items():
+        if getattr(cfg, key) != required:
+            path = cfg.loss["_component_"]
+            yield f"{key}={show(getattr(cfg, key))} must be {show(required)} with loss._component_={path}."
     if not cfg.rewards:
         yield "rewards=[] must name at least one reward."
     weights = [reward.get("weight", 1.0) for reward in cfg.rewards]

@@ -1,13 +1,13 @@
-"""The process group of a run, by torchrun's contract. A world of one rank has none.
+"""The process group of a run, set up by torchrun's environment variables. A world of one rank has no group.
 
-Functions that say so are collective: every rank must call them.
+Functions marked collective must be called by every rank.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -29,43 +28,44 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """As torchrun sets RANK, WORLD_SIZE and LOCAL_RANK, or a Ray launcher in its place."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as set by torchrun or by the Ray launcher; one rank if unset."""
         return cls(*(int(os.environ.get(name, default)) for name, default in _VARIABLES.items()))
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of `items`, dealt round robin."""
+        """This rank's share of `items`, dealt round robin."""
         return items[self.rank :: self.size]
 
-    def collect(self, mine: Sequence[T]) -> list[T]:
-        """Every rank's share, in the order in which `share` dealt them. Collective."""
+    def collect(self, own: Sequence[T]) -> list[T]:
+        """The inverse of `share`: every rank's items, in the order before dealing. Collective."""
         if self.size == 1:
-            return list(mine)
-        shares = gather_objects(list(mine))
+            return list(own)
+        shares = gather_objects(list(own))
         longest = max(len(share) for share in shares)
         return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Collective."""
+        """Whether `flag` is set on any rank. Collective, and therefore a barrier."""
         return any(self.collect([flag]))
 
 
 def join(world: World, device: torch.device) -> None:
-    """Enter the process group that MASTER_ADDR and MASTER_PORT name, once in a process."""
+    """Join the process group at MASTER_ADDR:MASTER_PORT, unless this process already has or is the only rank."""
     if world.size > 1 and not dist.is_initialized():
-        # gloo beside NCCL, for what is offloaded to the CPU
+        # gloo beside NCCL, for tensors offloaded to the CPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def leave() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def end_rank(code: int) -> NoReturn:
-    """End this process, whose work is done and written, without Python's own clearing up.
+    """Exit this process at once, without Python's shutdown; all its work must be done and written.
 
-    There a rank on a busy machine now and then aborts (`terminate called without an active exception`), and torchrun
-    would take the run for failed.
+    During shutdown a rank on a busy machine occasionally aborts (`terminate called without an active exception`), and
+    torchrun would report the run as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -73,18 +73,17 @@ def end_rank(code: int) -> NoReturn:
 
 
 def gather_objects(own: T) -> list[T]:
-    """Every rank's, in the order of ranks."""
+    """Every rank's object, by rank. Collective."""
     if not dist.is_initialized():
         return [own]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
-def reduce(values: Mapping[str, float], how: dist.ReduceOp.RedOpType, device: torch.device) -> dict[str, float]:
-    """Each value over all ranks, which must call with the same names."""
-    if not dist.is_initialized():
-        return dict(values)
-    together = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(together, how)
-    return dict(zip(values, together.tolist(), strict=True))
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum of every rank's tensor, all of one shape and dtype, in a new tensor. Collective."""
+    total = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total

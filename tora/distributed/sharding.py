@@ -1,6 +1,7 @@
-"""Tensors that several ranks hold in rows, and tensors that one holds whole, behind the same functions.
+"""The same functions for tensors sharded by row over ranks (DTensor) and for plain tensors.
 
-FSDP2 leaves rank r of n with rows [r·c, (r+1)·c) of every parameter, c = ceil(rows / n); the last ranks may hold fewer.
+FSDP2 gives rank r of n the rows [r·c, (r+1)·c) of every parameter, with c = ceil(rows / n); the last ranks may hold
+fewer.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows; the tensor itself where it is not sharded."""
+    """This rank's rows; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All rows, on every rank: a collective for each call. For many tensors use `gather`."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All rows, on every rank. Collective, once per call; for many tensors use `gather`."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_rows(all_rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Those of all rows that this rank holds of `like`."""
+def local_rows(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The rows of `full` that this rank holds of `like`, which has as many rows."""
     if not isinstance(like, DTensor):
-        return all_rows
-    start, count = _rows(all_rows.shape[0], like.device_mesh.get_local_rank(), like.device_mesh.size())
-    return all_rows[start : start + count]
+        return full
+    start, count = _rows(full.shape[0], like.device_mesh.get_local_rank(), like.device_mesh.size())
+    return full[start : start + count]
 
 
-def as_sharded(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a new tensor, one row for each of `like`'s, as part of the whole."""
+def from_local_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor with as many rows as `like`, sharded like it, from this rank's rows. The inverse of `local_rows`."""
     if not isinstance(like, DTensor):
         return rows
     shape = (like.shape[0], *rows.shape[1:])
@@ -43,29 +44,29 @@ def as_sharded(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fill(place: torch.Tensor, all_rows: torch.Tensor) -> None:
-    """Copy a whole tensor, which every rank has, into one that may be sharded."""
-    local(place).copy_(own_rows(all_rows, place))
+def copy_full(target: torch.Tensor, full: torch.Tensor) -> None:
+    """Copy `full`, which every rank has, into `target`, which may be sharded."""
+    local(target).copy_(local_rows(full, target))
 
 
 @torch.no_grad()
 def gather(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All of them whole, on every rank, by one collective. Every rank must call it with the same names."""
+    """The full tensors, detached, on every rank, by a single collective. Every rank must pass the same names."""
     result = {name: t.detach() for name, t in tensors.items()}
     sharded = {name: t for name, t in result.items() if isinstance(t, DTensor)}
     if not sharded:
         return result
     mesh = next(iter(sharded.values())).device_mesh
-    mine = torch.cat([t.to_local().contiguous().reshape(-1).view(torch.uint8) for t in sharded.values()])
+    own = torch.cat([t.to_local().contiguous().reshape(-1).view(torch.uint8) for t in sharded.values()])
     sizes = [sum(_nbytes(t, rank, mesh.size()) for t in sharded.values()) for rank in range(mesh.size())]
-    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=mine.device)
-    padded[: len(mine)] = mine
-    everyones = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(everyones, padded, group=mesh.get_group())
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=own.device)
+    padded[: len(own)] = own
+    buffers = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(buffers, padded, group=mesh.get_group())
     offsets = [0] * mesh.size()
     for name, tensor in sharded.items():
         parts = []
-        for rank, buffer in enumerate(everyones):
+        for rank, buffer in enumerate(buffers):
             nbytes = _nbytes(tensor, rank, mesh.size())
             rows = buffer[offsets[rank] : offsets[rank] + nbytes].clone().view(tensor.dtype)
             parts.append(rows.view(-1, *tensor.shape[1:]))
@@ -75,7 +76,7 @@ def gather(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _rows(count: int, rank: int, size: int) -> tuple[int, int]:
-    """First row and number of rows of a rank."""
+    """A rank's first row and number of rows."""
     chunk = -(-count // size)
     start = min(rank * chunk, count)
     return start, min(chunk, count - start)

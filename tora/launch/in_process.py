@@ -23,7 +23,7 @@ class InProcess:
     def learner(self) -> Learner:
         from learner.learner import Learner as Rank
 
-        self._learner = Rank(self._cfg, also_samples=self._cfg.rollout.engine == "torch")
+        self._learner = Rank(self._cfg, shares_model=self._cfg.rollout.engine == "torch")
         return self._learner
 
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:

@@ -1,4 +1,4 @@
-"""Assembles a run from its config, trains, and reports."""
+"""Assemble a run from its config, train it, and report the outcome."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from tora.run.canary import NUM_PROBES, Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.loop import Outcome
 from tora.run.recovery import train_and_export
+from tora.run.run import Run
 from tora.tasks.prompts import RunPrompts
 
 
 def run(cfg: RunConfig) -> bool:
-    """Train, evaluate, export, report; False when a signal ended it before its last step.
+    """Train, evaluate, export and report; False if a signal stopped the run before its last step.
 
-    Under torchrun every rank runs this; rank 0 alone writes and reports. Errors: ConfigError for what only shows once
-    data and model are opened.
+    Under torchrun every rank calls this; only rank 0 writes and reports. Raises ConfigError for mistakes that show only
+    once data and model are opened.
     """
     cfg = with_engine(cfg)
     folder = output_folder(cfg.output_dir)
@@ -45,53 +46,56 @@ def run(cfg: RunConfig) -> bool:
             learner.restore(resume)
             state = checkpoints.read(resume, prompts.at)
         log = _open(cfg, folder, state, resumes=resume is not None) if world.rank == 0 else NoLog()
-        world.any(False)  # nobody writes into the folder before rank 0 has opened it
+        world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
+        probes = [prompts.at(i) for i in range(NUM_PROBES)]
+        assembled = Run(
+            cfg=cfg,
+            folder=folder,
+            learner=learner,
+            make_learner=site.learner,
+            rollouts=rollouts,
+            canary=Canary.from_config(cfg, probes, prompts.image_token),
+            log=log,
+            checkpoints=checkpoints,
+            state=state,
+            prompt_at=prompts.at,
+            stop_requested=lambda: world.any(stop_requested()),
+        )
         try:
-            outcome = train_and_export(
-                cfg,
-                site.learner,
-                learner,
-                rollouts,
-                Canary.of(cfg, [prompts.at(i) for i in range(NUM_PROBES)], prompts.image_token),
-                log,
-                checkpoints,
-                state,
-                prompts.at,
-                lambda: world.any(stop_requested()),
-                folder / "adapter",
-            )
+            outcome = train_and_export(assembled)
         finally:
             log.close()
             rollouts.close()
             shutil.rmtree(folder / ROLLOUT_BASE, ignore_errors=True)
     if world.rank == 0:
-        _report(cfg, outcome, state, folder)
+        _report(assembled, outcome)
     return state.step == cfg.num_steps
 
 
 def _open(cfg: RunConfig, folder: Path, state: RunState, *, resumes: bool) -> MetricLog:
-    """The run's folder; that of an earlier run gets the first free `.1`, `.2`, ... unless it is resumed."""
+    """Create the run's folder and open its log. Unless the run is resumed, an existing folder is renamed to the first
+    free `FOLDER.1`, `FOLDER.2`, ..."""
     if not resumes and folder.exists() and any(folder.iterdir()):
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        while (renamed := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
-        folder.rename(aside)
+        folder.rename(renamed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(cfg))
     return MetricLog(cfg, folder, first_step=state.step)
 
 
-def _report(cfg: RunConfig, outcome: Outcome, state: RunState, folder: Path) -> None:
-    curve = folder / "reward_curve.png"
-    reward_curve(folder / "metrics.jsonl", curve)
+def _report(finished: Run, outcome: Outcome) -> None:
+    curve = finished.folder / "reward_curve.png"
+    reward_curve(finished.folder / "metrics.jsonl", curve)
     print_summary(
-        name=cfg.name,
+        name=finished.cfg.name,
         accuracy_before=outcome.before.accuracy if outcome.before else None,
         accuracy_after=outcome.after.accuracy if outcome.after else None,
-        num_steps=state.step,
+        num_steps=finished.state.step,
         seconds=outcome.seconds,
-        adapter=folder / "adapter",
+        adapter=finished.adapter_folder,
         curve=curve,
         bytes_per_sync=outcome.bytes_per_sync,
     )

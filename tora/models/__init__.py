@@ -1,1 +1,1 @@
-"""Decoders built on torchtune's modules from a Hugging Face folder."""
+"""Decoders on torchtune's modules, built and loaded from a Hugging Face folder."""

@@ -1,8 +1,9 @@
-"""How queries meet keys: packed documents in training, a key-value cache in decoding.
+"""Attention: causal within packed documents for training and prefill, over a key-value cache for decoding.
 
-A layer's attention replaces torchtune's `mask`, which its layers hand through untouched.
+A layer receives its attention function as torchtune's `mask` argument, which torchtune's layers pass on unchanged.
+
 Shape letters: T packed tokens, B sequences, L longest sequence, S cache slots, H query heads, K key-value heads, D
-head size.
+head size; b and s are any batch and sequence size, n either number of heads.
 """
 
 from __future__ import annotations
@@ -14,33 +15,38 @@ import torch.nn.functional as F
 
 
 class LayerAttention(Protocol):
+    """The attention of one layer, on rotated queries and keys."""
+
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [b, s, H, D], k and v [b, s, K, D] -> [b, s, H, D]."""
         ...
 
 
 class AttentionContext(Protocol):
+    """The attention of all layers in one forward."""
+
     def at(self, layer: int) -> LayerAttention:
-        """Layers are asked for in order. All of a kind, so that compiled layers share one graph."""
+        """The attention of one layer; called for layers in order. Every layer gets the same type, so that compiled
+        layers share one graph."""
         ...
 
 
 def _sdpa(q_BHLD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    # a comparison of head counts could be a symbol to the compiler, which this argument may not be
+    # enable_gqa is always True: comparing head counts could give the compiler a symbol, which it rejects here
     return F.scaled_dot_product_attention(
         q_BHLD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
 
 
 class PackedAttention:
-    """Causal attention within each of several documents that lie end to end in one row.
+    """Causal attention within each of several documents packed end to end in one row.
 
-    Documents are set side by side, padded on the right, for the attention alone: causality keeps every real token from
-    seeing the padding, so no mask is needed and the fast kernels apply. Linear layers never see padding.
+    For the attention alone, documents become rows of a batch, padded on the right. Causality keeps every real token
+    from seeing padding, so no mask is needed and the fast kernels apply. Linear layers never see padding.
     """
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
-        """`lengths_B` int64 on the model's device."""
+        """`lengths_B`: int64 on the model's device."""
         longest = int(lengths_B.max())
         starts_B = lengths_B.cumsum(0) - lengths_B
         column_L = torch.arange(longest, device=lengths_B.device)
@@ -62,12 +68,12 @@ class PackedAttention:
 
 
 class PrefillAttention(PackedAttention):
-    """Packed attention that keeps each layer's keys and values for a cache."""
+    """Packed attention that also records each layer's keys and values, for `CachedAttention`."""
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
         super().__init__(lengths_B)
         self.keys: list[torch.Tensor] = []
-        """Per layer [B, K, L, D]; what lies beyond a document's length is meaningless."""
+        """Per layer [B, K, L, D]; entries beyond a document's length are undefined."""
         self.values: list[torch.Tensor] = []
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -77,15 +83,16 @@ class PrefillAttention(PackedAttention):
 
 
 _GROWTH = 8 * 17
-"""Slots that a full cache gains, and the multiple that it begins with. Eights suit the kernels; 17 is no factor of any
-model's width, which the compiler would else take to be the cache's length by rule, and compile again for the next."""
+"""The number of slots is a multiple of this, and a full cache grows by it. Kernels like multiples of 8. 17 divides no
+model's width: otherwise the compiler could assume that width and cache length are related, and recompile when the cache
+grows."""
 
 
 class CachedAttention:
-    """One new token a row against everything the row holds already. Rows have lengths of their own.
+    """Attention of one new token per row to all earlier tokens of its row. Rows may have different lengths.
 
-    The cache has a fixed number of slots, and every step attends to all of them under a mask: a step's shapes and
-    addresses stay what they are until `advance` finds the cache full, or `keep` drops rows.
+    The cache has a fixed number of slots, and every step attends to all of them under a mask. So the shapes and
+    addresses of a step stay the same until `advance` grows a full cache or `keep` drops rows.
     """
 
     def __init__(
@@ -95,9 +102,9 @@ class CachedAttention:
         rows_B: torch.Tensor,
         positions_B: torch.Tensor | None = None,
     ) -> None:
-        """Row b continues prefilled document `rows_B[b]`, of length `lengths_B[b]`. Its next token has the position
-        `positions_B[b]`, which is its length where nothing is said: images take fewer positions than tokens."""
-        self._longest = int(lengths_B.max())  # kept on the host, so that no step waits for the device
+        """Row b continues prefilled document `rows_B[b]`, of length `lengths_B[b]`. Its next token has position
+        `positions_B[b]`, by default the length; images take fewer positions than tokens. All int64 [B]."""
+        self._longest = int(lengths_B.max())  # kept on the host, so that no step synchronises with the device
         self._size = _round_up(self._longest + 1)
         self.lengths_B = lengths_B.clone()
         self.positions_B = (lengths_B if positions_B is None else positions_B).clone()
@@ -106,13 +113,13 @@ class CachedAttention:
             _LayerCache(*(F.pad(x.index_select(0, rows_B), (0, 0, 0, room)) for x in layer))
             for layer in zip(prefill.keys, prefill.values, strict=True)
         ]
-        self._share()
+        self._update_layers()
 
     def at(self, layer: int) -> LayerAttention:
         return self._layers[layer]
 
     def advance(self) -> None:
-        """After all layers have seen a token."""
+        """Make room for the next token; call after all layers have processed one."""
         self.lengths_B += 1
         self.positions_B += 1
         self._longest += 1
@@ -120,42 +127,42 @@ class CachedAttention:
             self._size = _round_up(self._size + 1)
             for layer in self._layers:
                 layer.keys, layer.values = (F.pad(x, (0, 0, 0, _GROWTH)) for x in (layer.keys, layer.values))
-            self._share()
+            self._update_layers()
         else:
-            self.seen_B11S.copy_(self._seen())
+            self.mask_B11S.copy_(self._mask())
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but these (indices)."""
+        """Keep only these rows (indices, int64) and drop the others."""
         self.lengths_B, self.positions_B = self.lengths_B[rows], self.positions_B[rows]
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-        self._share()
+        self._update_layers()
 
-    def _seen(self) -> torch.Tensor:
-        """The slots that each row may see once its next token is written, [B, 1, 1, S]."""
+    def _mask(self) -> torch.Tensor:
+        """The slots that each row attends to once its next token is written, [B, 1, 1, S] bool."""
         slots_S = torch.arange(self._size, device=self.lengths_B.device)
         return (slots_S <= self.lengths_B[:, None])[:, None, None]
 
-    def _share(self) -> None:
-        self.seen_B11S = self._seen()
+    def _update_layers(self) -> None:
+        self.mask_B11S = self._mask()
         for layer in self._layers:
-            layer.lengths_B, layer.seen_B11S = self.lengths_B, self.seen_B11S
+            layer.lengths_B, layer.mask_B11S = self.lengths_B, self.mask_B11S
 
 
 class _LayerCache:
-    """A layer's keys and values [B, K, S, D], and what all layers share."""
+    """One layer's keys and values, [B, K, S, D], with the lengths and mask that all layers share."""
 
     lengths_B: torch.Tensor
-    seen_B11S: torch.Tensor
+    mask_B11S: torch.Tensor
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys, self.values = keys, values
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        where_BK1D = self.lengths_B.view(-1, 1, 1, 1).expand(-1, k.shape[2], 1, k.shape[3])
-        self.keys.scatter_(2, where_BK1D, k.transpose(1, 2))
-        self.values.scatter_(2, where_BK1D, v.transpose(1, 2))
-        return _sdpa(q.transpose(1, 2), self.keys, self.values, self.seen_B11S).transpose(1, 2)
+        slot_BK1D = self.lengths_B.view(-1, 1, 1, 1).expand(-1, k.shape[2], 1, k.shape[3])
+        self.keys.scatter_(2, slot_BK1D, k.transpose(1, 2))
+        self.values.scatter_(2, slot_BK1D, v.transpose(1, 2))
+        return _sdpa(q.transpose(1, 2), self.keys, self.values, self.mask_B11S).transpose(1, 2)
 
 
 def _round_up(slots: int) -> int:

@@ -1,6 +1,8 @@
-"""One decoder for all families, on torchtune's modules. config.json decides every size.
+"""One decoder for all families, on torchtune's modules. All sizes come from config.json.
 
-torchtune's own attention normalises q and k after the rotation; these families do it before, hence `Attention`.
+torchtune's own attention normalises q and k after the rotation. These families do so before, hence `Attention`.
+
+Shapes: b batch, s sequence, D head size.
 """
 
 from __future__ import annotations
@@ -24,17 +26,19 @@ from tora.models.family import ModelFamily
 from tora.models.names import Names
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of the rotation angles, [b, s, D/2] float32 each."""
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """x [b, s, heads, D]; rope: cos and sin [b, s, D/2], float32. The two halves of D rotate together."""
+    """Rotate x [b, s, heads, D] in float32, and return it in x's dtype. Dimension i is paired with i + D/2, as in
+    Hugging Face's models (RoPE, Su et al. 2021, arXiv:2104.09864)."""
     cos, sin = (t.unsqueeze(-2) for t in rope)
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 class RotaryTable(nn.Module):
-    """cos and sin for positions; scaled variants come from transformers' own tables."""
+    """cos and sin by position. Scaled variants (linear, llama3, yarn) take their frequencies from transformers."""
 
     inverse_frequency: torch.Tensor
 
@@ -44,7 +48,10 @@ class RotaryTable(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """(Re)compute on the default device; needed after a build on the meta device."""
+        """Compute the frequencies on the default device; call again after building on the meta device.
+
+        Raises ConfigError for an unsupported `rope_type`.
+        """
         parameters = self.config.rope_parameters
         kind = parameters.get("rope_type", "default")
         if kind == "default":
@@ -68,7 +75,7 @@ class RotaryTable(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention: projections, optional q/k norms, rotation, then `mask` attends."""
+    """Grouped-query self-attention: projections, optional q/k norms, rotation, then the attention passed as `mask`."""
 
     def __init__(
         self,
@@ -90,7 +97,8 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, _: torch.Tensor | None = None, *, mask: LayerAttention, input_pos: Rope
     ) -> torch.Tensor:
-        """x [b, s, hidden]; torchtune's layer calls it with its attention as `mask` and the rotation as `input_pos`."""
+        """x [b, s, hidden] -> [b, s, hidden]. torchtune's layer passes the attention as `mask` and the rotation as
+        `input_pos`."""
         b, s, _width = x.shape
         q = self.q_proj(x).view(b, s, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(b, s, self.num_kv_heads, self.head_dim)
@@ -106,7 +114,7 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 
 
 class Decoder(TransformerDecoder):
-    """torchtune's decoder with positions and attention given from outside."""
+    """torchtune's decoder, with positions and attention as arguments of the forward."""
 
     def __init__(self, *, rope: RotaryTable, names: Names, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -114,12 +122,12 @@ class Decoder(TransformerDecoder):
 
     @property
     def head(self) -> torch.Tensor:
-        """The head's weight [vocabulary, hidden]; in a tied model the embedding's."""
+        """The head's weight, [vocabulary, hidden]; for a tied head, the embedding's."""
         module: Any = self.tok_embeddings if isinstance(self.output, TiedLinear) else self.output
         return module.weight
 
     def stacks(self) -> list[list[nn.Module]]:
-        """Runs of equal layers: what is compiled, checkpointed and sharded one by one."""
+        """Stacks of equal layers; each layer is compiled, checkpointed and sharded separately."""
         return [list(self.layers)]
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -128,16 +136,16 @@ class Decoder(TransformerDecoder):
         *,
         positions: torch.Tensor,
         attend: AttentionContext,
-        finish: Callable[[torch.Tensor], Any] = identity,
+        output_fn: Callable[[torch.Tensor], Any] = identity,
         images: None = None,
     ) -> Any:
-        """tokens, positions [b, s] -> `finish` of the hidden states after the final norm [b, s, hidden].
+        """tokens and positions, [b, s] int64 -> `output_fn` applied to the hidden states after the final norm,
+        [b, s, hidden].
 
-        `images` are for models that take them.
-        `self.output` makes logits of hidden states, with the weight `self.head`. Both belong inside `finish`: a
-        sharded head is whole only while the forward lasts.
+        `self.output` maps hidden states to logits, with the weight `self.head`. Use either only inside `output_fn`: a
+        sharded head is gathered only during the forward. `images` is for subclasses.
         """
-        return finish(self._run(self.tok_embeddings(tokens), positions, attend))
+        return output_fn(self._run(self.tok_embeddings(tokens), positions, attend))
 
     def _run(
         self,
@@ -146,7 +154,7 @@ class Decoder(TransformerDecoder):
         attend: AttentionContext,
         after: Sequence[Callable[[torch.Tensor], torch.Tensor]] = (),
     ) -> torch.Tensor:
-        """Embeddings -> hidden states after the final norm, [b, s, hidden]. `after[i]` changes what leaves layer i."""
+        """Embeddings -> hidden states after the final norm, [b, s, hidden]. `after[i]` maps the output of layer i."""
         rope = self.rope(positions)
         for index, layer in enumerate(self.layers):
             h = layer(h, mask=attend.at(index), input_pos=rope)
@@ -156,6 +164,7 @@ class Decoder(TransformerDecoder):
 
 
 def _check_supported(config: Any) -> None:
+    """Raises ConfigError for an architecture that this decoder does not implement."""
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         raise ConfigError("config.json asks for sliding-window attention, which is not supported")
     if config.hidden_act != "silu":
@@ -163,9 +172,10 @@ def _check_supported(config: Any) -> None:
 
 
 def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn.Linear) -> Decoder:
-    """`config` is transformers' config of a text model; `linear` makes the layers' linear modules, not the head.
+    """A decoder on the default device, weights uninitialised.
 
-    Builds on the default device, weights unset.
+    `config`: transformers' config of a text model. `linear`: the class of the layers' linear modules, not of the head.
+    Raises ConfigError if the config is not supported.
     """
     return Decoder(**decoder_parts(config, family, linear, tied=config.tie_word_embeddings))
 
@@ -173,7 +183,7 @@ def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn
 def decoder_parts(
     config: Any, family: ModelFamily, linear: type[nn.Linear], *, tied: bool, rope: type[RotaryTable] = RotaryTable
 ) -> dict[str, Any]:
-    """`Decoder`'s arguments."""
+    """The arguments of `Decoder`, as for `build_decoder`; `tied`: the head shares the embedding's weight."""
     _check_supported(config)
     hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads

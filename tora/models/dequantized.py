@@ -1,7 +1,7 @@
-"""The base that a quantised policy computes with, as a Hugging Face folder for an engine that loads one itself.
+"""The dequantised base of an NF4 policy, as a Hugging Face folder for an engine that loads its own weights.
 
-vLLM has none of torchao's NF4, and another NF4 (bitsandbytes') rounds elsewhere; the dequantised weights are the
-learner's to the bit.
+vLLM does not support torchao's NF4, and bitsandbytes' NF4 rounds differently. The dequantised weights equal the
+learner's bit for bit.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from tora.models.quantize import BLOCK_SIZE, MAX_SCALER_BLOCK_SIZE, dequantize, 
 
 
 def dequantized_folder(source: Path, cache: Path, *, dtype: torch.dtype, device: torch.device) -> Path:
-    """A folder in `cache` with what the weights of `source` are once they have been NF4; written where it is missing.
+    """A folder in `cache` with the weights of `source` after a round trip through NF4; written if missing.
 
-    As big as the model at `dtype`. Processes that ask at once wait for the one that writes. `device` quantises, and
-    should be of the learner's kind: CPU and GPU add up in different orders.
-    Errors: ConfigError for a weight that cannot be NF4.
+    It is as large as the model in `dtype`. Of several processes one writes, and the others wait for it. `device`
+    quantises and must be of the learner's type: CPU and GPU sum in different orders.
+    Raises ConfigError if a weight cannot be quantised to NF4.
     """
     final = cache / _key(source, dtype, device)
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not final.is_dir():
-            aside = cache / f".{final.name}"
-            shutil.rmtree(aside, ignore_errors=True)  # left by a process that died while writing
-            aside.mkdir()
-            _write(source, aside, dtype, device)
-            aside.rename(final)
+            temporary = cache / f".{final.name}"
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died while writing
+            temporary.mkdir()
+            _write(source, temporary, dtype, device)
+            temporary.rename(final)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # an engine is about to measure what is free
+        torch.cuda.empty_cache()  # an engine is about to measure free memory
     return final
 
 
 @contextmanager
 def in_use(cache: Path) -> Iterator[None]:
-    """While this lasts, others on this file system leave `cache` alone; the last one out deletes it.
+    """Keep `cache` from being deleted by other processes on this file system; the last process to leave deletes it.
 
-    A process that is killed is out too, and deletes nothing: another one that uses the folder will, or the run's end.
+    A killed process leaves without deleting; another process that uses the folder, or the end of the run, deletes it.
     """
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".users").open("w") as users:
@@ -56,13 +56,13 @@ def in_use(cache: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(BlockingIOError):  # there are others
+            with suppress(BlockingIOError):  # still in use elsewhere
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(cache, ignore_errors=True)
 
 
 def _key(source: Path, dtype: torch.dtype, device: torch.device) -> str:
-    """Changes with the checkpoint's files and with how they are quantised."""
+    """A name that changes with the checkpoint's files and with how they are quantised."""
     stats = [(file.name, file.stat()) for file in [source / "config.json", *shard_files(source)]]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     parts = [str(source.resolve()), files, str(dtype), device.type, BLOCK_SIZE, MAX_SCALER_BLOCK_SIZE]
@@ -70,7 +70,7 @@ def _key(source: Path, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _write(source: Path, target: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """One weights file in memory at a time, one tensor on the device."""
+    """Write the folder, with one weights file in memory and one tensor on the device at a time."""
     names = families()[read_config(source).model_type].names
     for file in side_files(source):
         shutil.copy(file, target)

@@ -1,4 +1,4 @@
-"""A model family is data: what its config.json does not say about its decoder, and who builds the rest of it."""
+"""Model families as data: what config.json leaves out about the decoder, and how to build anything beyond it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ _MODULES = ("qwen2_5", "qwen3", "llama3", "vision.qwen3_vl")
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
+    """One architecture; each family module has one as `FAMILY`."""
+
     name: str
     model_type: str
-    """`model_type` of config.json."""
+    """`model_type` in config.json."""
     qk_norm: bool
-    """RMS norm of every query and key head, before the rotation."""
+    """RMS norm on each query and key head, before the rotation."""
     qkv_bias: bool | None
-    """None: `attention_bias` of config.json."""
+    """Bias of the q, k and v projections; None means `attention_bias` in config.json."""
     output_bias: bool | None
-    """Bias of the attention's output projection; None: `attention_bias` of config.json."""
+    """Bias of the attention's output projection; None means `attention_bias` in config.json."""
     names: Names = field(default_factory=Names)
     build: Callable[..., Any] | None = None
-    """Takes `build_decoder`'s arguments, for a family that is more than a decoder."""
+    """Replaces `build_decoder`, with the same arguments, for a family with more than a decoder."""
 
 
 def families() -> dict[str, ModelFamily]:

@@ -1,4 +1,4 @@
-"""Llama 3.x."""
+"""Llama 3, 3.1 and 3.2 (text): no q/k norms, biases by config.json."""
 
 from tora.models.family import ModelFamily
 

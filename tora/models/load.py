@@ -1,4 +1,4 @@
-"""A Hugging Face folder -> a decoder with its weights, streamed from safetensors."""
+"""Load a decoder from a Hugging Face folder, streaming its weights from safetensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tora.models.quantize import FrozenLinear, is_quantized, quantize
 
 
 def read_config(folder: Path) -> Any:
-    """transformers' config object; ConfigError where the folder holds none or an unsupported family."""
+    """transformers' config object. Raises ConfigError if the folder has no config.json or an unsupported family."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path {str(folder)!r} holds no config.json; `tune download` fetches a model")
     from transformers import AutoConfig
@@ -35,7 +35,7 @@ def read_config(folder: Path) -> Any:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, by its index where it has one."""
+    """The folder's safetensors files, by its index if it has one. Raises ConfigError if there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -46,38 +46,42 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """What lies beside the weights: config, tokenizer, chat template, index."""
+    """The files besides weights: config, tokenizer, chat template, index."""
     return [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".txt", ".model")]
 
 
 def is_derived(hf_name: str, *, tied: bool) -> bool:
-    """Whether a tensor that some folders hold follows from the rest of the model."""
+    """Whether a tensor, though stored in some folders, is computed from the rest of the model."""
     return hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight")
 
 
 def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor on the CPU), one at a time."""
+    """Pairs of Hugging Face name and CPU tensor, read one at a time."""
     with safe_open(file, framework="pt") as shard:
         for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
             yield name, shard.get_tensor(name)
 
 
 def build_model(config: Any, linear: type[nn.Linear] = nn.Linear) -> Decoder:
-    """`config` is transformers' config of a model; `linear` makes the decoder layers' linear modules, not the head.
+    """A model on the default device, weights uninitialised.
 
-    Builds on the default device, weights unset.
+    `config`: transformers' config object. `linear`: the class of the decoder layers' linear modules, not of the head.
+    Raises ConfigError if the config is not supported.
     """
     family = families()[config.model_type]
     return (family.build or build_decoder)(config, family, linear)
 
 
 def empty_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
-    """What config.json describes, for `device`: parameters on the meta device, frozen."""
+    """The model that config.json describes, frozen, with parameters on the meta device and buffers on `device`.
+
+    Raises ConfigError if it is not supported.
+    """
     with torch.device("meta"):
         model = build_model(read_config(folder), FrozenLinear if quantize_base else nn.Linear).to(dtype)
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.float()  # torch's fused kernel wants the scale in the dtype it computes in
+            module.float()  # torch's fused kernel expects the scale in the dtype it computes in
         if isinstance(module, RotaryTable):
             with torch.device(device):
                 module.reset()
@@ -90,14 +94,14 @@ def fill_decoder(
     *,
     device: torch.device,
     quantize_base: bool = False,
-    loaded: Callable[[nn.Module], None] = lambda unit: None,
+    on_loaded: Callable[[nn.Module], None] = lambda unit: None,
 ) -> None:
-    """Replace every parameter by the folder's tensor, cast to the parameter's dtype, on `device`.
+    """Replace every parameter with the folder's tensor, cast to the parameter's dtype, on `device`.
 
-    Layer by layer, and last what is no layer's: `loaded` is called with each as soon as it is whole, and with the model
-    in the end. Where it shards what it is given, no more than a layer is ever whole on a rank; where the base is
-    quantised, no more than one weight is ever there in full.
-    Errors: ConfigError for a tensor without a place, of another shape, or missing, and for one that cannot be NF4.
+    Loads layer by layer, then the parameters outside layers. `on_loaded` is called with each layer as soon as it is
+    loaded, and finally with the model. If it shards its argument, a rank never holds more than one full layer; if the
+    base is quantised, never more than one unquantised weight.
+    Raises ConfigError if a tensor is unknown, missing, of another shape, or cannot be quantised to NF4.
     """
     names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     with ExitStack() as files:
@@ -105,20 +109,20 @@ def fill_decoder(
         for unit in [*chain(*model.stacks()), model]:
             for name in [name for name in sources if name.startswith(names[unit])]:
                 file, hf_name = sources.pop(name)
-                place = model.get_parameter(name)
-                # a copy, since the tensor may be the file's own pages
-                value = file.get_tensor(hf_name).to(device, place.dtype, copy=True)
+                empty = model.get_parameter(name)
+                # a copy, since the tensor may alias the mapped file
+                value = file.get_tensor(hf_name).to(device, empty.dtype, copy=True)
                 if quantize_base and is_quantized(name):
                     value = quantize(value, hf_name)
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=place.requires_grad))
-            loaded(unit)
+                setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=empty.requires_grad))
+            on_loaded(unit)
 
 
 def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[Any, str]]:
-    """Of each parameter, adapters' excepted: the open file that holds it, and its name there."""
-    places = dict(model.named_parameters())
-    missing = {name for name in places if ".lora_" not in name and not name.endswith(".magnitude")}
+    """For each parameter but the adapters': the open file that holds it, and its name there."""
+    parameters = dict(model.named_parameters())
+    missing = {name for name in parameters if ".lora_" not in name and not name.endswith(".magnitude")}
     tied, sources = isinstance(model.output, TiedLinear), {}
     for path in shard_files(folder):
         file = files.enter_context(safe_open(path, framework="pt"))
@@ -126,15 +130,15 @@ def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[
             if is_derived(hf_name, tied=tied):
                 continue
             name = model.names.parameter_from_hf(hf_name)
-            if name is None or name not in places:
+            if name is None or name not in parameters:
                 raise ConfigError(
-                    f"tensor {hf_name!r} of {str(folder)!r} has no place in the model that config.json describes"
+                    f"tensor {hf_name!r} of {str(folder)!r} does not belong to the model that config.json describes"
                 )
             shape = tuple(file.get_slice(hf_name).get_shape())
-            if places[name].shape != shape:
+            if parameters[name].shape != shape:
                 raise ConfigError(
                     f"tensor {hf_name!r} of {str(folder)!r} has shape {shape}, "
-                    f"config.json asks for {tuple(places[name].shape)}"
+                    f"config.json asks for {tuple(parameters[name].shape)}"
                 )
             sources[name] = file, hf_name
     missing -= sources.keys()
@@ -144,7 +148,7 @@ def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[
 
 
 def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
-    """Built on the meta device, then filled, with NF4 where `quantize_base`. All parameters frozen."""
+    """`empty_decoder` and `fill_decoder` in one: a frozen model on `device`, in NF4 if `quantize_base`."""
     model = empty_decoder(folder, dtype=dtype, device=device, quantize_base=quantize_base)
     fill_decoder(model, folder, device=device, quantize_base=quantize_base)
     return model

@@ -1,4 +1,4 @@
-"""Hugging Face's parameter names <-> ours. The decoder's are torchtune's, by a table; a vision tower keeps its own."""
+"""Hugging Face's parameter names <-> ours. Our decoders use torchtune's names; vision towers keep Hugging Face's."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _LAYER = re.compile(r"(layers\.\d+\.)(.+)")
 
 
 def _split(name: str) -> tuple[str, str]:
-    """`layers.3.mlp.w3` -> `layers.3.`, `mlp.w3`; a name outside the layers has an empty first part."""
+    """`layers.3.mlp.w3` -> `layers.3.` and `mlp.w3`; the first part is empty outside layers."""
     match = _LAYER.fullmatch(name)
     return (match[1], match[2]) if match else ("", name)
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """One family's names. Whole dotted names go in and come out."""
+    """The name mapping of one family, between full dotted names."""
 
     decoder: str = "model."
-    """Hugging Face's prefix of the decoder's modules, all but the head."""
+    """Hugging Face's prefix of the decoder's modules, except the head."""
     tower: str | None = None
-    """Hugging Face's prefix of the vision tower's modules, where there is one."""
+    """Hugging Face's prefix of the vision tower's modules; None without a tower."""
 
     def module_from_hf(self, name: str) -> str | None:
-        """`model.layers.3.mlp.up_proj` -> `layers.3.mlp.w3`; None for a name outside the family."""
+        """`model.layers.3.mlp.up_proj` -> `layers.3.mlp.w3`; None for an unknown name."""
         if name == "lm_head":
             return "output"
         if self.tower and name.startswith(self.tower):
@@ -62,7 +62,7 @@ class Names:
         return self.decoder + layer + _TO_HF[leaf]
 
     def parameter_from_hf(self, name: str) -> str | None:
-        """`model.norm.weight` -> `norm.scale`; None for a name outside the family."""
+        """`model.norm.weight` -> `norm.scale`; None for an unknown name."""
         module, _, leaf = name.rpartition(".")
         ours = self.module_from_hf(module)
         if ours is None:

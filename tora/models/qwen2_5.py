@@ -1,4 +1,4 @@
-"""Qwen2.5: biased q, k and v, whatever config.json says."""
+"""Qwen2.5: q, k and v always have biases; config.json does not say so."""
 
 from tora.models.family import ModelFamily
 

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): norms on q and k."""
+"""Qwen3 (dense): q/k norms."""
 
 from tora.models.family import ModelFamily
 

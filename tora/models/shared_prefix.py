@@ -1,4 +1,4 @@
-"""Attention of completions that share their group's prompt: it goes through the model once.
+"""Attention for completions that share their group's prompt, which passes through the model once.
 
 Shape letters: T packed tokens, B sequences, P prompts, L longest completion, S longest prompt and longest completion
 together, H query heads, K key-value heads, D head size.
@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from tora.models.attention import AttentionContext, LayerAttention, PackedAttention
-from tora.models.varlen import VarlenAttention, takes
+from tora.models.varlen import VarlenAttention, supports_varlen
 
 
 class SharedPrefixAttention:
-    """Prompts lie first in the row and completions after them: a prompt is causal to itself; a completion sees all of
-    its prompt and is causal to itself.
+    """All prompts come first in the row, then the completions. A prompt attends causally to itself; a completion
+    attends to all of its prompt and causally to itself.
 
-    As in `PackedAttention`, documents are set side by side for the attention alone. A completion's keys are its
-    prompt's and then its own, so what it may see is no longer a triangle, and a mask says it: B x L x S booleans, made
-    once for all layers. Queries are the completions' own, so no product is computed twice.
+    As in `PackedAttention`, documents become rows of a batch for the attention alone. A completion's keys are those of
+    its prompt followed by its own, which needs a mask: B x L x S booleans, computed once for all layers. Its queries
+    are its own only, so no product is computed twice.
     """
 
     def __init__(self, prompt_lengths_P: torch.Tensor, lengths_B: torch.Tensor, prompt_B: torch.Tensor) -> None:
-        """int64 on the model's device; see `MicroBatch`."""
+        """The fields of `MicroBatch`, int64 on the model's device."""
         device = lengths_B.device
         self._prompts = PackedAttention(prompt_lengths_P)
         starts_P = prompt_lengths_P.cumsum(0) - prompt_lengths_P
@@ -44,7 +44,7 @@ class SharedPrefixAttention:
 
         causal_LL = own_column_L[:, None] >= own_column_L
         shape = (len(lengths_B), len(own_column_L), -1)
-        self._seen_B1LS = torch.cat([in_prompt[:, None].expand(shape), causal_LL.expand(shape)], 2)[:, None]
+        self._mask_B1LS = torch.cat([in_prompt[:, None].expand(shape), causal_LL.expand(shape)], 2)[:, None]
 
     def at(self, layer: int) -> LayerAttention:
         return self
@@ -52,27 +52,28 @@ class SharedPrefixAttention:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out_BHLD = F.scaled_dot_product_attention(
             _rows(q, self._query_BL, self._query_shape),
-            *(_as_many_heads(_rows(x, self._key_BS, self._key_shape), q.shape[2]) for x in (k, v)),
-            attn_mask=self._seen_B1LS,
+            *(_repeat_heads(_rows(x, self._key_BS, self._key_shape), q.shape[2]) for x in (k, v)),
+            attn_mask=self._mask_B1LS,
         )
         completions = out_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self._unpad)[None]
         return torch.cat([self._prompts(q, k, v), completions], 1)
 
 
 def _rows(x_1TND: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """[1, T, n, D] -> [B, n, L or S, D]"""
+    """Select tokens by `index` into rows: [1, T, n, D] -> [B, n, L or S, D]."""
     return x_1TND[0].index_select(0, index).unflatten(0, shape).transpose(1, 2)
 
 
-def _as_many_heads(x_BKSD: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[B, K, S, D] -> [B, H, S, D]: GPU kernels that take a mask know no grouped heads."""
+def _repeat_heads(x_BKSD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[B, K, S, D] -> [B, H, S, D]; GPU kernels with a mask do not support grouped heads."""
     return x_BKSD.repeat_interleave(num_heads // x_BKSD.shape[1], 1)
 
 
 def training_attention(
     prompt_lengths_P: torch.Tensor, lengths_B: torch.Tensor, prompt_B: torch.Tensor, dtype: torch.dtype
 ) -> AttentionContext:
-    """What a micro-batch's layout, the device and the model's `dtype` ask for."""
+    """The attention for a micro-batch's layout, on its device and in the model's `dtype`. The arrays are those of
+    `MicroBatch`; no shared prompts means an empty `prompt_lengths_P`."""
     if len(prompt_lengths_P) == 0:
-        return (VarlenAttention if takes(lengths_B.device, dtype) else PackedAttention)(lengths_B)
+        return (VarlenAttention if supports_varlen(lengths_B.device, dtype) else PackedAttention)(lengths_B)
     return SharedPrefixAttention(prompt_lengths_P, lengths_B, prompt_B)

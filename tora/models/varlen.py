@@ -1,4 +1,4 @@
-"""Packed documents on a GPU: torch's flash attention for sequences of different lengths, without padding."""
+"""Attention over packed documents on a GPU, with torch's variable-length flash attention and no padding."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch.nn.attention.varlen import varlen_attn
 from tora.models.attention import LayerAttention
 
 _CAUSAL = (-1, 0)
-"""A window: everything to the left, nothing to the right."""
+"""Attention window: unlimited to the left, none to the right."""
 
 
-def takes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Flash attention is for half precision, on GPUs from Ampere on."""
+def supports_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flash attention applies: half precision on an Ampere or newer GPU."""
     half = dtype in (torch.bfloat16, torch.float16)
     return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class VarlenAttention:
-    """What `PackedAttention` computes, where `takes` says so."""
+    """Computes the same as `PackedAttention`, if `supports_varlen`."""
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
-        """`lengths_B` int64 on the model's device."""
+        """`lengths_B`: int64 on the model's device."""
         self.longest = int(lengths_B.max())
         self.ends = F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
 
@@ -36,5 +36,5 @@ class VarlenAttention:
             window_size=_CAUSAL,
             enable_gqa=True,
         )
-        assert isinstance(out_THD, torch.Tensor)  # nothing else was asked for
+        assert isinstance(out_THD, torch.Tensor)  # other outputs are optional and were not requested
         return out_THD[None]

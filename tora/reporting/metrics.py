@@ -44,7 +44,7 @@ class NoLog:
 
 
 class MetricLog:
-    """Implements `tora.run.loop.Log`."""
+    """Implements `tora.run.run.Log`."""
 
     def __init__(self, cfg: RunConfig, folder: Path, first_step: int = 0, console: Console | None = None) -> None:
         """Writes into `folder`; a resumed run's `first_step` cuts the rows that it will write again.

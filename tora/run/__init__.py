@@ -1,1 +1,1 @@
-"""The life of a run: loop, checkpoints, recovery, and the proof that the engines follow."""
+"""A run from start to finish: training loop, checkpoints, recovery, and the canary that checks the engines."""

@@ -1,7 +1,7 @@
-"""Proof that the engines serve the policy that the learner holds: both are asked for log-probs of the same tokens.
+"""Proof that every engine serves the policy the learner holds: both compute log-probs of the same tokens.
 
-The digest of a sync says that the tensors lie where the engine's names say they belong. That those names are right, the
-scaling too, and that requests read that slot, only the numbers can show.
+The digest of a sync proves that the tensors arrived under the engine's own names. It cannot prove that those names are
+the right layers, that the scaling is right, or that requests use that adapter slot; only the outputs can.
 
 Shape letters: N tokens of all probes.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -21,46 +21,48 @@ from tora.errors import SyncError
 from tora.types import LogprobRequest, Metrics, MicroBatch, Prompt, Rollout
 
 NUM_PROBES = 4
-_SCORED = 32
-"""Tokens of a probe that are scored, or half of a shorter one."""
+_PROBE_TOKENS = 32
+"""Tokens of each probe whose log-probs are compared; half of a probe shorter than twice as many."""
 _MAX_GAP = {"fp32": 1e-4, "bf16": 0.1}
-"""Mean difference of a token's log-prob. Between float32 engines it is around 1e-6, with bf16 in it 1e-3 to 4e-2."""
+"""Bound on the mean absolute difference, in nats a token. Float32 engines differ by around 1e-6; where bf16 is
+involved, by 1e-3 to 4e-2."""
 
 
-class Scorer(Protocol):
-    """A `Learner`."""
+class LearnerLogprobs(Protocol):
+    """The part of `tora.protocols.Learner` that the canary needs."""
 
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray: ...
 
 
-class Scorers(Protocol):
-    """`Rollouts`."""
+class EngineLogprobs(Protocol):
+    """The part of `tora.protocols.Rollouts` that the canary needs."""
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Log-probs of the same tokens by the same model, [N] each; `off_N` is None for a model without adapter."""
+class ProbeLogprobs:
+    """One model's log-probs of the probes with the adapter on and off, [N] each; `off_N` is None without an adapter."""
 
     on_N: np.ndarray
     off_N: np.ndarray | None
 
     @property
     def effect(self) -> float:
-        """How much the adapter does: the mean difference that it makes."""
+        """Mean absolute change that the adapter makes, in nats a token."""
         return 0.0 if self.off_N is None else mean_gap(self.on_N, self.off_N)
 
 
 def mean_gap(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    """Mean absolute difference, in nats a token."""
     return float(np.abs(a_N - b_N).mean())
 
 
-def broken(learner: Scores, engine: Scores, max_gap: float) -> str | None:
-    """What is wrong, as a clause; None where nothing is.
+def find_disagreement(learner: ProbeLogprobs, engine: ProbeLogprobs, max_gap: float) -> str | None:
+    """How the engine's log-probs disagree with the learner's, as a clause; None if they agree.
 
-    The bound is `max_gap` and, so that an adapter shows that has not learnt much yet, a quarter of its effect over
-    what the base itself differs by.
+    The mean gap must not exceed `max_gap`. With an adapter it must not exceed a quarter of the adapter's effect plus
+    the base's noise either, so that an adapter that has learned little yet is still checked.
     """
     gap = mean_gap(learner.on_N, engine.on_N)
     if learner.off_N is None or engine.off_N is None:
@@ -74,13 +76,13 @@ def broken(learner: Scores, engine: Scores, max_gap: float) -> str | None:
     if gap > min(max_gap, noise + learner.effect / 4):
         return (
             f"differ by {gap:.2g} a token with the adapter and by {base:.2g} without it, and it moves the learner's by "
-            f"{learner.effect:.2g}: it was applied in part, or wrongly, or to another slot"
+            f"{learner.effect:.2g}: it was applied in part, wrongly, or to another slot"
         )
     return None
 
 
 class Canary:
-    """Fixed tokens, scored by the learner and by every engine."""
+    """Fixed tokens whose log-probs the learner and every engine compute after a sync."""
 
     def __init__(
         self,
@@ -91,41 +93,44 @@ class Canary:
         has_adapter: bool,
         image_token: int | None = None,
     ) -> None:
-        """`every` so many versions, and at the first sync; 0 is never. What is scored is a prompt's own end, behind its
-        last `image_token`."""
+        """`every`: check each version divisible by it, and the first sync; 0 disables the canary. The compared tokens
+        are the end of each probe, after its last `image_token`."""
         self._every, self._max_gap, self._has_adapter = every, max_gap, has_adapter
         self._is_first = True
-        cuts = [_cut(p.token_ids, image_token) for p in probes]
-        parts = [(p.token_ids[:cut], p.token_ids[cut:]) for p, cut in zip(probes, cuts, strict=True)]
+        splits = [_split_index(p.token_ids, image_token) for p in probes]
+        parts = [(p.token_ids[:split], p.token_ids[split:]) for p, split in zip(probes, splits, strict=True)]
         self._requests = [LogprobRequest(*part, p.images) for p, part in zip(probes, parts, strict=True)]
         sequences = [
-            (replace(p, token_ids=given), _rollout(scored), 0.0, i)
-            for i, (p, (given, scored)) in enumerate(zip(probes, parts, strict=True))
+            (replace(p, token_ids=context), _unsampled_rollout(compared), 0.0, i)
+            for i, (p, (context, compared)) in enumerate(zip(probes, parts, strict=True))
         ]
         self._batch = pack(OwnPrompts(), sequences, [1.0] * len(sequences))
 
     @classmethod
-    def of(cls, cfg: RunConfig, probes: Sequence[Prompt], image_token: int | None = None) -> Canary:
+    def from_config(cls, cfg: RunConfig, probes: Sequence[Prompt], image_token: int | None = None) -> Canary:
         dtypes = {cfg.dtype, cfg.rollout.dtype or cfg.dtype}
         max_gap = cfg.sync.canary_max_gap or _MAX_GAP["bf16" if "bf16" in dtypes else "fp32"]
         has_adapter = cfg.model.lora_type != "full"
         every = cfg.sync.canary_every
         return cls(probes, every=every, max_gap=max_gap, has_adapter=has_adapter, image_token=image_token)
 
-    def check(self, version: int, learner: Scorer, rollouts: Scorers) -> Metrics:
-        """Call once learner and engines should be at `version`. Errors: SyncError, which says what differs."""
+    def check(self, version: int, learner: LearnerLogprobs, rollouts: EngineLogprobs) -> Metrics:
+        """Call once learner and engines should be at `version`; no metrics for a version that is not checked.
+
+        Raises SyncError if an engine disagrees with the learner, and says how.
+        """
         if not self._every or (version % self._every and not self._is_first):
             return {}
         self._is_first = False
-        ours = self._scores(lambda adapter: learner.logprobs(self._batch, adapter=adapter))
-        engines = self._engines(rollouts)
+        ours = self._learner_logprobs(learner)
+        engines = self._engine_logprobs(rollouts)
         if not engines:
-            return {}  # all workers are starting again
+            return {}  # every worker is restarting
         for number, engine in engines.items():
-            if sentence := broken(ours, engine, self._max_gap):
+            if clause := find_disagreement(ours, engine, self._max_gap):
                 raise SyncError(
                     f"rollout worker {number} does not serve policy version {version}: the canary's log-probs "
-                    f"{sentence} (sync.canary_max_gap)"
+                    f"{clause} (sync.canary_max_gap)"
                 )
         return {
             "canary/gap_mean": max(mean_gap(ours.on_N, engine.on_N) for engine in engines.values()),
@@ -133,27 +138,28 @@ class Canary:
             "canary/effect": ours.effect,
         }
 
-    def _scores(self, score: Any) -> Scores:
-        return Scores(score(True), score(False) if self._has_adapter else None)
+    def _learner_logprobs(self, learner: LearnerLogprobs) -> ProbeLogprobs:
+        on_N = learner.logprobs(self._batch, adapter=True)
+        return ProbeLogprobs(on_N, learner.logprobs(self._batch, adapter=False) if self._has_adapter else None)
 
-    def _engines(self, rollouts: Scorers) -> dict[int, Scores]:
-        """Of every worker that answered; one may be lost between two questions."""
+    def _engine_logprobs(self, rollouts: EngineLogprobs) -> dict[int, ProbeLogprobs]:
+        """By worker number, for every worker that answered both requests; one may be lost between them."""
         on = rollouts.logprobs(self._requests, adapter=True)
         if not self._has_adapter:
-            return {number: Scores(np.concatenate(each), None) for number, each in on.items()}
+            return {number: ProbeLogprobs(np.concatenate(each), None) for number, each in on.items()}
         off = rollouts.logprobs(self._requests, adapter=False)
         both = [number for number in on if number in off]
-        return {number: Scores(np.concatenate(on[number]), np.concatenate(off[number])) for number in both}
+        return {number: ProbeLogprobs(np.concatenate(on[number]), np.concatenate(off[number])) for number in both}
 
 
-def _cut(token_ids: Sequence[int], image_token: int | None) -> int:
-    """Where the scored part of a prompt begins."""
+def _split_index(token_ids: Sequence[int], image_token: int | None) -> int:
+    """Index of a probe's first compared token."""
     images_end = max((i + 1 for i, token in enumerate(token_ids) if token == image_token), default=0)
-    return max(len(token_ids) - _SCORED, len(token_ids) // 2, images_end)
+    return max(len(token_ids) - _PROBE_TOKENS, len(token_ids) // 2, images_end)
 
 
-def _rollout(token_ids: Sequence[int]) -> Rollout:
-    """Tokens that nobody sampled."""
+def _unsampled_rollout(token_ids: Sequence[int]) -> Rollout:
+    """A rollout of given tokens, with placeholders for everything that sampling would have filled in."""
     count = len(token_ids)
     return Rollout(
         token_ids=np.asarray(token_ids, np.int64),

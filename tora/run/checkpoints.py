@@ -1,4 +1,4 @@
-"""Where a run stands, and the folders that say so. Written aside and renamed, so that a folder is whole or absent."""
+"""Checkpoints of a run. Each is written under a temporary name and renamed, so a folder is complete or absent."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ _STATE = "run_state.json"
 
 @dataclass(slots=True)
 class RunState:
-    """What the loop resumes; the learner keeps its own state beside it."""
+    """The loop's part of a checkpoint; the learner writes its own files beside it."""
 
     step: int = 0
-    """Steps done; equals the policy version."""
+    """Completed steps; equals the policy version."""
     rollouts: RolloutState = field(default_factory=RolloutState)
     seconds: float = 0.0
     """Training time so far."""
 
     def assign(self, other: RunState) -> None:
+        """Copy `other`'s fields, for holders of this object."""
         self.step, self.rollouts, self.seconds = other.step, other.rollouts, other.seconds
 
 
 class Checkpoints:
-    """`FOLDER/step_000010`, ...; the newest `keep` of them."""
+    """Folders `FOLDER/step_000010`, ...; only the newest `keep` are kept."""
 
     def __init__(self, folder: Path, keep: int, *, is_writer: bool = True) -> None:
-        """Of several ranks, one writes; all must call `save`, which is collective for their learners."""
+        """`is_writer`: this rank writes. Every rank must call `save`, which is collective for the learners."""
         self._folder, self._keep, self._is_writer = folder, keep, is_writer
 
     def newest(self) -> Path | None:
@@ -42,29 +43,32 @@ class Checkpoints:
 
     def save(self, state: RunState, learner: Learner) -> None:
         final = self._folder / f"step_{state.step:06d}"
-        aside = self._folder / f".{final.name}"
+        temporary = self._folder / f".{final.name}"
         if not self._is_writer:
-            learner.save(aside)
+            learner.save(temporary)
             return
-        shutil.rmtree(aside, ignore_errors=True)  # left by a run that died while writing
-        aside.mkdir(parents=True)
-        learner.save(aside)
-        save_groups(aside, state.rollouts.finished)
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that died while writing
+        temporary.mkdir(parents=True)
+        learner.save(temporary)
+        save_groups(temporary, state.rollouts.finished)
         document = {
             "step": state.step,
             "seconds": state.seconds,
             "cursor": state.rollouts.cursor,
             "pending": state.rollouts.pending,
         }
-        (aside / _STATE).write_text(json.dumps(document))
+        (temporary / _STATE).write_text(json.dumps(document))
         shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        temporary.rename(final)
         for old in sorted(self._folder.glob("step_??????"))[: -self._keep]:
             shutil.rmtree(old)
 
     @staticmethod
     def read(folder: Path, prompt_at: Callable[[int], Prompt]) -> RunState:
-        """All but the learner's own state. Errors: ConfigError where the prompts are not the run's any more."""
+        """The state in a checkpoint folder, without the learner's.
+
+        Raises ConfigError if the prompt stream no longer yields the prompts of the checkpoint's groups.
+        """
         document = json.loads((folder / _STATE).read_text())
         rollouts = RolloutState(document["cursor"], document["pending"], load_groups(folder, prompt_at))
         return RunState(document["step"], rollouts, document["seconds"])

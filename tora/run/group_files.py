@@ -1,6 +1,6 @@
-"""Finished groups in a checkpoint: arrays in safetensors, the rest in JSON, nothing pickled.
+"""Finished groups in a checkpoint: arrays in safetensors, everything else in JSON, nothing pickled.
 
-A prompt is not stored but asked of the stream again by its id, which its token ids then confirm.
+Prompts are not stored. Loading takes each from the prompt stream by id and verifies its token ids.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from tora.errors import ConfigError
 from tora.types import Group, Prompt, Rollout
 
-_ARRAYS, _REST = "groups.safetensors", "groups.json"
+_ARRAYS, _VALUES = "groups.safetensors", "groups.json"
 
 
 def save_groups(folder: Path, finished: Sequence[tuple[int, Group]]) -> None:
-    """`finished`: groups, each with the policy version it was born under. Writes no file for none."""
+    """`finished`: groups, each with the policy version under which it was started. Writes no file if there are none."""
     from safetensors.numpy import save_file
 
     if not finished:
@@ -36,17 +36,17 @@ def save_groups(folder: Path, finished: Sequence[tuple[int, Group]]) -> None:
             rollouts.append({k: v for k, v in values.items() if not isinstance(v, np.ndarray)})
         rows.append({"born": born, "prompt": group.prompt.id, "seconds": group.seconds, "rollouts": rollouts})
     save_file(arrays, folder / _ARRAYS)
-    (folder / _REST).write_text(json.dumps(rows))
+    (folder / _VALUES).write_text(json.dumps(rows))
 
 
 def load_groups(folder: Path, prompt_at: Callable[[int], Prompt]) -> list[tuple[int, Group]]:
-    """Errors: ConfigError where the stream has another prompt under a group's id than it had when it was sampled."""
+    """The inverse of `save_groups`. Raises ConfigError if the stream now yields another prompt under a group's id."""
     from safetensors.numpy import load_file
 
-    if not (folder / _REST).exists():
+    if not (folder / _VALUES).exists():
         return []
     arrays, finished = load_file(folder / _ARRAYS), []
-    for number, row in enumerate(json.loads((folder / _REST).read_text())):
+    for number, row in enumerate(json.loads((folder / _VALUES).read_text())):
         prompt = prompt_at(row["prompt"])
         if list(prompt.token_ids) != arrays[f"{number}.prompt"].tolist():
             raise ConfigError(
@@ -58,5 +58,7 @@ def load_groups(folder: Path, prompt_at: Callable[[int], Prompt]) -> list[tuple[
 
 
 def _rollout(values: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str) -> Rollout:
-    own: dict[str, Any] = {f.name: arrays[prefix + f.name] for f in fields(Rollout) if prefix + f.name in arrays}
-    return Rollout(**values, **own)
+    array_values: dict[str, Any] = {
+        f.name: arrays[prefix + f.name] for f in fields(Rollout) if prefix + f.name in arrays
+    }
+    return Rollout(**values, **array_values)

@@ -1,1 +1,1 @@
-"""Images before a decoder: processor, inputs, positions, and the vision tower."""
+"""Vision models: image processor, model inputs, positions, vision tower, and Qwen3-VL."""

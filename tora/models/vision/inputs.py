@@ -1,6 +1,7 @@
-"""From packed tokens and the pixels of their images to what a vision model's forward takes.
+"""A vision model's inputs, from packed tokens and the pixels of their images.
 
-Shape letters: T packed tokens, I runs of placeholders, M placeholders, N patches.
+Shape letters: T packed tokens, I runs of placeholders (one run per image shown), M placeholders, N patches, D values of
+a patch.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from tora.models.vision.qwen3_vl import ImageInputs, Qwen3VL
 
 
 class ImageReader:
-    """Opens the model's image processor when the first images come, and reads images with it."""
+    """Reads images with the model's image processor, which is loaded when the first images arrive."""
 
     def __init__(self, model: Decoder, processor: Callable[[], ImageProcessor] | None, device: torch.device) -> None:
-        """`processor` is None for prompts of text."""
-        self._model, self._open, self._device = model, processor, device
+        """`processor` loads it; None if prompts are text only."""
+        self._model, self._load, self._device = model, processor, device
         self._processor: ImageProcessor | None = None
 
     def __call__(self, images: Sequence[bytes], **tokens: np.ndarray) -> tuple[ImageInputs, np.ndarray]:
-        """`image_inputs` of distinct encoded images. Errors: ValueError as there, and where the model takes none."""
-        if not isinstance(self._model, Qwen3VL) or self._open is None:
+        """`image_inputs` for distinct encoded images; `tokens` are its keyword arguments. Raises ValueError as it does,
+        and if the model takes no images."""
+        if not isinstance(self._model, Qwen3VL) or self._load is None:
             raise ValueError("prompts have images, and the model takes none")
         if self._processor is None:
-            self._processor = self._open()
+            self._processor = self._load()
         return image_inputs(self._model, self._processor.pixels(images), device=self._device, **tokens)
 
 
@@ -45,22 +47,23 @@ def image_inputs(
     image_I: np.ndarray,
     device: torch.device,
 ) -> tuple[ImageInputs, np.ndarray]:
-    """The distinct images in their places, and the tokens' positions [3, T] int64.
+    """The inputs for the distinct images in `pixels`, and the tokens' positions, [3, T] int64.
 
-    `document_T` as in `multimodal_positions`; `in_prompt_T`: elsewhere a placeholder is a token like any other;
-    `image_I` as in `MicroBatch`. Errors: ValueError where placeholders and images do not match, and for video.
+    `tokens_T`, `positions_T` and `image_I` as in `MicroBatch`; `document_T` as in `multimodal_positions`;
+    `in_prompt_T`, bool: only there does a placeholder stand for an image. Raises ValueError if placeholders and images
+    do not match, and for video placeholders.
     """
     if (tokens_T[in_prompt_T] == model.video_token).any():
-        raise ValueError("a prompt holds video placeholders, and Tora trains on images and text alone")
+        raise ValueError("a prompt has video placeholders, and Tora trains on text and images only")
     sizes_I2 = pixels.grid_IT[:, 1:][image_I] // model.visual.merge
     counts_I = sizes_I2.prod(1)
-    where_M = np.flatnonzero(in_prompt_T & (tokens_T == model.image_token))
-    if len(where_M) != counts_I.sum():
-        raise ValueError(f"prompts hold {len(where_M)} image placeholders, their images have {counts_I.sum()} features")
-    starts_I = where_M[np.cumsum(counts_I) - counts_I]
-    ends_I = where_M[np.cumsum(counts_I) - 1]
+    index_M = np.flatnonzero(in_prompt_T & (tokens_T == model.image_token))
+    if len(index_M) != counts_I.sum():
+        raise ValueError(f"prompts hold {len(index_M)} image placeholders, their images have {counts_I.sum()} features")
+    starts_I = index_M[np.cumsum(counts_I) - counts_I]
+    ends_I = index_M[np.cumsum(counts_I) - 1]
     if (ends_I - starts_I + 1 != counts_I).any():
-        raise ValueError("a run of image placeholders in a prompt is not as long as its image has features")
+        raise ValueError("a run of image placeholders in a prompt is not as long as its image's number of features")
     positions_3T = multimodal_positions(positions_T, document_T, starts_I, sizes_I2)
     features = (pixels.grid_IT[:, 1:] // model.visual.merge).prod(1)
     first = np.cumsum(features) - features
@@ -68,21 +71,21 @@ def image_inputs(
     inputs = ImageInputs(
         patches_ND=torch.from_numpy(pixels.patches_ND).to(device, model.visual.pos_embed.weight.dtype),
         layout=vision_layout(pixels.grid_IT, merge=model.visual.merge, side=model.visual.side, device=device),
-        where_M=torch.from_numpy(where_M).to(device),
+        index_M=torch.from_numpy(index_M).to(device),
         feature_M=torch.from_numpy(feature_M.astype(np.int64)).to(device),
     )
     return inputs, positions_3T
 
 
-def unseen_image(model: Qwen3VL, device: torch.device) -> ImageInputs:
-    """The smallest image, blank and in no place. With it the tower takes part in a forward and backward, as it must on
-    every rank that shares its weights, and gets gradients of zero."""
+def dummy_image(model: Qwen3VL, device: torch.device) -> ImageInputs:
+    """The smallest image, blank, without placeholders. It makes the tower take part in forward and backward with zero
+    gradients, as it must on every rank if its weights are sharded."""
     merge = model.visual.merge
     grid_IT = np.array([[1, merge, merge]])
-    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    no_index = torch.empty(0, dtype=torch.int64, device=device)
     return ImageInputs(
         patches_ND=torch.zeros(merge**2, model.visual.patch_numel, device=device),
         layout=vision_layout(grid_IT, merge=merge, side=model.visual.side, device=device),
-        where_M=nowhere,
-        feature_M=nowhere,
+        index_M=no_index,
+        feature_M=no_index,
     )

@@ -1,7 +1,9 @@
 """Interleaved multimodal rotary positions (M-RoPE; Qwen3-VL technical report, 2025): time, row and column of a token.
 
-Text moves all three axes together. An image's features share the time at which it starts, and have their row and column
-added to it; after an image of h x w features, text goes on max(h, w) further, not h·w.
+A text token advances all three axes by one. The features of an image share the time at which the image starts, and
+their row and column indices are added to the other two axes. After an image of h x w features, positions advance by
+max(h, w), not h·w.
+
 Shape letters: T packed tokens, D head size, I runs of placeholders.
 """
 
@@ -14,18 +16,19 @@ from tora.models.decoder import Rope, RotaryTable
 
 
 class MultimodalRotaryTable(RotaryTable):
-    """Positions may be [3, b, s]: each axis turns its own pairs, interleaved as time, row, column, time, ..."""
+    """Accepts positions [3, b, s]. Each axis rotates its own pairs of dimensions, interleaved as time, row, column,
+    time, ..., as given by `mrope_section` of config.json."""
 
     @torch.no_grad()
     def forward(self, positions: torch.Tensor) -> Rope:
-        """positions [b, s], for text alone, or [3, b, s] -> cos, sin [b, s, D/2], float32."""
+        """positions [b, s] (text only) or [3, b, s] -> cos, sin [b, s, D/2], float32."""
         if positions.ndim == 2:
             return super().forward(positions)
         angles = positions[..., None].float() * self.inverse_frequency
         angle = angles[0].clone()
         for axis, section in enumerate(self.config.rope_parameters["mrope_section"]):
             pairs = slice(axis, 3 * section, 3)
-            if axis > 0:  # what neither row nor column takes is time's
+            if axis > 0:  # pairs assigned to neither row nor column belong to time
                 angle[..., pairs] = angles[axis, ..., pairs]
         return angle.cos() * self.scale, angle.sin() * self.scale
 
@@ -33,10 +36,11 @@ class MultimodalRotaryTable(RotaryTable):
 def multimodal_positions(
     positions_T: np.ndarray, document_T: np.ndarray, starts_I: np.ndarray, sizes_I2: np.ndarray
 ) -> np.ndarray:
-    """[3, T] int64, from plain positions.
+    """Positions on the three axes, [3, T] int64, from the plain `positions_T`.
 
-    `document_T`: tokens of one number share what came before them, as completions do with their prompt. `starts_I`: the
-    index in T of each run's first placeholder; `sizes_I2`: rows and columns of features of its image.
+    `document_T`: the document of each token; completions belong to the document of their prompt, so that its images
+    shift their positions too. `starts_I`: index in T of each run's first placeholder. `sizes_I2`: rows and columns of
+    features of the run's image.
     """
     positions_3T = np.repeat(positions_T[None], 3, 0)
     for start, (rows, columns) in zip(starts_I, sizes_I2, strict=True):

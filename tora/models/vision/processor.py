@@ -1,7 +1,7 @@
-"""Images by the model's own Hugging Face processor: pixels for the model, and prompts with their placeholders expanded.
+"""The model's own Hugging Face image processor: pixels for the model, and prompts with expanded placeholders.
 
-The learner and the rollout engine each make pixels from the same encoded bytes, which are all that travels.
-Shape letters: I images, N patches of all of them, D values of a patch, T the image's time, height and width in patches.
+Only encoded image files are sent between processes; the learner and the rollout engine each compute the pixels.
+Shape letters: I images, N patches of all images, D values of a patch, T the 3 axes time, height and width.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 _CONFIGS = ("preprocessor_config.json", "processor_config.json")
 _SIZE_KEYS = ("shortest_edge", "longest_edge")
-"""Numbers of pixels, whatever they are called, in every processor of the Qwen-VL families."""
+"""Despite their names, the minimum and maximum number of pixels in all processors of the Qwen-VL families."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """What the vision tower takes."""
+    """The vision tower's input for a list of images."""
 
     patches_ND: np.ndarray
-    """float32, normalised; D = channels * frames * patch height * patch width. All images' patches end to end."""
+    """float32, normalised, all images concatenated; D = channels * frames * patch height * patch width."""
     grid_IT: np.ndarray
-    """int64 [I, 3]: frames (1), rows and columns of patches of each image."""
+    """int64 [I, 3]: frames (always 1), rows and columns of each image, in patches."""
 
 
 class ImageProcessor:
-    """One model's processor, with one limit on pixels for everybody who uses it."""
+    """One model's processor, with the same pixel limit wherever it is used."""
 
     def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
-        """`max_pixels`: larger images are scaled down to at most this many; the folder's own limit where None.
+        """`max_pixels`: larger images are scaled down to at most this many pixels; None means the folder's limit.
 
-        Errors: ConfigError where the folder has no image processor, or `max_pixels` is below its smallest image.
+        Raises ConfigError if the folder has no image processor, or if `max_pixels` is below the processor's minimum.
         """
         if not has_image_processor(folder):
             raise ConfigError(f"model.path {str(folder)!r} holds no image processor, {' or '.join(_CONFIGS)}")
@@ -58,23 +58,24 @@ class ImageProcessor:
         self._size = dict(zip(_SIZE_KEYS, (least, max_pixels or most), strict=True))
 
     def pixels(self, images: Sequence[bytes]) -> Pixels:
-        """Of encoded image files, at least one. Errors: ValueError for what is no image or has an impossible shape."""
+        """The pixels of one or more encoded image files. Raises ValueError for a file that is no image or whose aspect
+        ratio the processor rejects."""
         output = self._processor(images=[decode(image) for image in images], size=self._size, return_tensors="pt")
         return Pixels(output["pixel_values"].numpy(), output["image_grid_thw"].numpy())
 
     def num_tokens(self, image: bytes) -> int:
-        """Merged patches, each of which is one token of the prompt. Errors: ValueError as for `pixels`."""
+        """The number of merged patches, each one token of the prompt. Raises ValueError as `pixels` does."""
         width, height = decode(image).size
         least, most = (self._size[key] for key in _SIZE_KEYS)
         limits = {"min_pixels": least, "max_pixels": most}
         return self._processor.get_number_of_image_patches(height, width, limits) // self._processor.merge_size**2
 
     def encode(self, messages: Sequence[dict[str, Any]], images: Sequence[bytes]) -> tuple[int, ...]:
-        """Token ids of chat messages whose parts `{"type": "image"}` stand for `images`, in this order.
+        """Token ids of chat messages in which the parts `{"type": "image"}` stand for `images`, in order.
 
-        The generation prompt is included, and each placeholder repeated to its image's number of tokens.
-        Errors: ConfigError without a chat template, and where its placeholders are not as many as the images;
-        ValueError as for `pixels`.
+        Includes the generation prompt; each placeholder is repeated to its image's number of tokens.
+        Raises ConfigError if there is no chat template, if the numbers of placeholders and images differ, or for video;
+        ValueError as `pixels` does.
         """
         if self._template is None:
             raise ConfigError("a vision model's prompts are chat messages, but its folder has no chat template")
@@ -83,7 +84,7 @@ class ImageProcessor:
         )
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._video_token_id in ids:
-            raise ConfigError("its prompt has a video placeholder; prompts carry text and images, no videos")
+            raise ConfigError("its prompt has a video placeholder; text and images are supported, no videos")
         found = ids.count(self.image_token_id)
         if found != len(images):
             raise ConfigError(f"its prompt has {found} image placeholders, and there are {len(images)} images")
@@ -92,14 +93,14 @@ class ImageProcessor:
 
 
 def has_image_processor(folder: Path) -> bool:
-    """Whether the model of a Hugging Face folder takes images."""
+    """Whether a Hugging Face folder holds a model that takes images."""
     return any((folder / name).is_file() for name in _CONFIGS)
 
 
 def decode(image: bytes) -> Image:
-    """An encoded file as RGB, upright by its EXIF orientation, what is transparent on white.
+    """Decode an image file to RGB, rotated by its EXIF orientation, with transparency composed on white.
 
-    Errors: ValueError for what Pillow cannot read.
+    Raises ValueError if Pillow cannot read it.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -1,6 +1,6 @@
-"""Qwen3-VL: a vision tower before a Qwen3 decoder. Without images it is that decoder.
+"""Qwen3-VL: a vision tower in front of a Qwen3 decoder. Without images it equals that decoder.
 
-Shape letters: F features of all distinct images, M placeholders, H hidden.
+Shape letters: N patches and F features of all distinct images, D values of a patch, M placeholders, H hidden.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from tora.models.vision.tower import VisionTower
 
 @dataclass(frozen=True, slots=True)
 class ImageInputs:
-    """The images of one forward, on the model's device; `tora.models.vision.inputs` makes them."""
+    """The images of one forward, on the model's device; see `tora.models.vision.inputs`."""
 
     patches_ND: torch.Tensor
-    """All patches of the distinct images, see `Pixels`, in the tower's dtype."""
+    """All patches of the distinct images, in the tower's dtype; see `Pixels`."""
     layout: VisionLayout
-    where_M: torch.Tensor
-    """int64: the placeholders' indices into the flattened tokens. None, where images are only for company."""
+    index_M: torch.Tensor
+    """int64: indices of the placeholders in the flattened tokens; empty for a dummy image."""
     feature_M: torch.Tensor
-    """int64 in [0, F): the feature of each placeholder."""
+    """int64 in [0, F): the feature that replaces each placeholder."""
 
 
 class Qwen3VL(Decoder):
+    """The decoder with its vision tower as `visual`. `image_token` and `video_token` are the placeholders' ids."""
+
     def __init__(self, *, visual: VisionTower, image_token: int, video_token: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.visual, self.image_token, self.video_token = visual, image_token, video_token
@@ -49,28 +51,28 @@ class Qwen3VL(Decoder):
         *,
         positions: torch.Tensor,
         attend: AttentionContext,
-        finish: Callable[[torch.Tensor], Any] = identity,
+        output_fn: Callable[[torch.Tensor], Any] = identity,
         images: ImageInputs | None = None,
     ) -> Any:
-        """As `Decoder`'s; with images `positions` are [3, b, s]."""
+        """Like `Decoder.forward`; with images, `positions` are [3, b, s]."""
         h = self.tok_embeddings(tokens)
         if images is None:
-            return finish(self._run(h, positions, attend))
+            return output_fn(self._run(h, positions, attend))
         features_FH, deep = self.visual(images.patches_ND, images.layout)
-        h = _shown(h, features_FH, images, add=False)
-        after = [partial(_shown, features_FH=extra_FH, images=images, add=True) for extra_FH in deep]
-        return finish(self._run(h, positions, attend, after))
+        h = _merge_features(h, features_FH, images, add=False)
+        after = [partial(_merge_features, features_FH=extra_FH, images=images, add=True) for extra_FH in deep]
+        return output_fn(self._run(h, positions, attend, after))
 
 
-def _shown(h: torch.Tensor, features_FH: torch.Tensor, images: ImageInputs, *, add: bool) -> torch.Tensor:
-    """h [b, s, H] with features in the placeholders' stead, or added to them."""
+def _merge_features(h: torch.Tensor, features_FH: torch.Tensor, images: ImageInputs, *, add: bool) -> torch.Tensor:
+    """h [b, s, H] with the placeholders' rows replaced by their features, or with `add`, the features added to them."""
     flat, features_MH = h.flatten(0, 1), features_FH.index_select(0, images.feature_M).to(h.dtype)
-    place = flat.index_add if add else flat.index_copy
-    return place(0, images.where_M, features_MH).view_as(h)
+    merge = flat.index_add if add else flat.index_copy
+    return merge(0, images.index_M, features_MH).view_as(h)
 
 
 def build(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn.Linear) -> Qwen3VL:
-    """As `build_decoder`. Whether the head is tied stands in the whole config, not in its text part."""
+    """Like `build_decoder`, for the full config: its `tie_word_embeddings` counts, not that of its text part."""
     return Qwen3VL(
         visual=VisionTower(config.vision_config),
         image_token=config.image_token_id,

@@ -1,6 +1,6 @@
-"""Qwen3-VL's vision tower: patches of images -> features for the decoder.
+"""Qwen3-VL's vision tower: image patches -> features for the decoder (Qwen3-VL technical report, 2025).
 
-Parameters have Hugging Face's names.
+Modules and parameters have Hugging Face's names.
 Shape letters: N patches, D values of a patch, W width, F features, H the decoder's hidden size.
 """
 
@@ -21,6 +21,8 @@ _NORM_EPS = 1e-6
 
 
 class VisionAttention(nn.Module):
+    """Multi-head attention with rotary positions, [N, W] -> [N, W]."""
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -33,6 +35,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """Two linear layers with tanh-approximated GELU, [N, W] -> [N, W]."""
+
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.linear_fc1, self.linear_fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
@@ -42,6 +46,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """A pre-norm transformer block, [N, W] -> [N, W]."""
+
     def __init__(self, width: int, inner: int, num_heads: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, _NORM_EPS), nn.LayerNorm(width, _NORM_EPS)
@@ -53,7 +59,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its kernel: one product a patch."""
+    """[N, D] -> [N, W]. A convolution whose stride equals its kernel, computed as a linear layer."""
 
     def __init__(self, channels: int, width: int, frames: int, side: int) -> None:
         super().__init__()
@@ -65,7 +71,8 @@ class PatchEmbedding(nn.Module):
 
 
 class Merger(nn.Module):
-    """A block of merge x merge patches -> one feature. DeepStack's normalise the block, the last one each patch."""
+    """Merges each block of merge x merge patches into one feature. DeepStack's mergers normalise the block, the final
+    merger each patch."""
 
     def __init__(self, width: int, merge: int, out: int, *, norm_of_block: bool) -> None:
         super().__init__()
@@ -74,16 +81,19 @@ class Merger(nn.Module):
         self.linear_fc1, self.linear_fc2 = nn.Linear(self.inner, self.inner), nn.Linear(self.inner, out)
 
     def forward(self, x_NW: torch.Tensor) -> torch.Tensor:
-        """[N, W] -> [F, H]"""
+        """[N, W] -> [F, H], with F = N / merge²."""
         x = self.norm(x_NW.view(-1, self.inner)) if self.norm_of_block else self.norm(x_NW).view(-1, self.inner)
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
 class VisionTower(nn.Module):
-    """DeepStack (Meng et al. 2024): features of early blocks go into the decoder too, behind its first layers."""
+    """A ViT whose early blocks also feed the decoder's first layers (DeepStack, Meng et al. 2024, arXiv:2406.04334)."""
 
     def __init__(self, config: Any) -> None:
-        """`config` is transformers' config of the vision part. Builds on the default device, weights unset."""
+        """`config`: transformers' config of the vision part. Builds on the default device, weights uninitialised.
+
+        Raises ConfigError for an unsupported activation function.
+        """
         super().__init__()
         if config.hidden_act != "gelu_pytorch_tanh":
             raise ConfigError(f"hidden_act {config.hidden_act!r} in config.json's vision_config is not supported")
@@ -91,31 +101,31 @@ class VisionTower(nn.Module):
         self.merge: int = config.spatial_merge_size
         self.patch_numel = config.in_channels * config.temporal_patch_size * config.patch_size**2
         self.side = round(config.num_position_embeddings**0.5)
-        self.taps = list(config.deepstack_visual_indexes)
+        self.deepstack_layers = list(config.deepstack_visual_indexes)
         self.head_dim, self.theta = width // heads, (config.rope_parameters or {}).get("rope_theta", 10000.0)
         self.patch_embed = PatchEmbedding(config.in_channels, width, config.temporal_patch_size, config.patch_size)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, width)
         self.blocks = nn.ModuleList(VisionBlock(width, config.intermediate_size, heads) for _ in range(config.depth))
         self.merger = Merger(width, self.merge, out, norm_of_block=False)
         self.deepstack_merger_list = nn.ModuleList(
-            Merger(width, self.merge, out, norm_of_block=True) for _ in self.taps
+            Merger(width, self.merge, out, norm_of_block=True) for _ in self.deepstack_layers
         )
 
-    def _rope(self, place_N2: torch.Tensor) -> Rope:
-        """The first half of a head's pairs turns with the row, the second with the column."""
+    def _rope(self, coordinate_N2: torch.Tensor) -> Rope:
+        """cos and sin, [1, N, head_dim/2]: the first half of the pairs rotates by the row, the second by the column."""
         half = self.head_dim // 2
-        exponent = torch.arange(0, half, 2, device=place_N2.device, dtype=torch.float32) / half
-        angle = (place_N2[..., None].float() / self.theta**exponent).flatten(1)[None]
+        exponent = torch.arange(0, half, 2, device=coordinate_N2.device, dtype=torch.float32) / half
+        angle = (coordinate_N2[..., None].float() / self.theta**exponent).flatten(1)[None]
         return angle.cos(), angle.sin()
 
     def forward(self, patches_ND: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features [F, H] of the images, in order, and those that DeepStack adds behind decoder layers 0, 1, ..."""
-        position_NW = (self.pos_embed(layout.taps_N4) * layout.shares_N4[..., None]).sum(1)
+        """The images' features [F, H], in order, and DeepStack's [F, H] to add after decoder layers 0, 1, ..."""
+        position_NW = (self.pos_embed(layout.corner_N4) * layout.corner_weight_N4[..., None]).sum(1)
         x_NW = self.patch_embed(patches_ND)
         x_NW = x_NW + position_NW.to(x_NW.dtype)
-        rope, deep = self._rope(layout.place_N2), []
+        rope, deep = self._rope(layout.coordinate_N2), []
         for index, block in enumerate(self.blocks):
-            x_NW = block(x_NW, rope, layout.frames)
-            if index in self.taps:
-                deep.append(self.deepstack_merger_list[self.taps.index(index)](x_NW))
+            x_NW = block(x_NW, rope, layout.attention)
+            if index in self.deepstack_layers:
+                deep.append(self.deepstack_merger_list[self.deepstack_layers.index(index)](x_NW))
         return self.merger(x_NW), deep

@@ -1,0 +1,36 @@
+"""The trained policy as files that other libraries load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from tora.adapters.inject import adapter_layers
+from tora.adapters.peft_format import peft_tensors, save_peft
+from tora.config.schema import ModelConfig
+from tora.distributed.sharding import gather
+from tora.models.decoder import Decoder
+from tora.models.load import side_files
+
+
+def export_policy(model: Decoder, cfg: ModelConfig, folder: Path, *, is_writer: bool) -> None:
+    """Write the adapter in PEFT's format, or all weights as a Hugging Face folder if the run trains them.
+
+    Collective: every rank gathers the tensors, and the rank with `is_writer` writes them.
+    """
+    if adapter_layers(model):
+        tensors = gather(peft_tensors(model))
+        if is_writer:
+            save_peft(tensors, cfg, folder)
+        return
+    weights = gather(dict(model.named_parameters()))  # all of them: a frozen vision tower belongs to the model too
+    if not is_writer:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in side_files(Path(cfg.path)):
+        if "safetensors" not in file.name:  # the index of a base in several files; the export is one file
+            shutil.copy(file, folder)
+    tensors = {model.names.parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,78 @@
+"""Run: every object that the training loop works with, assembled by `tora.launch.launcher`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tora.config.schema import RunConfig
+from tora.protocols import Learner, Rollouts
+from tora.run.canary import Canary
+from tora.run.checkpoints import Checkpoints, RunState
+from tora.types import EvalResult, Metrics, Prompt, Rollout
+
+
+class Log(Protocol):
+    """Where metrics go; `tora.reporting.metrics` implements it. Only the loop and its recovery log."""
+
+    def step(self, step: int, metrics: Metrics, prompt_ids: Sequence[int]) -> None: ...
+
+    def evaluation(self, step: int, result: EvalResult) -> None: ...
+
+    def sample(self, prompt: Prompt, rollout: Rollout) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged from this step on; the run repeats it."""
+        ...
+
+
+@dataclass(slots=True)
+class Run:
+    """One run, from its first step or from a checkpoint. Recovery replaces `learner` and rewinds `state`; everything
+    else stays for the whole run."""
+
+    cfg: RunConfig
+    folder: Path
+    """The run's output folder."""
+    learner: Learner
+    make_learner: Callable[[], Learner]
+    """Starts a learner to replace a lost one, at version 0."""
+    rollouts: Rollouts
+    canary: Canary
+    log: Log
+    checkpoints: Checkpoints
+    state: RunState
+    prompt_at: Callable[[int], Prompt]
+    """The prompt stream, by prompt id."""
+    stop_requested: Callable[[], bool]
+    """Whether the user asked the run to stop. Collective if the run has several ranks."""
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Where the trained policy is exported."""
+        return self.folder / "adapter"
+
+    def publish(self, version: int) -> Metrics:
+        """Send the learner's policy to every engine and prove that they serve it. `version` is the learner's.
+
+        Raises SyncError if an engine does not.
+        """
+        metrics = self.rollouts.publish(self.learner.snapshot())
+        return {**metrics, **self.canary.check(version, self.learner, self.rollouts)}
+
+    def evaluate(self) -> EvalResult | None:
+        """Score the held-out prompts and log the result; None if the config has no `eval`."""
+        if self.cfg.eval is None:
+            return None
+        result = self.rollouts.evaluate()
+        self.log.evaluation(self.state.step, result)
+        if result.sample is not None:
+            self.log.sample(*result.sample)
+        return result
+
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint. `seconds`: training time so far."""
+        self.state.rollouts, self.state.seconds = self.rollouts.state(), seconds
+        self.checkpoints.save(self.state, self.learner)
