@@ -15,12 +15,13 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed
 
 from actors.vllm_engine.arguments import engine_args
+from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.images import EngineInputs
 from actors.vllm_engine.process import Environment, build, engine_occupancy, rendezvous_address, shut_down
 from actors.vllm_engine.requests import (
@@ -49,38 +50,17 @@ _END_SECONDS = 60.0
 class VLLMEngine:
     """One vLLM generator; see `tora.protocols.Engine`."""
 
-    def __init__(
-        self,
-        model_path: str,
-        *,
-        dtype: Literal["bf16", "fp32"],
-        max_model_len: int | None,
-        lora_rank: int,
-        lora_targets: Sequence[str],
-        adapt_vision: bool = False,
-        max_pixels: int | None = None,
-        update: WeightUpdate,
-        seed: int,
-        gpu_memory_utilization: float,
-        kv_cache_gib: float,
-        enforce_eager: bool,
-        tensor_parallel: int = 1,
-        resources: ExitStack | None = None,
-    ) -> None:
-        """Blocks until vLLM is up. It seeds this process's random generators with `seed`.
+    def __init__(self, config: EngineConfig, *, update: WeightUpdate, resources: ExitStack | None = None) -> None:
+        """Blocks until vLLM is up.
 
-        `max_model_len`: tokens of prompt and completion, the model's own where None. `lora_targets`: linear layers of
-        the decoder; `adapt_vision` adds all of the vision tower's; neither counts where `update` is of whole weights.
-        `max_pixels`: of an image, as in `ImageProcessor`. `gpu_memory_utilization` is a share, and unused on a CPU;
-        `kv_cache_gib` is unused on a GPU. `tensor_parallel` processes of vLLM's share the weights; a sync then holds
-        generation up for its whole length, not for the copy alone. `resources` is closed once vLLM has ended: it
-        holds what lies behind `model_path`.
+        With an `update` of whole weights the config's adapter fields are ignored. `resources` is closed once vLLM has
+        shut down: pass what owns the folder behind `config.model_path`.
 
         Errors: ValueError for an impossible argument, RolloutError where vLLM does not start.
         """
         self._resources = resources or ExitStack()
         self._update = update
-        self._takes_whole = tensor_parallel > 1 or update.num_slots == 0
+        self._takes_whole = config.tensor_parallel > 1 or update.num_slots == 0
         self._commands: deque[_Generate | _Install] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
@@ -95,22 +75,7 @@ class VLLMEngine:
         self._environment = Environment()
         self._environment.prepare()
         try:
-            args = engine_args(
-                model_path,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                lora_rank=lora_rank,
-                lora_targets=lora_targets,
-                adapt_vision=adapt_vision,
-                max_pixels=max_pixels,
-                num_slots=update.num_slots,
-                async_scheduling=update.async_scheduling,
-                seed=seed,
-                gpu_memory_utilization=gpu_memory_utilization,
-                kv_cache_gib=kv_cache_gib,
-                enforce_eager=enforce_eager,
-                tensor_parallel=tensor_parallel,
-            )
+            args = engine_args(config, update)
             self._thread = threading.Thread(target=self._main, args=(args, started), name="vllm-engine", daemon=True)
             self._thread.start()
             started.result()

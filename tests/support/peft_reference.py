@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tiny import LINEARS
 
 from actors.torch_engine.sampling import log_distribution
+from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.engine import VLLMEngine
 from actors.vllm_engine.weight_updates import BetweenRollouts, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
@@ -137,34 +139,21 @@ def request(
 
 
 def start_engine(
-    folder: Path,
-    *,
-    lora_rank: int = RANK,
-    max_model_len: int = 256,
-    adapt_vision: bool = False,
-    max_pixels: int | None = None,
-    update: WeightUpdate | None = None,
-    dtype: Literal["bf16", "fp32"] = "fp32",
-    tensor_parallel: int = 1,
-    resources: ExitStack | None = None,
+    folder: Path, *, update: WeightUpdate | None = None, resources: ExitStack | None = None, **options: Any
 ) -> VLLMEngine:
-    """Two slots, unless `update` says otherwise."""
-    return VLLMEngine(
-        str(folder),
-        dtype=dtype,
-        max_model_len=max_model_len,
-        lora_rank=lora_rank,
+    """Two slots unless `update` says otherwise; `options` are fields of `EngineConfig`."""
+    small = EngineConfig(
+        model_path=str(folder),
+        dtype="fp32",
+        max_model_len=256,
+        lora_rank=RANK,
         lora_targets=LINEARS,
-        adapt_vision=adapt_vision,
-        max_pixels=max_pixels,
-        update=update or BetweenRollouts(2),
         seed=0,
         gpu_memory_utilization=0.3,
         kv_cache_gib=0.02,
         enforce_eager=True,
-        tensor_parallel=tensor_parallel,
-        resources=resources,
     )
+    return VLLMEngine(replace(small, **options), update=update or BetweenRollouts(2), resources=resources)
 
 
 def wait_until(condition: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.engine import VLLMEngine
 from actors.vllm_engine.weight_updates import BetweenRollouts, InFlight, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
@@ -94,18 +95,18 @@ def run(folder: Path, *, dtype: str, rank: int, rows: Sequence[int], new_tokens:
 
 
 def _engine(folder: Path, dtype: str, rank: int, update: WeightUpdate) -> VLLMEngine:
-    return VLLMEngine(
-        str(folder),
+    config = EngineConfig(
+        model_path=str(folder),
         dtype="fp32" if dtype == "fp32" else "bf16",
         max_model_len=1024,
         lora_rank=rank,
         lora_targets=_TARGETS,
-        update=update,
         seed=0,
         gpu_memory_utilization=0.8,
         kv_cache_gib=1.0,
         enforce_eager=False,
     )
+    return VLLMEngine(config, update=update)
 
 
 def _syncs(

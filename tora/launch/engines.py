@@ -80,25 +80,25 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
 
 
 def make_vllm_engine(cfg: RunConfig) -> Engine:
+    from actors.vllm_engine.config import EngineConfig
     from actors.vllm_engine.engine import VLLMEngine
 
     resources = ExitStack()
-    return VLLMEngine(
-        _rollout_base(cfg, resources),
-        resources=resources,
+    config = EngineConfig(
+        model_path=_rollout_base(cfg, resources),
         dtype=cfg.rollout.dtype or cfg.dtype,
         max_model_len=cfg.rollout.max_model_len,
         lora_rank=cfg.model.lora_rank,
-        lora_targets=cfg.model.lora_targets,
+        lora_targets=tuple(cfg.model.lora_targets),
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
-        update=_weight_update(cfg),
         seed=cfg.seed,
         gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
         kv_cache_gib=cfg.rollout.kv_cache_gib,
         enforce_eager=cfg.rollout.enforce_eager,
         tensor_parallel=cfg.rollout.tensor_parallel,
     )
+    return VLLMEngine(config, update=_weight_update(cfg), resources=resources)
 
 
 def _weight_update(cfg: RunConfig) -> WeightUpdate:
