@@ -26,12 +26,14 @@ from actors.vllm_engine.images import EngineInputs
 from actors.vllm_engine.process import Environment, build, engine_occupancy, rendezvous_address, shut_down
 from actors.vllm_engine.requests import (
     LoadedPolicy,
+    Slot,
     completion,
     completion_logprobs,
     loaded_policy,
     sampling_params,
     scoring_params,
 )
+from actors.vllm_engine.slot_contents import SlotContents, consensus
 from actors.vllm_engine.weight_updates import WeightUpdate
 from tora.errors import RolloutError, SyncError
 from tora.types import Completion, LogprobRequest, Occupancy, PolicySnapshot, SampleRequest, SyncReport
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.inputs import EngineInput
-
-    from actors.vllm_engine.worker_extension import SlotContents
 
 _END_SECONDS = 60.0
 """How long `close` waits for vLLM to end; its thread never keeps the process alive."""
@@ -60,15 +60,18 @@ class VLLMEngine:
         """
         self._resources = resources or ExitStack()
         self._update = update
-        self._takes_whole = config.tensor_parallel > 1 or update.num_slots == 0
+        # Tensor-parallel workers are processes that only one thread may talk to, and whole weights have no slot to
+        # stage for: either way the engine's thread makes the whole install in one call between two steps.
+        self._one_call_installs = config.tensor_parallel > 1 or update.num_slots == 0
         self._commands: deque[_Generate | _Install] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
-        self._policies: dict[int, LoadedPolicy] = {}  # by slot; from here on the engine's thread's own
-        self._answers: dict[int, Any] = {}  # what the loads of those policies answered
+        # From here on only the engine's thread touches these.
+        self._policies: dict[Slot, LoadedPolicy] = {}
+        self._contents: dict[Slot, SlotContents | None] = {}  # the answers to one-call installs
         self._newest: LoadedPolicy | None = None
-        self._in_flight: Counter[int] = Counter()  # unfinished vLLM requests by slot
+        self._in_flight: Counter[Slot] = Counter()  # unfinished vLLM requests
         self._running: dict[str, tuple[_Generate, int]] = {}  # by vLLM's request id
         self._request_ids = count()
         started: Future[None] = Future()
@@ -126,13 +129,13 @@ class VLLMEngine:
         with self._wake:
             self._check_alive()
             llm = self._llm
-        if self._takes_whole:  # several processes listen to one thread alone, and whole weights replace others'
+        if self._one_call_installs:
             held, stall = self._submit(_Install(snapshot, None)).result()
         else:
-            # Reading, hashing and casting happen here, in the caller's thread, while the engine's steps on.
+            # Reading, hashing and casting happen in the caller's thread, while the engine's thread keeps stepping.
             (placed,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
-            adapter_id, stall = self._submit(_Install(snapshot, placed)).result()
-            (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, adapter_id))
+            _, stall = self._submit(_Install(snapshot, placed)).result()
+            (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, self._update.slot(snapshot.version)))
         return SyncReport(
             version=snapshot.version,
             nbytes=snapshot.nbytes,
@@ -243,7 +246,7 @@ class VLLMEngine:
         slot = self._update.slot(command.snapshot.version)
         return self._update.must_wait(self._in_flight[slot]) and not self._holds(slot, command.snapshot)
 
-    def _holds(self, slot: int, snapshot: PolicySnapshot) -> bool:
+    def _holds(self, slot: Slot, snapshot: PolicySnapshot) -> bool:
         held = self._policies.get(slot)
         return held is not None and (held.version, held.sha256) == (snapshot.version, snapshot.sha256)
 
@@ -252,20 +255,23 @@ class VLLMEngine:
         slot = self._update.slot(command.snapshot.version)
         if not self._holds(slot, command.snapshot):
             try:
-                self._answers[slot] = self._write(command, slot)
+                self._contents[slot] = self._write(command, slot)
             except SyncError as error:
                 command.future.set_exception(error)
                 return
             self._policies[slot] = loaded_policy(slot, command.snapshot)
             self._update.written(self._llm, self._policies[slot])
         self._newest = self._policies[slot]
-        command.future.set_result((self._answers[slot], time.perf_counter() - start))
+        command.future.set_result((self._contents[slot], time.perf_counter() - start))
 
-    def _write(self, command: _Install, slot: int) -> Any:
-        if command.placed is None:
-            return agreed(self._llm.collective_rpc("take_snapshot", args=(command.snapshot, slot)))
-        self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
-        return slot
+    def _write(self, command: _Install, slot: Slot) -> SlotContents | None:
+        """None where the snapshot was staged: the caller reads the slot back."""
+        if command.placed is not None:
+            self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
+            return None
+        if slot is None:
+            return consensus(self._llm.collective_rpc("install_weights", args=(command.snapshot,)))
+        return consensus(self._llm.collective_rpc("install_adapter", args=(command.snapshot, slot)))
 
     def _begin(self, command: _Generate) -> None:
         if self._newest is None:
@@ -319,20 +325,9 @@ class _Generate:
 class _Install:
     snapshot: PolicySnapshot
     placed: Any
-    """What `stage_snapshot` answered; None where vLLM's processes stage it themselves."""
+    """The answer of `stage_snapshot`; None for a one-call install."""
     future: Future[tuple[Any, float]] = field(default_factory=Future)
-    """The adapter id, or what those processes hold; and the seconds between two steps that it took."""
-
-
-def agreed(answers: Sequence[SlotContents | str]) -> SlotContents:
-    """What tensor-parallel ranks all hold. Errors: SyncError where one answers what is wrong, or where they differ."""
-    for answer in answers:
-        if isinstance(answer, str):
-            raise SyncError(answer)
-        if answer != answers[0]:
-            raise SyncError(f"tensor-parallel ranks hold different policies: {answers[0]} and {answer}")
-    assert not isinstance(answers[0], str)
-    return answers[0]
+    """The slot's contents after a one-call install, else None; and the seconds that generation stalled."""
 
 
 def _gone(cause: BaseException | None) -> RolloutError:

@@ -17,17 +17,18 @@ from safetensors import safe_open
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from actors.vllm_engine.slot_contents import SlotContents
 from tora.adapters.snapshot import add_to_digest
 from tora.errors import SyncError
 from tora.models.family import families
 from tora.models.load import is_derived, read_config, shard_files
 
 
-def replace_weights(worker: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str, int]:
-    """Answers the digest of the tensors that vLLM was handed, their dtype, and how many modules they belong to.
+def replace_weights(worker: Any, tensors: Mapping[str, torch.Tensor]) -> SlotContents:
+    """Loads the tensors one at a time, so that only one is copied at once.
 
-    One tensor at a time is in memory beside those given. Errors: SyncError, with nothing replaced, unless they are all
-    those of the model or all but the vision tower's.
+    Raises SyncError, with nothing replaced, unless the tensors are the whole model's, or the model's without its vision
+    tower.
     """
     _check_complete(tensors, Path(worker.model_config.model))
     dtype, sha = worker.model_config.dtype, hashlib.sha256()
@@ -44,7 +45,7 @@ def replace_weights(worker: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[s
             if isinstance(module, ParallelLMHead):  # one that is tied keeps the old embedding, re-packed
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
     modules = {name.rpartition(".")[0] for name in tensors}
-    return sha.hexdigest(), str(dtype).removeprefix("torch."), len(modules)
+    return SlotContents(sha.hexdigest(), str(dtype).removeprefix("torch."), len(modules))
 
 
 def _check_complete(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

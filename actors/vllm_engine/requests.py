@@ -19,25 +19,29 @@ _MIN_TEMPERATURE = 0.01
 """vLLM raises a lower one to this without a word, and the learner would score under another distribution."""
 
 
+Slot = int | None
+"""vLLM's id for an adapter slot, from 1; None where the snapshot replaces the model's own weights."""
+
+
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy version in an adapter slot, or in slot 0, the weights themselves."""
+    """A policy version that the engine holds."""
 
     version: int
-    slot: int
+    slot: Slot
     lora: LoRARequest | None
     """None for whole weights."""
     sha256: str
     """The sender's."""
 
 
-def loaded_policy(slot: int, snapshot: PolicySnapshot) -> LoadedPolicy:
+def loaded_policy(slot: Slot, snapshot: PolicySnapshot) -> LoadedPolicy:
     """vLLM's prefix and encoder caches are keyed by the adapter's name: by version, and by content too, because a run
     that resumed from a checkpoint comes to a version number for the second time."""
     from vllm.lora.request import LoRARequest
 
     name = f"policy@{snapshot.version}:{snapshot.sha256[:16]}"
-    lora = LoRARequest(name, slot, f"mem://{snapshot.version}") if slot else None
+    lora = LoRARequest(name, slot, f"mem://{snapshot.version}") if slot is not None else None
     return LoadedPolicy(snapshot.version, slot, lora, snapshot.sha256)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from actors.vllm_engine.requests import LoadedPolicy
+    from actors.vllm_engine.requests import LoadedPolicy, Slot
 
 
 class WeightUpdate(Protocol):
@@ -21,8 +21,8 @@ class WeightUpdate(Protocol):
     async_scheduling: bool | None
     """vLLM's argument; None is its own choice."""
 
-    def slot(self, version: int) -> int:
-        """The adapter id of a version, from 1; 0 for whole weights."""
+    def slot(self, version: int) -> Slot:
+        """Where a version goes."""
         ...
 
     def must_wait(self, num_running: int) -> bool:
@@ -48,7 +48,7 @@ class BetweenRollouts:
             raise ValueError(f"num_slots is {num_slots}; an engine needs at least 1")
         self.num_slots = num_slots
 
-    def slot(self, version: int) -> int:
+    def slot(self, version: int) -> Slot:
         return 1 + version % self.num_slots
 
     def must_wait(self, num_running: int) -> bool:
@@ -67,8 +67,8 @@ class WholeWeights(BetweenRollouts):
     def __init__(self) -> None:
         self.num_slots = 0
 
-    def slot(self, version: int) -> int:
-        return 0
+    def slot(self, version: int) -> Slot:
+        return None
 
     def written(self, llm: Any, policy: LoadedPolicy) -> None:
         """What was cached without an adapter's name was the old policy's."""
@@ -89,7 +89,7 @@ class InFlight:
         """`recompute_kv`: compute the keys and values of what a request has so far again, instead of keeping them."""
         self._recompute_kv = recompute_kv
 
-    def slot(self, version: int) -> int:
+    def slot(self, version: int) -> Slot:
         return 1
 
     def must_wait(self, num_running: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from actors.vllm_engine import adapter_slots, cpu_lora, dora_layers
 from actors.vllm_engine.adapter_slots import Placed
 from actors.vllm_engine.full_weights import replace_weights
+from actors.vllm_engine.slot_contents import Refusal, SlotContents
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, views
 from tora.errors import SyncError
 from tora.types import PolicySnapshot
@@ -25,18 +25,6 @@ cpu_lora.install()
 # vLLM 0.32's bf16 CPU kernels use AMX tiles without asking Linux for them first, and die of SIGILL.
 # Answers False on a CPU without AMX.
 torch.cpu._init_amx()
-
-
-@dataclass(frozen=True)
-class SlotContents:
-    """What an engine holds of a snapshot."""
-
-    sha256: str
-    """Over its tensors as they lie in the slot, or as whole weights were handed over, under their names on the wire;
-    see `snapshot.digest`."""
-    dtype: str
-    """Of all but gains, which are float32."""
-    num_modules: int
 
 
 class SnapshotExtension:
@@ -75,16 +63,20 @@ class SnapshotExtension:
         dtype = next(tensor.dtype for name, tensor in held.items() if name.endswith(LORA_A))
         return SlotContents(digest(held), str(dtype).removeprefix("torch."), len(modules))
 
-    def take_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> SlotContents | str:
-        """All three, for an engine whose workers are processes of their own: it answers what is wrong, because an
-        error that leaves such a process ends the engine. Adapter id 0 stands for the weights themselves."""
+    def install_adapter(self, snapshot: PolicySnapshot, adapter_id: int) -> SlotContents | Refusal:
+        """All three calls in one, for engines whose workers are separate processes."""
         try:
-            if adapter_id == 0:
-                return SlotContents(*replace_weights(self, _receive(snapshot)))
             self.write_snapshot(self.stage_snapshot(snapshot), adapter_id)
             return self.read_snapshot(snapshot, adapter_id)
         except SyncError as error:
-            return str(error)
+            return Refusal(str(error))
+
+    def install_weights(self, snapshot: PolicySnapshot) -> SlotContents | Refusal:
+        """Replaces the model's own weights."""
+        try:
+            return replace_weights(self, _receive(snapshot))
+        except SyncError as error:
+            return Refusal(str(error))
 
     @property
     def _manager(self) -> Any:

@@ -16,8 +16,7 @@ pytest.importorskip("vllm")
 
 from peft_reference import PROMPT, TOLERANCE, Reference, request, start_engine
 
-from actors.vllm_engine.engine import agreed
-from actors.vllm_engine.worker_extension import SlotContents
+from actors.vllm_engine.slot_contents import Refusal, SlotContents, consensus
 from tora.errors import SyncError
 
 
@@ -55,8 +54,8 @@ def _shared() -> set[str]:
 
 def test_ranks_that_differ_are_an_error() -> None:
     held = SlotContents("abc", "float32", 7)
-    assert agreed([held, held]) == held
+    assert consensus([held, held]) == held
     with pytest.raises(SyncError, match="different policies"):
-        agreed([held, replace(held, sha256="abd")])
+        consensus([held, replace(held, sha256="abd")])
     with pytest.raises(SyncError, match="no place"):
-        agreed([held, "no place"])
+        consensus([held, Refusal("no place")])
