@@ -14,7 +14,17 @@ from actors.worker import RolloutWorker
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
-from tora.types import EvalResult, Group, LogprobRequest, Metrics, PolicySnapshot, Prompt, RolloutState, TrainBatch
+from tora.types import (
+    EvalResult,
+    Group,
+    GroupResult,
+    LogprobRequest,
+    Metrics,
+    PolicySnapshot,
+    Prompt,
+    RolloutState,
+    TrainBatch,
+)
 
 
 class LocalRollouts:
@@ -42,8 +52,7 @@ class LocalRollouts:
         groups: list[Group] = []
         while len(groups) < self._cfg.batch_size:
             prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
-            round_ = self._world.collect(self._worker.run_groups(self._world.share(prompts)))
-            groups += [group for group in round_ if self._filter.keeps(group)]
+            groups += [g for g in self._on_all_ranks(self._worker.run_groups, prompts) if self._filter.keeps(g)]
         generated, drops = self._filter.take()
         return make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
 
@@ -53,7 +62,14 @@ class LocalRollouts:
         return sync_metrics([report], time.perf_counter() - start)
 
     def evaluate(self) -> EvalResult:
-        return summarize_evaluation(self._world.collect(self._worker.evaluate(self._world.share(self._eval_prompts))))
+        return summarize_evaluation(self._on_all_ranks(self._worker.evaluate, self._eval_prompts))
+
+    def _on_all_ranks(
+        self, answer: Callable[[Sequence[Prompt]], list[GroupResult]], prompts: Sequence[Prompt]
+    ) -> list[Group]:
+        """Each rank answers its share of the prompts and gets all groups, in the prompts' order."""
+        results = self._world.collect(answer(self._world.share(prompts)))
+        return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
         return {self._world.rank: self._worker.logprobs(requests, adapter=adapter)}

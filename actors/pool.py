@@ -164,7 +164,7 @@ class AsyncRollouts:
     async def _run(self, slot: Slot, seat: Seat, tokens: float, buffer: Buffer) -> None:
         """`buffer` granted the slot."""
         try:
-            group = await seat.run_group(slot, tokens)
+            group = (await seat.run_group(slot, tokens)).with_prompt(slot.prompt)
             self._losses_in_a_row = 0
             self._tokens.add(group.num_tokens)
             if buffer is self._buffer:  # else the run went back meanwhile, and this group belongs to no history
@@ -258,9 +258,10 @@ class AsyncRollouts:
             await self._until(lambda: bool(self._up()))
             seat = min(self._up(), key=lambda seat: (seat.evaluating, seat.outstanding))
             try:
-                return await seat.evaluate(prompts)
+                results = await seat.evaluate(prompts)
             except WorkerLost:
                 continue
+            return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
         return self._wait(self._score(requests, adapter))

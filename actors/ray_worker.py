@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.worker import RolloutWorker
 from tora.errors import WorkerLost
-from tora.types import Group, LogprobRequest, Occupancy, Prompt, SnapshotRef, SyncReport
+from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SnapshotRef, SyncReport
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 20
@@ -57,10 +57,10 @@ class RayWorker:
         except TimeoutError as error:
             raise WorkerLost(f"its engine did not start within {limit_s:g} s") from error
 
-    async def run_group(self, prompt: Prompt) -> Group:
+    async def run_group(self, prompt: Prompt) -> GroupResult:
         return await _answer(self._actor.run_group.remote(prompt))
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
         return await _answer(self._actor.evaluate.remote(list(prompts)))
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:

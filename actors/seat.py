@@ -22,7 +22,7 @@ from actors.buffer import Slot
 from actors.concurrency import adapted
 from tora.config.schema import RolloutConfig
 from tora.errors import ConfigError, SyncError, WorkerLost
-from tora.types import Group, LogprobRequest, Occupancy, Prompt, SyncReport
+from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SyncReport
 
 T = TypeVar("T")
 _PULSE_S = 2.0
@@ -37,9 +37,9 @@ class WorkerHandle(Protocol):
 
     async def start(self, limit_s: float) -> None: ...
 
-    async def run_group(self, prompt: Prompt) -> Group: ...
+    async def run_group(self, prompt: Prompt) -> GroupResult: ...
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]: ...
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]: ...
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]: ...
 
@@ -113,17 +113,17 @@ class Seat:
         self.slots.add(slot)
         self.outstanding += tokens
 
-    async def run_group(self, slot: Slot, tokens: float) -> Group:
+    async def run_group(self, slot: Slot, tokens: float) -> GroupResult:
         """After `take`. Errors: as of `_call`."""
         try:
-            group = await self._call(lambda worker: worker.run_group(slot.prompt), self._cfg.group_timeout_s)
+            result = await self._call(lambda worker: worker.run_group(slot.prompt), self._cfg.group_timeout_s)
         finally:
             self.slots.remove(slot)
             self.outstanding -= tokens
         self._failures = 0
-        return group
+        return result
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
         """Errors: as of `_call`."""
         rounds = -(-len(prompts) // self._cfg.concurrency)
         limit_s = self._cfg.group_timeout_s * max(1, rounds)

@@ -15,7 +15,7 @@ from tora.protocols import Engine, Rewarder
 from tora.types import (
     Completion,
     FailedReward,
-    Group,
+    GroupResult,
     LogprobRequest,
     Occupancy,
     PolicySnapshot,
@@ -68,18 +68,18 @@ class RolloutWorker:
         self._sampling, self._eval_sampling = sampling, eval_sampling
         self._group_size, self._seed, self._part_tokens = group_size, seed, part_tokens
 
-    def run_group(self, prompt: Prompt) -> Group:
+    def run_group(self, prompt: Prompt) -> GroupResult:
         return self.run_groups([prompt])[0]
 
-    def run_groups(self, prompts_P: Sequence[Prompt]) -> list[Group]:
+    def run_groups(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
         """The training rollouts of several prompts, scored."""
         return self._run(prompts_P, self._sampling, self._group_size, TRAIN)
 
-    def evaluate(self, prompts_P: Sequence[Prompt]) -> list[Group]:
+    def evaluate(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
         """One rollout a prompt, scored."""
         return self._run(prompts_P, self._eval_sampling, 1, EVAL)
 
-    def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[Group]:
+    def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[GroupResult]:
         start = time.perf_counter()
         requests = [
             SampleRequest(p.token_ids, group_size, seed_of(self._seed, purpose, p.id), sampling, p.images)
@@ -89,9 +89,7 @@ class RolloutWorker:
         completions = generate_in_parts(self._engine, requests, part_tokens)
         seconds = time.perf_counter() - start
         scored = [self._score(p, c) for p, c in zip(prompts_P, completions, strict=True)]
-        return [
-            Group(p, rollouts, seconds, failures) for p, (rollouts, failures) in zip(prompts_P, scored, strict=True)
-        ]
+        return [GroupResult(rollouts, failures, seconds) for rollouts, failures in scored]
 
     def _score(
         self, prompt: Prompt, completions_G: Sequence[Completion]

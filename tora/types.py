@@ -140,6 +140,19 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupResult:
+    """A rollout worker's answer to one prompt: the group without the prompt, which the caller has. On Ray this keeps
+    images and dataset columns from travelling back to the driver."""
+
+    rollouts: tuple[Rollout, ...]
+    failures: tuple[FailedReward, ...] = ()
+    seconds: float = 0.0
+
+    def with_prompt(self, prompt: Prompt) -> Group:
+        return Group(prompt, self.rollouts, self.seconds, self.failures)
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Sequences packed end to end without padding; one forward-backward."""
 

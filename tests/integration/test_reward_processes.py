@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from fakes import FakeWorker, make_group, make_prompt, make_snapshot
@@ -18,7 +19,7 @@ from actors.rollout_metrics import summarize_evaluation
 from actors.worker import RolloutWorker
 from tora.errors import ConfigError, RolloutError
 from tora.rewards.processes import RewardProcesses
-from tora.types import FailedReward, Group, Prompt
+from tora.types import FailedReward, Group, GroupResult, Prompt
 
 SOURCE = """
 import os, re, time
@@ -40,6 +41,7 @@ def too_few(completions, **columns): return [float(len(c)) for c in completions]
 def slow(completions, **columns): time.sleep(0.3); return [1.0] * len(completions)
 def pid(completions, **columns): return [float(os.getpid())] * len(completions)
 """
+Scored = TypeVar("Scored", Group, GroupResult)
 PROMPT = Prompt(0, (1,), "q", {"answer": "2"})
 
 
@@ -165,7 +167,7 @@ def test_a_child_ends_with_a_parent_that_was_killed(modules: None) -> None:
 # What becomes of the rollouts.
 
 
-def failing(group: Group, number: int, name: str = "mine") -> Group:
+def failing(group: Scored, number: int, name: str = "mine") -> Scored:
     """`number` of its rollouts failed."""
     rollouts = group.rollouts[: len(group.rollouts) - number]
     return replace(group, rollouts=rollouts, failures=(FailedReward(name, "returned nan"),) * number)
@@ -230,7 +232,7 @@ def test_a_failed_answer_is_no_right_one() -> None:
 class Failing(FakeWorker):
     share = 0.25
 
-    async def run_group(self, prompt: Prompt) -> Group:
+    async def run_group(self, prompt: Prompt) -> GroupResult:
         return failing(await super().run_group(prompt), round(4 * self.share))
 
 

@@ -22,7 +22,7 @@ from actors.concurrency import adapted
 from actors.seat import WorkerHandle, pause
 from tora.errors import ConfigError, RolloutError, SyncError, WorkerLost
 from tora.run.group_files import load_groups, save_groups
-from tora.types import Group, Occupancy, Prompt, RolloutState, SyncReport
+from tora.types import Group, GroupResult, Occupancy, Prompt, RolloutState, SyncReport
 
 
 def pending(state: RolloutState) -> set[int]:
@@ -77,7 +77,7 @@ class MortalWorker(FakeWorker):
         super().__init__(latency, rewards)
         self.fault, self.calls, self.dead = fault, 0, asyncio.Event()
 
-    async def run_group(self, prompt: Prompt) -> Group:
+    async def run_group(self, prompt: Prompt) -> GroupResult:
         self.calls += 1
         if self.calls > 3:
             match self.fault:
@@ -147,7 +147,7 @@ def test_no_group_is_lost_or_trained_twice_whatever_dies(bound: int, fault: str)
 class InFlightWorker(FakeWorker):
     """Its tokens are of every version that it was given while they were sampled."""
 
-    async def run_group(self, prompt: Prompt) -> Group:
+    async def run_group(self, prompt: Prompt) -> GroupResult:
         began = self.version
         group = await super().run_group(prompt)
         versions = [np.linspace(began, self.version, len(r.token_ids)).astype(np.int64) for r in group.rollouts]
@@ -213,7 +213,7 @@ def test_a_worker_that_starts_loads_the_newest_snapshot_before_its_first_group()
 @pytest.mark.usefixtures("quick")
 def test_workers_that_keep_dying_end_the_run_with_a_reason() -> None:
     class Doomed(FakeWorker):
-        async def run_group(self, prompt: Prompt) -> Group:
+        async def run_group(self, prompt: Prompt) -> GroupResult:
             raise WorkerLost("killed by the kernel")
 
     with running(config(1, max_restarts=3), Doomed) as rollouts:
@@ -234,7 +234,7 @@ def test_a_worker_that_does_not_start_ends_the_run_at_once_with_the_cause() -> N
 @pytest.mark.parametrize("error", [SyncError("half of it"), ValueError("a prompt is empty")])
 def test_what_a_new_worker_would_fail_at_too_ends_the_run(error: Exception) -> None:
     class Wrong(FakeWorker):
-        async def run_group(self, prompt: Prompt) -> Group:
+        async def run_group(self, prompt: Prompt) -> GroupResult:
             raise error
 
     with running(config(1), Wrong) as rollouts:
@@ -246,7 +246,7 @@ def test_what_a_new_worker_would_fail_at_too_ends_the_run(error: Exception) -> N
 @pytest.mark.usefixtures("quick")
 def test_an_evaluation_survives_its_worker() -> None:
     class Dying(FakeWorker):
-        async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
             raise WorkerLost("killed")
 
     made = [Dying(), FakeWorker(), FakeWorker()]
@@ -280,7 +280,7 @@ def test_a_slot_goes_to_the_worker_that_owes_the_fewest_tokens() -> None:
     class Counting(FakeWorker):
         owed = most = 0
 
-        async def run_group(self, prompt: Prompt) -> Group:
+        async def run_group(self, prompt: Prompt) -> GroupResult:
             self.owed += len(prompt.token_ids)
             self.most = max(self.most, self.owed)
             try:
@@ -316,7 +316,7 @@ def test_a_full_cache_gets_fewer_groups() -> None:
         running = 0
         overflows: list[bool]
 
-        async def run_group(self, prompt: Prompt) -> Group:
+        async def run_group(self, prompt: Prompt) -> GroupResult:
             self.running += 1
             self.overflows.append(self.running > 3)
             try:

@@ -34,7 +34,7 @@ from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.loop import train
 from tora.types import (
-    Group,
+    GroupResult,
     LogprobRequest,
     MicroBatch,
     Occupancy,
@@ -94,12 +94,12 @@ class SleepingWorker:
 
     async def start(self, limit_s: float) -> None: ...
 
-    async def run_group(self, prompt: Prompt) -> Group:
+    async def run_group(self, prompt: Prompt) -> GroupResult:
         version = self._version
         await asyncio.sleep(self._seconds())
-        return Group(prompt, tuple(_rollout(float(i % 2), version) for i in range(_GROUP)))
+        return GroupResult(tuple(_rollout(float(i % 2), version) for i in range(_GROUP)))
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
         return [await self.run_group(prompt) for prompt in prompts]
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
