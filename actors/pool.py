@@ -27,7 +27,7 @@ from actors.buffer import Buffer, Slot, in_time
 from actors.group_filter import SignalFilter
 from actors.prompt_cursor import PromptCursor
 from actors.rollout_metrics import summarize_evaluation, sync_metrics
-from actors.seat import Seat, WorkerHandle, is_fatal
+from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError, WorkerLost
@@ -48,6 +48,7 @@ class AsyncRollouts:
         state: RolloutState,
         *,
         version: int,
+        timing: SeatTiming | None = None,
     ) -> None:
         """Workers start at once; nothing is generated before the first `publish`, which waits for `num_workers`.
 
@@ -55,6 +56,7 @@ class AsyncRollouts:
         version that the run starts from.
         """
         self._cfg, self._make_worker, self._eval_prompts, self._prompt_at = cfg, make_worker, eval_prompts, prompt_at
+        self._timing = timing or SeatTiming()
         self._stand_at(state, version)
         self._snapshot: Any = None
         self._published = asyncio.Event()
@@ -89,7 +91,7 @@ class AsyncRollouts:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _add_seat(self) -> None:
-        seat = Seat(len(self._seats), self._make_worker, self._newest, self._cfg.rollout, self)
+        seat = Seat(len(self._seats), self._make_worker, self._newest, self._cfg.rollout, self, self._timing)
         self._seats.append(seat)
         self._spawn(seat.run_forever())
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -25,8 +26,21 @@ from tora.errors import ConfigError, SyncError, WorkerLost
 from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SyncReport
 
 T = TypeVar("T")
-_PULSE_S = 2.0
-_LONGEST_PAUSE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeatTiming:
+    """All in seconds."""
+
+    heartbeat_every_s: float = 2.0
+    """Between two heartbeats."""
+    first_delay_s: float = 1.0
+    """Before a lost worker is replaced; doubles with each worker that is lost without finishing a group."""
+    max_delay_s: float = 60.0
+
+    def restart_delay_s(self, failures: int) -> float:
+        """Before the next worker starts, after `failures` in a row that finished no group."""
+        return min(self.max_delay_s, self.first_delay_s * 2.0 ** min(failures, 32))
 
 
 class WorkerHandle(Protocol):
@@ -73,9 +87,11 @@ class Seat:
         policy: Callable[[], Coroutine[Any, Any, Any]],
         cfg: RolloutConfig,
         events: SeatEvents,
+        timing: SeatTiming,
     ) -> None:
         """`policy` answers the newest snapshot, once there is one."""
         self.number, self._make, self._policy, self._cfg, self._events = number, make_worker, policy, cfg, events
+        self._timing = timing
         self.up = False
         self.report: SyncReport | None = None
         self.limit = cfg.concurrency
@@ -105,7 +121,7 @@ class Seat:
             except BaseException as error:  # the pool decides what it means
                 self._discard_worker(error)
                 self._events.left(self, error)
-            await asyncio.sleep(pause(self._failures))
+            await asyncio.sleep(self._timing.restart_delay_s(self._failures))
             self._failures += 1
 
     def take(self, slot: Slot, tokens: float) -> None:
@@ -161,7 +177,7 @@ class Seat:
         """Until the worker is lost. Errors: as of `_call`."""
         assert self._end is not None
         while True:
-            await asyncio.wait({self._end}, timeout=_PULSE_S)
+            await asyncio.wait({self._end}, timeout=self._timing.heartbeat_every_s)
             load = await self._call(lambda worker: worker.occupancy(), self._cfg.heartbeat_s)
             before, self.limit = self.limit, adapted(self.limit, self._cfg.concurrency, len(self.slots), load)
             if self.limit > before:
@@ -205,8 +221,3 @@ def is_fatal(error: BaseException) -> bool:
     if isinstance(error, SyncError | ConfigError):
         return True
     return not isinstance(error, RuntimeError | MemoryError | OSError)
-
-
-def pause(failures: int) -> float:
-    """Seconds before the next worker starts, after `failures` that finished no group: 1, 2, 4, ... up to a minute."""
-    return min(_LONGEST_PAUSE_S, 2.0**failures)

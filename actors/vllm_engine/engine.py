@@ -39,9 +39,10 @@ from tora.errors import RolloutError, SyncError
 from tora.types import Completion, LogprobRequest, Occupancy, PolicySnapshot, SampleRequest, SyncReport
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from vllm import RequestOutput, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.inputs import EngineInput
+    from vllm.v1.engine.llm_engine import LLMEngine
 
 _END_SECONDS = 60.0
 """How long `close` waits for vLLM to end; its thread never keeps the process alive."""
@@ -50,16 +51,24 @@ _END_SECONDS = 60.0
 class VLLMEngine:
     """One vLLM generator; see `tora.protocols.Engine`."""
 
-    def __init__(self, config: EngineConfig, *, update: WeightUpdate, resources: ExitStack | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        update: WeightUpdate,
+        resources: ExitStack | None = None,
+        step: Callable[[LLMEngine], Sequence[RequestOutput]] = lambda llm: llm.step(),
+    ) -> None:
         """Blocks until vLLM is up.
 
         With an `update` of whole weights the config's adapter fields are ignored. `resources` is closed once vLLM has
-        shut down: pass what owns the folder behind `config.model_path`.
+        shut down: pass what owns the folder behind `config.model_path`. `step` runs vLLM for one step; the engine's thread
+        calls it.
 
         Errors: ValueError for an impossible argument, RolloutError where vLLM does not start.
         """
         self._resources = resources or ExitStack()
-        self._update = update
+        self._update, self._step = update, step
         # Tensor-parallel workers are processes that only one thread may talk to, and whole weights have no slot to
         # stage for: either way the engine's thread makes the whole install in one call between two steps.
         self._one_call_installs = config.tensor_parallel > 1 or update.num_slots == 0
@@ -208,7 +217,7 @@ class VLLMEngine:
             while self._wait_for_work():
                 self._run_commands()
                 if self._running:
-                    for output in llm.step():
+                    for output in self._step(llm):
                         self._deliver(output)
             self._abandon(None)
         except BaseException as error:  # whatever it was, nobody may be left waiting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,15 +114,15 @@ def test_the_digest_catches_what_was_left_over(run: Run, monkeypatch: pytest.Mon
 
 def test_the_canary_catches_a_swapped_module(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """k and v have one shape: every tensor finds a place, and lies there as it was sent."""
-    places = adapter_slots._places
+    find_places = adapter_slots.find_places
     swap = {"k_proj": "v_proj", "v_proj": "k_proj"}
 
-    def swapped(manager: Any) -> dict[str, adapter_slots.Place]:
-        found = places(manager)
+    def swapped(manager: Any, modules: Iterable[str]) -> dict[str, adapter_slots.Place]:
+        found = find_places(manager, modules)
         layer0 = "layers.0."
         return {n: found[n[:-6] + swap[n[-6:]]] if layer0 in n and n[-6:] in swap else p for n, p in found.items()}
 
-    monkeypatch.setattr(adapter_slots, "_places", swapped)
+    monkeypatch.setattr(adapter_slots, "find_places", swapped)
     run.change(0.02)
     with pytest.raises(SyncError, match="applied in part, or wrongly, or to another slot"):
         run.sync()

@@ -40,7 +40,7 @@ def test_a_thousand_syncs_leave_memory_flat_and_the_canary_green(tmp_path: Path,
                 assert run.metrics["canary/gap_max"] < 1e-4
             else:
                 worker.forward(run.learner.snapshot())
-            worker._engine.generate([request(LONG_PROMPT, seed=number, max_tokens=4)])
+            run.engine.generate([request(LONG_PROMPT, seed=number, max_tokens=4)])
             memory.append(resident_bytes())
         assert run.metrics["canary/effect"] > 0.1
     finally:

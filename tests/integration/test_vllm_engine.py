@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepped import StepGate
 from tiny import LINEARS, make_text_model
 
 pytest.importorskip("vllm")
@@ -28,10 +28,11 @@ from tora.types import Completion, SampleRequest, Sampling
 @pytest.fixture(scope="module", params=["qwen3", "qwen2"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = make_text_model(tmp_path_factory.mktemp(request.param), request.param, tied=request.param == "qwen3")
-    engine = start_engine(folder)
+    gate = StepGate()
+    engine = start_engine(folder, gate=gate)
     with pytest.raises(RolloutError, match="first snapshot"):
         engine.generate([SampleRequest(PROMPT, 1, 0, Sampling(4))])
-    yield Served(engine, Reference(folder))
+    yield Served(engine, Reference(folder), gate)
     engine.close()
     with pytest.raises(RolloutError, match="closed"):
         engine.generate([SampleRequest(PROMPT, 1, 0, Sampling(4))])
@@ -40,8 +41,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Served:
     """An engine, its reference, and a version number that only grows."""
 
-    def __init__(self, engine: VLLMEngine, reference: Reference) -> None:
-        self.engine, self.reference, self.version = engine, reference, 0
+    def __init__(self, engine: VLLMEngine, reference: Reference, gate: StepGate) -> None:
+        self.engine, self.reference, self.gate, self.version = engine, reference, gate, 0
 
     def load(self, kind: str, seed: int) -> int:
         self.version += 1
@@ -140,29 +141,27 @@ def test_a_version_number_that_comes_again_brings_its_own_weights(served: Served
     served.check("lora", 2, request(LONG_PROMPT))
 
 
-def test_versions_in_one_batch_do_not_touch_each_other(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_in_one_batch_do_not_touch_each_other(served: Served) -> None:
     """A load waits for the last request in its slot, what comes after waits for the load, and the rest goes on."""
-    engine, reference = served.engine, served.reference
+    engine, reference, gate = served.engine, served.reference, served.gate
     versions = [served.version + i for i in (1, 2, 3)]  # the third goes where the first is
     policies = [("lora", 1), ("dora", 2), ("dora", 3)]
     asked = [request(max_tokens=120, num_samples=3), request(max_tokens=20), request(max_tokens=20)]
     snapshots = [reference.snapshot(v, *policy) for v, policy in zip(versions, policies, strict=True)]
-    steps, step = threading.Semaphore(0), engine._llm.step
-    monkeypatch.setattr(engine._llm, "step", lambda: steps.acquire() and step())
     served.version = versions[-1]
     engine.install(snapshots[0])
-    with ThreadPoolExecutor(5) as threads:
+    with ThreadPoolExecutor(5) as threads, gate.shut():
         generations = [threads.submit(engine.generate, [asked[0]])]
-        wait_until(lambda: bool(engine._running))
+        gate.wait_for_engine()
         loads = []
         for i in (1, 2):  # the thread stands in a step, so commands queue up in this order
             loads.append(threads.submit(engine.install, snapshots[i]))
             wait_until(lambda i=i: len(engine._commands) == 2 * i - 1)
             generations.append(threads.submit(engine.generate, [asked[i]]))
             wait_until(lambda i=i: len(engine._commands) == 2 * i)
-        steps.release()
+        gate.allow(1)
         loads[0].result(30)
-        steps.release(10_000)
+        gate.open()
         loads[1].result(30)
         assert generations[0].done(), "the third version was written under requests of the first"
         groups = [generation.result(30)[0] for generation in generations]
@@ -268,26 +267,20 @@ def test_impossible_requests_are_refused_before_vllm(served: Served, asked: Samp
         served.engine.generate([asked])
 
 
-def test_death_of_the_thread_reaches_every_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_death_of_the_thread_reaches_every_caller(tmp_path: Path) -> None:
     before = dict(os.environ)
     folder = make_text_model(tmp_path, num_layers=1)
-    engine = start_engine(folder)
+    gate = StepGate()
+    engine = start_engine(folder, gate=gate)
     changed = {name for name, value in os.environ.items() if before.get(name) != value}
     assert all(name.startswith("VLLM_") for name in changed), "LD_PRELOAD and the like are not left to children"
     reference = Reference(folder)
     engine.install(reference.snapshot(0, "lora", 1))
-    enough = threading.Event()
-
-    def die() -> list[Any]:
-        enough.wait(30)
-        raise MemoryError("out of memory in step")
-
-    monkeypatch.setattr(engine._llm, "step", die)
-    with ThreadPoolExecutor(3) as threads:
+    with ThreadPoolExecutor(3) as threads, gate.shut():
         waiting = [threads.submit(engine.generate, [request()]) for _ in range(2)]
-        wait_until(lambda: bool(engine._running))
+        gate.wait_for_engine()
         waiting.append(threads.submit(engine.install, reference.snapshot(2, "lora", 2)))
-        enough.set()
+        gate.fail(MemoryError("out of memory in step"))
         for future in waiting:
             with pytest.raises(RolloutError, match="MemoryError: out of memory in step"):
                 future.result(30)

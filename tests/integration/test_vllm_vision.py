@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft_reference import TOLERANCE, VisionReference, start_engine, wait_until
-from stepped import Stepped
+from stepped import StepGate
 from tiny import LINEARS, make_text_model, make_vl_model, picture
 
 pytest.importorskip("vllm")
@@ -192,24 +192,23 @@ def _error_of_learner(
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_images_under_a_new_version_while_requests_run(
-    folder: Path, recompute: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_under_a_new_version_while_requests_run(folder: Path, recompute: bool) -> None:
     """In flight: with keys and values computed again, later tokens are those of the new tower and the new decoder."""
-    engine = start_engine(folder, adapt_vision=True, update=InFlight(recompute_kv=recompute))
+    gate = StepGate()
+    engine = start_engine(folder, adapt_vision=True, update=InFlight(recompute_kv=recompute), gate=gate)
     reference = VisionReference(folder, tower=True)
     asked = replace(ask(reference, WIDE, max_tokens=60), num_samples=1)
     try:
         engine.install(reference.snapshot(1, "lora", 1))
-        stepped = Stepped(engine, monkeypatch)
-        with ThreadPoolExecutor(3) as threads:
+        with ThreadPoolExecutor(3) as threads, gate.shut():
             running = threads.submit(engine.generate, [asked])
-            stepped.allow(20)
+            gate.allow(20)
+            gate.wait_for_engine()
             queued = threads.submit(engine.generate, [asked])
             wait_until(lambda: len(engine._commands) == 1)
             loading = threads.submit(engine.install, reference.snapshot(2, "dora", 2))
             wait_until(lambda: len(engine._commands) == 2)
-            stepped.allow(1000)
+            gate.open()
             loading.result(30)
             ((completion,),), ((neighbour,),) = running.result(30), queued.result(30)
             ((fresh,),) = engine.generate([asked])

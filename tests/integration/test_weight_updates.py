@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from stepped import Stepped
+from stepped import StepGate
 from tiny import make_text_model
 
 pytest.importorskip("vllm")
@@ -33,31 +33,35 @@ def recompute(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="module")
-def engine(reference: Reference, recompute: bool) -> Iterator[VLLMEngine]:
-    engine = start_engine(reference.folder, update=InFlight(recompute_kv=recompute))
+def gate() -> StepGate:
+    return StepGate()
+
+
+@pytest.fixture(scope="module")
+def engine(reference: Reference, recompute: bool, gate: StepGate) -> Iterator[VLLMEngine]:
+    engine = start_engine(reference.folder, update=InFlight(recompute_kv=recompute), gate=gate)
     yield engine
     engine.close()
 
 
 def in_flight(
-    engine: VLLMEngine, reference: Reference, monkeypatch: pytest.MonkeyPatch, version: int, asked: SampleRequest
+    engine: VLLMEngine, reference: Reference, gate: StepGate, version: int, asked: SampleRequest
 ) -> list[Completion]:
     """The completions of a request whose first 40 tokens are `version`'s; then come the next one's, and a neighbour
     that had been queued, but not begun."""
     engine.install(reference.snapshot(version, *OLD))
     engine.generate([asked])  # so that its prompt is in the old version's prefix cache
-    stepped = Stepped(engine, monkeypatch)
-    with ThreadPoolExecutor(3) as threads:
+    with ThreadPoolExecutor(3) as threads, gate.shut():
         generating: Future[list[list[Completion]]] = threads.submit(engine.generate, [asked])
-        stepped.allow(40)
+        gate.allow(40)
+        gate.wait_for_engine()
         queued = threads.submit(engine.generate, [request(LONG_PROMPT, seed=7)])
         wait_until(lambda: len(engine._commands) == 1)
         loading = threads.submit(engine.install, reference.snapshot(version + 1, *NEW))
         wait_until(lambda: len(engine._commands) == 2)
-        stepped.allow(1000)
+        gate.open()
         assert loading.result(30).stall_seconds > 0
         (group,), (neighbours,) = generating.result(30), queued.result(30)
-    monkeypatch.undo()
     for neighbour in neighbours:
         assert (neighbour.versions == version + 1).all()
         assert reference.error(*NEW, request(LONG_PROMPT, seed=7), neighbour) < TOLERANCE, "served from the old cache"
@@ -65,11 +69,11 @@ def in_flight(
 
 
 def test_running_sequences_go_on_under_the_new_version(
-    engine: VLLMEngine, reference: Reference, recompute: bool, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngine, reference: Reference, recompute: bool, gate: StepGate
 ) -> None:
     asked = request(LONG_PROMPT, max_tokens=90, num_samples=3)
     for version in (10, 20):
-        for completion in in_flight(engine, reference, monkeypatch, version, asked):
+        for completion in in_flight(engine, reference, gate, version, asked):
             tokens = completion.token_ids
             # the step that the load waited for had begun under the old version
             assert completion.versions.tolist() == [version] * 41 + [version + 1] * 49
@@ -83,10 +87,10 @@ def test_running_sequences_go_on_under_the_new_version(
 
 
 def test_what_a_carried_sequence_cached_serves_nobody_else(
-    engine: VLLMEngine, reference: Reference, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngine, reference: Reference, gate: StepGate
 ) -> None:
     asked = request(LONG_PROMPT, max_tokens=90, num_samples=2)
-    for completion in in_flight(engine, reference, monkeypatch, 30, asked):
+    for completion in in_flight(engine, reference, gate, 30, asked):
         # its whole blocks come before its last token, so a longer request would meet them all
         longer = request((*LONG_PROMPT, *completion.token_ids.tolist()))
         for sample in engine.generate([longer])[0]:

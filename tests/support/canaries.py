@@ -43,8 +43,9 @@ class Run:
 
     def serve(self, make_engine: Callable[[], Any]) -> RolloutWorker:
         sampling = Sampling(8)
+        self.engine = make_engine()
         self.worker = RolloutWorker(
-            make_engine,
+            lambda: self.engine,
             lambda: FunctionRewarder(()),
             None,
             sampling=sampling,

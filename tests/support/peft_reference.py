@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stepped import StepGate
 from tiny import LINEARS
 
 from actors.torch_engine.sampling import log_distribution
@@ -139,7 +140,12 @@ def request(
 
 
 def start_engine(
-    folder: Path, *, update: WeightUpdate | None = None, resources: ExitStack | None = None, **options: Any
+    folder: Path,
+    *,
+    update: WeightUpdate | None = None,
+    resources: ExitStack | None = None,
+    gate: StepGate | None = None,
+    **options: Any,
 ) -> VLLMEngine:
     """Two slots unless `update` says otherwise; `options` are fields of `EngineConfig`."""
     small = EngineConfig(
@@ -153,7 +159,8 @@ def start_engine(
         kv_cache_gib=0.02,
         enforce_eager=True,
     )
-    return VLLMEngine(replace(small, **options), update=update or BetweenRollouts(2), resources=resources)
+    config = replace(small, **options)
+    return VLLMEngine(config, update=update or BetweenRollouts(2), resources=resources, step=gate or StepGate())
 
 
 def wait_until(condition: Any) -> None:

@@ -9,8 +9,12 @@ from typing import Any
 from fakes import make_prompt
 
 from actors.pool import AsyncRollouts
+from actors.seat import SeatTiming
 from tora.config.schema import EvalConfig, ModelConfig, RolloutConfig, RunConfig
 from tora.types import RolloutState, TrainBatch
+
+QUICK = SeatTiming(heartbeat_every_s=0.01, first_delay_s=0.001, max_delay_s=0.001)
+"""Lost workers are noticed and replaced at once."""
 
 
 def config(bound: int, *, workers: int = 2, concurrency: int = 3, batch_size: int = 4, **rollout: Any) -> RunConfig:
@@ -30,10 +34,18 @@ def config(bound: int, *, workers: int = 2, concurrency: int = 3, batch_size: in
 
 @contextmanager
 def running(
-    cfg: RunConfig, make_worker: Any, *, prompt_at: Any = make_prompt, state: Any = None, version: int = 0
+    cfg: RunConfig,
+    make_worker: Any,
+    *,
+    prompt_at: Any = make_prompt,
+    state: Any = None,
+    version: int = 0,
+    timing: SeatTiming | None = None,
 ) -> Iterator[AsyncRollouts]:
     held_out = [make_prompt(i) for i in range(5)]
-    rollouts = AsyncRollouts(cfg, make_worker, prompt_at, held_out, state or RolloutState(), version=version)
+    rollouts = AsyncRollouts(
+        cfg, make_worker, prompt_at, held_out, state or RolloutState(), version=version, timing=timing
+    )
     try:
         yield rollouts
     finally:

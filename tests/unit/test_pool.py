@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -14,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import FakeWorker, make_group, make_prompt, make_snapshot
-from pools import config, next_batch, running
+from pools import QUICK, config, next_batch, running
 
-from actors import seat
 from actors.buffer import in_time
 from actors.concurrency import adapted
-from actors.seat import WorkerHandle, pause
+from actors.seat import SeatTiming, WorkerHandle
 from tora.errors import ConfigError, RolloutError, SyncError, WorkerLost
 from tora.run.group_files import load_groups, save_groups
 from tora.types import Group, GroupResult, Occupancy, Prompt, RolloutState, SyncReport
@@ -62,12 +62,6 @@ def test_it_resumes_where_it_stood() -> None:
         rollouts.publish(make_snapshot(12))
         next_batch(rollouts, 12)
         assert worker.prompt_ids[:4] == [7, 9, 50, 51]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seat, "_PULSE_S", 0.01)
-    monkeypatch.setattr(seat, "pause", lambda failures: 0.001)
 
 
 class MortalWorker(FakeWorker):
@@ -115,7 +109,6 @@ class MortalWorker(FakeWorker):
 FAULTS = ["crash", "broken engine", "out of memory", "hang", "crash at a sync", "frozen"]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("bound", [0, 1, 3])
 @pytest.mark.parametrize("fault", [*FAULTS, "any"])
 def test_no_group_is_lost_or_trained_twice_whatever_dies(bound: int, fault: str) -> None:
@@ -127,7 +120,9 @@ def test_no_group_is_lost_or_trained_twice_whatever_dies(bound: int, fault: str)
         workers.append(MortalWorker(kind, lambda: rng.expovariate(1000), lambda p: [0.0, 1.0] if p.id % 3 else [1, 1]))
         return workers[-1]
 
-    with running(config(bound, workers=3, group_timeout_s=0.1, heartbeat_s=0.1, max_restarts=50), make) as rollouts:
+    with running(
+        config(bound, workers=3, group_timeout_s=0.1, heartbeat_s=0.1, max_restarts=50), make, timing=QUICK
+    ) as rollouts:
         rollouts.publish(make_snapshot(0))
         trained: list[int] = []
         for step in count():
@@ -169,7 +164,6 @@ def test_the_oldest_token_of_a_mixed_rollout_keeps_the_bound() -> None:
         assert mixed > 0
 
 
-@pytest.mark.usefixtures("quick")
 def test_publish_waits_for_no_worker_that_is_dead_or_starting() -> None:
     class Slow(FakeWorker):
         async def start(self, limit_s: float) -> None:
@@ -177,7 +171,7 @@ def test_publish_waits_for_no_worker_that_is_dead_or_starting() -> None:
 
     first = [MortalWorker("crash", lambda: 0.001, lambda p: [0.0, 1.0]), FakeWorker(lambda: 0.001)]
     made = iter([*first, Slow()])
-    with running(config(1), made.__next__) as rollouts:
+    with running(config(1), made.__next__, timing=QUICK) as rollouts:
         rollouts.publish(make_snapshot(0))
         for step in range(4):
             next_batch(rollouts, step)
@@ -188,7 +182,6 @@ def test_publish_waits_for_no_worker_that_is_dead_or_starting() -> None:
         assert first[1].version == 4
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_worker_that_starts_loads_the_newest_snapshot_before_its_first_group() -> None:
     class Late(FakeWorker):
         async def start(self, limit_s: float) -> None:
@@ -199,7 +192,7 @@ def test_a_worker_that_starts_loads_the_newest_snapshot_before_its_first_group()
             return await super().forward(snapshot)
 
     made = [MortalWorker("crash", lambda: 0.002, lambda p: [0.0, 1.0]), FakeWorker(lambda: 0.002), Late(), Late()]
-    with running(config(1), iter(made).__next__) as rollouts:
+    with running(config(1), iter(made).__next__, timing=QUICK) as rollouts:
         rollouts.publish(make_snapshot(0))
         for step in range(60):
             assert next_batch(rollouts, step).metrics["staleness/max"] <= 1
@@ -210,13 +203,12 @@ def test_a_worker_that_starts_loads_the_newest_snapshot_before_its_first_group()
         assert made[2].prompt_ids and made[2].version >= step
 
 
-@pytest.mark.usefixtures("quick")
 def test_workers_that_keep_dying_end_the_run_with_a_reason() -> None:
     class Doomed(FakeWorker):
         async def run_group(self, prompt: Prompt) -> GroupResult:
             raise WorkerLost("killed by the kernel")
 
-    with running(config(1, max_restarts=3), Doomed) as rollouts:
+    with running(config(1, max_restarts=3), Doomed, timing=QUICK) as rollouts:
         rollouts.publish(make_snapshot(0))
         with pytest.raises(RolloutError, match=r"4 rollout workers were lost in a row.*killed by the kernel"):
             next_batch(rollouts, 0)
@@ -243,31 +235,31 @@ def test_what_a_new_worker_would_fail_at_too_ends_the_run(error: Exception) -> N
             next_batch(rollouts, 0)
 
 
-@pytest.mark.usefixtures("quick")
 def test_an_evaluation_survives_its_worker() -> None:
     class Dying(FakeWorker):
         async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
             raise WorkerLost("killed")
 
     made = [Dying(), FakeWorker(), FakeWorker()]
-    with running(config(1), iter(made).__next__) as rollouts:
+    with running(config(1), iter(made).__next__, timing=QUICK) as rollouts:
         rollouts.publish(make_snapshot(0))
         result = rollouts.evaluate()
         assert (result.num_prompts, result.accuracy) == (5, pytest.approx(2 / 5))
 
 
 def test_a_worker_may_join_a_running_job() -> None:
-    room = asyncio.Event()
+    has_room = threading.Event()
 
     class Waiting(FakeWorker):
         async def start(self, limit_s: float) -> None:
-            await room.wait()
+            while not has_room.is_set():
+                await asyncio.sleep(0.001)
 
     made = [FakeWorker(lambda: 0.001), Waiting(lambda: 0.001)]
     with running(config(1, workers=1, max_workers=2), iter(made).__next__) as rollouts:
         rollouts.publish(make_snapshot(0))
         assert next_batch(rollouts, 0).metrics["rollout/workers"] == 1
-        rollouts._loop.call_soon_threadsafe(room.set)
+        has_room.set()
         for step in range(1, 200):
             rollouts.publish(make_snapshot(step))
             next_batch(rollouts, step)
@@ -308,7 +300,6 @@ def test_concurrency_follows_the_kv_cache() -> None:
     assert adapted(1, 16, 1, Occupancy(1.0, preemptions=9)) == 1
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_full_cache_gets_fewer_groups() -> None:
     class Small(FakeWorker):
         """Room for 3 groups."""
@@ -329,7 +320,7 @@ def test_a_full_cache_gets_fewer_groups() -> None:
 
     worker = Small(lambda: 0.03)
     worker.overflows = []
-    with running(config(1, workers=1, concurrency=16, batch_size=16), lambda: worker) as rollouts:
+    with running(config(1, workers=1, concurrency=16, batch_size=16), lambda: worker, timing=QUICK) as rollouts:
         rollouts.publish(make_snapshot(0))
         for step in range(6):
             next_batch(rollouts, step)
@@ -437,5 +428,5 @@ def test_a_stop_ends_the_wait_for_rollouts() -> None:
         assert rollouts.state().pending == [0, 1, 2, 3, 4, 5], "what was in flight is generated again"
 
 
-def test_pauses_grow_to_a_minute() -> None:
-    assert [pause(n) for n in (0, 1, 2, 10)] == [1, 2, 4, 60]
+def test_restart_delays_grow_to_a_minute() -> None:
+    assert [SeatTiming().restart_delay_s(n) for n in (0, 1, 2, 10, 10_000)] == [1, 2, 4, 60, 60]
