@@ -62,10 +62,10 @@ class VLLMEngine:
         """Blocks until vLLM is up.
 
         With an `update` of whole weights the config's adapter fields are ignored. `resources` is closed once vLLM has
-        shut down: pass what owns the folder behind `config.model_path`. `step` runs vLLM for one step; the engine's thread
-        calls it.
+        shut down: pass what owns the folder behind `config.model_path`. `step` makes one step of vLLM, on the engine's
+        thread.
 
-        Errors: ValueError for an impossible argument, RolloutError where vLLM does not start.
+        Raises ValueError if an argument is impossible and RolloutError if vLLM does not start.
         """
         self._resources = resources or ExitStack()
         self._update, self._step = update, step
