@@ -1,4 +1,4 @@
-"""LocalRollouts: one worker in this process; generation and training take turns. Under torchrun, one a rank."""
+"""LocalRollouts: one worker in this process, or one per rank under torchrun. Generation and training alternate."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class LocalRollouts:
         state: RolloutState,
         world: World,
     ) -> None:
-        """`prompt_at` is the prompt stream; `state` is what `state()` answered when the run was interrupted.
+        """`prompt_at` is the prompt stream. `state` is from `state()` when the run was interrupted.
 
-        Every peer walks the same stream and runs its share of each round; all then hold all groups.
+        Every rank reads the same stream and generates its share of each round; all ranks then have all groups.
         """
         self._cfg, self._worker, self._eval_prompts, self._world = cfg, worker, eval_prompts, world
         self._prompt_at = prompt_at
@@ -47,13 +47,13 @@ class LocalRollouts:
         self._filter = SignalFilter(cfg)
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch:
-        """Generate until `batch_size` groups carry a signal, or refills run out. A stop waits for the step's end."""
+        """Generate until `batch_size` groups carry a signal or refills run out. A stop takes effect after the step."""
         start = time.perf_counter()
         groups: list[Group] = []
         while len(groups) < self._cfg.batch_size:
             prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
-            groups += [g for g in self._on_all_ranks(self._worker.run_groups, prompts) if self._filter.keeps(g)]
-        generated, drops = self._filter.take()
+            groups += [g for g in self._on_all_ranks(self._worker.run_groups, prompts) if self._filter.admit(g)]
+        generated, drops = self._filter.drain()
         return make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
 
     def publish(self, snapshot: PolicySnapshot) -> Metrics:
@@ -67,7 +67,7 @@ class LocalRollouts:
     def _on_all_ranks(
         self, answer: Callable[[Sequence[Prompt]], list[GroupResult]], prompts: Sequence[Prompt]
     ) -> list[Group]:
-        """Each rank answers its share of the prompts and gets all groups, in the prompts' order."""
+        """Each rank answers its share of the prompts. All ranks get all groups, in the prompts' order."""
         results = self._world.collect(answer(self._world.share(prompts)))
         return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
 

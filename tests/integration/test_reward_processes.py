@@ -214,12 +214,12 @@ def test_a_worker_drops_the_rollouts_whose_reward_failed(make) -> None:
 
 
 def test_a_group_of_fewer_than_two_rollouts_is_dropped() -> None:
-    keep = SignalFilter(config(0))
+    signal = SignalFilter(config(0))
     whole = make_group(make_prompt(0), [0, 1, 1])
-    assert keep.keeps(failing(whole, 1))
-    assert not keep.keeps(failing(whole, 2))
-    assert not keep.keeps(failing(whole, 3))
-    generated, drops = keep.take()
+    assert signal.admit(failing(whole, 1))
+    assert not signal.admit(failing(whole, 2))
+    assert not signal.admit(failing(whole, 3))
+    generated, drops = signal.drain()
     assert (len(generated), drops) == (3, 0), "not counted among those without a signal"
 
 

@@ -25,9 +25,9 @@ def test_staleness_never_exceeds_the_bound_and_nothing_stalls(bound: int, seed: 
             case "finish":
                 slot = running.pop(rng.randrange(len(running)))
                 if rng.random() < 0.3:
-                    buffer.give_back(slot)
+                    buffer.release(slot)
                 else:
-                    buffer.put(slot, make_group(slot.prompt, [0, 1], slot.born))
+                    buffer.put(slot, make_group(slot.prompt, [0, 1], slot.version))
             case "train":
                 groups = buffer.take(step)
                 assert len(groups) == per_step
@@ -52,6 +52,6 @@ def test_it_names_what_a_resumed_run_must_generate_again_and_what_it_need_not() 
     buffer = Buffer(2, 1)
     slots = [buffer.grant(make_prompt(i)) for i in range(4)]
     buffer.put(slots[2], make_group(slots[2].prompt, [0, 1]))
-    buffer.give_back(slots[1])
+    buffer.release(slots[1])
     assert buffer.in_flight() == [0, 3]
     assert [(born, group.prompt.id) for born, group in buffer.finished()] == [(0, 2)]

@@ -10,18 +10,18 @@ from pools import (
     running,
 )
 
-from actors.concurrency import adapted
+from actors.concurrency import next_limit
 from tora.types import GroupResult, Occupancy, Prompt
 
 
 def test_concurrency_follows_the_kv_cache() -> None:
-    assert adapted(8, 16, 8, Occupancy(0.5)) == 9
-    assert adapted(16, 16, 16, Occupancy(0.5)) == 16
-    assert adapted(8, 16, 3, Occupancy(0.5)) == 8, "nothing waits for a higher bound"
-    assert adapted(8, 16, 8, Occupancy(0.9)) == 8
-    assert adapted(8, 16, 8, Occupancy(0.99)) == 6
-    assert adapted(8, 16, 4, Occupancy(0.5, preemptions=2)) == 3
-    assert adapted(1, 16, 1, Occupancy(1.0, preemptions=9)) == 1
+    assert next_limit(8, 16, 8, Occupancy(0.5)) == 9
+    assert next_limit(16, 16, 16, Occupancy(0.5)) == 16
+    assert next_limit(8, 16, 3, Occupancy(0.5)) == 8, "nothing waits for a higher bound"
+    assert next_limit(8, 16, 8, Occupancy(0.9)) == 8
+    assert next_limit(8, 16, 8, Occupancy(0.99)) == 6
+    assert next_limit(8, 16, 4, Occupancy(0.5, preemptions=2)) == 3
+    assert next_limit(1, 16, 1, Occupancy(1.0, preemptions=9)) == 1
 
 
 def test_a_full_cache_gets_fewer_groups() -> None:

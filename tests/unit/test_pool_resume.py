@@ -18,7 +18,7 @@ from pools import (
     some_without_signal,
 )
 
-from actors.buffer import in_time
+from actors.buffer import split_by_deadline
 from tora.errors import ConfigError
 from tora.run.group_files import load_groups, save_groups
 from tora.types import Group, RolloutState
@@ -79,9 +79,9 @@ def test_groups_of_another_dataset_are_refused(tmp_path: Path) -> None:
 
 def test_a_smaller_bound_generates_again_what_would_come_too_late() -> None:
     finished = [(born, make_group(make_prompt(i), [0, 1], born)) for i, born in enumerate([4, 4, 5, 6, 6])]
-    good, late = in_time(finished, 2, 2, 6)
+    good, late = split_by_deadline(finished, 2, 2, 6)
     assert (len(good), late) == (5, [])
-    good, late = in_time(finished, 2, 1, 6)
+    good, late = split_by_deadline(finished, 2, 1, 6)
     assert [g.prompt.id for _, g in good] == [2, 3, 4] and [g.prompt.id for _, g in late] == [0, 1]
     worker = FakeWorker()
     state = RolloutState(5, [], finished)
