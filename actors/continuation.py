@@ -1,8 +1,8 @@
 """`rollout.partial`: generate rollouts in parts, each part under the policy version that is newest when it begins.
 
 Each part is a separate request whose prompt ends with the tokens sampled so far. Log-probs and versions are kept per
-token. A rollout is as stale as its oldest token, whose version is at least its slot's, so the staleness bound holds as it
-does without parts.
+token. A rollout is as stale as its oldest token, whose version is at least its slot's, so the staleness bound holds
+unchanged.
 """
 
 from __future__ import annotations
@@ -29,12 +29,8 @@ def generate_in_parts(engine: Engine, requests: Sequence[SampleRequest], part: i
         unfinished = [(p, g) for p, group in enumerate(completions_PG) for g, c in enumerate(group) if not c.stopped]
         if not unfinished:
             break
-        more = engine.generate(
-            [
-                _with_max_tokens(_continuation(requests[p], g, completions_PG[p][g]), min(part, limit - length))
-                for p, g in unfinished
-            ]
-        )
+        continued = [_continuation(requests[p], g, completions_PG[p][g]) for p, g in unfinished]
+        more = engine.generate([_with_max_tokens(request, min(part, limit - length)) for request in continued])
         for (p, g), (rest,) in zip(unfinished, more, strict=True):
             completions_PG[p][g] = _concatenate(completions_PG[p][g], rest)
     return completions_PG

@@ -19,13 +19,13 @@
     A ....> B   A waits for B        A --> B   A unblocks B
 
 Nobody waits for a lost worker: its calls fail at once with `WorkerLost`, and every call has a time limit. The first
-`publish` waits until `num_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns when
-a stop is requested. Waiting for groups or for a seat to come up ends when the run fails.
+`publish` waits until `num_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns
+when a stop is requested. Waiting for groups or for a seat to come up ends when the run fails.
 
 Dispatch gives a slot from the buffer to the seat that is up, has room and has the fewest tokens outstanding. The slots
-of a lost worker go to the next seat with room, before any new slot. A slot ends with one group, put once, so no group is
-lost or trained twice. Prompts are seeded by id: under the same policy version a rerun draws from the same seed, and under
-a newer one its group is that version's, no staler than the slot allows.
+of a lost worker go to the next seat with room, before any new slot. A slot ends with one group, put once, so no group
+is lost or trained twice. Requests are seeded by prompt id: under the same policy version a rerun uses the same seed.
+Under a newer version the group belongs to that version, which is no staler than the slot allows.
 
 All state belongs to the event loop's thread. The public methods are called from the learner's thread.
 """

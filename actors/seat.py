@@ -5,8 +5,8 @@
     up          it runs groups; a heartbeat shows that it is alive and how full its engine is
     lost        it is killed; its pending calls raise `WorkerLost`; after a delay a new worker starts
 
-A worker is lost when a call raises an error that a new process may not hit again, when a call exceeds its time limit, or
-when the heartbeat stops. A wrong snapshot (`SyncError`) or a wrong argument would fail again, so it fails the run.
+A worker is lost when a call raises an error that a new process may not hit again, when a call exceeds its time limit,
+or when the heartbeat stops. A wrong snapshot (`SyncError`) or a wrong argument would fail again, so it fails the run.
 """
 
 from __future__ import annotations

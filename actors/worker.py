@@ -1,4 +1,4 @@
-"""RolloutWorker: one engine and one rewarder. Samples groups and scores them in the same process; knows nothing of Ray."""
+"""RolloutWorker: one engine and one rewarder. Samples groups and scores them in place. Knows nothing of Ray."""
 
 from __future__ import annotations
 
