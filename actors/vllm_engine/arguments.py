@@ -1,4 +1,4 @@
-"""vLLM 0.32's engine arguments for a run."""
+"""From an `EngineConfig` to vLLM 0.32's engine arguments."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def engine_rank(rank: int) -> int:
-    """The smallest LoRA rank of vLLM's that holds `rank`. Errors: ValueError above the largest."""
+    """The smallest rank vLLM supports that is at least `rank`. Raises ValueError if there is none."""
     from vllm.config.lora import MaxLoRARanks
 
     allowed = get_args(MaxLoRARanks)
     if not 0 < rank <= allowed[-1]:
-        raise ValueError(f"lora_rank {rank} is outside of what vLLM can serve, 1 to {allowed[-1]}")
+        raise ValueError(f"lora_rank {rank} is outside the range that vLLM can serve, 1 to {allowed[-1]}")
     return next(r for r in allowed if r >= rank)
 
 
@@ -36,8 +36,8 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
         "enforce_eager": config.enforce_eager,
     }
     if current_platform.is_cpu():
-        # 32 is the smallest block its kernels take: prefixes are shared in whole blocks. vLLM 0.32 rewinds a seeded
-        # request's generator after each chunk of a prompt, which torch's CPU generators cannot do: no chunks.
+        # Prefixes are shared in whole blocks, and 32 is the smallest block the CPU kernels support. Chunked prefill is
+        # off because vLLM 0.32 rewinds a seeded request's generator after each chunk, which CPU generators cannot do.
         device = {
             "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             "block_size": 32,
@@ -51,7 +51,7 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
             "max_lora_rank": engine_rank(config.lora_rank),
             "max_loras": update.num_slots,
             "max_cpu_loras": update.num_slots,
-            # Named, because by default vLLM wraps the head too, whose LoRA layer costs a product with the vocabulary.
+            # Explicit, because by default vLLM also wraps the head, whose LoRA layer costs a vocabulary-sized product.
             "lora_target_modules": [
                 *config.lora_targets,
                 *(vision_linears(config.model_path) if config.adapt_vision else ()),
@@ -63,14 +63,13 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
         max_model_len=config.max_model_len,  # pyright: ignore[reportArgumentType]  None is vLLM's default
         seed=config.seed,
         tensor_parallel_size=config.tensor_parallel,
-        # Named: in a placement group vLLM would choose Ray, which wants a bundle for each of its ranks.
+        # Explicit, because in a placement group vLLM would choose Ray, which needs a bundle for each of its ranks.
         distributed_executor_backend="mp" if config.tensor_parallel > 1 else "uni",
         async_scheduling=update.async_scheduling,
         worker_extension_cls="actors.vllm_engine.worker_extension.SnapshotExtension",
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
-        # vLLM's cache of compiled code is keyed by its configuration: without a difference, code that stock vLLM left
-        # there would be taken, and drop the gains.
+        # Changes the key of vLLM's cache of compiled code: code that stock vLLM had cached would drop the gains.
         additional_config={"tora_gain_layers": 1},
         disable_log_stats=True,
         use_tqdm_on_load=False,

@@ -1,7 +1,7 @@
-"""VLLMEngine: vLLM in this process, stepped by one thread, fed by many.
+"""VLLMEngine: vLLM in this process, stepped by one thread and called from many.
 
-The thread builds vLLM, writes snapshots between its steps and ends it. Every other thread hands it commands and waits.
-What a new version means for the sequences that are running is `actors.vllm_engine.weight_updates`'.
+The engine's thread builds vLLM, steps it, installs snapshots between steps and shuts it down. Callers queue commands
+and wait for their futures. `actors.vllm_engine.weight_updates` decides what a new version does to running sequences.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from vllm.inputs import EngineInput
     from vllm.v1.engine.llm_engine import LLMEngine
 
-_END_SECONDS = 60.0
-"""How long `close` waits for vLLM to end; its thread never keeps the process alive."""
+_SHUTDOWN_TIMEOUT_S = 60.0
+"""How long `close` waits for vLLM. The engine's thread is a daemon and never keeps the process alive."""
 
 
 class VLLMEngine:
@@ -99,17 +99,17 @@ class VLLMEngine:
             self._environment.restore_others()
 
     def generate(self, requests: Sequence[SampleRequest], *, adapter: bool = True) -> list[list[Completion]]:
-        """See `Engine`; `adapter=False` asks the base.
+        """See `Engine`; `adapter=False` generates with the base model.
 
-        Errors: ValueError for a request vLLM would refuse; RolloutError before the first snapshot, and once the engine
+        Raises ValueError if vLLM would reject a request, and RolloutError before the first snapshot and once the engine
         has failed or is closed.
         """
         for request in requests:
-            self._check(request.token_ids, request.sampling.max_tokens)
+            self._check_tokens(request.token_ids, request.sampling.max_tokens)
 
         def completions(output: Any, index: int, policy: LoadedPolicy) -> list[Completion]:
             samples = [completion(sample, self._update.versions(sample, policy)) for sample in output.outputs]
-            return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: all the same
+            return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: vLLM sampled one
 
         inputs = self._input_maker()
         prompts = [inputs(request.token_ids, request.images) for request in requests]
@@ -117,9 +117,9 @@ class VLLMEngine:
         return self._submit(_Generate(prompts, params, completions, adapter)).result()
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
-        """See `Engine`. Errors: as for `generate`."""
+        """See `Engine`. Raises as `generate` does."""
         for request in requests:
-            self._check(request.token_ids + request.completion, 1)
+            self._check_tokens(request.token_ids + request.completion, 1)
 
         def logprobs(output: Any, index: int, policy: LoadedPolicy) -> np.ndarray:
             return completion_logprobs(output, len(requests[index].completion))
@@ -129,10 +129,10 @@ class VLLMEngine:
         return self._submit(_Generate(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
 
     def install(self, snapshot: PolicySnapshot) -> SyncReport:
-        """Blocks until it is written, between two steps, and read back; see `WeightUpdate` for when it has to wait.
+        """Blocks until the snapshot is written, between two steps, and read back; see `WeightUpdate.must_wait`.
 
-        Requests that arrive meanwhile run under the new version. Nothing is written for a snapshot that a slot holds
-        already. Errors: SyncError, and the former version stays; RolloutError as for `generate`.
+        Requests that arrive meanwhile run under the new version. A snapshot that its slot already holds is not written
+        again. Raises SyncError, keeping the previous version, and RolloutError as `generate` does.
         """
         start = time.perf_counter()
         with self._wake:
@@ -156,27 +156,26 @@ class VLLMEngine:
         )
 
     def occupancy(self) -> Occupancy:
-        """See `Engine`. Errors: RolloutError once the engine has failed or is closed."""
+        """See `Engine`. Raises RolloutError once the engine has failed or is closed."""
         with self._wake:
-            if self._failure is not None or self._closing:
-                raise _gone(self._failure)
+            self._check_alive()
             llm = self._llm
         return engine_occupancy(llm)
 
     def close(self) -> None:
-        """Ends vLLM; whoever waits for a completion gets a RolloutError. May be called twice."""
+        """Shuts vLLM down. Pending calls raise RolloutError. May be called twice."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        self._thread.join(_END_SECONDS)
-        # vLLM's parts hold one another, some through weak keys. What frees C++'s memory must not run whenever the
-        # garbage collector pleases: amid torch.compile's tracing it fails, and breaks that.
+        self._thread.join(_SHUTDOWN_TIMEOUT_S)
+        # vLLM's objects form reference cycles, some through weak keys. Collect them now: finalisers that free C++
+        # memory fail, and break torch.compile, if they run while it is tracing.
         gc.collect()
         gc.collect()
         self._environment.restore_own()
         self._resources.close()
 
-    def _check(self, token_ids: tuple[int, ...], num_new: int) -> None:
+    def _check_tokens(self, token_ids: tuple[int, ...], num_new: int) -> None:
         if len(token_ids) == 0:
             raise ValueError("a prompt is empty")
         if len(token_ids) + num_new > self._max_model_len:
@@ -185,11 +184,11 @@ class VLLMEngine:
                 f"tokens, more than max_model_len {self._max_model_len}"
             )
         if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            raise ValueError(f"a prompt has token ids outside of the model's vocabulary of {self._vocab_size}")
+            raise ValueError(f"a prompt has token ids outside the model's vocabulary of {self._vocab_size}")
 
     def _check_alive(self) -> None:
         if self._failure is not None or self._closing:
-            raise _gone(self._failure)
+            raise _engine_error(self._failure)
 
     def _input_maker(self) -> EngineInputs:
         with self._wake:
@@ -203,13 +202,13 @@ class VLLMEngine:
             self._wake.notify_all()
         return command.future
 
-    # From here on: the engine's thread.
+    # The engine's thread
 
     def _main(self, args: EngineArgs, started: Future[None]) -> None:
-        llm, met, owns_group = None, "", not torch.distributed.is_initialized()
+        llm, address, owns_group = None, "", not torch.distributed.is_initialized()
         try:
             llm = self._llm = build(args)
-            met = rendezvous_address(llm)
+            address = rendezvous_address(llm)
             self._max_model_len: int = llm.model_config.max_model_len
             self._vocab_size: int = llm.model_config.get_vocab_size()
             self._inputs = EngineInputs(llm)
@@ -219,14 +218,14 @@ class VLLMEngine:
                 if self._running:
                     for output in self._step(llm):
                         self._deliver(output)
-            self._abandon(None)
-        except BaseException as error:  # whatever it was, nobody may be left waiting
+            self._fail_all(None)
+        except BaseException as error:  # whatever it is, every pending call must fail
             if not started.done():
-                refused = isinstance(error, ValueError)
-                started.set_exception(error if refused else RolloutError(f"vLLM did not start: {error}"))
-            self._abandon(error)
+                is_rejection = isinstance(error, ValueError)
+                started.set_exception(error if is_rejection else RolloutError(f"vLLM did not start: {error}"))
+            self._fail_all(error)
         if llm is not None:
-            shut_down(llm, owns_group, met)
+            shut_down(llm, owns_group, address)
             del self._llm, llm
             self.__dict__.pop("_inputs", None)
 
@@ -236,18 +235,18 @@ class VLLMEngine:
             return not self._closing
 
     def _run_commands(self) -> None:
-        """In the order of their arrival. A load that has to wait for its slot holds up what came after it."""
+        """In order of arrival. An install that must wait for its slot holds up the commands behind it."""
         while True:
             with self._wake:
                 if not self._commands or self._must_wait(self._commands[0]):
                     return
                 command = self._commands[0]
             if isinstance(command, _Install):
-                self._load(command)
+                self._install(command)
             else:
-                self._begin(command)
+                self._start_requests(command)
             with self._wake:
-                self._commands.popleft()  # only now, so that `_abandon` finds it if vLLM raises
+                self._commands.popleft()  # only now, so that `_fail_all` finds it if vLLM raises
 
     def _must_wait(self, command: _Generate | _Install) -> bool:
         if isinstance(command, _Generate):
@@ -259,7 +258,7 @@ class VLLMEngine:
         held = self._policies.get(slot)
         return held is not None and (held.version, held.sha256) == (snapshot.version, snapshot.sha256)
 
-    def _load(self, command: _Install) -> None:
+    def _install(self, command: _Install) -> None:
         start = time.perf_counter()
         slot = self._update.slot(command.snapshot.version)
         if not self._holds(slot, command.snapshot):
@@ -269,12 +268,12 @@ class VLLMEngine:
                 command.future.set_exception(error)
                 return
             self._policies[slot] = loaded_policy(slot, command.snapshot)
-            self._update.written(self._llm, self._policies[slot])
+            self._update.on_installed(self._llm, self._policies[slot])
         self._newest = self._policies[slot]
         command.future.set_result((self._contents[slot], time.perf_counter() - start))
 
     def _write(self, command: _Install, slot: Slot) -> SlotContents | None:
-        """None where the snapshot was staged: the caller reads the slot back."""
+        """None if the snapshot was staged: then the caller reads the slot back."""
         if command.placed is not None:
             self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
             return None
@@ -282,7 +281,7 @@ class VLLMEngine:
             return consensus(self._llm.collective_rpc("install_weights", args=(command.snapshot,)))
         return consensus(self._llm.collective_rpc("install_adapter", args=(command.snapshot, slot)))
 
-    def _begin(self, command: _Generate) -> None:
+    def _start_requests(self, command: _Generate) -> None:
         if self._newest is None:
             command.future.set_exception(RolloutError("the engine was asked to generate before its first snapshot"))
             return
@@ -297,34 +296,35 @@ class VLLMEngine:
             self._in_flight[self._newest.slot] += 1
 
     def _deliver(self, output: Any) -> None:
-        """Only finished requests come out, with all their samples."""
+        """`output`: a finished request with all its samples; vLLM returns no others here."""
         command, index = self._running[output.request_id]
         assert command.policy is not None
         self._in_flight[command.policy.slot] -= 1
-        command.done[index] = command.read(output, index, command.policy)
+        command.done[index] = command.convert(output, index, command.policy)
         if len(command.done) == len(command.prompts):
             command.future.set_result([command.done[i] for i in range(len(command.prompts))])
-        del self._running[output.request_id]  # only now, so that `_abandon` finds it if something raises
+        del self._running[output.request_id]  # only now, so that `_fail_all` finds it if something raises
 
-    def _abandon(self, cause: BaseException | None) -> None:
-        """No command will be answered any more."""
+    def _fail_all(self, cause: BaseException | None) -> None:
+        """Fail every pending command."""
         with self._wake:
             self._failure, self._closing = cause, True
-            waiting = [*self._commands, *(command for command, _ in self._running.values())]
+            pending = [*self._commands, *(command for command, _ in self._running.values())]
             self._commands.clear()
-        for command in waiting:
+        for command in pending:
             if not command.future.done():
-                command.future.set_exception(_gone(cause))
+                command.future.set_exception(_engine_error(cause))
 
 
 @dataclass(eq=False)
 class _Generate:
     prompts: Sequence[EngineInput]
     params: Sequence[SamplingParams]
-    read: Callable[[Any, int, LoadedPolicy], Any]
-    """The answer to a prompt from vLLM's `RequestOutput`, its index, and the newest policy when it began."""
+    convert: Callable[[Any, int, LoadedPolicy], Any]
+    """Makes a prompt's answer from vLLM's `RequestOutput`, the prompt's index and the newest policy when it began."""
     adapter: bool
     policy: LoadedPolicy | None = None
+    """The newest when the requests began."""
     done: dict[int, Any] = field(default_factory=dict)
     """Answers by index into `prompts`."""
     future: Future[list[Any]] = field(default_factory=Future)
@@ -339,7 +339,7 @@ class _Install:
     """The slot's contents after a one-call install, else None; and the seconds that generation stalled."""
 
 
-def _gone(cause: BaseException | None) -> RolloutError:
+def _engine_error(cause: BaseException | None) -> RolloutError:
     if cause is None:
         return RolloutError("the engine is closed")
     error = RolloutError(f"the engine's thread ended with {type(cause).__name__}: {cause}")

@@ -224,7 +224,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "shape of A": (lambda t: _resized(t, LORA_A, dim=1, to=64), "has shape"),
     "shape of B": (lambda t: _resized(t, LORA_B, dim=0, to=7), "has shape"),
     "shape of the gain": (lambda t: _resized(t, GAIN, dim=0, to=7), "has shape"),
-    "dtype": (lambda t: {k: v.bfloat16() for k, v in t.items()}, "travel in float32"),
+    "dtype": (lambda t: {k: v.bfloat16() for k, v in t.items()}, "must be sent in float32"),
     "nothing": (lambda t: {}, "is empty"),
 }
 

@@ -128,9 +128,9 @@ def test_a_tower_that_is_not_served_is_refused(served: Served) -> None:
 def test_requests_that_do_not_fit_their_images_are_refused(served: Served) -> None:
     served.load("lora", 1)
     request = ask(served.reference, SMALL)
-    with pytest.raises(ValueError, match=r"to \d+ tokens, where it has"):
+    with pytest.raises(ValueError, match=r"to \d+ tokens, but it has"):
         served.engine.generate([replace(request, images=(WIDE,))])
-    with pytest.raises(ValueError, match="2 images and 1 places"):
+    with pytest.raises(ValueError, match="2 images but placeholders for 1"):
         served.engine.generate([replace(request, images=(SMALL, SMALL))])
     served.check("lora", 1, request)
 
@@ -232,5 +232,5 @@ def test_collapsed() -> None:
     ids = [1, 5, 5, 5, 2, 2, 5, 3, 5, 5]
     assert collapsed(ids, 5, 1) == ([1, 5], 4)
     assert collapsed(ids, 5, 2) == ([1, 5, 2, 2, 5], 7)
-    with pytest.raises(ValueError, match="4 images and 3 places"):
+    with pytest.raises(ValueError, match="4 images but placeholders for 3"):
         collapsed(ids, 5, 4)

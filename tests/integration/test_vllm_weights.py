@@ -90,9 +90,9 @@ def test_broken_weights_are_refused_whole(served: Served) -> None:
     damaged[100] ^= 1
     for broken, words in (
         (pack(8, {name: t for name, t in tensors.items() if name != some}), f"lacks {some}"),
-        (pack(8, {**tensors, some: tensors[some][:-1]}), "is no tensor of the engine's model"),
+        (pack(8, {**tensors, some: tensors[some][:-1]}), "is not a tensor of the engine's model"),
         (pack(8, {**tensors, "model.more.weight": torch.zeros(2)}), "model.more.weight of shape"),
-        (replace(good, version=8, data=damaged), "damaged on its way"),
+        (replace(good, version=8, data=damaged), "damaged in transit"),
     ):
         with pytest.raises(SyncError, match=words):
             served.engine.install(broken)
