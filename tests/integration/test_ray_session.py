@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tora.launch.ray_cluster import gpus_each, output_folder, ray_session, role_resources
+from tora.launch.ray_cluster import gpus_per_device, output_folder, ray_session, role_resources
 
 
 def test_a_private_session_is_closed_to_others_and_reports_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +55,11 @@ def http_status(url: str) -> int | None:
         (8, 2, "cpu", 0.0),
     ],
 )
-def test_gpus_each(total: int, num_actors: int, device: str, each: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_per_device(
+    total: int, num_actors: int, device: str, each: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, **({"GPU": float(total)} if total else {})})
-    assert gpus_each(num_actors, device) == each
+    assert gpus_per_device(num_actors, device) == each
 
 
 def test_actors_go_where_nodes_are_marked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
