@@ -43,7 +43,7 @@ def verify_install(snapshot: PolicySnapshot, report: SyncReport) -> None:
     if report.sha256 != expected:
         raise SyncError(
             f"the engine holds policy version {snapshot.version} with digest {report.sha256[:12]} in {report.dtype}; "
-            f"the learner's is {expected[:12]}: the snapshot was applied in part or changed on its way"
+            f"the learner's is {expected[:12]}: the snapshot was applied in part or changed in transit"
         )
 
 

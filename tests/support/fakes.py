@@ -1,4 +1,4 @@
-"""Small real implementations of `tora.protocols` and data for tests; no mocks."""
+"""Small working implementations of `tora.protocols`, and data for tests. No mocks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_snapshot(version: int) -> SnapshotRef:
 
 
 class FakeWorker:
-    """A rollout worker that sleeps, then answers with the version it was given last when the group began."""
+    """A rollout worker that sleeps, then answers under the version that was newest when the group began."""
 
     def __init__(
         self,

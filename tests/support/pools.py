@@ -1,4 +1,4 @@
-"""An `AsyncRollouts` around fake workers."""
+"""An `AsyncRollouts` around fake workers, workers that fail, and checks of what was trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tora.errors import RolloutError, WorkerLost
 from tora.types import GroupResult, Occupancy, Prompt, RolloutState, SyncReport, TrainBatch
 
 QUICK = SeatTiming(heartbeat_every_s=0.01, first_delay_s=0.001, max_delay_s=0.001)
-"""Lost workers are noticed and replaced at once."""
+"""Lost workers are detected and replaced at once."""
 
 
 def config(bound: int, *, workers: int = 2, concurrency: int = 3, batch_size: int = 4, **rollout: Any) -> RunConfig:
@@ -66,7 +66,7 @@ def some_without_signal(prompt: Prompt) -> list[float]:
 
 
 def pending(state: RolloutState) -> set[int]:
-    """Prompts that are neither trained nor dropped."""
+    """Prompts that a resumed run would still train."""
     return {*state.pending, *(group.prompt.id for _, group in state.finished)}
 
 
@@ -82,7 +82,7 @@ FAULTS = ["crash", "broken engine", "out of memory", "hang", "crash at a sync", 
 
 
 class MortalWorker(FakeWorker):
-    """Fails in the ways that real ones do. Once it is dead, whatever was in flight fails with it."""
+    """Fails in the ways real workers do. Once it is dead, everything in flight fails with it."""
 
     def __init__(self, fault: str | None, latency: Any, rewards: Any) -> None:
         super().__init__(latency, rewards)

@@ -69,4 +69,4 @@ class StepGate:
             self._wait(lambda: self._waiting)
 
     def _wait(self, holds: Any) -> None:
-        assert self._changed.wait_for(holds, _TIMEOUT_S), "waited in vain"
+        assert self._changed.wait_for(holds, _TIMEOUT_S), "timed out"

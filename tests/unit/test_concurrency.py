@@ -17,7 +17,7 @@ from tora.types import GroupResult, Occupancy, Prompt
 def test_concurrency_follows_the_kv_cache() -> None:
     assert next_limit(8, 16, 8, Occupancy(0.5)) == 9
     assert next_limit(16, 16, 16, Occupancy(0.5)) == 16
-    assert next_limit(8, 16, 3, Occupancy(0.5)) == 8, "nothing waits for a higher bound"
+    assert next_limit(8, 16, 3, Occupancy(0.5)) == 8, "nothing waits for a higher limit"
     assert next_limit(8, 16, 8, Occupancy(0.9)) == 8
     assert next_limit(8, 16, 8, Occupancy(0.99)) == 6
     assert next_limit(8, 16, 4, Occupancy(0.5, preemptions=2)) == 3

@@ -1,4 +1,4 @@
-"""The torch engine: what it samples, and what it says of it."""
+"""The torch engine: what it samples and which log-probs it reports."""
 
 from pathlib import Path
 

@@ -55,7 +55,7 @@ def test_no_group_is_lost_or_trained_twice_whatever_dies(bound: int, fault: str)
         check_each_prompt_once(trained, state)
 
 
-def test_publish_waits_for_no_worker_that_is_dead_or_starting() -> None:
+def test_publish_does_not_wait_for_dead_or_starting_workers() -> None:
     class Slow(FakeWorker):
         async def start(self, limit_s: float) -> None:
             await asyncio.sleep(3600)
@@ -79,7 +79,7 @@ def test_a_worker_that_starts_loads_the_newest_snapshot_before_its_first_group()
             await asyncio.sleep(0.05)
 
         async def forward(self, snapshot: Any) -> SyncReport:
-            await asyncio.sleep(0.02)  # long enough for a newer one to come out meanwhile, now and then
+            await asyncio.sleep(0.02)  # long enough for a newer snapshot to be published meanwhile, now and then
             return await super().forward(snapshot)
 
     made = [MortalWorker("crash", lambda: 0.002, lambda p: [0.0, 1.0]), FakeWorker(lambda: 0.002), Late(), Late()]
@@ -115,7 +115,7 @@ def test_a_worker_that_does_not_start_ends_the_run_at_once_with_the_cause() -> N
 
 
 @pytest.mark.parametrize("error", [SyncError("half of it"), ValueError("a prompt is empty")])
-def test_what_a_new_worker_would_fail_at_too_ends_the_run(error: Exception) -> None:
+def test_an_error_that_a_new_worker_would_repeat_ends_the_run(error: Exception) -> None:
     class Wrong(FakeWorker):
         async def run_group(self, prompt: Prompt) -> GroupResult:
             raise error

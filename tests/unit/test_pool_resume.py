@@ -24,7 +24,7 @@ from tora.run.group_files import load_groups, save_groups
 from tora.types import Group, RolloutState
 
 
-def test_it_resumes_where_it_stood() -> None:
+def test_it_resumes_with_pending_prompts_first() -> None:
     worker = FakeWorker()
     resumed = RolloutState(50, [7, 9])
     with running(config(0, workers=1), lambda: worker, state=resumed, version=12) as rollouts:
@@ -43,7 +43,7 @@ def test_an_interrupted_run_and_its_successor_train_each_prompt_once(bound: int,
 
     trained: list[int] = []
     state, step = RolloutState(), 0
-    for _ in range(3):  # runs, each going on where the one before was interrupted
+    for _ in range(3):  # each run resumes where the previous one was interrupted
         with running(config(bound), make, state=state, version=step) as rollouts:
             rollouts.publish(make_snapshot(step))
             for _ in range(rng.randint(1, 6)):
@@ -77,7 +77,7 @@ def test_groups_of_another_dataset_are_refused(tmp_path: Path) -> None:
         load_groups(tmp_path, lambda i: make_prompt(i, length=4))
 
 
-def test_a_smaller_bound_generates_again_what_would_come_too_late() -> None:
+def test_under_a_smaller_bound_late_groups_are_generated_again() -> None:
     finished = [(born, make_group(make_prompt(i), [0, 1], born)) for i, born in enumerate([4, 4, 5, 6, 6])]
     good, late = split_by_deadline(finished, 2, 2, 6)
     assert (len(good), late) == (5, [])
@@ -95,7 +95,7 @@ def test_a_smaller_bound_generates_again_what_would_come_too_late() -> None:
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_run_that_goes_back_trains_each_prompt_once_in_the_history_that_survives(bound: int, seed: int) -> None:
+def test_after_a_rewind_each_prompt_is_trained_once_in_the_surviving_history(bound: int, seed: int) -> None:
     rng = random.Random(seed)
     workers = [FakeWorker(lambda: rng.expovariate(500), some_without_signal) for _ in range(2)]
     with running(config(bound), iter(workers).__next__) as rollouts:
@@ -104,10 +104,10 @@ def test_a_run_that_goes_back_trains_each_prompt_once_in_the_history_that_surviv
         rollouts.publish(make_snapshot(0))
         while step < 25:
             batch = next_batch(rollouts, step)
-            assert 0 <= batch.metrics["staleness/max"] <= bound, "no group of a version that was taken back"
+            assert 0 <= batch.metrics["staleness/max"] <= bound, "no group from a version that was rewound"
             history[step] = batch.prompt_ids
             step += 1
-            if rng.random() < 0.2:  # the learner is lost in its step or after it
+            if rng.random() < 0.2:  # the learner is lost during or after its step
                 step, state = saved
                 rollouts.rewind(state, step)
             rollouts.publish(make_snapshot(step))

@@ -35,18 +35,18 @@ def test_under_random_latencies(bound: int) -> None:
             worst = max(worst, batch.metrics["staleness/max"])
             assert sum(len(m.lengths_B) for m in batch.micro_batches) == 4 * 2, "dropped groups are refilled"
             rollouts.publish(make_snapshot(step + 1))
-        assert worst == bound, "it does run ahead where it may"
+        assert worst == bound, "it runs ahead as far as it may"
         assert rollouts.evaluate().accuracy == pytest.approx(2 / 5)
         state = rollouts.state()
         ids = [i for w in workers for i in w.prompt_ids]
         assert len(ids) == len(set(ids)), "no prompt twice"
-        started = set(ids) | pending(state)  # read after the state: the workers may have begun some more
+        started = set(ids) | pending(state)  # read after the state: workers may have started more meanwhile
         assert set(range(state.cursor)) <= started, "no prompt lost"
     assert all(w.closed for w in workers)
 
 
 class InFlightWorker(FakeWorker):
-    """Its tokens are of every version that it was given while they were sampled."""
+    """Its tokens belong to every version that it was given while sampling them."""
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
         began = self.version
@@ -70,17 +70,17 @@ def test_the_oldest_token_of_a_mixed_rollout_keeps_the_bound() -> None:
         assert mixed > 0
 
 
-def test_a_slot_goes_to_the_worker_that_owes_the_fewest_tokens() -> None:
+def test_a_slot_goes_to_the_worker_with_the_fewest_outstanding_tokens() -> None:
     class Counting(FakeWorker):
-        owed = most = 0
+        outstanding = most = 0
 
         async def run_group(self, prompt: Prompt) -> GroupResult:
-            self.owed += len(prompt.token_ids)
-            self.most = max(self.most, self.owed)
+            self.outstanding += len(prompt.token_ids)
+            self.most = max(self.most, self.outstanding)
             try:
                 return await super().run_group(prompt)
             finally:
-                self.owed -= len(prompt.token_ids)
+                self.outstanding -= len(prompt.token_ids)
 
     workers = [Counting(lambda: 0.01), Counting(lambda: 0.01)]
     cfg = config(0, batch_size=5, concurrency=8)
@@ -119,4 +119,4 @@ def test_a_stop_ends_the_wait_for_rollouts() -> None:
         began = time.perf_counter()
         assert rollouts.next_batch(0, lambda: True) is None
         assert time.perf_counter() - began < 0.45
-        assert rollouts.state().pending == [0, 1, 2, 3, 4, 5], "what was in flight is generated again"
+        assert rollouts.state().pending == [0, 1, 2, 3, 4, 5], "prompts in flight are generated again"
