@@ -92,11 +92,11 @@ class VLLMEngine:
             self._thread.start()
             started.result()
         except BaseException:
-            self._environment.restore_own()
+            self._environment.restore_vllm()
             self._resources.close()
             raise
         finally:
-            self._environment.restore_others()
+            self._environment.restore_except_vllm()
 
     def generate(self, requests: Sequence[SampleRequest], *, adapter: bool = True) -> list[list[Completion]]:
         """See `Engine`; `adapter=False` generates with the base model.
@@ -172,7 +172,7 @@ class VLLMEngine:
         # memory fail, and break torch.compile, if they run while it is tracing.
         gc.collect()
         gc.collect()
-        self._environment.restore_own()
+        self._environment.restore_vllm()
         self._resources.close()
 
     def _check_tokens(self, token_ids: tuple[int, ...], num_new: int) -> None:
