@@ -39,7 +39,7 @@ from tora.errors import RolloutError, SyncError
 from tora.types import Completion, LogprobRequest, Occupancy, PolicySnapshot, SampleRequest, SyncReport
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.inputs import EngineInput
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -57,13 +57,13 @@ class VLLMEngine:
         *,
         update: WeightUpdate,
         resources: ExitStack | None = None,
-        step: Callable[[LLMEngine], Sequence[RequestOutput]] = lambda llm: llm.step(),
+        step: Callable[[LLMEngine], Sequence[Any]] = lambda llm: llm.step(),
     ) -> None:
         """Blocks until vLLM is up.
 
         With an `update` of whole weights the config's adapter fields are ignored. `resources` is closed once vLLM has
-        shut down: pass what owns the folder behind `config.model_path`. `step` makes one step of vLLM, on the engine's
-        thread.
+        shut down: pass what owns the folder behind `config.model_path`. `step` runs one step of vLLM on the engine's
+        thread and returns its outputs.
 
         Raises ValueError if an argument is impossible and RolloutError if vLLM does not start.
         """
