@@ -1,11 +1,14 @@
-"""Bounded staleness by slots: a group that would be too old when its turn comes is never started. Pure bookkeeping.
+"""Bounded staleness by slots: a group that would be too old by the time it is trained is never started.
 
-With B groups a step and a bound of K steps, a group born under version v must be trained by step v + K, its deadline.
-    A group starts only while fewer than (v + K + 1)·B have been granted, those given back excepted.
-    A step takes the B finished groups of the earliest deadlines, as soon as what is left can still meet its own: for
-    every later step s, at most (s - step)·B groups may be left whose deadline is s or before.
-The first rule keeps the second satisfiable: when everything in flight has finished, taking in the order of deadlines
-always meets it. So nothing is thrown away for its age, and no step waits for a group that may still be late.
+With B groups per step and a staleness bound of K steps, a group granted under version v must be trained by step v + K,
+its deadline.
+    A group starts only while fewer than (v + K + 1)·B slots have been granted, not counting released ones.
+    A step takes the B finished groups with the earliest deadlines, once the rest can still meet theirs: for every later
+    step s, at most (s - step)·B of the remaining groups may have a deadline of s or earlier.
+The first rule keeps the second satisfiable: once everything in flight has finished, taking groups in deadline order
+always succeeds. So no group is discarded for its age, and no step waits for a group that a later step can still take.
+
+Pure bookkeeping: no threads, no I/O.
 """
 
 from __future__ import annotations
@@ -21,22 +24,21 @@ from tora.types import Group, Prompt
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """The right to start one group; itself alone."""
+    """Permission to start one group. Compared by identity."""
 
     ticket: int
     prompt: Prompt
-    born: int
-    """Policy version when it was granted."""
+    version: int
+    """Policy version when the slot was granted."""
 
 
 class Buffer:
     def __init__(
         self, groups_per_step: int, max_staleness: int, *, version: int = 0, finished: Sequence[tuple[int, Group]] = ()
     ) -> None:
-        """`version`: where the run starts; earlier groups count as taken.
+        """`version`: the policy version that the run starts from; all earlier steps count as taken.
 
-        `finished`: groups of an interrupted run, each with the version it was born under; see `in_time` for which of
-        them may be given.
+        `finished`: groups of an interrupted run, each with its slot's version; all must pass `split_by_deadline`.
         """
         self._per_step, self._bound = groups_per_step, max_staleness
         self._version = version
@@ -44,20 +46,20 @@ class Buffer:
         self._tickets = count()
         self._in_flight: dict[int, Slot] = {}
         self._ready: list[tuple[Slot, Group]] = []
-        """In the order of their deadlines."""
-        self._owed: Counter[int] = Counter()
-        """Groups in flight or ready, by the version they were born under; so few keys that asking is cheap."""
-        for born, group in finished:
-            self._enter(Slot(next(self._tickets), group.prompt, born), group)
-            self._owed[born] += 1
+        """In deadline order."""
+        self._untaken: Counter[int] = Counter()
+        """Groups in flight or ready, by slot version. Few keys, so `can_take` is cheap."""
+        for slot_version, group in finished:
+            self._insert(Slot(next(self._tickets), group.prompt, slot_version), group)
+            self._untaken[slot_version] += 1
 
     @property
     def version(self) -> int:
         return self._version
 
     def advance(self, version: int) -> None:
-        """The workers serve this version now."""
-        assert version >= self._version, "versions only grow"
+        """Call once the workers serve this version."""
+        assert version >= self._version, "versions never decrease"
         self._version = version
 
     def may_grant(self) -> bool:
@@ -65,50 +67,50 @@ class Buffer:
         return granted < (self._version + self._bound + 1) * self._per_step
 
     def grant(self, prompt: Prompt) -> Slot:
-        assert self.may_grant(), "ask may_grant first"
+        assert self.may_grant(), "check may_grant first"
         slot = Slot(next(self._tickets), prompt, self._version)
         self._in_flight[slot.ticket] = slot
-        self._owed[slot.born] += 1
+        self._untaken[slot.version] += 1
         return slot
 
-    def give_back(self, slot: Slot) -> None:
-        """The group is not wanted; its slot is free again."""
+    def release(self, slot: Slot) -> None:
+        """Drop the slot's group and free the slot."""
         del self._in_flight[slot.ticket]
-        self._owed[slot.born] -= 1
+        self._untaken[slot.version] -= 1
 
     def put(self, slot: Slot, group: Group) -> None:
         del self._in_flight[slot.ticket]
-        self._enter(slot, group)
+        self._insert(slot, group)
 
-    def _enter(self, slot: Slot, group: Group) -> None:
-        insort(self._ready, (slot, group), key=lambda item: (item[0].born, item[0].ticket))
+    def _insert(self, slot: Slot, group: Group) -> None:
+        insort(self._ready, (slot, group), key=lambda item: (item[0].version, item[0].ticket))
 
     def can_take(self, step: int) -> bool:
-        """Step `step` trains version `step`."""
+        """Whether `take(step)` may be called. Step `step` trains policy version `step`."""
         if len(self._ready) < self._per_step:
             return False
-        left = self._owed - Counter(slot.born for slot, _ in self._ready[: self._per_step])
+        rest = self._untaken - Counter(slot.version for slot, _ in self._ready[: self._per_step])
         return all(
-            sum(number for born, number in left.items() if born + self._bound <= later)
+            sum(number for version, number in rest.items() if version + self._bound <= later)
             <= (later - step) * self._per_step
             for later in range(step, step + self._bound + 1)
         )
 
     def take(self, step: int) -> list[Group]:
-        """The groups of a step."""
-        assert self.can_take(step), "ask can_take first"
+        """The groups that this step trains on."""
+        assert self.can_take(step), "check can_take first"
         taken, self._ready = self._ready[: self._per_step], self._ready[self._per_step :]
         self._taken += len(taken)
-        self._owed -= Counter(slot.born for slot, _ in taken)
+        self._untaken -= Counter(slot.version for slot, _ in taken)
         return [group for _, group in taken]
 
     def in_flight(self) -> list[int]:
-        """Ids of the prompts that are being answered: what a resumed run must generate again."""
+        """Ids of the prompts in flight, which a resumed run generates again."""
         return sorted(slot.prompt.id for slot in self._in_flight.values())
 
     def finished(self) -> list[tuple[int, Group]]:
-        """Groups that wait for their step, each with the version it was born under."""
-        return [(slot.born, group) for slot, group in self._ready]
+        """Groups that are ready and not taken, each with its slot's version."""
+        return [(slot.version, group) for slot, group in self._ready]
 
     @property
     def num_ready(self) -> int:
@@ -119,16 +121,16 @@ class Buffer:
         return len(self._in_flight)
 
 
-def in_time(
+def split_by_deadline(
     finished: Sequence[tuple[int, Group]], groups_per_step: int, max_staleness: int, version: int
 ) -> tuple[list[tuple[int, Group]], list[tuple[int, Group]]]:
-    """Which groups of a checkpoint a run that goes on from `version` may train, and which come too late.
+    """Groups of a checkpoint that a run resumed at `version` can train by their deadline, and those it cannot.
 
-    All are in time unless the run goes on with a smaller batch or a smaller bound than it was interrupted with.
+    All can be trained unless the run resumes with a smaller batch or a smaller staleness bound.
     """
-    good: list[tuple[int, Group]] = []
+    usable: list[tuple[int, Group]] = []
     late: list[tuple[int, Group]] = []
-    for born, group in sorted(finished, key=lambda item: item[0]):
-        step = version + len(good) // groups_per_step
-        (good if step <= born + max_staleness else late).append((born, group))
-    return good, late
+    for slot_version, group in sorted(finished, key=lambda item: item[0]):
+        step = version + len(usable) // groups_per_step
+        (usable if step <= slot_version + max_staleness else late).append((slot_version, group))
+    return usable, late

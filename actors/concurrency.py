@@ -1,24 +1,24 @@
-"""How many groups a worker is given at once: additive increase, multiplicative decrease, by its engine's KV cache.
+"""How many groups a worker gets at once: additive increase, multiplicative decrease, driven by its engine's KV cache.
 
-An engine that runs out of cache throws sequences out and computes them again later: work done twice, and no group
-sooner. One that has room to spare batches more. The bound follows what fits, as long as prompts and completions grow.
+An engine that runs out of cache preempts sequences and recomputes them later, which costs work without finishing any
+group sooner. An engine with cache to spare can batch more. The limit follows what fits as prompts and completions grow.
 """
 
 from __future__ import annotations
 
 from tora.types import Occupancy
 
-_FULL, _SPARE = 0.95, 0.80
-"""Shares of the KV cache: above the first the bound falls, below the second it may rise."""
+_HIGH, _LOW = 0.95, 0.80
+"""Shares of the KV cache: the limit falls above the first and may rise below the second."""
 
 
-def adapted(limit: int, most: int, in_flight: int, load: Occupancy) -> int:
-    """The next bound on groups in flight, from 1 to `most`.
+def next_limit(limit: int, max_limit: int, in_flight: int, occupancy: Occupancy) -> int:
+    """The new limit on groups in flight, from 1 to `max_limit`.
 
-    It rises only while it is what holds groups back, so that an idle worker's bound does not drift up untested.
+    Rises only while the limit is what holds groups back, so that an idle worker's limit does not drift up untested.
     """
-    if load.preemptions > 0 or load.kv_usage > _FULL:
+    if occupancy.preemptions > 0 or occupancy.kv_usage > _HIGH:
         return max(1, min(limit, in_flight) * 3 // 4)
-    if load.kv_usage < _SPARE and in_flight >= limit:
-        return min(most, limit + 1)
+    if occupancy.kv_usage < _LOW and in_flight >= limit:
+        return min(max_limit, limit + 1)
     return limit

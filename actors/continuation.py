@@ -1,8 +1,8 @@
-"""Rollouts cut after a number of tokens and continued under the newest policy version: `rollout.partial`.
+"""`rollout.partial`: generate rollouts in parts, each part under the policy version that is newest when it begins.
 
-A continuation is a request of its own, whose prompt ends with what was sampled so far. Its tokens are of the version
-that is newest when it begins; log-probs and versions are kept per token. A rollout is as stale as its oldest token, of
-the version that served when the buffer granted its slot: cutting changes no bound.
+Each part is a separate request whose prompt ends with the tokens sampled so far. Log-probs and versions are kept per
+token. A rollout is as stale as its oldest token, whose version is at least its slot's, so the staleness bound holds
+unchanged.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from tora.types import Completion, SampleRequest
 
 
 def generate_in_parts(engine: Engine, requests: Sequence[SampleRequest], part: int | None) -> list[list[Completion]]:
-    """`Engine.generate`, in parts of at most `part` tokens; None is one part. All requests share one `Sampling`."""
+    """`Engine.generate` in parts of at most `part` tokens; None generates in one part. All requests must share one
+    `Sampling`."""
     if not requests:
-        return engine.generate(requests)  # on a model that ranks share, a call that all must make
+        return engine.generate(requests)  # collective on a sharded model, so a rank without requests calls it too
     limit = requests[0].sampling.max_tokens
     part = limit if part is None else min(part, limit)
-    done = engine.generate([_limited(request, part) for request in requests])
+    completions_PG = engine.generate([_with_max_tokens(request, part) for request in requests])
     for length in range(part, limit, part):
-        going = [(p, g) for p, group in enumerate(done) for g, c in enumerate(group) if not c.stopped]
-        if not going:
+        unfinished = [(p, g) for p, group in enumerate(completions_PG) for g, c in enumerate(group) if not c.stopped]
+        if not unfinished:
             break
-        more = engine.generate(
-            [_limited(_continuation(requests[p], g, done[p][g]), min(part, limit - length)) for p, g in going]
-        )
-        for (p, g), (rest,) in zip(going, more, strict=True):
-            done[p][g] = _joined(done[p][g], rest)
-    return done
+        continued = [_continuation(requests[p], g, completions_PG[p][g]) for p, g in unfinished]
+        more = engine.generate([_with_max_tokens(request, min(part, limit - length)) for request in continued])
+        for (p, g), (rest,) in zip(unfinished, more, strict=True):
+            completions_PG[p][g] = _concatenate(completions_PG[p][g], rest)
+    return completions_PG
 
 
-def _limited(request: SampleRequest, max_tokens: int) -> SampleRequest:
+def _with_max_tokens(request: SampleRequest, max_tokens: int) -> SampleRequest:
     return replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
 
 
@@ -47,7 +47,7 @@ def _continuation(request: SampleRequest, sample: int, so_far: Completion) -> Sa
     return replace(request, token_ids=ids, num_samples=1, seed=seed)
 
 
-def _joined(first: Completion, rest: Completion) -> Completion:
+def _concatenate(first: Completion, rest: Completion) -> Completion:
     return Completion(
         token_ids=np.concatenate([first.token_ids, rest.token_ids]),
         logprobs=np.concatenate([first.logprobs, rest.logprobs]),

@@ -1,4 +1,4 @@
-"""Which groups are trained on: those with a signal, while not too many of their rewards fail."""
+"""Which groups are trained on: those with a signal. Too many failed rewards end the run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _log = logging.getLogger(__name__)
 
 
 class SignalFilter:
-    """Drops groups whose rewards are all equal, up to a number a step, and remembers all that were generated.
+    """Drops groups whose rewards are all equal, up to a limit per step, and records every group generated.
 
-    A group that failed rewards left with fewer than two rollouts is dropped in any case.
+    A group left with fewer than two rollouts by failed rewards is always dropped and does not count towards the limit.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
         self._max_drops = int(cfg.rollout.max_refills * cfg.batch_size)
         self._failed = FailedRewards(cfg.max_failed_rewards, window=cfg.batch_size)
         self._drops = 0
-        self._seen: list[Group] = []
+        self._generated: list[Group] = []
 
-    def keeps(self, group: Group) -> bool:
-        """Errors: RolloutError where too many rewards fail."""
-        self._seen.append(group)
+    def admit(self, group: Group) -> bool:
+        """Whether the group is trained on. Raises RolloutError if too many rewards have failed."""
+        self._generated.append(group)
         self._failed.add(group)
         if len(group.rollouts) < 2:
             return False
@@ -35,27 +35,27 @@ class SignalFilter:
         self._drops += 1
         return False
 
-    def take(self) -> tuple[list[Group], int]:
-        """Groups generated and groups dropped since the last call."""
-        seen, drops = self._seen, self._drops
-        self._seen, self._drops = [], 0
-        return seen, drops
+    def drain(self) -> tuple[list[Group], int]:
+        """Groups generated, and how many were dropped for want of a signal, since the last call."""
+        generated, drops = self._generated, self._drops
+        self._generated, self._drops = [], 0
+        return generated, drops
 
 
 class FailedRewards:
     def __init__(self, max_share: float, window: int) -> None:
-        """`window`: groups over which the share is taken; before there are so many, nothing ends."""
+        """`window`: the number of most recent groups to average over. A window that is not yet full never raises."""
         self._max_share = max_share
         self._recent: deque[tuple[int, int]] = deque(maxlen=window)
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def add(self, group: Group) -> None:
-        """Errors: RolloutError once more than `max_share` of the recent rollouts failed."""
+        """Raises RolloutError once more than `max_share` of the recent rollouts failed."""
         self._recent.append((len(group.failures), len(group.failures) + len(group.rollouts)))
         for failure in group.failures:
             self._last = failure
-            if failure.name not in self._told:
-                self._told.add(failure.name)
+            if failure.name not in self._warned:
+                self._warned.add(failure.name)
                 _log.warning("reward %s %s, for a rollout of prompt %d", failure.name, failure.reason, group.prompt.id)
         failed, total = (sum(column) for column in zip(*self._recent, strict=True))
         if len(self._recent) == self._recent.maxlen and failed > self._max_share * total:

@@ -1,4 +1,4 @@
-"""LocalRollouts: one worker in this process; generation and training take turns. Under torchrun, one a rank."""
+"""LocalRollouts: one worker in this process, or one per rank under torchrun. Generation and training alternate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from actors.worker import RolloutWorker
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
-from tora.types import EvalResult, Group, LogprobRequest, Metrics, PolicySnapshot, Prompt, RolloutState, TrainBatch
+from tora.types import (
+    EvalResult,
+    Group,
+    GroupResult,
+    LogprobRequest,
+    Metrics,
+    PolicySnapshot,
+    Prompt,
+    RolloutState,
+    TrainBatch,
+)
 
 
 class LocalRollouts:
@@ -27,9 +37,9 @@ class LocalRollouts:
         state: RolloutState,
         world: World,
     ) -> None:
-        """`prompt_at` is the prompt stream; `state` is what `state()` answered when the run was interrupted.
+        """`prompt_at` is the prompt stream. `state` is from `state()` when the run was interrupted.
 
-        Every peer walks the same stream and runs its share of each round; all then hold all groups.
+        Every rank reads the same stream and generates its share of each round; all ranks then have all groups.
         """
         self._cfg, self._worker, self._eval_prompts, self._world = cfg, worker, eval_prompts, world
         self._prompt_at = prompt_at
@@ -37,14 +47,13 @@ class LocalRollouts:
         self._filter = SignalFilter(cfg)
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch:
-        """Generate until `batch_size` groups carry a signal, or refills run out. A stop waits for the step's end."""
+        """Generate until `batch_size` groups carry a signal or refills run out. A stop takes effect after the step."""
         start = time.perf_counter()
         groups: list[Group] = []
         while len(groups) < self._cfg.batch_size:
             prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
-            round_ = self._world.collect(self._worker.run_groups(self._world.share(prompts)))
-            groups += [group for group in round_ if self._filter.keeps(group)]
-        generated, drops = self._filter.take()
+            groups += [g for g in self._on_all_ranks(self._worker.run_groups, prompts) if self._filter.admit(g)]
+        generated, drops = self._filter.drain()
         return make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
 
     def publish(self, snapshot: PolicySnapshot) -> Metrics:
@@ -53,7 +62,14 @@ class LocalRollouts:
         return sync_metrics([report], time.perf_counter() - start)
 
     def evaluate(self) -> EvalResult:
-        return summarize_evaluation(self._world.collect(self._worker.evaluate(self._world.share(self._eval_prompts))))
+        return summarize_evaluation(self._on_all_ranks(self._worker.evaluate, self._eval_prompts))
+
+    def _on_all_ranks(
+        self, answer: Callable[[Sequence[Prompt]], list[GroupResult]], prompts: Sequence[Prompt]
+    ) -> list[Group]:
+        """Each rank answers its share of the prompts. All ranks get all groups, in the prompts' order."""
+        results = self._world.collect(answer(self._world.share(prompts)))
+        return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
         return {self._world.rank: self._worker.logprobs(requests, adapter=adapter)}

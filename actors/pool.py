@@ -1,13 +1,33 @@
-"""AsyncRollouts: many workers generate while the learner learns, and workers may die meanwhile.
+"""AsyncRollouts: many workers generate while the learner trains, and any of them may die.
 
-One thread runs an event loop. Whenever a slot or a worker comes free, the pool hands out work: a slot that the buffer
-grants goes to the worker that is up, has room, and owes the fewest tokens. The group goes to the buffer.
-    A worker that is lost leaves its slots behind; they go to the next worker that has room, before any new one. A slot
-    ends with one group, put once, so none is lost and none is trained twice. Prompts are seeded by their id: under the
-    same policy version the group is drawn again from the same seed; under a newer one it is that one's group, and no
-    staler than its slot allows.
-    `publish` sends the snapshot to the workers that are up. One that starts loads the newest before it gets a group.
-`next_batch`, `publish` and `evaluate` are called by the training loop's thread and wait for the event loop.
+    learner's thread        event loop (one thread)                                          workers
+
+    next_batch ....> _next_batch ....> Buffer.can_take
+                                            ^
+                                            | put
+                                       _run_slot (one per group) ....> Seat.run_group .....> run_group
+                                            ^
+                                            | starts
+                                       _dispatch <--- a step's groups are taken, a group ends, a snapshot
+                                                      is published, a seat comes up or its limit rises
+    publish .......> _publish ....> Seat.forward (each seat that is up) ...................> forward
+                        |
+                        +--> Buffer.advance, which frees slots
+    evaluate ......> _evaluate_share ....> Seat.evaluate ..................................> evaluate
+                     Seat.run_forever (one per seat) ......................................> start, forward, occupancy
+
+    A ....> B   A waits for B        A --> B   A unblocks B
+
+Nobody waits for a lost worker: its calls fail at once with `WorkerLost`, and every call has a time limit. The first
+`publish` waits until `num_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns
+when a stop is requested. Waiting for groups or for a seat to come up ends when the run fails.
+
+Dispatch gives a slot from the buffer to the seat that is up, has room and has the fewest tokens outstanding. The slots
+of a lost worker go to the next seat with room, before any new slot. A slot ends with one group, put once, so no group
+is lost or trained twice. Requests are seeded by prompt id: under the same policy version a rerun uses the same seed.
+Under a newer version the group belongs to that version, which is no staler than the slot allows.
+
+All state belongs to the event loop's thread. The public methods are called from the learner's thread.
 """
 
 from __future__ import annotations
@@ -23,11 +43,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.buffer import Buffer, Slot, in_time
+from actors.buffer import Buffer, Slot, split_by_deadline
 from actors.group_filter import SignalFilter
 from actors.prompt_cursor import PromptCursor
 from actors.rollout_metrics import summarize_evaluation, sync_metrics
-from actors.seat import Seat, WorkerHandle, is_fatal
+from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError, WorkerLost
@@ -48,23 +68,25 @@ class AsyncRollouts:
         state: RolloutState,
         *,
         version: int,
+        timing: SeatTiming | None = None,
     ) -> None:
-        """Workers start at once; nothing is generated before the first `publish`, which waits for `num_workers`.
+        """Starts the workers. Nothing is generated before the first `publish`.
 
-        `make_worker` is called for every worker, also for those that follow on a lost one. `version`: the policy
-        version that the run starts from.
+        `make_worker` is called for every worker, including each replacement. `prompt_at` is the prompt stream. The run
+        starts from `state` at policy version `version`.
         """
         self._cfg, self._make_worker, self._eval_prompts, self._prompt_at = cfg, make_worker, eval_prompts, prompt_at
-        self._stand_at(state, version)
+        self._timing = timing or SeatTiming()
+        self._reset(state, version)
         self._snapshot: Any = None
         self._published = asyncio.Event()
-        self._running = False
-        """Since the first publish."""
+        self._started = False
+        """Whether the first publish is done."""
         self._stopping = False
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         self._losses = self._losses_in_a_row = self._reruns = 0
-        self._tokens = _RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
+        self._tokens_per_group = _RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
         self._tasks: set[asyncio.Task[None]] = set()
         self._seats: list[Seat] = []
         self._last_batch = time.perf_counter()
@@ -72,24 +94,26 @@ class AsyncRollouts:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
         self._thread.start()
         for _ in range(cfg.rollout.max_workers or cfg.rollout.num_workers):
-            self._wait(self._add_seat())
+            self._run_on_loop(self._add_seat())
 
-    def _stand_at(self, state: RolloutState, version: int) -> None:
-        """Nothing is handed out from here until the next publish."""
+    def _reset(self, state: RolloutState, version: int) -> None:
+        """Nothing is dispatched until the next publish."""
         per_step, bound = self._cfg.batch_size, self._cfg.max_staleness
-        good, late = in_time(state.finished, per_step, bound, version)
+        usable, late = split_by_deadline(state.finished, per_step, bound, version)
         pending = [*state.pending, *(group.prompt.id for _, group in late)]
         self._cursor = PromptCursor(self._prompt_at, RolloutState(state.cursor, pending))
         self._filter = SignalFilter(self._cfg)
-        self._buffer = Buffer(per_step, bound, version=version, finished=good)
-        self._again: deque[Slot] = deque()
-        self._held = True
+        self._buffer = Buffer(per_step, bound, version=version, finished=usable)
+        self._retries: deque[Slot] = deque()
+        self._paused = True
 
-    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def _run_on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _add_seat(self) -> None:
-        seat = Seat(len(self._seats), self._make_worker, self._newest, self._cfg.rollout, self)
+        seat = Seat(
+            len(self._seats), self._make_worker, self._latest_snapshot, self._cfg.rollout, self, timing=self._timing
+        )
         self._seats.append(seat)
         self._spawn(seat.run_forever())
 
@@ -98,53 +122,58 @@ class AsyncRollouts:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _newest(self) -> Any:
+    async def _latest_snapshot(self) -> Any:
         await self._published.wait()
         return self._snapshot
 
-    # What seats tell.
+    def _seats_up(self) -> list[Seat]:
+        return [seat for seat in self._seats if seat.up]
 
-    def joined(self, seat: Seat) -> None:
-        if self._running:
+    # SeatEvents
+
+    def on_worker_up(self, seat: Seat) -> None:
+        if self._started:
             _log.warning("rollout worker %d is up", seat.number)
-        self._hand_out()
-        self._news.set()
+        self._dispatch()
+        self._changed.set()
 
-    def has_capacity(self) -> None:
-        self._hand_out()
+    def on_capacity(self) -> None:
+        self._dispatch()
 
-    def left(self, seat: Seat, error: BaseException) -> None:
-        if is_fatal(error) or not (self._running or seat.number >= self._cfg.rollout.num_workers):
-            self._fail(error)  # a worker that does not even start would not start the next time
+    def on_worker_lost(self, seat: Seat, error: BaseException) -> None:
+        is_required = not self._started and seat.number < self._cfg.rollout.num_workers
+        if is_fatal(error) or is_required:  # a worker that cannot start now will not start later either
+            self._fail(error)
             return
         self._losses += 1
         self._losses_in_a_row += 1
         ids = sorted(slot.prompt.id for slot in seat.slots)
-        again = f"; its prompts run again: {', '.join(map(str, ids))}" if ids else ""
-        _log.warning("rollout worker %d is lost (%s)%s", seat.number, error, again)
+        reruns = f"; its prompts run again: {', '.join(map(str, ids))}" if ids else ""
+        _log.warning("rollout worker %d is lost (%s)%s", seat.number, error, reruns)
         if self._losses_in_a_row > self._cfg.rollout.max_restarts:
-            lost = f"{self._losses_in_a_row} rollout workers were lost in a row and no group was finished between them"
-            self._fail(RolloutError(f"{lost}; the last because: {error}"))
+            lost = f"{self._losses_in_a_row} rollout workers were lost in a row without finishing a group"
+            self._fail(RolloutError(f"{lost}; the last error: {error}"))
 
     def _fail(self, error: BaseException) -> None:
-        """Told to the training loop's thread, which is the one that can end the run."""
+        """The learner's thread raises the error from the call it is waiting in, or from its next one."""
         self._failure = self._failure or error
-        self._news.set()
+        self._changed.set()
 
-    async def _until(self, holds: Callable[[], bool]) -> None:
-        """Errors: what made the run fail."""
-        while self._failure is None and not holds():
-            self._news.clear()
-            await self._news.wait()
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Raises the run's failure if there is one."""
+        while self._failure is None and not condition():
+            self._changed.clear()
+            await self._changed.wait()
         if self._failure is not None:
             raise self._failure
 
-    # Groups.
+    # Groups
 
-    def _hand_out(self) -> None:
-        while not self._held and (seat := self._idlest()) is not None:
-            if self._again:
-                slot = self._again.popleft()
+    def _dispatch(self) -> None:
+        """Start groups until slots or seats run out."""
+        while not self._paused and (seat := self._least_loaded()) is not None:
+            if self._retries:
+                slot = self._retries.popleft()
             elif self._buffer.may_grant():
                 try:
                     slot = self._buffer.grant(self._cursor.next())
@@ -153,36 +182,36 @@ class AsyncRollouts:
                     return
             else:
                 return
-            tokens = len(slot.prompt.token_ids) + self._tokens.mean
-            seat.take(slot, tokens)
-            self._spawn(self._run(slot, seat, tokens, self._buffer))
+            tokens = len(slot.prompt.token_ids) + self._tokens_per_group.mean
+            seat.reserve(slot, tokens)
+            self._spawn(self._run_slot(slot, seat, tokens, self._buffer))
 
-    def _idlest(self) -> Seat | None:
+    def _least_loaded(self) -> Seat | None:
         free = (seat for seat in self._seats if seat.up and len(seat.slots) < seat.limit)
-        return min(free, key=lambda seat: seat.outstanding, default=None)
+        return min(free, key=lambda seat: seat.outstanding_tokens, default=None)
 
-    async def _run(self, slot: Slot, seat: Seat, tokens: float, buffer: Buffer) -> None:
-        """`buffer` granted the slot."""
+    async def _run_slot(self, slot: Slot, seat: Seat, tokens: float, buffer: Buffer) -> None:
+        """`buffer` granted the slot. After a rewind it is no longer the pool's, and the group is discarded."""
         try:
-            group = await seat.run_group(slot, tokens)
+            group = (await seat.run_group(slot, tokens)).with_prompt(slot.prompt)
             self._losses_in_a_row = 0
-            self._tokens.add(group.num_tokens)
-            if buffer is self._buffer:  # else the run went back meanwhile, and this group belongs to no history
-                self._put(slot, group)
+            self._tokens_per_group.add(group.num_tokens)
+            if buffer is self._buffer:
+                self._keep_or_drop(slot, group)
         except WorkerLost:
             if buffer is self._buffer:
                 self._reruns += 1
-                self._again.append(slot)
+                self._retries.append(slot)
         except Exception as error:
             self._fail(error)
-        self._hand_out()
-        self._news.set()
+        self._dispatch()
+        self._changed.set()
 
-    def _put(self, slot: Slot, group: Group) -> None:
-        if self._filter.keeps(group):
+    def _keep_or_drop(self, slot: Slot, group: Group) -> None:
+        if self._filter.admit(group):
             self._buffer.put(slot, group)
         else:
-            self._buffer.give_back(slot)
+            self._buffer.release(slot)
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch | None:
         batch = asyncio.run_coroutine_threadsafe(self._next_batch(step), self._loop)
@@ -193,99 +222,91 @@ class AsyncRollouts:
 
     def _stop_waiting(self) -> None:
         self._stopping = True
-        self._news.set()
+        self._changed.set()
 
     async def _next_batch(self, step: int) -> TrainBatch | None:
-        await self._until(lambda: self._stopping or self._buffer.can_take(step))
+        await self._wait_until(lambda: self._stopping or self._buffer.can_take(step))
         if not self._buffer.can_take(step):
             return None
         groups = self._buffer.take(step)
-        generated, drops = self._filter.take()
-        self._hand_out()
+        generated, drops = self._filter.drain()
+        self._dispatch()
         now = time.perf_counter()
         batch = make_batch(self._cfg, groups, generated, drops, step, now - self._last_batch)
         self._last_batch = now
         batch.metrics["rollout/ready"] = float(self._buffer.num_ready)
         batch.metrics["rollout/in_flight"] = float(self._buffer.num_in_flight)
-        batch.metrics["rollout/workers"] = float(len(self._up()))
+        batch.metrics["rollout/workers"] = float(len(self._seats_up()))
         batch.metrics["rollout/workers_lost"] = float(self._losses)
         batch.metrics["rollout/groups_rerun"] = float(self._reruns)
         return batch
 
-    def _up(self) -> list[Seat]:
-        return [seat for seat in self._seats if seat.up]
-
-    # Snapshots and evaluation.
+    # Snapshots, evaluation, log-probs
 
     def publish(self, snapshot: Any) -> Metrics:
-        return self._wait(self._publish(snapshot))
+        return self._run_on_loop(self._publish(snapshot))
 
     async def _publish(self, snapshot: Any) -> Metrics:
         start = time.perf_counter()
         self._snapshot = snapshot
-        if self._running:
-            reports = await asyncio.gather(*(self._unless_lost(seat.forward(snapshot)) for seat in self._up()))
+        if self._started:
+            reports = await asyncio.gather(*(_none_if_lost(seat.forward(snapshot)) for seat in self._seats_up()))
         else:
             self._published.set()
-            first = self._seats[: self._cfg.rollout.num_workers]
-            await self._until(lambda: all(seat.up for seat in first))
-            reports = [seat.report for seat in first]
-            self._running, self._last_batch = True, time.perf_counter()
+            required = self._seats[: self._cfg.rollout.num_workers]
+            await self._wait_until(lambda: all(seat.up for seat in required))
+            reports = [seat.report for seat in required]
+            self._started, self._last_batch = True, time.perf_counter()
         self._buffer.advance(snapshot.version)
-        self._held = False
-        self._hand_out()
+        self._paused = False
+        self._dispatch()
         return sync_metrics([report for report in reports if report is not None], time.perf_counter() - start)
 
-    @staticmethod
-    async def _unless_lost(answer: Awaitable[T]) -> T | None:
-        """A lost worker's successor loads the newest snapshot before anything else."""
-        try:
-            return await answer
-        except WorkerLost:
-            return None
-
     def evaluate(self) -> EvalResult:
-        return self._wait(self._evaluate())
+        return self._run_on_loop(self._evaluate())
 
     async def _evaluate(self) -> EvalResult:
-        count = max(1, len(self._up()))
+        count = max(1, len(self._seats_up()))
         shares = await asyncio.gather(*(self._evaluate_share(self._eval_prompts[i::count]) for i in range(count)))
         return summarize_evaluation([group for share in shares for group in share])
 
     async def _evaluate_share(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """By whichever worker survives it."""
+        """On another worker if the first is lost."""
         while True:
-            await self._until(lambda: bool(self._up()))
-            seat = min(self._up(), key=lambda seat: (seat.evaluating, seat.outstanding))
+            await self._wait_until(lambda: bool(self._seats_up()))
+            seat = min(self._seats_up(), key=lambda seat: (seat.num_evaluations, seat.outstanding_tokens))
             try:
-                return await seat.evaluate(prompts)
+                results = await seat.evaluate(prompts)
             except WorkerLost:
                 continue
+            return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        return self._wait(self._score(requests, adapter))
+        return self._run_on_loop(self._logprobs(requests, adapter))
 
-    async def _score(self, requests: Sequence[LogprobRequest], adapter: bool) -> dict[int, list[np.ndarray]]:
-        seats = self._up()
-        answers = await asyncio.gather(*(self._unless_lost(seat.logprobs(requests, adapter)) for seat in seats))
+    async def _logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> dict[int, list[np.ndarray]]:
+        seats = self._seats_up()
+        answers = await asyncio.gather(*(_none_if_lost(seat.logprobs(requests, adapter)) for seat in seats))
         return {seat.number: answer for seat, answer in zip(seats, answers, strict=True) if answer is not None}
 
+    # State
+
     def state(self) -> RolloutState:
-        return self._wait(self._state())
+        return self._run_on_loop(self._state())
 
     async def _state(self) -> RolloutState:
         return self._cursor.state(self._buffer.in_flight(), self._buffer.finished())
 
     def rewind(self, state: RolloutState, version: int) -> None:
-        """What workers are running is dropped when it comes back; they stay up."""
-        self._wait(self._rewind(state, version))
+        """Workers stay up; the groups they are running are discarded when they finish."""
+        self._run_on_loop(self._rewind(state, version))
 
     async def _rewind(self, state: RolloutState, version: int) -> None:
-        self._stand_at(state, version)
+        self._reset(state, version)
 
     def close(self) -> None:
         """Stops every coroutine, then the workers."""
-        self._wait(self._close())
+        self._run_on_loop(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -298,13 +319,21 @@ class AsyncRollouts:
         await asyncio.gather(*(seat.close() for seat in self._seats))
 
 
+async def _none_if_lost(answer: Awaitable[T]) -> T | None:
+    """None from a lost worker. Its replacement installs the newest snapshot before it does anything else."""
+    try:
+        return await answer
+    except WorkerLost:
+        return None
+
+
 class _RunningMean:
-    """Of the last few dozen numbers, starting from a guess."""
+    """An exponential mean over roughly the last 32 values, starting from a guess."""
 
     _WEIGHT = 1 / 32
 
     def __init__(self, guess: float) -> None:
         self.mean = guess
 
-    def add(self, number: float) -> None:
-        self.mean += self._WEIGHT * (number - self.mean)
+    def add(self, value: float) -> None:
+        self.mean += self._WEIGHT * (value - self.mean)

@@ -1,4 +1,4 @@
-"""A `RolloutWorker` in a Ray actor, as the pool sees it."""
+"""A `RolloutWorker` in a Ray actor, and the pool's handle to it."""
 
 from __future__ import annotations
 
@@ -13,72 +13,72 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.worker import RolloutWorker
 from tora.errors import WorkerLost
-from tora.types import Group, LogprobRequest, Occupancy, Prompt, SnapshotRef, SyncReport
+from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SnapshotRef, SyncReport
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 20
-_NO_ROOM_AFTER_S = 60
+_WARN_UNPLACED_AFTER_S = 60
 _log = logging.getLogger(__name__)
 
 
 class RolloutActor(RolloutWorker):
-    """A `RolloutWorker` that is built when it is told to, so that waiting for room and starting can be told apart."""
+    """A `RolloutWorker` that is built after its actor is placed, so that only building it counts as starting."""
 
     def __init__(self) -> None:
-        """Builds nothing; see `boot`."""
+        """Builds nothing; see `build`."""
 
-    def placed(self) -> None:
-        """Answers once the cluster has found room for this actor."""
+    def ping(self) -> None:
+        """Returns as soon as the cluster has placed this actor."""
 
-    def boot(self, arguments: Mapping[str, Any]) -> None:
+    def build(self, arguments: Mapping[str, Any]) -> None:
         super().__init__(**arguments)
 
 
 class RayWorker:
     def __init__(self, arguments: Mapping[str, Any], **options: Any) -> None:
-        """Asks Ray for an actor; see `start`. `arguments`: `RolloutWorker`'s. `options`: Ray's for the actor.
+        """Requests an actor from Ray. `arguments` go to `RolloutWorker`, `options` to the actor.
 
-        Ray itself restarts nothing: its restarted actor would serve the base model until somebody noticed.
+        The pool restarts lost actors, not Ray: an actor that Ray restarted would serve the base model.
         """
         self._arguments, self._options = arguments, options
         self._actor = ray.remote(RolloutActor).options(**options).remote()
 
     async def start(self, limit_s: float) -> None:
-        """Waits for room in the cluster as long as it takes, and for the engine `limit_s` at most."""
-        placed = asyncio.ensure_future(_answer(self._actor.placed.remote()))
-        done, _ = await asyncio.wait({placed}, timeout=_NO_ROOM_AFTER_S)
+        """Waits without limit for room in the cluster, then at most `limit_s` seconds for the engine."""
+        placed = asyncio.ensure_future(_result(self._actor.ping.remote()))
+        done, _ = await asyncio.wait({placed}, timeout=_WARN_UNPLACED_AFTER_S)
         if not done:
             needs = {name: self._options.get(name) for name in ("num_cpus", "num_gpus")}
             free = await asyncio.to_thread(ray.available_resources)
-            _log.warning("a rollout worker waits for room in the cluster: it needs %s, free are %s", needs, free)
+            _log.warning("a rollout worker is waiting for room in the cluster: it needs %s; free: %s", needs, free)
         await placed
         try:
-            await asyncio.wait_for(_answer(self._actor.boot.remote(self._arguments)), limit_s)
+            await asyncio.wait_for(_result(self._actor.build.remote(self._arguments)), limit_s)
         except TimeoutError as error:
             raise WorkerLost(f"its engine did not start within {limit_s:g} s") from error
 
-    async def run_group(self, prompt: Prompt) -> Group:
-        return await _answer(self._actor.run_group.remote(prompt))
+    async def run_group(self, prompt: Prompt) -> GroupResult:
+        return await _result(self._actor.run_group.remote(prompt))
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        return await _answer(self._actor.evaluate.remote(list(prompts)))
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+        return await _result(self._actor.evaluate.remote(list(prompts)))
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
-        return await _answer(self._actor.logprobs.remote(list(requests), adapter=adapter))
+        return await _result(self._actor.logprobs.remote(list(requests), adapter=adapter))
 
     async def forward(self, snapshot: SnapshotRef) -> SyncReport:
-        """Ray hands the actor the bytes from its node's object store."""
-        return await _answer(self._actor.forward.remote(snapshot.data))
+        """The actor reads the bytes from its node's object store."""
+        return await _result(self._actor.forward.remote(snapshot.data))
 
     async def occupancy(self) -> Occupancy:
-        return await _answer(self._actor.occupancy.remote())
+        return await _result(self._actor.occupancy.remote())
 
     async def close(self) -> None:
-        """Gives the engine time to end its own processes, then ends the Ray actor."""
+        """Gives the engine time to shut down its own processes, then kills the Ray actor."""
         try:
-            await asyncio.wait_for(_answer(self._actor.close.remote()), _CLOSE_TIMEOUT_S)
+            await asyncio.wait_for(_result(self._actor.close.remote()), _CLOSE_TIMEOUT_S)
         except (WorkerLost, TimeoutError):
-            pass  # it is gone, or it hangs: killed either way
+            pass  # dead or hung: kill it either way
         finally:
             self.kill()
 
@@ -86,13 +86,13 @@ class RayWorker:
         ray.kill(self._actor)  # pyright: ignore[reportArgumentType]  Ray's types know handles by another class
 
 
-async def _answer(ref: Awaitable[T]) -> T:
-    """Errors: WorkerLost for a dead or unreachable actor; what its method raised as itself."""
+async def _result(ref: Awaitable[T]) -> T:
+    """Raises WorkerLost if the actor is dead or unreachable, and what its method raised as itself."""
     try:
         return await ref
     except RayTaskError as error:
         if isinstance(error.cause, Exception):
-            raise error.cause from error  # which holds the far side's traceback
+            raise error.cause from error  # which holds the actor's traceback
         raise
     except RayError as error:
         reason = str(error).strip().splitlines()

@@ -8,7 +8,7 @@ from tora.types import EvalResult, Group, Metrics, SyncReport
 
 
 def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
-    """Accuracy counts rollouts that earn 1 in the first reward part; one whose reward failed earns nothing."""
+    """One rollout per prompt. Accuracy: share that earns 1 in the first reward part. A failed reward counts as 0."""
     answered = [(group.prompt, rollout) for group in groups_P for rollout in group.rollouts]
     correct = [next(iter(rollout.reward_parts.values())) >= 1 for _, rollout in answered]
     return EvalResult(
@@ -20,8 +20,8 @@ def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
 
 
 def sync_metrics(reports: Sequence[SyncReport], seconds: float) -> Metrics:
-    """`sync/bytes` is what one worker received; `sync/seconds` the wall time until all had it that were up;
-    `sync/stall_ms` the longest that an engine's generation stood still for it."""
+    """`sync/seconds`: wall time until every worker that was up had installed the snapshot. `sync/bytes`: received by
+    one worker. `sync/stall_ms`: the longest time that any engine's generation stalled."""
     metrics = {"sync/seconds": seconds, "sync/workers": float(len(reports))}
     if reports:
         metrics["sync/bytes"] = float(reports[0].nbytes)

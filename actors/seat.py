@@ -1,49 +1,63 @@
-"""Seat: a place for a rollout worker. One that dies, hangs or breaks there is replaced.
+"""Seat: a place for one rollout worker, which is replaced when it dies, hangs or breaks.
 
     starting    a new worker waits for room in the cluster, then for its engine
-    syncing     it loads the newest snapshot, and again if a newer one came out meanwhile
-    up          it runs groups; a heartbeat tells that it lives, and how full its engine is
-    lost        it is killed; what it was doing fails with `WorkerLost`; after a pause a new one starts
+    syncing     it installs the newest snapshot, and again if a newer one was published meanwhile
+    up          it runs groups; a heartbeat shows that it is alive and how full its engine is
+    lost        it is killed; its pending calls raise `WorkerLost`; after a delay a new worker starts
 
-A worker is lost when a call fails with an error that a new process may be free of, when a call takes longer than its
-limit, or when the heartbeat stays away. A wrong snapshot (`SyncError`) or a wrong argument would fail again, and is
-the run's failure.
+A worker is lost when a call raises an error that a new process may not hit again, when a call exceeds its time limit,
+or when the heartbeat stops. A wrong snapshot (`SyncError`) or a wrong argument would fail again, so it fails the run.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from actors.buffer import Slot
-from actors.concurrency import adapted
+from actors.concurrency import next_limit
 from tora.config.schema import RolloutConfig
 from tora.errors import ConfigError, SyncError, WorkerLost
-from tora.types import Group, LogprobRequest, Occupancy, Prompt, SyncReport
+from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SyncReport
 
 T = TypeVar("T")
-_PULSE_S = 2.0
-_LONGEST_PAUSE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeatTiming:
+    """When a seat checks and replaces its worker."""
+
+    heartbeat_every_s: float = 2.0
+    """Seconds between two heartbeats."""
+    first_delay_s: float = 1.0
+    """Seconds before a lost worker is replaced; doubled for each further worker lost without finishing a group."""
+    max_delay_s: float = 60.0
+
+    def restart_delay_s(self, failures: int) -> float:
+        """Seconds before the next worker starts, after `failures` earlier losses in a row without a finished group."""
+        return min(self.max_delay_s, self.first_delay_s * 2.0 ** min(failures, 32))
 
 
 class WorkerHandle(Protocol):
-    """A `RolloutWorker` elsewhere. Snapshots may be references that only the far side opens.
+    """A `RolloutWorker` in another process. `start` is called first, and nothing after `kill`."""
 
-    `start` comes first; after `kill` comes nothing.
-    """
+    async def start(self, limit_s: float) -> None:
+        """Returns once the engine is ready. Raises WorkerLost if that takes longer than `limit_s` seconds."""
+        ...
 
-    async def start(self, limit_s: float) -> None: ...
+    async def run_group(self, prompt: Prompt) -> GroupResult: ...
 
-    async def run_group(self, prompt: Prompt) -> Group: ...
-
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]: ...
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]: ...
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]: ...
 
-    async def forward(self, snapshot: Any) -> SyncReport: ...
+    async def forward(self, snapshot: Any) -> SyncReport:
+        """`snapshot` may be a reference that only the worker resolves."""
+        ...
 
     async def occupancy(self) -> Occupancy: ...
 
@@ -53,16 +67,16 @@ class WorkerHandle(Protocol):
 
 
 class SeatEvents(Protocol):
-    """What a seat tells the pool, on the event loop."""
+    """What a seat reports to the pool, on the event loop."""
 
-    def joined(self, seat: Seat) -> None:
-        """It is up."""
+    def on_worker_up(self, seat: Seat) -> None:
+        """A worker is ready for groups."""
 
-    def left(self, seat: Seat, error: BaseException) -> None:
-        """Its worker failed; unless `is_fatal`, another one follows."""
+    def on_worker_lost(self, seat: Seat, error: BaseException) -> None:
+        """A worker failed with `error`. It is replaced after a delay."""
 
-    def has_capacity(self) -> None:
-        """A seat may take more groups."""
+    def on_capacity(self) -> None:
+        """A seat may take more groups than before."""
 
 
 class Seat:
@@ -70,80 +84,86 @@ class Seat:
         self,
         number: int,
         make_worker: Callable[[], WorkerHandle],
-        policy: Callable[[], Coroutine[Any, Any, Any]],
+        latest_snapshot: Callable[[], Coroutine[Any, Any, Any]],
         cfg: RolloutConfig,
         events: SeatEvents,
+        *,
+        timing: SeatTiming,
     ) -> None:
-        """`policy` answers the newest snapshot, once there is one."""
-        self.number, self._make, self._policy, self._cfg, self._events = number, make_worker, policy, cfg, events
+        """`latest_snapshot` waits for the first one to be published."""
+        self.number, self._make_worker, self._latest_snapshot = number, make_worker, latest_snapshot
+        self._cfg, self._events, self._timing = cfg, events, timing
         self.up = False
         self.report: SyncReport | None = None
+        """The worker's answer to the last snapshot."""
         self.limit = cfg.concurrency
+        """Groups in flight at most; see `actors.concurrency`."""
         self.slots: set[Slot] = set()
         """Groups in flight here."""
-        self.outstanding = 0.0
-        """Tokens that they will make, as far as one can tell."""
-        self.evaluating = 0
+        self.outstanding_tokens = 0.0
+        """Prompt and estimated completion tokens of the groups in flight."""
+        self.num_evaluations = 0
         """Evaluations in flight here."""
         self._failures = 0
         self._worker: WorkerHandle | None = None
-        self._end: asyncio.Future[BaseException] | None = None
+        self._lost: asyncio.Future[BaseException] | None = None
+        """Resolves when the worker is lost, to the reason."""
 
     async def run_forever(self) -> None:
-        """For ever: a worker after the other."""
+        """Run forever, replacing each lost worker."""
         while True:
-            self._end = asyncio.get_running_loop().create_future()
+            self._lost = asyncio.get_running_loop().create_future()
             try:
-                self._worker = self._make()
+                self._worker = self._make_worker()
                 await self._worker.start(self._cfg.start_timeout_s)
                 await self._catch_up()
                 self.up = True
-                self._events.joined(self)
+                self._events.on_worker_up(self)
                 await self._watch()
             except asyncio.CancelledError:
                 raise
-            except BaseException as error:  # the pool decides what it means
+            except BaseException as error:  # the pool decides whether the run goes on
                 self._discard_worker(error)
-                self._events.left(self, error)
-            await asyncio.sleep(pause(self._failures))
+                self._events.on_worker_lost(self, error)
+            await asyncio.sleep(self._timing.restart_delay_s(self._failures))
             self._failures += 1
 
-    def take(self, slot: Slot, tokens: float) -> None:
-        """A promise to `run_group` it. `tokens`: how many the group is likely to make."""
+    def reserve(self, slot: Slot, tokens: float) -> None:
+        """Reserve capacity; call `run_group` next. `tokens`: prompt and expected completion tokens of the group."""
         self.slots.add(slot)
-        self.outstanding += tokens
+        self.outstanding_tokens += tokens
 
-    async def run_group(self, slot: Slot, tokens: float) -> Group:
-        """After `take`. Errors: as of `_call`."""
+    async def run_group(self, slot: Slot, tokens: float) -> GroupResult:
+        """Call `reserve` first. Raises as `_call` does."""
         try:
-            group = await self._call(lambda worker: worker.run_group(slot.prompt), self._cfg.group_timeout_s)
+            result = await self._call(lambda worker: worker.run_group(slot.prompt), self._cfg.group_timeout_s)
         finally:
             self.slots.remove(slot)
-            self.outstanding -= tokens
+            self.outstanding_tokens -= tokens
         self._failures = 0
-        return group
+        return result
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """Errors: as of `_call`."""
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+        """Raises as `_call` does."""
         rounds = -(-len(prompts) // self._cfg.concurrency)
         limit_s = self._cfg.group_timeout_s * max(1, rounds)
-        self.evaluating += 1
+        self.num_evaluations += 1
         try:
             return await self._call(lambda worker: worker.evaluate(prompts), limit_s)
         finally:
-            self.evaluating -= 1
+            self.num_evaluations -= 1
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
-        """Errors: as of `_call`."""
+        """Raises as `_call` does."""
         return await self._call(lambda worker: worker.logprobs(requests, adapter), self._cfg.group_timeout_s)
 
     async def forward(self, snapshot: Any) -> SyncReport:
-        """Errors: as of `_call`."""
+        """Raises as `_call` does."""
         self.report = await self._call(lambda worker: worker.forward(snapshot), self._cfg.group_timeout_s)
         return self.report
 
     async def close(self) -> None:
-        """After `run_forever` was cancelled: ends the worker, gently if it can answer."""
+        """Close a worker that is up, kill any other. Cancel `run_forever` first."""
         if self._worker is None:
             return
         if self.up:
@@ -152,29 +172,30 @@ class Seat:
             self._worker.kill()
 
     async def _catch_up(self) -> None:
-        loaded = None
-        while loaded is not (newest := await self._policy()):
+        installed = None
+        while installed is not (newest := await self._latest_snapshot()):
             await self.forward(newest)
-            loaded = newest
+            installed = newest
 
     async def _watch(self) -> None:
-        """Until the worker is lost. Errors: as of `_call`."""
-        assert self._end is not None
+        """Send heartbeats until the worker is lost. Raises as `_call` does."""
+        assert self._lost is not None
         while True:
-            await asyncio.wait({self._end}, timeout=_PULSE_S)
-            load = await self._call(lambda worker: worker.occupancy(), self._cfg.heartbeat_s)
-            before, self.limit = self.limit, adapted(self.limit, self._cfg.concurrency, len(self.slots), load)
+            await asyncio.wait({self._lost}, timeout=self._timing.heartbeat_every_s)
+            occupancy = await self._call(lambda worker: worker.occupancy(), self._cfg.heartbeat_s)
+            before = self.limit
+            self.limit = next_limit(before, self._cfg.concurrency, len(self.slots), occupancy)
             if self.limit > before:
-                self._events.has_capacity()
+                self._events.on_capacity()
 
-    async def _call(self, ask: Callable[[WorkerHandle], Awaitable[T]], limit_s: float) -> T:
-        """The worker's answer. Errors: WorkerLost where there will be none; fatal ones as themselves."""
-        worker, end = self._worker, self._end
-        if worker is None or end is None or end.done():
-            raise WorkerLost(str(end.result()) if end and end.done() else "it has not started")
-        call = asyncio.ensure_future(ask(worker))
+    async def _call(self, method: Callable[[WorkerHandle], Awaitable[T]], limit_s: float) -> T:
+        """The worker's answer. Raises WorkerLost if the worker is lost first, and a fatal error as itself."""
+        worker, lost = self._worker, self._lost
+        if worker is None or lost is None or lost.done():
+            raise WorkerLost(str(lost.result()) if lost and lost.done() else "it has not started")
+        call = asyncio.ensure_future(method(worker))
         try:
-            await asyncio.wait({call, end}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({call, lost}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not call.done():
                 call.cancel()
@@ -184,29 +205,24 @@ class Seat:
             return call.result()
         if is_fatal(error):
             raise error
-        self._lose(error)
-        raise WorkerLost(str(end.result())) from end.result()
+        self._mark_lost(error)
+        raise WorkerLost(str(lost.result())) from lost.result()
 
-    def _lose(self, error: BaseException) -> None:
-        """Wakes all who wait for this worker, and keeps everybody else away from it."""
+    def _mark_lost(self, error: BaseException) -> None:
+        """Fail all pending calls to the worker and refuse new ones."""
         self.up = False
-        if self._end is not None and not self._end.done():
-            self._end.set_result(error)
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(error)
 
     def _discard_worker(self, error: BaseException) -> None:
-        self._lose(error)
+        self._mark_lost(error)
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether a new worker would fail in the same way, so that the run had better end with the error itself."""
+    """Whether a new worker would fail in the same way, so that the run should end with this error."""
     if isinstance(error, SyncError | ConfigError):
         return True
     return not isinstance(error, RuntimeError | MemoryError | OSError)
-
-
-def pause(failures: int) -> float:
-    """Seconds before the next worker starts, after `failures` that finished no group: 1, 2, 4, ... up to a minute."""
-    return min(_LONGEST_PAUSE_S, 2.0**failures)

@@ -1,4 +1,4 @@
-"""RolloutWorker: one engine; samples groups and scores them where they were sampled. Knows nothing of Ray."""
+"""RolloutWorker: one engine and one rewarder. Samples groups and scores them in place. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tora.protocols import Engine, Rewarder
 from tora.types import (
     Completion,
     FailedReward,
-    Group,
+    GroupResult,
     LogprobRequest,
     Occupancy,
     PolicySnapshot,
@@ -27,23 +27,23 @@ from tora.types import (
 )
 
 
-def seed_of(run_seed: int, purpose: int, prompt_id: int) -> int:
+def group_seed(run_seed: int, purpose: int, prompt_id: int) -> int:
     """A 63-bit seed for one group; the same in every run and on every worker."""
     words = np.random.SeedSequence([run_seed, purpose, prompt_id]).generate_state(1, np.uint64)
     return int(words[0] >> 1)
 
 
 TRAIN, EVAL = 0, 1
-"""Purposes of a seed, so that a training prompt and an evaluation prompt of one id do not share draws."""
+"""Purposes of a seed: a training prompt and an evaluation prompt with the same id get different draws."""
 
 
-def check_held(snapshot: PolicySnapshot, report: SyncReport) -> None:
-    """Errors: SyncError unless the engine holds every tensor as it was sent, in its own dtype."""
+def verify_install(snapshot: PolicySnapshot, report: SyncReport) -> None:
+    """Raises SyncError unless the engine holds every tensor as sent, rounded to its own dtype."""
     expected = engine_digest(snapshot, report.dtype)
     if report.sha256 != expected:
         raise SyncError(
-            f"the engine holds policy version {snapshot.version} as {report.sha256[:12]} in {report.dtype}, "
-            f"the learner's is {expected[:12]}: it was applied in part, or changed on its way"
+            f"the engine holds policy version {snapshot.version} with digest {report.sha256[:12]} in {report.dtype}; "
+            f"the learner's is {expected[:12]}: the snapshot was applied in part or changed in transit"
         )
 
 
@@ -60,43 +60,41 @@ class RolloutWorker:
         seed: int,
         part_tokens: int | None = None,
     ) -> None:
-        """Engine and rewarder are made here, in the process that uses them. `tokenizer` only decodes.
+        """Engine and rewarder are built here, in the process that uses them. `tokenizer` is only used to decode.
 
-        `part_tokens`: training rollouts are cut after so many, see `actors.continuation`.
+        `part_tokens`: training rollouts are generated in parts of this many tokens; see `actors.continuation`.
         """
         self._engine, self._rewarder, self._tokenizer = make_engine(), make_rewarder(), tokenizer
         self._sampling, self._eval_sampling = sampling, eval_sampling
         self._group_size, self._seed, self._part_tokens = group_size, seed, part_tokens
 
-    def run_group(self, prompt: Prompt) -> Group:
+    def run_group(self, prompt: Prompt) -> GroupResult:
         return self.run_groups([prompt])[0]
 
-    def run_groups(self, prompts_P: Sequence[Prompt]) -> list[Group]:
-        """The training rollouts of several prompts, scored."""
+    def run_groups(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
+        """Training rollouts, `group_size` per prompt, scored; one result per prompt, in order."""
         return self._run(prompts_P, self._sampling, self._group_size, TRAIN)
 
-    def evaluate(self, prompts_P: Sequence[Prompt]) -> list[Group]:
-        """One rollout a prompt, scored."""
+    def evaluate(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
+        """One rollout per prompt, scored; one result per prompt, in order."""
         return self._run(prompts_P, self._eval_sampling, 1, EVAL)
 
-    def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[Group]:
+    def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[GroupResult]:
         start = time.perf_counter()
         requests = [
-            SampleRequest(p.token_ids, group_size, seed_of(self._seed, purpose, p.id), sampling, p.images)
+            SampleRequest(p.token_ids, group_size, group_seed(self._seed, purpose, p.id), sampling, p.images)
             for p in prompts_P
         ]
         part_tokens = self._part_tokens if purpose == TRAIN else None
         completions = generate_in_parts(self._engine, requests, part_tokens)
         seconds = time.perf_counter() - start
         scored = [self._score(p, c) for p, c in zip(prompts_P, completions, strict=True)]
-        return [
-            Group(p, rollouts, seconds, failures) for p, (rollouts, failures) in zip(prompts_P, scored, strict=True)
-        ]
+        return [GroupResult(rollouts, failures, seconds) for rollouts, failures in scored]
 
     def _score(
         self, prompt: Prompt, completions_G: Sequence[Completion]
     ) -> tuple[tuple[Rollout, ...], tuple[FailedReward, ...]]:
-        """The rollouts that have a reward, and why the others have none."""
+        """The rollouts that have a reward, and a failure for each that has none."""
         ids_G = [c.token_ids.tolist() for c in completions_G]
         texts_G = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_G]
         parts_G = self._rewarder(prompt, texts_G, ids_G)
@@ -116,10 +114,10 @@ class RolloutWorker:
         return rollouts, tuple(parts for parts in parts_G if isinstance(parts, FailedReward))
 
     def forward(self, snapshot: PolicySnapshot) -> SyncReport:
-        """Errors: SyncError where what the engine holds is not what the learner sent."""
+        """Install the snapshot and verify it. Raises SyncError if the engine does not hold what the learner sent."""
         report = self._engine.install(snapshot)
         if report.nbytes:
-            check_held(snapshot, report)
+            verify_install(snapshot, report)
         return report
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:

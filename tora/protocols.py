@@ -1,9 +1,11 @@
-"""What the loop and the workers need; `tests/fakes.py` implements each in a few lines.
+"""The interfaces between loop, learner, workers and engines. `tests/support/fakes.py` implements them in a few lines.
 
-for step in range(state.step, cfg.num_steps):
-    batch = rollouts.next_batch(step, stop_requested)
-    result = learner.step(batch)
-    rollouts.publish(learner.snapshot())
+The training loop, in outline:
+
+    for step in range(state.step, cfg.num_steps):
+        batch = rollouts.next_batch(step, stop_requested)
+        result = learner.step(batch)
+        rollouts.publish(learner.snapshot())
 """
 
 from __future__ import annotations
@@ -34,32 +36,37 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """One generator instance. Token ids in, token ids and log-probs out; knows nothing of Ray, prompts or rewards."""
+    """One generator. Takes token ids, returns token ids and log-probs; knows nothing of Ray, prompts or rewards."""
 
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        """Blocks until every completion is done; one list of `num_samples` completions per request, in order.
+        """Blocks until all completions are finished; returns a list of `num_samples` completions per request, in order.
 
-        May be called from several threads at once. Every token carries the version that sampled it.
+        Thread-safe. Each token carries the policy version that sampled it. Raises RolloutError before the first
+        snapshot.
         """
         ...
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
-        """Log-probs of each completion's tokens, [L] float32, at temperature 1 and untruncated, under the newest
-        version; under the base where `adapter` is false."""
+        """Log-probs of each completion's tokens, [L] float32, at temperature 1 and without truncation.
+
+        Under the newest policy version, or under the base model if `adapter` is false. Raises as `generate` does.
+        """
         ...
 
     def install(self, snapshot: PolicySnapshot) -> SyncReport:
-        """Serve this policy version from now on. Every tensor is used or `SyncError` is raised.
+        """Serve this policy version from now on.
 
-        One caller at a time.
+        Called by one thread at a time. Raises SyncError if a tensor is damaged or has no place in the engine.
         """
         ...
 
     def occupancy(self) -> Occupancy:
-        """How full it is. May be called from any thread at any time; answers at once."""
+        """How full the engine is. Thread-safe and immediate."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Shut the engine down."""
+        ...
 
 
 class Rewarder(Protocol):
@@ -68,62 +75,78 @@ class Rewarder(Protocol):
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
     ) -> list[dict[str, float] | FailedReward]:
-        """Per completion one dict of unweighted reward parts, the run's first reward first, or why there is none.
+        """One entry per completion: its unweighted reward parts, in the config's order, or the failure.
 
-        A completion is given as text, without special tokens, and as the token ids that the engine returned.
+        Each completion is given as text, without special tokens, and as the token ids that the engine returned.
         """
         ...
 
     def total(self, parts: dict[str, float]) -> float:
-        """Weighted sum of the parts."""
+        """The weighted sum of the parts: the reward."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the rewarder's processes, if it has any."""
+        ...
 
 
 class Learner(Protocol):
-    """One learner: a rank in this process, or a handle over N ranks."""
+    """Trains the policy: one rank in this process, or a handle to N ranks."""
 
-    def step(self, batch: TrainBatch) -> StepResult: ...
+    def step(self, batch: TrainBatch) -> StepResult:
+        """Train on one batch of rollouts; the policy version grows by one."""
+        ...
 
     def snapshot(self) -> Any:
-        """A `PolicySnapshot`, or a `SnapshotRef` that the run's `Rollouts` can resolve without copying it here."""
+        """The current policy version, as a `PolicySnapshot` or as a `SnapshotRef` that the run's workers resolve."""
         ...
 
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
-        """Log-probs of the response tokens, [N] float32, at temperature 1; under the base where `adapter` is false."""
+        """Log-probs of the response tokens, [N] float32, at temperature 1; under the base model if `adapter` is
+        false."""
         ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Write all training state into `folder`, for `restore`."""
+        ...
 
-    def restore(self, folder: Path) -> None: ...
+    def restore(self, folder: Path) -> None:
+        """Continue from the state that `save` wrote."""
+        ...
 
     def export(self, folder: Path) -> None:
-        """Write the adapter in PEFT's format (the whole model for a full-weight run)."""
+        """Write the adapter in PEFT's format, or the whole model if all weights are trained."""
         ...
 
 
 class Rollouts(Protocol):
-    """Everything on the generating side. Sync and async runs differ in this object only."""
+    """The generating side of a run. The only object in which synchronous and asynchronous runs differ."""
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch | None:
-        """None where a stop was requested while the step's groups were still to come."""
+        """The batch for this step. None if a stop was requested before the step's groups were finished."""
         ...
 
-    def publish(self, snapshot: Any) -> Metrics: ...
+    def publish(self, snapshot: Any) -> Metrics:
+        """Install the snapshot in every worker. Returns the sync's metrics."""
+        ...
 
-    def evaluate(self) -> EvalResult: ...
+    def evaluate(self) -> EvalResult:
+        """Run the held-out prompts under the newest policy version."""
+        ...
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        """`Engine.logprobs` of every rollout worker that is up, by the worker's number."""
+        """`Engine.logprobs` of every worker that is up, by worker number."""
         ...
 
     def state(self) -> RolloutState:
-        """What must be stored to go on with the same prompts."""
+        """What a checkpoint stores so that a resumed run continues with the same prompts."""
         ...
 
     def rewind(self, state: RolloutState, version: int) -> None:
-        """Go back to where the run stood at this version; nothing is generated until the next `publish`."""
+        """Return to an earlier state, taken at policy version `version`. Nothing is generated until the next
+        `publish`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop generating and shut the workers down."""
+        ...

@@ -1,7 +1,10 @@
-"""The messages that travel between tasks, actors, learner and loop.
+"""The messages between tasks, rollout workers, learner and loop, in the order in which a sample passes through them.
 
-Shape letters: P prompts, G group, B = P·G sequences, L tokens of one sequence, T packed tokens, N response tokens.
-Arrays are numpy, so that Ray moves them without pickling tensors and this module imports without torch.
+Prompt -> SampleRequest -> Completion -> Rollout -> GroupResult -> Group -> MicroBatch -> TrainBatch -> StepResult
+-> PolicySnapshot -> SyncReport.
+
+Shape letters: P prompts, G group, B = P·G sequences, L tokens of one sequence, T packed tokens, N response tokens,
+I images. Arrays are numpy: Ray moves them without pickling tensors, and this module imports without torch.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Metrics = dict[str, float]
+"""By name, grouped by prefix: `reward/mean`, `sync/seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +25,16 @@ class Prompt:
     """One question, tokenised, with its answer key."""
 
     id: int
-    """Position in the prompt stream; unique within a run."""
+    """Position in the prompt stream, unique within a run."""
     token_ids: tuple[int, ...]
-    """Chat template applied, generation prompt included."""
+    """With the chat template applied, up to and including the generation prompt."""
     source: str | list[dict[str, Any]]
-    """The question as the dataset gave it: a string or chat messages. Reward functions see this."""
+    """The question as the dataset has it, a string or chat messages. Reward functions get this as `prompts`."""
     columns: Mapping[str, Any]
     """The dataset row's other columns (`answer`, ...), handed to reward functions by name."""
     images: tuple[bytes, ...] = field(default=(), repr=False)
-    """Encoded image files (PNG, JPEG, ...), in the order of their placeholders. `token_ids` are expanded: a placeholder
-    stands there once for each feature of its image."""
+    """Encoded image files (PNG, JPEG, ...), in the order of their placeholders. `token_ids` repeats each placeholder
+    once per feature of its image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +45,36 @@ class Sampling:
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = 0
-    """0 is off."""
+    """Sample from the `top_k` most probable tokens; 0 for all."""
     top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probability reaches `top_p`; 1 for all."""
     stop_token_ids: tuple[int, ...] = ()
     """A stop token ends the completion and is part of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """`num_samples` completions of one prompt, drawn with one seed."""
+    """A request for `num_samples` completions of one prompt, drawn with one seed."""
 
     token_ids: tuple[int, ...]
+    """The prompt's."""
     num_samples: int
     seed: int
     sampling: Sampling
     images: tuple[bytes, ...] = field(default=(), repr=False)
-    """The prompt's, see `Prompt`; `token_ids` are expanded as there."""
+    """The prompt's."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobRequest:
-    """Given tokens, to be told how probable they are."""
+    """A request for the log-probs of given tokens."""
 
     token_ids: tuple[int, ...]
-    """The prompt."""
+    """The prompt's."""
     completion: tuple[int, ...]
+    """The tokens to score."""
     images: tuple[bytes, ...] = field(default=(), repr=False)
-    """The prompt's, see `Prompt`."""
+    """The prompt's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +82,13 @@ class Completion:
     """What an engine returns for one sequence."""
 
     token_ids: np.ndarray
-    """[L] int64, stop token included."""
+    """[L] int64, including the stop token if there is one."""
     logprobs: np.ndarray
-    """[L] float32, natural log, of the distribution sampled from (temperature and truncation applied)."""
+    """[L] float32, natural log, under the distribution sampled from: after temperature and truncation."""
     versions: np.ndarray
-    """[L] int64, the policy version that produced each token."""
+    """[L] int64, the policy version that sampled each token."""
     stopped: bool
-    """True when a stop token ended it, False when `max_tokens` did."""
+    """Whether it ended with a stop token; False if it reached `max_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,52 +98,75 @@ class Rollout:
     token_ids: np.ndarray
     """[L] int64, exactly as the engine returned them."""
     actor_logprobs: np.ndarray
-    """[L] float32, by the engine that sampled them."""
+    """[L] float32, from the engine that sampled them; see `Completion.logprobs`."""
     versions: np.ndarray
-    """[L] int64, policy version of each token."""
+    """[L] int64, the policy version that sampled each token."""
     stopped: bool
+    """See `Completion.stopped`."""
     text: str
+    """Decoded, without special tokens."""
     reward: float
     """Weighted sum of `reward_parts`."""
     reward_parts: Mapping[str, float]
-    """Unweighted, by reward name."""
+    """Unweighted, by reward name, in the config's order."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailedReward:
-    """Why a rollout has no reward."""
+    """Stands in for a rollout whose reward function failed."""
 
     name: str
     """The reward function's."""
     reason: str
+    """A clause with the function as its subject: `returned nan`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The rollouts of one prompt. Those whose reward failed are not among them: their advantage would be a guess, and
-    the others' are taken from the rewards that there are. Fewer than two rollouts make no group to train on."""
+    """The scored rollouts of one prompt.
+
+    Rollouts whose reward failed are left out, and advantages are computed from the remaining rewards. A group with
+    fewer than two rollouts is not trained on.
+    """
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     seconds: float = 0.0
-    """Wall time from request to scored."""
+    """Wall time of the engine call that sampled it, possibly together with other groups."""
     failures: tuple[FailedReward, ...] = ()
-    """One for each rollout that is missing."""
+    """One per rollout left out."""
 
     @property
     def has_signal(self) -> bool:
-        """False when all rewards are equal: such a group has no gradient."""
+        """Whether rewards differ. A group whose rewards are all equal has no gradient."""
         return len({r.reward for r in self.rollouts}) > 1
 
     @property
     def version(self) -> int:
-        """Oldest policy version among its tokens."""
+        """The oldest policy version among its tokens, which defines its staleness."""
         return int(min(r.versions.min() for r in self.rollouts))
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens."""
+        """Response tokens of all rollouts."""
         return sum(len(r.token_ids) for r in self.rollouts)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """A rollout worker's answer to one prompt: a `Group` without the prompt, which the caller still has.
+
+    Images and dataset columns therefore travel to the worker but not back.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    failures: tuple[FailedReward, ...] = ()
+    """One per rollout left out."""
+    seconds: float = 0.0
+    """Wall time of the engine call that sampled it, possibly together with other groups."""
+
+    def with_prompt(self, prompt: Prompt) -> Group:
+        return Group(prompt, self.rollouts, self.seconds, self.failures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,57 +174,57 @@ class MicroBatch:
     """Sequences packed end to end without padding; one forward-backward."""
 
     tokens_T: np.ndarray
-    """int64: the shared prompts, if there are any, then the sequences, one after the other. A sequence is prompt and
-    completion, or with a shared prompt the completion alone."""
+    """int64: the shared prompts, if any, then the sequences. A sequence is prompt plus completion, or the completion
+    alone if its prompt is shared."""
     positions_T: np.ndarray
-    """int64: from 0 at each prompt's start; a completion goes on where its prompt ends."""
+    """int64: 0 at the start of each prompt; a completion continues where its prompt ends."""
     prompt_lengths_P: np.ndarray
-    """int64: length of each shared prompt; empty where every sequence has its own."""
+    """int64: length of each shared prompt; empty if no prompt is shared."""
     lengths_B: np.ndarray
-    """int64: length of each sequence; together with the shared prompts' they sum to T."""
+    """int64: length of each sequence. These and the lengths of the shared prompts sum to T."""
     prompt_B: np.ndarray
-    """int64 in [0, P): the shared prompt of each sequence; empty where there are none."""
+    """int64 in [0, P): the shared prompt of each sequence; empty if no prompt is shared."""
     response_N: np.ndarray
-    """int64 indices into T: the positions that predict the response tokens, each the one before it. A shared prompt's
-    last position predicts the first token of several."""
+    """int64 indices into T: for each response token, the position whose logits predict it. The last position of a
+    shared prompt predicts the first token of several sequences."""
     targets_N: np.ndarray
-    """int64: those response tokens."""
+    """int64: the response tokens."""
     sequence_N: np.ndarray
-    """int64 in [0, B): the sequence each response token belongs to."""
+    """int64 in [0, B): the sequence of each response token."""
     actor_logprobs_N: np.ndarray
-    """float32."""
+    """float32: see `Rollout.actor_logprobs`."""
     versions_N: np.ndarray
     """int64: the policy version that sampled each token."""
     advantages_N: np.ndarray
     """float32: the advantage of the token's sequence."""
     weights_N: np.ndarray
-    """float32: share of each token in the loss, see `tora.batching.batch.token_weights`."""
+    """float32: each token's weight in the loss; see `tora.batching.batch.token_weights`."""
     rewards_B: np.ndarray
     """float64: the reward of each sequence."""
     groups_B: np.ndarray
-    """int64: the group of each sequence; a group may be spread over the step's micro-batches."""
+    """int64: the group of each sequence. A group may be split across the step's micro-batches."""
     image_I: np.ndarray
-    """int64 in [0, len(images)): the image of each of I runs of placeholders, in the order of `tokens_T`. Only prompts
-    hold runs: a placeholder that was sampled stands for no image."""
+    """int64 in [0, len(images)): the image of each of the I runs of placeholders in prompts, in the order of
+    `tokens_T`. A placeholder that was sampled stands for no image."""
     images: tuple[bytes, ...]
-    """Distinct encoded images. However many sequences show one, it is here once."""
+    """Encoded images without duplicates, however many sequences show the same one."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """All micro-batches of one step, with what the rollout side measured while making them."""
+    """All micro-batches of one step, and what the rollout side measured while generating them."""
 
     micro_batches: tuple[MicroBatch, ...]
     temperature: float
-    """The learner scores tokens under the same temperature that sampled them."""
+    """Of sampling; the learner's log-probs use the same temperature."""
     metrics: Metrics = field(default_factory=dict)
     prompt_ids: tuple[int, ...] = ()
-    """Of the step's groups, those without a signal too."""
+    """Of all the step's groups, including groups without a signal."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step."""
+    """The learner's answer to one `TrainBatch`."""
 
     version: int
     """Policy version after the step."""
@@ -203,11 +233,11 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies in a snapshot's buffer."""
+    """One tensor's place in a snapshot's buffer."""
 
     name: str
     dtype: str
-    """As torch spells it: `float32`, `bfloat16`."""
+    """torch's name: `float32`, `bfloat16`."""
     shape: tuple[int, ...]
     offset: int
     """Bytes from the start of the buffer."""
@@ -216,27 +246,28 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class PolicySnapshot:
-    """The tensors that define one policy version, in one flat buffer. `tora.adapters.snapshot` reads and writes it."""
+    """The tensors that define one policy version, in one flat buffer; see `tora.adapters.snapshot`."""
 
     version: int
     entries: tuple[TensorEntry, ...]
     data: np.ndarray
-    """uint8, all tensors end to end."""
+    """uint8, the whole buffer."""
     sha256: str
-    """By the sender, see `snapshot.digest`; an engine must arrive at the same."""
+    """The sender's `snapshot.digest`."""
 
     @property
     def nbytes(self) -> int:
+        """Of all tensors, without the padding between them."""
         return sum(e.nbytes for e in self.entries)
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRef:
-    """A `PolicySnapshot` that lies elsewhere, told by its version."""
+    """A reference to a `PolicySnapshot` held elsewhere."""
 
     version: int
     data: Any
-    """What a worker's handle can turn into the snapshot: on Ray, an ObjectRef."""
+    """Resolved by a worker's handle: on Ray, an ObjectRef."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +275,9 @@ class Occupancy:
     """How full an engine is."""
 
     kv_usage: float = 0.0
-    """Share of its KV cache that is taken, from 0 to 1; 0 for an engine without a bounded one."""
+    """Share of the KV cache in use, 0 to 1; 0 for an engine whose cache is not bounded."""
     preemptions: int = 0
-    """How often the requests now in flight were thrown out of the cache, to be computed again."""
+    """How often the requests in flight have been evicted from the cache, to be recomputed later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,36 +286,40 @@ class SyncReport:
 
     version: int
     nbytes: int
+    """Received; 0 if the engine shares the learner's model."""
     seconds: float
+    """Wall time of the whole install."""
     sha256: str
-    """Over every tensor where the engine serves it, read back by the engine's own names; see `snapshot.digest`."""
+    """`snapshot.digest` of the tensors as the engine holds them, read back under the engine's own names where possible.
+    Compare with `snapshot.engine_digest`. Empty if nothing was received."""
     num_modules: int
-    """Linear modules written into the engine."""
+    """Linear modules that the snapshot updated."""
     dtype: str = "float32"
-    """In which the engine holds A and B, and what the digest is over."""
+    """torch's name for the dtype in which the engine holds A and B, or whole weights."""
     stall_seconds: float = 0.0
-    """How long generation stood still for it."""
+    """How long generation stalled."""
 
 
 @dataclass(slots=True)
 class RolloutState:
-    """Where the rollout side stands: every prompt before the cursor was trained or dropped, or is named here."""
+    """The rollout side in a checkpoint. Every prompt before the cursor was trained or dropped, or is listed here."""
 
     cursor: int = 0
     """Position of the next prompt in the stream."""
     pending: list[int] = field(default_factory=list)
-    """Ids of prompts that were handed out and not answered; they come first when the run goes on."""
+    """Ids of prompts in flight. A resumed run generates them first."""
     finished: list[tuple[int, Group]] = field(default_factory=list)
-    """Groups that wait for their step, each with the policy version it was born under."""
+    """Groups not yet trained on, each with the policy version under which it was started."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Held-out scores of one policy version."""
+    """Held-out scores of one policy version, with one rollout per prompt. A rollout whose reward failed counts as 0."""
 
     accuracy: float
     """Share of rollouts that earn 1 in the first of the run's rewards."""
     reward: float
+    """Mean over the prompts."""
     num_prompts: int
     sample: tuple[Prompt, Rollout] | None = None
-    """One of them, to look at."""
+    """One prompt and its rollout, to print; None if every reward failed."""

@@ -1,1 +1,1 @@
-"""Generation on the learner's own modules, without vLLM."""
+"""Generation with the learner's own modules, without vLLM."""

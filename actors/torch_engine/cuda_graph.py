@@ -1,4 +1,4 @@
-"""One CUDA graph for a decode step: one launch instead of some twenty a layer. Shape letters as in `engine`."""
+"""One CUDA graph per decode step: one launch instead of about twenty per layer. Shape letters as in `engine`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from tora.models.attention import CachedAttention
 
 DecodeStep = Callable[[torch.Tensor, CachedAttention], torch.Tensor]
-"""Tokens [B] and the cache that they go into -> logits of the next ones [B, V]."""
+"""Tokens [B] and the cache that they are appended to -> logits of the next tokens [B, V]."""
 
 
 class GraphedStep:
-    """Replays a `DecodeStep`, which it records anew whenever the cache has moved.
+    """Replays a recorded `DecodeStep`, and records it again whenever the cache's tensors have been replaced.
 
-    What it answers is overwritten by the next call. The weights must stay where they are in between; their values may
-    change.
+    The next call overwrites the returned logits. Between calls the weights may change in value but not in address.
     """
 
     def __init__(self, step: DecodeStep) -> None:
@@ -24,7 +23,7 @@ class GraphedStep:
         self._recorded_for: torch.Tensor | None = None
 
     def __call__(self, token_B: torch.Tensor, cache: CachedAttention) -> torch.Tensor:
-        if self._recorded_for is not cache.mask_B11S:  # it is replaced together with all that the cache holds
+        if self._recorded_for is not cache.mask_B11S:  # replaced together with the cache's other tensors
             self._record(token_B, cache)
         self._token_B.copy_(token_B)
         self._graph.replay()
@@ -32,8 +31,8 @@ class GraphedStep:
 
     def _record(self, token_B: torch.Tensor, cache: CachedAttention) -> None:
         self._token_B = token_B.clone()
-        # Once outside of the graph, where libraries may still allocate what they keep. A step writes into the same
-        # slots however often it runs.
+        # Run once outside the graph, so that libraries can allocate their buffers. Running a step again is harmless: it
+        # writes to the same cache slots.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

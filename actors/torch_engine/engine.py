@@ -1,7 +1,7 @@
-"""TorchEngine: batched decode with a key-value cache, on the learner's own modules.
+"""TorchEngine: batched decoding with a key-value cache, on the learner's own modules.
 
-A group's prompt is prefilled once; rows that have finished leave the batch, several at a time, since whoever stays
-moves. Layers that were compiled run compiled here, and on a GPU a step may be one CUDA graph.
+A group's prompt is prefilled once. Finished rows are removed from the batch several at a time, because each removal
+copies the cache. Compiled layers stay compiled here, and on a GPU a step may be one CUDA graph.
 Shape letters: P prompts, B rows (rollouts), L tokens of a row, T packed prompt tokens, V vocabulary.
 """
 
@@ -37,26 +37,26 @@ from tora.types import (
     SyncReport,
 )
 
-_CROWDED = 0.75
-"""Finished rows are dropped once no more than this share goes on: each time the whole cache is copied."""
+_COMPACT_BELOW = 0.75
+"""Finished rows are removed once at most this share of the batch is unfinished. Each removal copies the whole cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """Documents end to end, as a forward takes them."""
+    """Documents end to end, as the model's forward takes them."""
 
     arguments: dict[str, Any]
-    """Of the model's forward."""
+    """Keyword arguments of the forward."""
     attend: PrefillAttention
     lengths_P: torch.Tensor
     next_P: torch.Tensor
-    """The position after each document's last."""
+    """The position that follows each document's last."""
 
 
 class TorchEngine:
-    """Generates with `model` as it stands; where the learner trains this very model, a snapshot moves no bytes.
+    """Generates with `model` directly. If the learner trains the same object, a snapshot moves no bytes.
 
-    Calls take turns: a snapshot waits for the rollouts that are running.
+    Calls run one at a time, so a snapshot waits for running rollouts.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class TorchEngine:
         cuda_graphs: bool = False,
         processor: Callable[[], ImageProcessor] | None = None,
     ) -> None:
-        """`shared`: the learner trains this very model.
+        """`shared`: the learner trains this same model object.
 
-        `max_rows`: rollouts decoded at once, unless one request asks for more. `while_generating` is entered for each
-        call of `generate`; a sharded model needs its weights whole meanwhile. `cuda_graphs`: for a model on a GPU that
-        is not sharded. `processor`: of the model's images, for prompts that have some.
+        `max_rows`: rollouts decoded at once; a single request may exceed it. `while_generating`: a context entered for
+        each call, in which a sharded model gathers its weights. `cuda_graphs`: only for an unsharded model on a GPU.
+        `processor`: makes the model's image processor, needed only for prompts with images.
         """
         self._model, self._device, self._shared, self._max_rows = model, device, shared, max_rows
         self._while_generating = while_generating
@@ -84,14 +84,14 @@ class TorchEngine:
         self._turn = threading.Lock()
 
     def install(self, snapshot: PolicySnapshot) -> SyncReport:
-        """The digest of a copied model is of what arrived: it holds the tensors in a form of its own.
+        """The report's digest covers the tensors as received, because the model stores them in another form.
 
-        Errors: SyncError where that model and the snapshot do not match.
+        Raises SyncError if the snapshot does not match the model.
         """
         with self._turn:
-            return self._load(snapshot)
+            return self._install(snapshot)
 
-    def _load(self, snapshot: PolicySnapshot) -> SyncReport:
+    def _install(self, snapshot: PolicySnapshot) -> SyncReport:
         start = time.perf_counter()
         if self._shared:
             self._version = snapshot.version
@@ -107,33 +107,33 @@ class TorchEngine:
         return SyncReport(snapshot.version, snapshot.nbytes, seconds, sha256, modules, stall_seconds=seconds)
 
     def occupancy(self) -> Occupancy:
-        """Its caches grow with the rollouts and are bounded by `max_rows` alone."""
+        """Always zero: the cache grows with the rollouts, and only `max_rows` bounds it."""
         return Occupancy()
 
     def close(self) -> None:
-        """Holds nothing of its own."""
+        """Nothing to release."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        """All requests share one `Sampling`. Errors: RolloutError before the first snapshot."""
+        """See `Engine`. All requests must share one `Sampling`."""
         if self._version is None:
-            raise RolloutError("the engine was asked to generate before it was given a snapshot")
+            raise RolloutError("the engine was asked to generate before its first snapshot")
         result: list[list[Completion]] = []
         with self._turn, self._while_generating():
-            for part in _parts(requests, self._max_rows):
-                result += self._generate_at_once(part)
+            for batch in _batches(requests, self._max_rows):
+                result += self._generate_batch(batch)
         return result
 
     @torch.no_grad()
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
-        """See `Engine`. Errors: RolloutError before the first snapshot."""
+        """See `Engine`."""
         if self._version is None:
-            raise RolloutError("the engine was asked to score before it was given a snapshot")
+            raise RolloutError("the engine was asked for log-probs before its first snapshot")
         off = nullcontext() if adapter else adapters_off(self._model)
         with self._turn, self._while_generating(), torch.compiler.set_stance("force_eager"), off:
-            return [self._score(request) for request in requests]
+            return [self._completion_logprobs(request) for request in requests]
 
-    def _score(self, request: LogprobRequest) -> np.ndarray:
+    def _completion_logprobs(self, request: LogprobRequest) -> np.ndarray:
         start = len(request.token_ids)
         x = self._pack([request], [request.completion])
         logits_NV = self._model(**x.arguments, output_fn=lambda hidden: self._model.output(hidden[0, start - 1 : -1]))
@@ -141,8 +141,8 @@ class TorchEngine:
         completion_N = torch.tensor(request.completion, device=self._device)
         return logprobs_NV.gather(1, completion_N[:, None])[:, 0].cpu().numpy()
 
-    def _generate_at_once(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        assert len({r.sampling for r in requests}) == 1, "one Sampling a call"
+    def _generate_batch(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        assert len({r.sampling for r in requests}) == 1, "one Sampling per call"
         tokens_LB, logprobs_LB, lengths_B = self._decode(requests)
         stop = set(requests[0].sampling.stop_token_ids)
         completions = [
@@ -164,18 +164,18 @@ class TorchEngine:
         )
 
     def _prefill(self, requests: Sequence[SampleRequest]) -> tuple[CachedAttention, torch.Tensor]:
-        """A cache with a row for each rollout, and the logits of each rollout's first token [B, V]."""
+        """A cache with one row per rollout, and the logits [B, V] of each rollout's first token."""
         x = self._pack(requests, [()] * len(requests))
         samples_P = torch.tensor([r.num_samples for r in requests], device=self._device)
         rows_B = torch.arange(len(requests), device=self._device).repeat_interleave(samples_P)
         last_P = x.lengths_P.cumsum(0) - 1
-        with torch.compiler.set_stance("force_eager"):  # once a call: not worth a graph
+        with torch.compiler.set_stance("force_eager"):  # runs once per call: not worth compiling
             logits_PV = self._model(**x.arguments, output_fn=lambda hidden: self._model.output(hidden[0, last_P]))
         cache = CachedAttention(x.attend, x.lengths_P[rows_B], rows_B, x.next_P[rows_B])
         return cache, logits_PV[rows_B]
 
     def _pack(self, requests: Sequence[SampleRequest | LogprobRequest], tails: Sequence[tuple[int, ...]]) -> _Packed:
-        """Prompts, each with its tail, end to end."""
+        """Prompts end to end, each followed by its tail."""
         ids_P = [request.token_ids + tail for request, tail in zip(requests, tails, strict=True)]
         lengths_P = np.array([len(ids) for ids in ids_P])
         tokens_T, positions_T = np.concatenate(ids_P), np.concatenate([np.arange(n) for n in lengths_P])
@@ -200,7 +200,8 @@ class TorchEngine:
         return _Packed(arguments, attend, lengths, next_)
 
     def _decode(self, requests: Sequence[SampleRequest]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [L, B] int64, their log-probs [L, B] float32, and lengths [B]; nothing of use lies beyond."""
+        """Tokens [L, B] int64, their log-probs [L, B] float32, and lengths [B]. Entries past a row's length are
+        undefined."""
         sampling = requests[0].sampling
         uniform_LB = _random_numbers(requests, sampling.max_tokens).to(self._device)
         cache, logits_BV = self._prefill(requests)
@@ -208,7 +209,7 @@ class TorchEngine:
         tokens_LB = torch.zeros_like(uniform_LB, dtype=torch.int64)
         logprobs_LB = torch.zeros_like(uniform_LB, dtype=torch.float32)
         lengths_B = torch.zeros_like(tokens_LB[0])
-        rows_B = torch.arange(len(lengths_B), device=self._device)  # of the batch as it was, those still in it
+        rows_B = torch.arange(len(lengths_B), device=self._device)  # original numbers of the rows still in the batch
         alive_B = torch.ones_like(rows_B, dtype=torch.bool)
         for step in range(sampling.max_tokens):
             logprobs_BV = log_distribution(logits_BV, sampling)
@@ -220,30 +221,30 @@ class TorchEngine:
             num_alive = int(alive_B.sum())
             if num_alive == 0 or step + 1 == sampling.max_tokens:
                 break
-            if num_alive <= _CROWDED * len(rows_B):
-                staying = alive_B.nonzero()[:, 0]
-                cache.keep(staying)
-                rows_B, token_B, alive_B = rows_B[staying], token_B[staying], alive_B[staying]
+            if num_alive <= _COMPACT_BELOW * len(rows_B):
+                remaining = alive_B.nonzero()[:, 0]
+                cache.keep(remaining)
+                rows_B, token_B, alive_B = rows_B[remaining], token_B[remaining], alive_B[remaining]
             logits_BV = self._step(token_B, cache)
             cache.advance()
         return tokens_LB.cpu().numpy(), logprobs_LB.cpu().numpy(), lengths_B.cpu().numpy()
 
 
-def _parts(requests: Sequence[SampleRequest], max_rows: int) -> list[list[SampleRequest]]:
-    """Runs of requests that ask for at most `max_rows` samples together."""
-    parts: list[list[SampleRequest]] = []
+def _batches(requests: Sequence[SampleRequest], max_rows: int) -> list[list[SampleRequest]]:
+    """Consecutive requests grouped so that each group asks for at most `max_rows` samples."""
+    batches: list[list[SampleRequest]] = []
     rows = max_rows
     for request in requests:
-        if rows + request.num_samples > max_rows or not parts:
-            parts.append([])
+        if rows + request.num_samples > max_rows or not batches:
+            batches.append([])
             rows = 0
-        parts[-1].append(request)
+        batches[-1].append(request)
         rows += request.num_samples
-    return parts
+    return batches
 
 
 def _random_numbers(requests: Sequence[SampleRequest], max_tokens: int) -> torch.Tensor:
-    """[max_tokens, B] float64 in [0, 1): each request's from its own seed, on the CPU, so that devices agree."""
+    """[max_tokens, B] float64 in [0, 1): each request's from its own seed, and on the CPU so that all devices agree."""
     columns = []
     for request in requests:
         generator = torch.Generator().manual_seed(request.seed)

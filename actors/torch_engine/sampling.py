@@ -1,4 +1,4 @@
-"""Draw tokens and say how probable they were.
+"""Draw tokens and compute their log-probs.
 
 Shape letters: B rows, V vocabulary.
 """
@@ -11,7 +11,8 @@ from tora.types import Sampling
 
 
 def truncate(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """To -inf: logits outside the `top_k` largest, or outside the smallest set whose probability reaches `top_p`."""
+    """Set to -inf the logits outside the `top_k` largest, or outside the smallest set whose probability reaches
+    `top_p`."""
     if 0 < top_k < logits_BV.shape[1]:
         smallest_B1 = logits_BV.topk(top_k, dim=1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
@@ -25,7 +26,7 @@ def truncate(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def log_distribution(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Log-probs of the distribution that `sampling` draws from, [B, V] float32. Greedy: the untempered one."""
+    """[B, V] float32: log-probs of the distribution that `sampling` draws from; at temperature 1 if it is greedy."""
     logits_BV = logits_BV.float()
     if sampling.temperature > 0:
         logits_BV = logits_BV / sampling.temperature
@@ -33,10 +34,10 @@ def log_distribution(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tenso
 
 
 def draw(logprobs_BV: torch.Tensor, uniform_B: torch.Tensor, greedy: bool) -> torch.Tensor:
-    """One token a row, [B] int64, by inverting the cumulative distribution at `uniform_B` in [0, 1).
+    """One token per row, [B] int64, by inverting the cumulative distribution at `uniform_B` in [0, 1).
 
-    A row's token depends on its own random number alone, so a rollout does not depend on its neighbours in the batch.
-    float64, because the tail of a large vocabulary is lost in a float32 sum.
+    A row's token depends only on its own random number, so a rollout does not depend on its neighbours in the batch.
+    Sums are in float64, because a float32 sum loses the tail of a large vocabulary.
     """
     if greedy:
         return logprobs_BV.argmax(1)

@@ -1,1 +1,1 @@
-"""Generation with vLLM, whose adapters change between two of its steps."""
+"""Generation with vLLM. New policy versions are installed between two of its steps."""

@@ -1,4 +1,4 @@
-"""Where a snapshot's tensors live in vLLM 0.32's adapter slots; writing them there, and reading them back."""
+"""vLLM 0.32's adapter slots: where a snapshot's tensors go, writing them, and reading them back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tora.adapters.snapshot import GAIN, LORA_A, LORA_B
 from tora.errors import SyncError
 
 Tensors = Mapping[str, torch.Tensor]
-"""One module's tensors, by suffix of the wire format."""
+"""One module's tensors, by their suffix in the wire format; see `tora.adapters.snapshot`."""
 Placed = dict[str, list[Tensors | None]]
-"""For each vLLM layer that a snapshot touches: the tensors of each module packed into it, None for an absent one."""
+"""For each vLLM layer that a snapshot touches: the tensors of each module packed into it, None where absent."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a Hugging Face module lives in vLLM."""
+    """The place of a Hugging Face module in vLLM."""
 
     layer: str
     part: int
@@ -29,22 +29,22 @@ class Place:
 
 
 def find_places(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
-    """By Hugging Face name. Errors: SyncError for a module that no LoRA layer of this engine holds, or two that one
-    does."""
+    """By Hugging Face name. Raises SyncError if a module has no LoRA layer in this engine, or shares its place with
+    another."""
     places, rename = _places(manager), _renamer(manager.model)
     found: dict[str, Place] = {}
     for name in modules:
         place = places.get(rename(name))
         if place is None:
-            raise SyncError(f"{name} matches no LoRA layer of the engine; it has {_endings(places)}")
+            raise SyncError(f"{name} matches no LoRA layer of the engine; its layers end in {_endings(places)}")
         if place in found.values():
-            raise SyncError(f"{name} and another module of the snapshot are one and the same layer in the engine")
+            raise SyncError(f"{name} and another module of the snapshot map to the same layer of the engine")
         found[name] = place
     return found
 
 
 def _places(manager: Any) -> dict[str, Place]:
-    """By vLLM's name for the unpacked module."""
+    """All places, by vLLM's name for the unpacked module."""
     return {
         module: Place(layer, part)
         for layer in manager.modules
@@ -53,7 +53,7 @@ def _places(manager: Any) -> dict[str, Place]:
 
 
 def _renamer(model: Any) -> Any:
-    """Hugging Face's module name to vLLM's; None for one that vLLM leaves out."""
+    """Maps a Hugging Face module name to vLLM's, and to None if vLLM leaves the module out."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return lambda name: name
@@ -66,10 +66,9 @@ def _endings(names: Iterable[str]) -> str:
 
 
 def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
-    """This rank's part of each tensor at its place, in the slots' dtype and on their device: A and B are rounded here
-    and nowhere else.
+    """This rank's part of each tensor, by place, in the slots' dtype and on their device. The only rounding of A and B.
 
-    Errors: SyncError as for `find_places`, and for a tensor that does not fit.
+    Raises SyncError as `find_places` does, and if a tensor does not fit.
     """
     placed: Placed = {}
     for name, place in find_places(manager, modules).items():
@@ -78,7 +77,7 @@ def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
         slots = layer.lora_a_stacked[place.part]
         parts = placed.setdefault(place.layer, [None] * layer.n_slices)
         parts[place.part] = {
-            suffix: _local(layer, place.part, suffix, tensor).to(
+            suffix: _local_part(layer, place.part, suffix, tensor).to(
                 slots.device, torch.float32 if suffix == GAIN else slots.dtype
             )
             for suffix, tensor in modules[name].items()
@@ -86,8 +85,8 @@ def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
     return placed
 
 
-def _local(layer: Any, part: int, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
-    """This tensor-parallel rank's part of a module's A [R, I], B [O, R] or gain [O], cut as vLLM cuts A and B."""
+def _local_part(layer: Any, part: int, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
+    """This tensor-parallel rank's part of a module's A [R, I], B [O, R] or gain [O], sliced as vLLM slices A and B."""
     if layer.tp_size == 1:
         return tensor
     cut = layer.slice_lora_a if suffix == LORA_A else layer.slice_lora_b
@@ -100,20 +99,20 @@ def _local(layer: Any, part: int, suffix: str, tensor: torch.Tensor) -> torch.Te
 
 
 def _full_sizes(layer: Any, part: int) -> tuple[int, int]:
-    """Inputs and outputs of a module that is spread over tensor-parallel ranks."""
+    """Inputs and outputs of a whole module, over all tensor-parallel ranks."""
     base = layer.base_layer
     if layer.tp_size == 1:
         return layer.lora_a_stacked[part].shape[3], layer.part_sizes[part]
     if layer.n_slices == 1:
         return base.input_size, base.output_size
-    if hasattr(base, "total_num_kv_heads"):  # `output_sizes` counts a head that several ranks hold several times
+    if hasattr(base, "total_num_kv_heads"):  # `output_sizes` counts replicated heads once per rank
         return base.input_size, base.head_size * (base.total_num_kv_heads if part else base.total_num_heads)
     return base.input_size, base.output_sizes[part]
 
 
 def _check_fits(name: str, tensors: Tensors, layer: Any, part: int) -> None:
     if not isinstance(layer, GainLayer) or part >= layer.n_slices:
-        raise SyncError(f"the engine cannot adapt {name}, a {type(layer).__name__}")
+        raise SyncError(f"the engine cannot serve an adapter on {name}, a {type(layer).__name__}")
     rank_max = layer.lora_a_stacked[part].shape[2]
     size_in, size_out = _full_sizes(layer, part)
     rank = tensors[LORA_A].shape[0]
@@ -126,7 +125,7 @@ def _check_fits(name: str, tensors: Tensors, layer: Any, part: int) -> None:
 
 
 def slot_of(manager: Any, adapter_id: int) -> int:
-    """The slot of an adapter id, registered at its first use so that vLLM never looks for it on a disk."""
+    """The slot of an adapter id. Registers an id at its first use, so that vLLM never looks for the adapter on disk."""
     if adapter_id not in manager.lora_index_to_id:
         manager._registered_adapters[adapter_id] = LoRAModel(adapter_id, manager.lora_config.max_lora_rank, {})
         manager.activate_adapter(adapter_id)
@@ -134,9 +133,9 @@ def slot_of(manager: Any, adapter_id: int) -> int:
 
 
 def write(manager: Any, slot: int, placed: Placed) -> None:
-    """Modules that are absent run as the base.
+    """Modules absent from `placed` are reset to the base.
 
-    vLLM's own `set_lora` empties a slot before it fills it, which takes as long again.
+    vLLM's own `set_lora` clears a slot before filling it, which takes twice as long.
     """
     for name, layer in manager.modules.items():
         parts = placed.get(name)
@@ -150,7 +149,7 @@ def write(manager: Any, slot: int, placed: Placed) -> None:
 
 
 def _fill(place: torch.Tensor, tensor: torch.Tensor | None, *, dim: int) -> None:
-    """With the tensor, and beyond its rank along `dim` with zeros."""
+    """Copy the tensor, and zero the slot's remaining ranks along `dim`."""
     rank = 0 if tensor is None else tensor.shape[dim]
     if tensor is not None:
         place.narrow(dim, 0, rank).copy_(tensor, non_blocking=True)
@@ -159,16 +158,16 @@ def _fill(place: torch.Tensor, tensor: torch.Tensor | None, *, dim: int) -> None
 
 
 def read(manager: Any, slot: int, sent: Mapping[str, Tensors]) -> dict[str, dict[str, torch.Tensor]]:
-    """What the slot holds of the modules of a snapshot, on the CPU, by Hugging Face name and suffix.
+    """The slot's tensors for each module in `sent`, on the CPU, by Hugging Face name and suffix.
 
-    A tensor-parallel rank answers for its part: the rest is as `sent`. A gain of ones is answered for a module without.
-    Errors: SyncError where the slot adapts any other module.
+    Under tensor parallelism this rank's part is what its slot holds, and the rest is copied from `sent`. A module
+    without a gain reads back as a gain of ones. Raises SyncError if the slot holds an adapter on any other module.
     """
     places = find_places(manager, sent)
     for place in set(_places(manager).values()) - set(places.values()):
         layer = manager.modules[place.layer]
         if isinstance(layer, GainLayer) and place.part < layer.n_slices and not _is_base(layer, slot, place.part):
-            raise SyncError(f"the engine's {place.layer} is adapted, and the snapshot has nothing for it")
+            raise SyncError(f"the engine's {place.layer} is adapted, but the snapshot has no tensors for it")
     held = {}
     for name, place in places.items():
         layer, rank = manager.modules[place.layer], sent[name][LORA_A].shape[0]
@@ -180,14 +179,14 @@ def read(manager: Any, slot: int, sent: Mapping[str, Tensors]) -> dict[str, dict
         if layer.tp_size > 1:
             ones = {GAIN: torch.ones(sent[name][LORA_B].shape[0])}
             whole = {**ones, **sent[name]}
-            held[name] = {s: _filled(layer, place.part, s, whole[s], mine) for s, mine in held[name].items()}
+            held[name] = {s: _with_local_part(layer, place.part, s, whole[s], mine) for s, mine in held[name].items()}
     return held
 
 
-def _filled(layer: Any, part: int, suffix: str, whole: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
-    """`whole` in `mine`'s dtype, with this rank's part of it replaced by `mine`."""
+def _with_local_part(layer: Any, part: int, suffix: str, whole: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+    """`whole` in `mine`'s dtype, with this rank's part replaced by `mine`."""
     result = whole.to(mine.dtype).clone()
-    where = _local(layer, part, suffix, torch.arange(whole.numel()).view(whole.shape))
+    where = _local_part(layer, part, suffix, torch.arange(whole.numel()).view(whole.shape))
     result.view(-1)[where.reshape(-1)] = mine.reshape(-1)
     return result
 

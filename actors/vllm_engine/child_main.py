@@ -1,3 +1,4 @@
-"""What a process of vLLM's imports before vLLM itself: without the import fixes of `tora.compat` vLLM does not load."""
+"""Main module of vLLM's child processes: applies the import fixes of `tora.compat`, without which vLLM does not
+load."""
 
 import tora  # noqa: F401

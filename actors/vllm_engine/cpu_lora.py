@@ -1,4 +1,4 @@
-"""vLLM on a CPU: its LoRA product grouped by adapter slot, and a sampler that needs no C++ compiler.
+"""vLLM on a CPU: a LoRA product grouped by adapter slot, and a sampler that needs no C++ compiler.
 
 Shape letters: T tokens of a batch, I inputs, O outputs, R rank, B rows, V vocabulary.
 """
@@ -13,16 +13,16 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
 def install() -> None:
-    """Call before the model is built. Without effect on a GPU."""
+    """Call before the model is built. Does nothing on a GPU."""
     from vllm.platforms import current_platform
     from vllm.v1.sample import sampler
 
     if current_platform.is_cpu():
-        # vLLM 0.32: the platform names the class by its path, and there is no setting for it.
+        # vLLM 0.32 gets the class's import path from the platform and has no setting for it.
         path = f"{__name__}.{GroupedLoRA.__name__}"
         setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: path))  # noqa: B010
-        # vLLM 0.32 compiles this one function, for ranks that nobody here reads: seconds at the first request of each
-        # process, and a failure without a C++ compiler.
+        # vLLM 0.32 compiles this function to compute token ranks that are never read here. That costs seconds at the
+        # first request of each process and fails without a C++ compiler.
         setattr(sampler, "batched_count_greater_than", _count_at_least)  # noqa: B010
 
 
@@ -31,20 +31,20 @@ def _count_at_least(x_BV: torch.Tensor, values_B1: torch.Tensor) -> torch.Tensor
 
 
 class GroupedLoRA(PunicaWrapperCPU):
-    """Two small products for each slot in the batch."""
+    """Computes two small products for each slot in the batch."""
 
     _groups: Sequence[tuple[int, torch.Tensor | None]] = ()
-    """(slot, rows of the batch that use it); None stands for every row."""
+    """(slot, the batch's rows that use it), with None for all rows."""
 
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(mapping, *args, **kwargs)
         slot_T = self.token_lora_indices
         slots = torch.unique(slot_T).tolist()
-        alone = len(slots) == 1
-        self._groups = [(s, None if alone else (slot_T == s).nonzero()[:, 0]) for s in slots if s >= 0]
+        is_uniform = len(slots) == 1
+        self._groups = [(s, None if is_uniform else (slot_T == s).nonzero()[:, 0]) for s in slots if s >= 0]
 
-    # vLLM 0.32's own version gathers a [T, O, R] tensor of weights, 6 to 25 times slower than this, and for a token
-    # without adapter (index -1) it takes the last slot's weights: base rows beside adapter rows get the adapter.
+    # vLLM 0.32's own version gathers a [T, O, R] tensor of weights, which is 6 to 25 times slower. It also takes the
+    # last slot's weights for a token without adapter (index -1), so base rows in a mixed batch would get that adapter.
     def add_lora_linear(
         self,
         y: torch.Tensor,
@@ -57,7 +57,7 @@ class GroupedLoRA(PunicaWrapperCPU):
         buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`y[T, O] += scale · x[T, I] Aᵀ Bᵀ` in place, each token with its own slot's A [R, I] and B [O, R]."""
+        """`y[T, O] += scale · x[T, I] Aᵀ Bᵀ` in place, with A [R, I] and B [O, R] of each token's slot."""
         for slot, rows in self._groups:
             x_TI = x if rows is None else x[rows]
             start = 0

@@ -1,12 +1,12 @@
-"""Exact DoRA in vLLM 0.32: its LoRA layers with a gain for every output row and adapter slot.
+"""Exact DoRA in vLLM 0.32: LoRA layers with a gain for each output row and adapter slot.
 
     y = gain ⊙ (W x + B A x) + bias
 
 vLLM fuses the bias into the product with W, so the layer computes `gain ⊙ (W x + bias + B A x) + (1 - gain) ⊙ bias`.
-The buffers' last row, which vLLM's index -1 (a token without adapter) selects, keeps gain 1 and offset 0 for ever: such
-tokens get the base's output to the bit.
+The buffers' last row always has gain 1 and offset 0. vLLM's index -1, a token without adapter, selects it, so such
+tokens get exactly the base's output.
 
-Buffers are written in place and read by index, so CUDA graphs and compiled code see new values without a re-capture.
+Buffers are written in place and read by index, so CUDA graphs and compiled code see new values without recapture.
 Shape letters: S slots, T tokens of a batch, O outputs.
 """
 
@@ -21,8 +21,8 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 
 def install() -> None:
-    """From here on every linear layer that vLLM wraps for LoRA has a gain. Call before the model is built."""
-    # vLLM 0.32 refuses DoRA and has no hook for layer classes; its factory looks them up in this tuple.
+    """Give every linear layer that vLLM wraps for LoRA a gain. Call before the model is built."""
+    # vLLM 0.32 rejects DoRA and has no hook for layer classes. Its factory looks them up in this tuple.
     lora_utils._all_lora_classes = tuple(
         type(cls.__name__, (GainLayer, cls), {})
         if issubclass(cls, BaseLinearLayerWithLoRA) and not issubclass(cls, GainLayer)
@@ -32,10 +32,10 @@ def install() -> None:
 
 
 class GainLayer(BaseLinearLayerWithLoRA):
-    """Mixed in front of each of vLLM's LoRA linear layers."""
+    """Mixin placed before each of vLLM's LoRA linear layers."""
 
     gain_SO: torch.Tensor
-    """[S+1, O] float32, ones where a slot has no gain; bfloat16 would round every row by up to 0.4 %."""
+    """[S+1, O] float32, 1 where a slot has no gain. bfloat16 would round each row by up to 0.4 %."""
     offset_SO: torch.Tensor | None
     """[S+1, O] float32, (1 - gain) ⊙ bias; None for a layer without bias."""
 
@@ -49,17 +49,17 @@ class GainLayer(BaseLinearLayerWithLoRA):
 
     @property
     def part_sizes(self) -> list[int]:
-        """This rank's outputs of each Hugging Face module that vLLM packed into this layer, e.g. of q, k and v."""
+        """This rank's outputs of each Hugging Face module packed into this layer, such as q, k and v."""
         return [b.shape[2] for b in self.lora_b_stacked]
 
     @property
     def _bias_O(self) -> torch.Tensor | None:
-        """The bias that this layer adds; one that it hands to its successor lies outside the gain already."""
+        """The bias that this layer adds. A bias that it passes on to its caller is already outside the gain."""
         return None if self.base_layer.skip_bias_add else cast("torch.Tensor | None", self.base_layer.bias)
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         super().set_mapping(punica_wrapper)
-        # vLLM allocates these indices uninitialised, and padding rows of a CUDA graph read them.
+        # vLLM leaves these indices uninitialised, and the padding rows of a CUDA graph read them.
         punica_wrapper._token_lora_indices.fill_(-1)
 
     def reset_lora(self, index: int) -> None:
@@ -67,9 +67,10 @@ class GainLayer(BaseLinearLayerWithLoRA):
         self.set_gain(index, [None])
 
     def set_gain(self, index: int, gains: Sequence[torch.Tensor | None]) -> None:
-        """One gain [O] float32 per packed part, this rank's part of it, None for a part without.
+        """One gain [O] float32 per packed part, cut to this rank; None for a part without gain.
 
-        Ranks that each compute part of a sum scale their part: the gain is linear, and the bias is the first rank's.
+        Ranks of a row-parallel layer each scale their partial sum, which is exact because the gain is linear; only the
+        first rank adds the bias.
         """
         if all(gain is None for gain in gains):
             self.gain_SO[index] = 1
@@ -84,24 +85,25 @@ class GainLayer(BaseLinearLayerWithLoRA):
         self._slots_with_gain.add(index)
 
     def gain_part(self, index: int, part: int) -> torch.Tensor:
-        """[O] of one packed part, in place."""
+        """A view, [O], of one packed part's gain."""
         start = sum(self.part_sizes[:part])
         return self.gain_SO[index, start : start + self.part_sizes[part]]
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         output = super().apply(x, bias)
-        # Compiled code and CUDA graphs must not depend on what the slots hold; without them plain LoRA is spared.
+        # Compiled code and CUDA graphs must not depend on what the slots hold. Eager CPU code may, and skips unused
+        # gains.
         if output.device.type == "cpu" and not self._slots_with_gain:
             return output
         offset_SO = None if bias is None else self.offset_SO
-        # The wrapper's property for these indices slices by a Python int, which would be frozen into a graph.
+        # The wrapper's public property slices these indices by a Python int, which a graph would freeze.
         return apply_gain(output, self.gain_SO, offset_SO, self.punica_wrapper._token_lora_indices)
 
 
 def apply_gain(
     output: torch.Tensor, gain_SO: torch.Tensor, offset_SO: torch.Tensor | None, slot_T: torch.Tensor
 ) -> torch.Tensor:
-    """`gain ⊙ output + offset` with each token's slot, in float32, rounded once. `output`: [..., O], T rows in all."""
+    """`gain ⊙ output + offset` for each token's slot, in float32 and rounded once. `output`: [..., O] with T rows."""
     flat_TO = output.view(-1, output.shape[-1])
     slot_T = slot_T[: flat_TO.shape[0]]
     scaled_TO = flat_TO.float() * gain_SO[slot_T]

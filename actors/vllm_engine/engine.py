@@ -1,7 +1,7 @@
-"""VLLMEngine: vLLM in this process, stepped by one thread, fed by many.
+"""VLLMEngine: vLLM in this process, stepped by one thread and called from many.
 
-The thread builds vLLM, writes snapshots between its steps and ends it. Every other thread hands it commands and waits.
-What a new version means for the sequences that are running is `actors.vllm_engine.weight_updates`'.
+The engine's thread builds vLLM, steps it, installs snapshots between steps and shuts it down. Callers queue commands
+and wait for their futures. `actors.vllm_engine.weight_updates` decides what a new version does to running sequences.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed
 
 from actors.vllm_engine.arguments import engine_args
+from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.images import EngineInputs
 from actors.vllm_engine.process import Environment, build, engine_occupancy, rendezvous_address, shut_down
 from actors.vllm_engine.requests import (
     LoadedPolicy,
+    Slot,
     completion,
     completion_logprobs,
     loaded_policy,
     sampling_params,
     scoring_params,
 )
+from actors.vllm_engine.slot_contents import SlotContents, consensus
 from actors.vllm_engine.weight_updates import WeightUpdate
 from tora.errors import RolloutError, SyncError
 from tora.types import Completion, LogprobRequest, Occupancy, PolicySnapshot, SampleRequest, SyncReport
@@ -39,11 +42,10 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.inputs import EngineInput
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    from actors.vllm_engine.worker_extension import SlotContents
-
-_END_SECONDS = 60.0
-"""How long `close` waits for vLLM to end; its thread never keeps the process alive."""
+_SHUTDOWN_TIMEOUT_S = 60.0
+"""How long `close` waits for vLLM. The engine's thread is a daemon and never keeps the process alive."""
 
 
 class VLLMEngine:
@@ -51,88 +53,63 @@ class VLLMEngine:
 
     def __init__(
         self,
-        model_path: str,
+        config: EngineConfig,
         *,
-        dtype: Literal["bf16", "fp32"],
-        max_model_len: int | None,
-        lora_rank: int,
-        lora_targets: Sequence[str],
-        adapt_vision: bool = False,
-        max_pixels: int | None = None,
         update: WeightUpdate,
-        seed: int,
-        gpu_memory_utilization: float,
-        kv_cache_gib: float,
-        enforce_eager: bool,
-        tensor_parallel: int = 1,
         resources: ExitStack | None = None,
+        step: Callable[[LLMEngine], Sequence[Any]] = lambda llm: llm.step(),
     ) -> None:
-        """Blocks until vLLM is up. It seeds this process's random generators with `seed`.
+        """Blocks until vLLM is up.
 
-        `max_model_len`: tokens of prompt and completion, the model's own where None. `lora_targets`: linear layers of
-        the decoder; `adapt_vision` adds all of the vision tower's; neither counts where `update` is of whole weights.
-        `max_pixels`: of an image, as in `ImageProcessor`. `gpu_memory_utilization` is a share, and unused on a CPU;
-        `kv_cache_gib` is unused on a GPU. `tensor_parallel` processes of vLLM's share the weights; a sync then holds
-        generation up for its whole length, not for the copy alone. `resources` is closed once vLLM has ended: it
-        holds what lies behind `model_path`.
+        With an `update` of whole weights the config's adapter fields are ignored. `resources` is closed once vLLM has
+        shut down: pass what owns the folder behind `config.model_path`. `step` runs one step of vLLM on the engine's
+        thread and returns its outputs.
 
-        Errors: ValueError for an impossible argument, RolloutError where vLLM does not start.
+        Raises ValueError if an argument is impossible and RolloutError if vLLM does not start.
         """
         self._resources = resources or ExitStack()
-        self._update = update
-        self._takes_whole = tensor_parallel > 1 or update.num_slots == 0
+        self._update, self._step = update, step
+        # Tensor-parallel workers are processes that only one thread may talk to, and whole weights have no slot to
+        # stage for: either way the engine's thread makes the whole install in one call between two steps.
+        self._one_call_installs = config.tensor_parallel > 1 or update.num_slots == 0
         self._commands: deque[_Generate | _Install] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
-        self._policies: dict[int, LoadedPolicy] = {}  # by slot; from here on the engine's thread's own
-        self._answers: dict[int, Any] = {}  # what the loads of those policies answered
+        # From here on only the engine's thread touches these.
+        self._policies: dict[Slot, LoadedPolicy] = {}
+        self._contents: dict[Slot, SlotContents | None] = {}  # the answers to one-call installs
         self._newest: LoadedPolicy | None = None
-        self._in_flight: Counter[int] = Counter()  # unfinished vLLM requests by slot
+        self._in_flight: Counter[Slot] = Counter()  # unfinished vLLM requests
         self._running: dict[str, tuple[_Generate, int]] = {}  # by vLLM's request id
         self._request_ids = count()
         started: Future[None] = Future()
         self._environment = Environment()
         self._environment.prepare()
         try:
-            args = engine_args(
-                model_path,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                lora_rank=lora_rank,
-                lora_targets=lora_targets,
-                adapt_vision=adapt_vision,
-                max_pixels=max_pixels,
-                num_slots=update.num_slots,
-                async_scheduling=update.async_scheduling,
-                seed=seed,
-                gpu_memory_utilization=gpu_memory_utilization,
-                kv_cache_gib=kv_cache_gib,
-                enforce_eager=enforce_eager,
-                tensor_parallel=tensor_parallel,
-            )
+            args = engine_args(config, update)
             self._thread = threading.Thread(target=self._main, args=(args, started), name="vllm-engine", daemon=True)
             self._thread.start()
             started.result()
         except BaseException:
-            self._environment.restore_own()
+            self._environment.restore_vllm()
             self._resources.close()
             raise
         finally:
-            self._environment.restore_others()
+            self._environment.restore_except_vllm()
 
     def generate(self, requests: Sequence[SampleRequest], *, adapter: bool = True) -> list[list[Completion]]:
-        """See `Engine`; `adapter=False` asks the base.
+        """See `Engine`; `adapter=False` generates with the base model.
 
-        Errors: ValueError for a request vLLM would refuse; RolloutError before the first snapshot, and once the engine
+        Raises ValueError if vLLM would reject a request, and RolloutError before the first snapshot and once the engine
         has failed or is closed.
         """
         for request in requests:
-            self._check(request.token_ids, request.sampling.max_tokens)
+            self._check_tokens(request.token_ids, request.sampling.max_tokens)
 
         def completions(output: Any, index: int, policy: LoadedPolicy) -> list[Completion]:
             samples = [completion(sample, self._update.versions(sample, policy)) for sample in output.outputs]
-            return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: all the same
+            return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: vLLM sampled one
 
         inputs = self._input_maker()
         prompts = [inputs(request.token_ids, request.images) for request in requests]
@@ -140,9 +117,9 @@ class VLLMEngine:
         return self._submit(_Generate(prompts, params, completions, adapter)).result()
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
-        """See `Engine`. Errors: as for `generate`."""
+        """See `Engine`. Raises as `generate` does."""
         for request in requests:
-            self._check(request.token_ids + request.completion, 1)
+            self._check_tokens(request.token_ids + request.completion, 1)
 
         def logprobs(output: Any, index: int, policy: LoadedPolicy) -> np.ndarray:
             return completion_logprobs(output, len(requests[index].completion))
@@ -152,22 +129,22 @@ class VLLMEngine:
         return self._submit(_Generate(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
 
     def install(self, snapshot: PolicySnapshot) -> SyncReport:
-        """Blocks until it is written, between two steps, and read back; see `WeightUpdate` for when it has to wait.
+        """Blocks until the snapshot is written, between two steps, and read back; see `WeightUpdate.must_wait`.
 
-        Requests that arrive meanwhile run under the new version. Nothing is written for a snapshot that a slot holds
-        already. Errors: SyncError, and the former version stays; RolloutError as for `generate`.
+        Requests that arrive meanwhile run under the new version. A snapshot that its slot already holds is not written
+        again. Raises SyncError, keeping the previous version, and RolloutError as `generate` does.
         """
         start = time.perf_counter()
         with self._wake:
             self._check_alive()
             llm = self._llm
-        if self._takes_whole:  # several processes listen to one thread alone, and whole weights replace others'
+        if self._one_call_installs:
             held, stall = self._submit(_Install(snapshot, None)).result()
         else:
-            # Reading, hashing and casting happen here, in the caller's thread, while the engine's steps on.
+            # Reading, hashing and casting happen in the caller's thread, while the engine's thread keeps stepping.
             (placed,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
-            adapter_id, stall = self._submit(_Install(snapshot, placed)).result()
-            (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, adapter_id))
+            _, stall = self._submit(_Install(snapshot, placed)).result()
+            (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, self._update.slot(snapshot.version)))
         return SyncReport(
             version=snapshot.version,
             nbytes=snapshot.nbytes,
@@ -179,27 +156,26 @@ class VLLMEngine:
         )
 
     def occupancy(self) -> Occupancy:
-        """See `Engine`. Errors: RolloutError once the engine has failed or is closed."""
+        """See `Engine`. Raises RolloutError once the engine has failed or is closed."""
         with self._wake:
-            if self._failure is not None or self._closing:
-                raise _gone(self._failure)
+            self._check_alive()
             llm = self._llm
         return engine_occupancy(llm)
 
     def close(self) -> None:
-        """Ends vLLM; whoever waits for a completion gets a RolloutError. May be called twice."""
+        """Shuts vLLM down. Pending calls raise RolloutError. May be called twice."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        self._thread.join(_END_SECONDS)
-        # vLLM's parts hold one another, some through weak keys. What frees C++'s memory must not run whenever the
-        # garbage collector pleases: amid torch.compile's tracing it fails, and breaks that.
+        self._thread.join(_SHUTDOWN_TIMEOUT_S)
+        # vLLM's objects form reference cycles, some through weak keys. Collect them now: finalisers that free C++
+        # memory fail, and break torch.compile, if they run while it is tracing.
         gc.collect()
         gc.collect()
-        self._environment.restore_own()
+        self._environment.restore_vllm()
         self._resources.close()
 
-    def _check(self, token_ids: tuple[int, ...], num_new: int) -> None:
+    def _check_tokens(self, token_ids: tuple[int, ...], num_new: int) -> None:
         if len(token_ids) == 0:
             raise ValueError("a prompt is empty")
         if len(token_ids) + num_new > self._max_model_len:
@@ -208,11 +184,11 @@ class VLLMEngine:
                 f"tokens, more than max_model_len {self._max_model_len}"
             )
         if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            raise ValueError(f"a prompt has token ids outside of the model's vocabulary of {self._vocab_size}")
+            raise ValueError(f"a prompt has token ids outside the model's vocabulary of {self._vocab_size}")
 
     def _check_alive(self) -> None:
         if self._failure is not None or self._closing:
-            raise _gone(self._failure)
+            raise _engine_error(self._failure)
 
     def _input_maker(self) -> EngineInputs:
         with self._wake:
@@ -226,13 +202,13 @@ class VLLMEngine:
             self._wake.notify_all()
         return command.future
 
-    # From here on: the engine's thread.
+    # The engine's thread
 
     def _main(self, args: EngineArgs, started: Future[None]) -> None:
-        llm, met, owns_group = None, "", not torch.distributed.is_initialized()
+        llm, address, owns_group = None, "", not torch.distributed.is_initialized()
         try:
             llm = self._llm = build(args)
-            met = rendezvous_address(llm)
+            address = rendezvous_address(llm)
             self._max_model_len: int = llm.model_config.max_model_len
             self._vocab_size: int = llm.model_config.get_vocab_size()
             self._inputs = EngineInputs(llm)
@@ -240,16 +216,16 @@ class VLLMEngine:
             while self._wait_for_work():
                 self._run_commands()
                 if self._running:
-                    for output in llm.step():
+                    for output in self._step(llm):
                         self._deliver(output)
-            self._abandon(None)
-        except BaseException as error:  # whatever it was, nobody may be left waiting
+            self._fail_all(None)
+        except BaseException as error:  # whatever it is, every pending call must fail
             if not started.done():
-                refused = isinstance(error, ValueError)
-                started.set_exception(error if refused else RolloutError(f"vLLM did not start: {error}"))
-            self._abandon(error)
+                is_rejection = isinstance(error, ValueError)
+                started.set_exception(error if is_rejection else RolloutError(f"vLLM did not start: {error}"))
+            self._fail_all(error)
         if llm is not None:
-            shut_down(llm, owns_group, met)
+            shut_down(llm, owns_group, address)
             del self._llm, llm
             self.__dict__.pop("_inputs", None)
 
@@ -259,18 +235,18 @@ class VLLMEngine:
             return not self._closing
 
     def _run_commands(self) -> None:
-        """In the order of their arrival. A load that has to wait for its slot holds up what came after it."""
+        """In order of arrival. An install that must wait for its slot holds up the commands behind it."""
         while True:
             with self._wake:
                 if not self._commands or self._must_wait(self._commands[0]):
                     return
                 command = self._commands[0]
             if isinstance(command, _Install):
-                self._load(command)
+                self._install(command)
             else:
-                self._begin(command)
+                self._start_requests(command)
             with self._wake:
-                self._commands.popleft()  # only now, so that `_abandon` finds it if vLLM raises
+                self._commands.popleft()  # only now, so that `_fail_all` finds it if vLLM raises
 
     def _must_wait(self, command: _Generate | _Install) -> bool:
         if isinstance(command, _Generate):
@@ -278,31 +254,34 @@ class VLLMEngine:
         slot = self._update.slot(command.snapshot.version)
         return self._update.must_wait(self._in_flight[slot]) and not self._holds(slot, command.snapshot)
 
-    def _holds(self, slot: int, snapshot: PolicySnapshot) -> bool:
+    def _holds(self, slot: Slot, snapshot: PolicySnapshot) -> bool:
         held = self._policies.get(slot)
         return held is not None and (held.version, held.sha256) == (snapshot.version, snapshot.sha256)
 
-    def _load(self, command: _Install) -> None:
+    def _install(self, command: _Install) -> None:
         start = time.perf_counter()
         slot = self._update.slot(command.snapshot.version)
         if not self._holds(slot, command.snapshot):
             try:
-                self._answers[slot] = self._write(command, slot)
+                self._contents[slot] = self._write(command, slot)
             except SyncError as error:
                 command.future.set_exception(error)
                 return
             self._policies[slot] = loaded_policy(slot, command.snapshot)
-            self._update.written(self._llm, self._policies[slot])
+            self._update.on_installed(self._llm, self._policies[slot])
         self._newest = self._policies[slot]
-        command.future.set_result((self._answers[slot], time.perf_counter() - start))
+        command.future.set_result((self._contents[slot], time.perf_counter() - start))
 
-    def _write(self, command: _Install, slot: int) -> Any:
-        if command.placed is None:
-            return agreed(self._llm.collective_rpc("take_snapshot", args=(command.snapshot, slot)))
-        self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
-        return slot
+    def _write(self, command: _Install, slot: Slot) -> SlotContents | None:
+        """None if the snapshot was staged: then the caller reads the slot back."""
+        if command.placed is not None:
+            self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
+            return None
+        if slot is None:
+            return consensus(self._llm.collective_rpc("install_weights", args=(command.snapshot,)))
+        return consensus(self._llm.collective_rpc("install_adapter", args=(command.snapshot, slot)))
 
-    def _begin(self, command: _Generate) -> None:
+    def _start_requests(self, command: _Generate) -> None:
         if self._newest is None:
             command.future.set_exception(RolloutError("the engine was asked to generate before its first snapshot"))
             return
@@ -317,34 +296,35 @@ class VLLMEngine:
             self._in_flight[self._newest.slot] += 1
 
     def _deliver(self, output: Any) -> None:
-        """Only finished requests come out, with all their samples."""
+        """`output`: a finished request with all its samples; vLLM returns no others here."""
         command, index = self._running[output.request_id]
         assert command.policy is not None
         self._in_flight[command.policy.slot] -= 1
-        command.done[index] = command.read(output, index, command.policy)
+        command.done[index] = command.convert(output, index, command.policy)
         if len(command.done) == len(command.prompts):
             command.future.set_result([command.done[i] for i in range(len(command.prompts))])
-        del self._running[output.request_id]  # only now, so that `_abandon` finds it if something raises
+        del self._running[output.request_id]  # only now, so that `_fail_all` finds it if something raises
 
-    def _abandon(self, cause: BaseException | None) -> None:
-        """No command will be answered any more."""
+    def _fail_all(self, cause: BaseException | None) -> None:
+        """Fail every pending command."""
         with self._wake:
             self._failure, self._closing = cause, True
-            waiting = [*self._commands, *(command for command, _ in self._running.values())]
+            pending = [*self._commands, *(command for command, _ in self._running.values())]
             self._commands.clear()
-        for command in waiting:
+        for command in pending:
             if not command.future.done():
-                command.future.set_exception(_gone(cause))
+                command.future.set_exception(_engine_error(cause))
 
 
 @dataclass(eq=False)
 class _Generate:
     prompts: Sequence[EngineInput]
     params: Sequence[SamplingParams]
-    read: Callable[[Any, int, LoadedPolicy], Any]
-    """The answer to a prompt from vLLM's `RequestOutput`, its index, and the newest policy when it began."""
+    convert: Callable[[Any, int, LoadedPolicy], Any]
+    """Makes a prompt's answer from vLLM's `RequestOutput`, the prompt's index and the newest policy when it began."""
     adapter: bool
     policy: LoadedPolicy | None = None
+    """The newest when the requests began."""
     done: dict[int, Any] = field(default_factory=dict)
     """Answers by index into `prompts`."""
     future: Future[list[Any]] = field(default_factory=Future)
@@ -354,23 +334,12 @@ class _Generate:
 class _Install:
     snapshot: PolicySnapshot
     placed: Any
-    """What `stage_snapshot` answered; None where vLLM's processes stage it themselves."""
+    """The answer of `stage_snapshot`; None for a one-call install."""
     future: Future[tuple[Any, float]] = field(default_factory=Future)
-    """The adapter id, or what those processes hold; and the seconds between two steps that it took."""
+    """The slot's contents after a one-call install, else None; and the seconds that generation stalled."""
 
 
-def agreed(answers: Sequence[SlotContents | str]) -> SlotContents:
-    """What tensor-parallel ranks all hold. Errors: SyncError where one answers what is wrong, or where they differ."""
-    for answer in answers:
-        if isinstance(answer, str):
-            raise SyncError(answer)
-        if answer != answers[0]:
-            raise SyncError(f"tensor-parallel ranks hold different policies: {answers[0]} and {answer}")
-    assert not isinstance(answers[0], str)
-    return answers[0]
-
-
-def _gone(cause: BaseException | None) -> RolloutError:
+def _engine_error(cause: BaseException | None) -> RolloutError:
     if cause is None:
         return RolloutError("the engine is closed")
     error = RolloutError(f"the engine's thread ended with {type(cause).__name__}: {cause}")

@@ -1,7 +1,7 @@
-"""Inside vLLM's worker: a snapshot of whole weights in place of those that it serves, by vLLM 0.32's own reloading.
+"""Inside vLLM's worker: replaces the served weights by a snapshot of whole weights, through vLLM 0.32's reloading.
 
-vLLM keeps weights re-packed for its kernels, so they cannot be read back: the digest is of what it was handed. That it
-serves them, the canary shows.
+vLLM repacks weights for its kernels, so they cannot be read back: the digest covers what vLLM was handed, and the
+canary checks that it serves it.
 """
 
 from __future__ import annotations
@@ -17,52 +17,53 @@ from safetensors import safe_open
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from actors.vllm_engine.slot_contents import SlotContents
 from tora.adapters.snapshot import add_to_digest
 from tora.errors import SyncError
 from tora.models.family import families
 from tora.models.load import is_derived, read_config, shard_files
 
 
-def replace_weights(worker: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str, int]:
-    """Answers the digest of the tensors that vLLM was handed, their dtype, and how many modules they belong to.
+def replace_weights(worker: Any, tensors: Mapping[str, torch.Tensor]) -> SlotContents:
+    """Loads the tensors one at a time, so that only one is copied at once.
 
-    One tensor at a time is in memory beside those given. Errors: SyncError, with nothing replaced, unless they are all
-    those of the model or all but the vision tower's.
+    Raises SyncError, with nothing replaced, unless the tensors are the whole model's, or the model's without its vision
+    tower.
     """
     _check_complete(tensors, Path(worker.model_config.model))
     dtype, sha = worker.model_config.dtype, hashlib.sha256()
 
-    def handed() -> Iterator[tuple[str, torch.Tensor]]:
+    def handed_over() -> Iterator[tuple[str, torch.Tensor]]:
         for name in sorted(tensors):
             tensor = tensors[name].to(dtype)
             add_to_digest(sha, name, tensor)
             yield name, tensor
 
-    worker.reload_weights(weights_iterator=handed())
+    worker.reload_weights(weights_iterator=handed_over())
     if worker.device.type == "cpu":
         for module in worker.model_runner.get_model().modules():
-            if isinstance(module, ParallelLMHead):  # one that is tied keeps the old embedding, re-packed
+            if isinstance(module, ParallelLMHead):  # a tied head would keep the old embedding, repacked
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
     modules = {name.rpartition(".")[0] for name in tensors}
-    return sha.hexdigest(), str(dtype).removeprefix("torch."), len(modules)
+    return SlotContents(sha.hexdigest(), str(dtype).removeprefix("torch."), len(modules))
 
 
 def _check_complete(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Against the folder that the engine was loaded from."""
+    """Compares names and shapes with the folder that the engine was loaded from."""
     expected, tower = _expected(folder)
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected.get(name):
-            raise SyncError(f"{name} of shape {tuple(tensor.shape)} is no tensor of the engine's model")
+            raise SyncError(f"{name} of shape {tuple(tensor.shape)} is not a tensor of the engine's model")
     missing = sorted(expected.keys() - tensors.keys())
     if tower and not any(name.startswith(tower) for name in tensors):
         missing = [name for name in missing if not name.startswith(tower)]
     if missing:
-        raise SyncError(f"the snapshot lacks {missing[0]} of the engine's model")
+        raise SyncError(f"the snapshot lacks {missing[0]}, a tensor of the engine's model")
 
 
 @cache
 def _expected(folder: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
-    """Shapes by Hugging Face name, and the prefix of the vision tower's names. Kept, since every sync asks."""
+    """Shapes by Hugging Face name, and the prefix of the vision tower's names. Cached because every sync needs them."""
     config, shapes = read_config(folder), {}
     for file in shard_files(folder):
         with safe_open(file, framework="pt") as shard:

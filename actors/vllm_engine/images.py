@@ -1,4 +1,4 @@
-"""Images on their way into vLLM 0.32: its arguments for a model that takes them, and a request as it wants it."""
+"""Images into vLLM 0.32: engine arguments for a vision model, and requests with images."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 
 def image_args(model_path: str, *, max_pixels: int | None, adapt_vision: bool) -> dict[str, Any]:
-    """Of vLLM's `EngineArgs`; none for a text model. `adapt_vision`: the tower and its mergers carry adapters."""
+    """Arguments for vLLM's `EngineArgs`; none for a text model. `adapt_vision`: the tower and its mergers carry
+    adapters."""
     if "vision_config" not in _config(model_path):
         return {}
     args: dict[str, Any] = {
         "limit_mm_per_prompt": {"video": 0},
         "enable_tower_connector_lora": adapt_vision,
-        # On the device it would round otherwise than the processor does, whose pixels the learner takes.
+        # The learner uses the processor's pixels; normalising on the device would round differently.
         "mm_device_do_normalize": False,
-        # A prompt's samples share its pixels without it, and otherwise it grows to 4 GiB.
+        # Off: samples of a prompt share its pixels anyway, and the cache would grow to 4 GiB.
         "mm_processor_cache_gb": 0,
     }
     if max_pixels is not None:
@@ -34,14 +35,16 @@ def image_args(model_path: str, *, max_pixels: int | None, adapt_vision: bool) -
 
 
 def vision_linears(model_path: str) -> list[str]:
-    """vLLM's names of all linear layers of Qwen3-VL's vision tower and mergers.
+    """vLLM's names of all linear layers in Qwen3-VL's vision tower and mergers.
 
-    Whole names, because vLLM takes a bare `proj` for the patch embedding's convolution too, and refuses that.
-    Errors: ValueError for a text model.
+    Full names, because a bare `proj` would also match the patch embedding's convolution, which vLLM rejects. Raises
+    ValueError for a text model.
     """
     vision = _config(model_path).get("vision_config")
     if vision is None:
-        raise ValueError(f"{model_path} holds a model without a vision tower, which could carry an adapter")
+        raise ValueError(
+            f"{model_path} holds a model without a vision tower, so there is nothing for a vision adapter to adapt"
+        )
     blocks = [f"visual.blocks.{i}" for i in range(vision["depth"])]
     deep = [f"visual.deepstack_merger_list.{i}" for i in range(len(vision["deepstack_visual_indexes"]))]
     attention = [f"{block}.attn.{leaf}" for block in blocks for leaf in ("qkv", "proj")]
@@ -54,21 +57,21 @@ def _config(model_path: str) -> dict[str, Any]:
 
 
 class EngineInputs:
-    """From expanded token ids and encoded images to what vLLM's `add_request` takes."""
+    """Turns expanded token ids and encoded images into the input of vLLM's `add_request`. Thread-safe."""
 
     def __init__(self, llm: LLMEngine) -> None:
         self._renderer = llm.renderer
         self._image_token: int | None = getattr(llm.model_config.hf_config, "image_token_id", None)
-        self._lock = Lock()  # the processor's tokenizer does not like two threads at once
+        self._lock = Lock()  # the processor's tokenizer is not thread-safe
 
     def __call__(self, token_ids: Sequence[int], images: Sequence[bytes]) -> EngineInput:
-        """Errors: ValueError where vLLM's processor makes other token ids of the images than there are."""
+        """Raises ValueError if vLLM's processor expands the images to different token ids."""
         from vllm.inputs import tokens_input
 
         if not images:
             return tokens_input(list(token_ids))
         if self._image_token is None:
-            raise ValueError(f"a prompt has {len(images)} images, and the engine's model takes none")
+            raise ValueError(f"a prompt has {len(images)} images, but the engine's model takes none")
         short, length = collapsed(token_ids, self._image_token, len(images))
         prompt: Any = {
             "prompt_token_ids": short,
@@ -79,18 +82,19 @@ class EngineInputs:
         found = list(made["prompt_token_ids"])
         if found != list(token_ids[:length]):
             raise ValueError(
-                f"vLLM expands a prompt with {len(images)} images to {len(found)} tokens, where it has {length}: "
-                "the processors or their limits of pixels differ"
+                f"vLLM expands a prompt with {len(images)} images to {len(found)} tokens, but it has {length}: "
+                "the image processors or their pixel limits differ"
             )
         made["prompt_token_ids"] = [*found, *token_ids[length:]]
         return made
 
 
 def collapsed(token_ids: Sequence[int], image_token: int, count: int) -> tuple[list[int], int]:
-    """The tokens up to the end of the `count`-th run of placeholders, each run as the one that vLLM expands, and how
-    many tokens these were. Placeholders further on were sampled, and stand for no image.
+    """The tokens up to the end of the `count`-th run of placeholders, with each run collapsed to the single placeholder
+    that vLLM expands; and the number of tokens before collapsing. Later placeholders were sampled and stand for no
+    image.
 
-    Errors: ValueError where there are fewer runs.
+    Raises ValueError if there are fewer than `count` runs.
     """
     short: list[int] = []
     length, left = 0, count
@@ -101,4 +105,4 @@ def collapsed(token_ids: Sequence[int], image_token: int, count: int) -> tuple[l
         left -= token == image_token
         if left == 0:
             return short, length
-    raise ValueError(f"a prompt has {count} images and {count - left} places for them")
+    raise ValueError(f"a prompt has {count} images but placeholders for {count - left}")

@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 _REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""The engine lives in this process; else vLLM on a CPU starts one process for the engine and one for the worker."""
+"""Run the engine in this process. By default vLLM on a CPU starts one process for the engine and one for the worker."""
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM's own choice pins every engine to the same cores
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default every engine is pinned to the same cores
 }
 
 
 class Environment:
-    """What vLLM needs in `os.environ`, and the way back from what it leaves there.
+    """Sets the environment variables that vLLM needs, and undoes the changes that vLLM makes.
 
-    On its way up vLLM sets LD_PRELOAD, LOCAL_WORLD_SIZE and more for children that an engine in this process never
-    has; the learner's torchrun contract and later subprocesses would read them. Its own variables it reads again while
-    it runs.
+    At start-up vLLM sets LD_PRELOAD, LOCAL_WORLD_SIZE and others for child processes that an in-process engine does not
+    have. They would disturb the learner's torchrun variables and later subprocesses, so they are restored once vLLM is
+    up. Variables named VLLM_* are read while vLLM runs and are restored after it has shut down.
     """
 
     def __init__(self) -> None:
@@ -43,12 +43,12 @@ class Environment:
             os.environ.setdefault(name, value)
         os.environ.update(_REQUIRED)
 
-    def restore_others(self) -> None:
-        """All but VLLM_*, once vLLM is up."""
+    def restore_except_vllm(self) -> None:
+        """All variables except VLLM_*. Call once vLLM is up."""
         self._restore({name for name in self._before.keys() | os.environ.keys() if not name.startswith("VLLM_")})
 
-    def restore_own(self) -> None:
-        """VLLM_*, once it has ended."""
+    def restore_vllm(self) -> None:
+        """VLLM_* variables. Call once vLLM has shut down."""
         self._restore({name for name in self._before.keys() | os.environ.keys() if name.startswith("VLLM_")})
 
     def _restore(self, names: set[str]) -> None:
@@ -60,23 +60,23 @@ class Environment:
 
 
 def build(args: EngineArgs) -> LLMEngine:
-    """All of vLLM in this process. Errors: ValueError for arguments that vLLM refuses; anything else is a failure."""
+    """Start vLLM in this process. Raises ValueError if vLLM rejects the arguments, and whatever it raises otherwise."""
     import pydantic
     from vllm.model_executor.models import registry
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    # vLLM 0.32 looks at the model's class in a new Python, to keep CUDA out of a process that will fork. This one will
-    # not; the other Python would lack the import fixes of `tora.compat`, and takes seconds.
+    # vLLM 0.32 inspects the model's class in a new Python process, to keep CUDA out of a process that will fork. This
+    # process does not fork, and the new one would take seconds and lack the import fixes of `tora.compat`.
     registry._run_in_subprocess = lambda inspect: inspect()
     try:
         with _children_import_tora():
             return LLMEngine.from_engine_args(args)
-    except pydantic.ValidationError as error:  # a ValueError of many lines
+    except pydantic.ValidationError as error:  # a ValueError with many lines
         raise ValueError("; ".join(e["msg"] for e in error.errors())) from error
 
 
 def engine_occupancy(llm: LLMEngine) -> Occupancy:
-    """Of an engine in this process. Reads what the engine's thread writes, and takes an answer that is a step old."""
+    """Reads state that the engine's thread writes, without a lock: the answer may be one step old."""
     scheduler = llm.engine_core.engine_core.scheduler  # pyright: ignore[reportAttributeAccessIssue]
     requests = list(scheduler.requests.values())
     return Occupancy(scheduler.kv_cache_manager.usage, sum(request.num_preemptions for request in requests))
@@ -84,8 +84,8 @@ def engine_occupancy(llm: LLMEngine) -> Occupancy:
 
 @contextmanager
 def _children_import_tora() -> Iterator[None]:
-    """For vLLM's tensor-parallel ranks. A process that is spawned imports its parent's main module before anything
-    else, which here may be anybody's: it gets ours instead."""
+    """For vLLM's tensor-parallel ranks. A spawned process first imports its parent's main module, which may be any
+    program; this replaces it by `child_main`."""
     prepare = spawn.get_preparation_data
 
     def prepare_with_tora(name: str) -> dict[str, Any]:
@@ -106,15 +106,15 @@ def rendezvous_address(llm: LLMEngine) -> str:
 
 
 def shut_down(llm: LLMEngine, owns_group: bool, rendezvous_address: str) -> None:
-    """Leaves no file behind.
+    """Shuts vLLM down and removes the files that it leaves.
 
-    `owns_group`: vLLM made this process's default process group; one that it found is the learner's and stays.
+    `owns_group`: vLLM created this process's default process group. Otherwise the group is the learner's and is kept.
     """
     from vllm.v1.engine import core
 
-    clean_up = getattr(core, "cleanup_dist_env_and_memory")  # noqa: B009  (pyright: it is vLLM's import)
+    clean_up = getattr(core, "cleanup_dist_env_and_memory")  # noqa: B009  (pyright: not exported)
     if not owns_group:
-        # vLLM 0.32 ends by destroying the default group, whoever made it.
+        # vLLM 0.32 destroys the default group on shutdown even if it did not create it.
         setattr(core, "cleanup_dist_env_and_memory", _free_own_groups)  # noqa: B010
     try:
         llm.engine_core.shutdown()
@@ -124,7 +124,7 @@ def shut_down(llm: LLMEngine, owns_group: bool, rendezvous_address: str) -> None
 
 
 def _remove_rendezvous(address: str) -> None:
-    """vLLM 0.32 leaves the file that its processes met by, and on a CPU the memory that several of them shared."""
+    """vLLM 0.32 leaves behind its rendezvous file and, on a CPU, the shared memory of tensor-parallel ranks."""
     if not address.startswith("file://"):
         return
     file = Path(address.removeprefix("file://"))
@@ -136,5 +136,5 @@ def _free_own_groups() -> None:
     import torch.distributed
     from vllm.distributed.parallel_state import destroy_model_parallel
 
-    if torch.distributed.is_initialized():  # the learner may have ended first
+    if torch.distributed.is_initialized():  # the learner may have left it first
         destroy_model_parallel()

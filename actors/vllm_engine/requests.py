@@ -1,4 +1,4 @@
-"""Requests to vLLM 0.32 and its answers, in Tora's types."""
+"""Between Tora's types and vLLM 0.32's requests and outputs."""
 
 from __future__ import annotations
 
@@ -16,51 +16,55 @@ if TYPE_CHECKING:
 
 
 _MIN_TEMPERATURE = 0.01
-"""vLLM raises a lower one to this without a word, and the learner would score under another distribution."""
+"""vLLM silently clamps lower values, and the learner would score under a different distribution."""
+
+
+Slot = int | None
+"""vLLM's id for an adapter slot, from 1; None where the snapshot replaces the model's own weights."""
 
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy version in an adapter slot, or in slot 0, the weights themselves."""
+    """A policy version that the engine holds."""
 
     version: int
-    slot: int
+    slot: Slot
     lora: LoRARequest | None
     """None for whole weights."""
     sha256: str
-    """The sender's."""
+    """`PolicySnapshot.sha256`."""
 
 
-def loaded_policy(slot: int, snapshot: PolicySnapshot) -> LoadedPolicy:
-    """vLLM's prefix and encoder caches are keyed by the adapter's name: by version, and by content too, because a run
-    that resumed from a checkpoint comes to a version number for the second time."""
+def loaded_policy(slot: Slot, snapshot: PolicySnapshot) -> LoadedPolicy:
+    """Names the adapter by version and content, because vLLM keys its prefix and encoder caches by that name. The
+    version alone is not enough: a run resumed from a checkpoint reaches the same version number again."""
     from vllm.lora.request import LoRARequest
 
     name = f"policy@{snapshot.version}:{snapshot.sha256[:16]}"
-    lora = LoRARequest(name, slot, f"mem://{snapshot.version}") if slot else None
+    lora = LoRARequest(name, slot, f"mem://{snapshot.version}") if slot is not None else None
     return LoadedPolicy(snapshot.version, slot, lora, snapshot.sha256)
 
 
 def sampling_params(request: SampleRequest) -> SamplingParams:
-    """Errors: ValueError for what vLLM cannot sample."""
+    """Raises ValueError if vLLM cannot sample this way."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
 
     sampling = request.sampling
     if 0 < sampling.temperature < _MIN_TEMPERATURE:
-        raise ValueError(f"temperature {sampling.temperature} is below vLLM's least, {_MIN_TEMPERATURE}; 0 is greedy")
+        raise ValueError(f"temperature {sampling.temperature} is below vLLM's minimum, {_MIN_TEMPERATURE}; 0 is greedy")
     try:
         return SamplingParams(
             n=1 if sampling.temperature == 0 else request.num_samples,
-            seed=_spread(request.seed),
+            seed=_hashed(request.seed),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
-            ignore_eos=True,  # stop tokens are those of the request, none of the model's
-            logprobs=0,  # of the sampled token alone
+            ignore_eos=True,  # only the request's own stop tokens count
+            logprobs=0,  # only the sampled token's
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -69,19 +73,19 @@ def sampling_params(request: SampleRequest) -> SamplingParams:
         raise ValueError(str(error)) from error
 
 
-def _spread(seed: int) -> int:
-    """vLLM gives sample i the seed `seed + i`: neighbouring seeds would share samples."""
+def _hashed(seed: int) -> int:
+    """vLLM gives sample i the seed `seed + i`, so neighbouring seeds would share samples."""
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:6])
 
 
 def scoring_params() -> SamplingParams:
-    """For log-probs of the prompt's own tokens; vLLM reports them untempered whatever it samples with."""
+    """For the log-probs of the prompt's own tokens, which vLLM always reports at temperature 1."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         max_tokens=1,
-        prompt_logprobs=0,  # of the prompt's tokens alone; vLLM then takes nothing from the prefix cache
+        prompt_logprobs=0,  # only the prompt tokens'; vLLM then skips the prefix cache
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -93,12 +97,13 @@ def completion(output: Any, versions_L: np.ndarray) -> Completion:
     token_ids = np.asarray(output.token_ids, dtype=np.int64)
     logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
     assert output.finish_reason in ("stop", "length"), f"vLLM ended a request with {output.finish_reason!r}"
-    assert logprobs.shape == token_ids.shape, "vLLM returned other log-probs than the sampled tokens'"
-    assert versions_L.shape == token_ids.shape, "vLLM returned versions of other tokens than it sampled"
+    assert logprobs.shape == token_ids.shape, "vLLM returned a different number of log-probs than tokens"
+    assert versions_L.shape == token_ids.shape, "vLLM returned versions for a different number of tokens"
     return Completion(token_ids, logprobs, versions_L, output.finish_reason == "stop")
 
 
 def completion_logprobs(output: Any, length: int) -> np.ndarray:
-    """[length] float32: of the last tokens of the prompt, from vLLM's `RequestOutput` to `scoring_params`."""
+    """[length] float32: for the last `length` tokens of the prompt, from vLLM's `RequestOutput` for
+    `scoring_params`."""
     flat = output.prompt_logprobs
     return np.asarray([flat.logprobs[i] for i in flat.start_indices[-length:]], dtype=np.float32)

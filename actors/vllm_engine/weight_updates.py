@@ -1,7 +1,7 @@
-"""What a new policy version means for the sequences that are running: `rollout.update`.
+"""What a new policy version does to running sequences: `rollout.update`.
 
-vLLM keys its prefix cache by the adapter's name and a block's place in the sequence, so a name stands for the weights
-that computed a block, and no two requests share a block unless those were the same.
+vLLM keys its prefix cache by the adapter's name and the tokens up to each block. Adapter names here identify the
+weights that computed a block, so two requests share a block only if the same weights computed it.
 """
 
 from __future__ import annotations
@@ -12,34 +12,35 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from actors.vllm_engine.requests import LoadedPolicy
+    from actors.vllm_engine.requests import LoadedPolicy, Slot
 
 
 class WeightUpdate(Protocol):
     num_slots: int
-    """Adapter slots that it needs; 0 where snapshots are of whole weights."""
+    """Adapter slots needed; 0 for whole weights."""
     async_scheduling: bool | None
-    """vLLM's argument; None is its own choice."""
+    """vLLM's argument; None for its default."""
 
-    def slot(self, version: int) -> int:
-        """The adapter id of a version, from 1; 0 for whole weights."""
+    def slot(self, version: int) -> Slot:
+        """Where to install a version."""
         ...
 
     def must_wait(self, num_running: int) -> bool:
-        """Whether a slot that so many unfinished requests use may not be overwritten yet."""
+        """Whether a slot used by `num_running` unfinished requests must not be overwritten yet."""
         ...
 
-    def written(self, llm: Any, policy: LoadedPolicy) -> None:
-        """Called between two steps, once the policy is in its slot."""
+    def on_installed(self, llm: Any, policy: LoadedPolicy) -> None:
+        """Called between two steps, as soon as the policy is in its slot."""
         ...
 
     def versions(self, sample: Any, began: LoadedPolicy) -> np.ndarray:
-        """The version of each token of vLLM's `CompletionOutput`, [L] int64. `began`: the newest when it began."""
+        """[L] int64: the version of each token of vLLM's `CompletionOutput`. `began`: the newest policy when the
+        request began."""
         ...
 
 
 class BetweenRollouts:
-    """A request keeps the version that it began with: as many slots as versions that may be in flight, in a ring."""
+    """A request keeps the version that it began with. Slots form a ring, one for each version that may be in flight."""
 
     async_scheduling: bool | None = None
 
@@ -48,54 +49,56 @@ class BetweenRollouts:
             raise ValueError(f"num_slots is {num_slots}; an engine needs at least 1")
         self.num_slots = num_slots
 
-    def slot(self, version: int) -> int:
+    def slot(self, version: int) -> Slot:
         return 1 + version % self.num_slots
 
     def must_wait(self, num_running: int) -> bool:
         return num_running > 0
 
-    def written(self, llm: Any, policy: LoadedPolicy) -> None:
-        """A version's requests know it by name."""
+    def on_installed(self, llm: Any, policy: LoadedPolicy) -> None:
+        """Nothing to do: requests name their version's adapter."""
 
     def versions(self, sample: Any, began: LoadedPolicy) -> np.ndarray:
         return np.full(len(sample.token_ids), began.version, np.int64)
 
 
 class WholeWeights(BetweenRollouts):
-    """There is one policy, in place of the model's own weights: a new one waits for the last rollout of the old."""
+    """Each version replaces the model's own weights, so it waits for the last rollout of the previous version."""
 
     def __init__(self) -> None:
         self.num_slots = 0
 
-    def slot(self, version: int) -> int:
-        return 0
+    def slot(self, version: int) -> Slot:
+        return None
 
-    def written(self, llm: Any, policy: LoadedPolicy) -> None:
-        """What was cached without an adapter's name was the old policy's."""
-        emptied = llm.reset_prefix_cache()
-        assert emptied, "a block of vLLM's prefix cache was in use between two rollouts"
+    def on_installed(self, llm: Any, policy: LoadedPolicy) -> None:
+        """Cached blocks have no adapter name and belong to the old version, so all caches are emptied."""
+        was_emptied = llm.reset_prefix_cache()
+        assert was_emptied, "a block of vLLM's prefix cache was in use between two rollouts"
         llm.reset_encoder_cache()
-        llm.reset_mm_cache()  # the worker's half went with the weights
+        llm.reset_mm_cache()  # vLLM emptied the worker's half when it reloaded the weights
 
 
 class InFlight:
-    """Running requests go on under the new version, in the one slot."""
+    """Running requests continue under the new version, in the only slot."""
 
     num_slots = 1
-    # Else vLLM has a step under way while its scheduler prepares the next, and labels the one with the other's version.
+    # With async scheduling vLLM prepares a step while the previous one runs, and labels the running step with the wrong
+    # version.
     async_scheduling: bool | None = False
 
     def __init__(self, *, recompute_kv: bool) -> None:
-        """`recompute_kv`: compute the keys and values of what a request has so far again, instead of keeping them."""
+        """`recompute_kv`: recompute the keys and values of running requests under the new version, instead of keeping
+        them."""
         self._recompute_kv = recompute_kv
 
-    def slot(self, version: int) -> int:
+    def slot(self, version: int) -> Slot:
         return 1
 
     def must_wait(self, num_running: int) -> bool:
         return False
 
-    def written(self, llm: Any, policy: LoadedPolicy) -> None:
+    def on_installed(self, llm: Any, policy: LoadedPolicy) -> None:
         llm.set_weight_version(str(policy.version))
         if self._recompute_kv:
             llm.reset_prefix_cache(reset_running_requests=True)
@@ -104,25 +107,25 @@ class InFlight:
         block_size = scheduler.kv_cache_manager.block_pool.hash_block_size
         for request in scheduler.requests.values():
             if request.lora_request is not None:
-                _carry(request, policy, block_size)
+                _move_to(request, policy, block_size)
 
     def versions(self, sample: Any, began: LoadedPolicy) -> np.ndarray:
         return np.concatenate([np.full(s.end - s.start, int(s.version)) for s in sample.weight_versions])
 
 
-def _carry(request: Any, policy: LoadedPolicy, block_size: int) -> None:
-    """Give vLLM's unfinished `Request` the policy's name, and the blocks that it has yet to compute their new keys.
+def _move_to(request: Any, policy: LoadedPolicy, block_size: int) -> None:
+    """Move vLLM's unfinished `Request` to the new policy's name, and rehash the blocks that it has yet to compute.
 
-    A request that has computed nothing is the new version's like any other. The keys and values of one that goes on
-    come of more than one version, so its further blocks get a name that no other request has.
+    A request that has computed nothing belongs to the new version like any later one. A request that continues has keys
+    and values from more than one version, so its further blocks are named after the request and shared with no other.
     """
     assert policy.lora is not None
     old, is_fresh = request.lora_request, request.num_computed_tokens == 0
     name = policy.lora.lora_name if is_fresh else f"{policy.lora.lora_name}+{request.request_id}"
     request.lora_request = type(old)(name, old.lora_int_id, policy.lora.lora_path)
     del request.block_hashes[request.num_computed_tokens // block_size :]
-    # The outputs of a tower with an adapter are cached under the adapter's name and the image's hash. A request that
-    # has run is known to vLLM's worker under the old name.
+    # The outputs of an adapted vision tower are cached by adapter name and image hash. vLLM's worker knows a request
+    # that has already run by the old name.
     if is_fresh and request.num_preemptions == 0:
         request.mm_features = [
             replace(f, identifier=name + f.identifier.removeprefix(old.lora_name))

@@ -45,7 +45,7 @@ def test_sync_measures_an_engine(tmp_path: Path) -> None:
     assert [(r["update"], r["lora_type"]) for r in syncs] == [(u, k) for u in UPDATES for k in ("lora", "dora")]
     assert 0 < syncs[0]["nbytes"] < syncs[1]["nbytes"]
     for row in syncs:
-        assert 0 < row["stall_ms"][0] <= row["stall_ms"][1] and row["load_ms"] > row["stall_ms"][0]
+        assert 0 < row["stall_ms"][0] <= row["stall_ms"][1] and row["install_ms"] > row["stall_ms"][0]
         assert row["copy_ms"][0] > 0 and row["tokens_per_s"] > 0
     assert [r["lora_type"] for r in speeds] == ["lora", "dora"] and all(r["ratio"] > 0 for r in speeds)
 

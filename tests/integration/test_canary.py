@@ -1,8 +1,8 @@
-"""Deliberately broken syncs, with a real learner and real vLLM: each is caught by the digest or by the canary."""
+"""Deliberately find_disagreement syncs with a real learner and real vLLM. The digest or the canary catches each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from actors.vllm_engine.weight_updates import BetweenRollouts
 
 
 def score(effect: float, noise: float, *, off_noise: float | None = None) -> tuple[ProbeLogprobs, ProbeLogprobs]:
-    """A learner's scores, and an engine's that differ from them by `noise`."""
+    """A learner's scores, and an engine's scores that differ from them by `noise`."""
     rng = np.random.default_rng(0)
     off = rng.normal(-3, 1, 500)
     on = off + rng.normal(0, effect, 500)
@@ -37,11 +37,11 @@ def score(effect: float, noise: float, *, off_noise: float | None = None) -> tup
 
 
 @pytest.mark.parametrize(("effect", "noise", "max_gap"), [(0, 0, 1e-4), (0.3, 1e-6, 1e-4), (3e-3, 3e-2, 0.1)])
-def test_numerics_alone_pass(effect: float, noise: float, max_gap: float) -> None:
+def test_numerical_noise_alone_passes(effect: float, noise: float, max_gap: float) -> None:
     assert find_disagreement(*score(effect, noise), max_gap) is None
 
 
-def test_each_way_to_be_broken_has_its_words() -> None:
+def test_each_kind_of_breakage_has_its_own_message() -> None:
     good = score(0.1, 1e-6)[0]
     assert good.off_N is not None
     assert "moves the learner's" in str(find_disagreement(*score(0.3, 0.3, off_noise=1e-6), 1.0)), "far below the bound"
@@ -78,12 +78,12 @@ def drop(placed: adapter_slots.Placed) -> adapter_slots.Placed:
 
 
 def scale(placed: adapter_slots.Placed) -> adapter_slots.Placed:
-    """By alpha / rank, which the wire has in B already."""
+    """By alpha / rank, which is already folded into B."""
     return {n: [p and {**p, LORA_B: 8 * p[LORA_B]} for p in parts] for n, parts in placed.items()}
 
 
 @pytest.mark.parametrize("change", [drop, scale])
-def test_the_digest_catches_what_was_written_wrong(
+def test_the_digest_catches_wrongly_written_tensors(
     run: Run, change: Callable[[adapter_slots.Placed], adapter_slots.Placed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = adapter_slots.write
@@ -93,8 +93,8 @@ def test_the_digest_catches_what_was_written_wrong(
         run.sync()
 
 
-def test_the_digest_catches_what_was_left_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot of fewer modules, into a slot that is not emptied first."""
+def test_the_digest_catches_leftover_tensors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot of fewer modules, written into a slot that is not reset first."""
     write = adapter_slots.write
 
     def without_reset(manager: Any, slot: int, placed: adapter_slots.Placed) -> None:
@@ -115,18 +115,18 @@ def test_the_digest_catches_what_was_left_over(run: Run, monkeypatch: pytest.Mon
 
 
 def test_the_canary_catches_a_swapped_module(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """k and v have one shape: every tensor finds a place, and lies there as it was sent."""
-    places = adapter_slots._places
+    """k and v have the same shape, so every tensor fits its wrong place and reads back as it was sent."""
+    find_places = adapter_slots.find_places
     swap = {"k_proj": "v_proj", "v_proj": "k_proj"}
 
-    def swapped(manager: Any) -> dict[str, adapter_slots.Place]:
-        found = places(manager)
+    def swapped(manager: Any, modules: Iterable[str]) -> dict[str, adapter_slots.Place]:
+        found = find_places(manager, modules)
         layer0 = "layers.0."
         return {n: found[n[:-6] + swap[n[-6:]]] if layer0 in n and n[-6:] in swap else p for n, p in found.items()}
 
-    monkeypatch.setattr(adapter_slots, "_places", swapped)
+    monkeypatch.setattr(adapter_slots, "find_places", swapped)
     run.change(0.02)
-    with pytest.raises(SyncError, match="applied in part, wrongly, or to another slot"):
+    with pytest.raises(SyncError, match="applied in part, or wrongly, or to another slot"):
         run.sync()
 
 
@@ -138,7 +138,7 @@ def test_the_canary_catches_a_learner_that_sends_the_wrong_scaling(run: Run, mon
         LoRALinear, "to_wire", lambda self, adapter, norm: {**wire(self, adapter, norm), LORA_B: adapter["lora_b"]}
     )
     run.change(0.02)
-    with pytest.raises(SyncError, match="applied in part, wrongly"):
+    with pytest.raises(SyncError, match="applied in part, or wrongly"):
         run.sync()
 
 
@@ -161,7 +161,7 @@ def test_the_canary_catches_an_adapter_that_is_not_applied(run: Run, monkeypatch
         run.sync()
 
 
-def test_in_bf16_the_digest_is_of_rounded_tensors_and_the_canary_passes(tmp_path: Path) -> None:
+def test_in_bf16_the_digest_covers_rounded_tensors_and_the_canary_passes(tmp_path: Path) -> None:
     folder = make_text_model(tmp_path, dtype=torch.bfloat16)
     run = Run(folder, "dora", "bf16")
     worker = run.serve(partial(start_engine, folder, dtype="bf16"))
@@ -189,7 +189,7 @@ def test_the_torch_engine(tmp_path: Path, shared: bool) -> None:
             canary.check(run.learner.version, run.learner, Workers(run.worker))
 
 
-def test_what_is_scored_lies_behind_the_images() -> None:
+def test_only_tokens_after_the_images_are_scored() -> None:
     image, text = 5, tuple(range(10, 16))
     prompts = [replace(PROBES[0], token_ids=ids) for ids in ((1, *[image] * 40, *text), (1, *[image] * 4, *text * 10))]
     canary = Canary(prompts, every=1, max_gap=1e-4, has_adapter=True, image_token=image)

@@ -1,4 +1,4 @@
-"""Several nodes, as several raylets with object stores of their own on this machine."""
+"""Several nodes, simulated by raylets with separate object stores on one machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SNAPSHOT_BYTES = 20 << 20
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Ray's `Cluster`, of a head without CPUs; runs join it."""
+    """Ray's `Cluster` with a head node without CPUs. Runs join it."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -45,7 +45,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(nodes: Any) -> dict[str, str]:
-    """With one node for learner ranks and two for rollout workers; answers their names by node id."""
+    """One node for learner ranks and two for rollout workers. Maps node ids to names."""
     names = {nodes.head_node.node_id: "head"}
     for name, resource in {
         "learner": "tora_learner",
@@ -89,7 +89,7 @@ def test_a_snapshot_reaches_each_node_once(cluster: dict[str, str]) -> None:
         (locations,) = get_local_object_locations([ref]).values()
         held_by = sorted(cluster[node] for node in locations["node_ids"])
         assert held_by == ["learner", "rollout a", "rollout b"], (
-            "put once, fetched once by each node, none by the driver"
+            "put once and fetched once by each node, never by the driver"
         )
         summary = memory_summary(stats_only=True)
         assert f"Plasma memory usage {3 * SNAPSHOT_BYTES >> 20} MiB" in summary, summary
@@ -123,7 +123,7 @@ def test_a_worker_joins_a_running_job_once_there_is_room(nodes: Any, tmp_path: P
         tmp_path / "run", "num_steps=400", "rollout.engine=torch", "rollout.num_workers=1", "rollout.max_workers=2"
     ) as run:
         wait_for(lambda: len(rows(tmp_path / "run")) >= 3, run)
-        assert {row["rollout/workers"] for row in rows(tmp_path / "run")} == {1}, "a rank and a worker fill the cluster"
+        assert {row["rollout/workers"] for row in rows(tmp_path / "run")} == {1}, "no room for a second worker"
         nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
         wait_for(lambda: rows(tmp_path / "run")[-1]["rollout/workers"] == 2, run)
         run.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Reward functions that hang, crash and lie, in real processes; and what becomes of their rollouts."""
+"""Reward functions that hang, crash or return nonsense, in real processes, and the effect on their rollouts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from fakes import FakeWorker, make_group, make_prompt, make_snapshot
@@ -18,7 +19,7 @@ from actors.rollout_metrics import summarize_evaluation
 from actors.worker import RolloutWorker
 from tora.errors import ConfigError, RolloutError
 from tora.rewards.processes import RewardProcesses
-from tora.types import FailedReward, Group, Prompt
+from tora.types import FailedReward, Group, GroupResult, Prompt
 
 SOURCE = """
 import os, re, time
@@ -31,7 +32,7 @@ def _each(completions, bad, act):
 def good(completions, **columns): return [1.0] * len(completions)
 def raises(completions, **columns): return _each(completions, "bad", lambda: 1 / 0)
 def hangs(completions, **columns): return _each(completions, "bad", lambda: time.sleep(3600))
-# one call in C, deaf to signals' handlers and holding the interpreter's lock
+# one call in C, which holds the interpreter's lock and blocks signal handlers
 def holds_the_lock(completions, **columns): return _each(completions, "bad", lambda: re.match("(a+)+$", "a" * 60 + "b"))
 def dies(completions, **columns): return _each(completions, "bad", lambda: os._exit(3))
 def nan(completions, **columns): return [float("nan") if c == "bad" else 1.0 for c in completions]
@@ -40,6 +41,7 @@ def too_few(completions, **columns): return [float(len(c)) for c in completions]
 def slow(completions, **columns): time.sleep(0.3); return [1.0] * len(completions)
 def pid(completions, **columns): return [float(os.getpid())] * len(completions)
 """
+Scored = TypeVar("Scored", Group, GroupResult)
 PROMPT = Prompt(0, (1,), "q", {"answer": "2"})
 
 
@@ -77,13 +79,13 @@ def ask(rewarder: RewardProcesses, texts: list[str]) -> list:
         ("nan", "returned nan"),
     ],
 )
-def test_a_bad_completion_costs_itself_alone(make, function: str, reason: str) -> None:
+def test_a_bad_completion_costs_only_itself(make, function: str, reason: str) -> None:
     rewarder = make("good", function)
     rows = ask(rewarder, ["a", "bad", "abc"])
     assert isinstance(rows[1], FailedReward)
     assert (rows[1].name, rows[1].reason[: len(reason)]) == (function, reason)
     assert [rows[i][function] for i in (0, 2)] == ([1, 1] if function == "nan" else [1, 3])
-    assert ask(rewarder, ["ab"])[0]["good"] == 1, "and the next group is scored"
+    assert ask(rewarder, ["ab"])[0]["good"] == 1, "the next group is scored"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_a_wrong_result(make, function: str, reason: str) -> None:
     if function == "forgets":
         assert rows == [FailedReward(function, reason)] * 2
     else:
-        assert rows == [{"too_few": 3.0}, {"too_few": 1.0}], "alone it answers rightly"
+        assert rows == [{"too_few": 3.0}, {"too_few": 1.0}], "correct when called for one completion"
 
 
 def test_a_hanging_function_holds_a_group_for_twice_its_limit_at_most(make) -> None:
@@ -103,7 +105,7 @@ def test_a_hanging_function_holds_a_group_for_twice_its_limit_at_most(make) -> N
     start = time.perf_counter()
     rows = ask(rewarder, ["bad"] * 16)
     assert all(isinstance(row, FailedReward) for row in rows)
-    assert time.perf_counter() - start < 60, "starts of new processes aside"
+    assert time.perf_counter() - start < 60, "not counting starts of new processes"
 
 
 def test_a_config_that_names_no_function_is_refused_at_once(modules: None) -> None:
@@ -162,10 +164,10 @@ def test_a_child_ends_with_a_parent_that_was_killed(modules: None) -> None:
         time.sleep(0.1)
 
 
-# What becomes of the rollouts.
+# The effect on rollouts
 
 
-def failing(group: Group, number: int, name: str = "mine") -> Group:
+def failing(group: Scored, number: int, name: str = "mine") -> Scored:
     """`number` of its rollouts failed."""
     rollouts = group.rollouts[: len(group.rollouts) - number]
     return replace(group, rollouts=rollouts, failures=(FailedReward(name, "returned nan"),) * number)
@@ -212,16 +214,16 @@ def test_a_worker_drops_the_rollouts_whose_reward_failed(make) -> None:
 
 
 def test_a_group_of_fewer_than_two_rollouts_is_dropped() -> None:
-    keep = SignalFilter(config(0))
+    signal = SignalFilter(config(0))
     whole = make_group(make_prompt(0), [0, 1, 1])
-    assert keep.keeps(failing(whole, 1))
-    assert not keep.keeps(failing(whole, 2))
-    assert not keep.keeps(failing(whole, 3))
-    generated, drops = keep.take()
-    assert (len(generated), drops) == (3, 0), "not counted among those without a signal"
+    assert signal.admit(failing(whole, 1))
+    assert not signal.admit(failing(whole, 2))
+    assert not signal.admit(failing(whole, 3))
+    generated, drops = signal.drain()
+    assert (len(generated), drops) == (3, 0), "not counted as dropped for want of a signal"
 
 
-def test_a_failed_answer_is_no_right_one() -> None:
+def test_a_failed_reward_does_not_count_as_correct() -> None:
     groups = [make_group(make_prompt(0), [1.0]), failing(make_group(make_prompt(1), [1.0]), 1)]
     result = summarize_evaluation(groups)
     assert (result.accuracy, result.reward, result.num_prompts) == (0.5, 0.5, 2)
@@ -230,7 +232,7 @@ def test_a_failed_answer_is_no_right_one() -> None:
 class Failing(FakeWorker):
     share = 0.25
 
-    async def run_group(self, prompt: Prompt) -> Group:
+    async def run_group(self, prompt: Prompt) -> GroupResult:
         return failing(await super().run_group(prompt), round(4 * self.share))
 
 
@@ -244,7 +246,7 @@ def test_failures_are_counted_and_too_many_end_the_run(caplog: pytest.LogCapture
         assert batch.metrics["reward/failed_share"] == 0.25
         assert batch.metrics["reward/failed/mine"] == 4
         assert sum(len(m.lengths_B) for m in batch.micro_batches) == 4 * 3
-        assert caplog.text.count("reward mine returned nan") == 1, "told once"
+        assert caplog.text.count("reward mine returned nan") == 1, "warned once"
         Failing.share = 1.0
         try:
             rollouts.publish(make_snapshot(1))

@@ -1,4 +1,4 @@
-"""Runs whose processes are killed: real Ray, real engines, signals from outside."""
+"""Runs whose processes are killed from outside, with real Ray and real engines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def output(folder: Path) -> str:
 
 
 def descendants(pid: int) -> list[int]:
-    """Of a process and in its session; Ray's own are in sessions of their own, so parents are followed."""
+    """All descendants of a process. Found by parent, because Ray's processes have their own sessions."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -38,7 +38,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def actors(pid: int, name: str) -> list[int]:
-    """Processes of Ray actors of a class: `ray::CLASS` by name, and `ray::CLASS.METHOD` while they run one."""
+    """Processes of a class's Ray actors, titled `ray::CLASS`, or `ray::CLASS.METHOD` while a method runs."""
     found = []
     for child in descendants(pid):
         try:
@@ -66,7 +66,7 @@ def test_a_killed_worker_is_replaced_and_its_groups_run_again(tmp_path: Path) ->
     check_nothing_lost(folder, done)
 
 
-def test_a_killed_learner_rank_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_run_with_a_killed_learner_rank_continues_from_the_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torch = ["rollout.engine=torch", "learner_ranks=2", "num_steps=14", "checkpoint.every=3", "checkpoint.keep=99"]
     with tora_run(folder, *torch, "max_learner_restarts=1") as run:
@@ -96,10 +96,10 @@ def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Pat
 
 @pytest.mark.parametrize("engine", ["vllm", "torch"])
 def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path, engine: str) -> None:
-    """It ends normally, no group lost, none trained twice, the staleness bound kept.
+    """It ends normally, with no group lost or trained twice and the staleness bound kept.
 
-    Workers that run a group are killed, not those that start: where that takes longer than the kills are apart, none
-    would ever be up.
+    Only workers that are running a group are killed. If starting takes longer than the time between kills, killing
+    starting workers would never let one come up.
     """
     folder, rng, kills = tmp_path / "run", random.Random(0), 0
     whole = ["batch_size=16", "grpo_samples=16", "num_steps=60", "rollout.num_workers=2", f"rollout.engine={engine}"]
@@ -123,7 +123,7 @@ def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path
 
 
 def shared_memory(pids: list[int]) -> set[str]:
-    """Files under /dev/shm that the processes have open or mapped."""
+    """Files in /dev/shm that the processes have open or mapped."""
     found = set()
     for pid in pids:
         try:
@@ -150,11 +150,11 @@ def test_a_stop_leaves_a_checkpoint_and_nothing_else(tmp_path: Path, how: str) -
         memory, ports = shared_memory(pids), listening(pids)
         assert len(actors(run.pid, "RolloutActor")) == 2 and ports
         if how == "Ctrl-C":
-            os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to the whole group
+            os.killpg(run.pid, signal.SIGINT)  # to the whole process group, as a terminal does
         else:
             os.kill(run.pid, signal.SIGTERM)
         assert run.wait(180) == 130
-    deadline = time.monotonic() + 10  # Ray's last processes end by themselves
+    deadline = time.monotonic() + 10  # Ray's last processes end on their own
     while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)

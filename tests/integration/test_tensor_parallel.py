@@ -1,4 +1,4 @@
-"""One engine whose weights two of vLLM's processes share, against PEFT in float32."""
+"""One engine with its weights split over two vLLM processes, against PEFT in float32."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ pytest.importorskip("vllm")
 
 from peft_reference import PROMPT, TOLERANCE, Reference, request, start_engine
 
-from actors.vllm_engine.engine import agreed
-from actors.vllm_engine.worker_extension import SlotContents
+from actors.vllm_engine.slot_contents import Refusal, SlotContents, consensus
 from tora.errors import SyncError
 
 
@@ -40,7 +39,7 @@ def test_two_ranks_serve_the_policy_that_was_sent(tmp_path: Path, family: str) -
         damaged[100] ^= 1
         with pytest.raises(SyncError, match="damaged"):
             engine.install(replace(sent, version=9, data=damaged))
-        assert np.isfinite(engine.generate([request(PROMPT)])[0][0].logprobs).all(), "and the engine goes on"
+        assert np.isfinite(engine.generate([request(PROMPT)])[0][0].logprobs).all(), "the engine keeps running"
     finally:
         engine.close()
     assert not [p for p in workers if p.is_running()]
@@ -48,15 +47,15 @@ def test_two_ranks_serve_the_policy_that_was_sent(tmp_path: Path, family: str) -
 
 
 def _shared() -> set[str]:
-    """Names of what vLLM's processes share."""
+    """Names of files and shared memory that vLLM's processes share."""
     names = {*os.listdir("/dev/shm"), *os.listdir(tempfile.gettempdir())}
     return {name for name in names if name.startswith(("psm_", "vllm_"))}
 
 
 def test_ranks_that_differ_are_an_error() -> None:
     held = SlotContents("abc", "float32", 7)
-    assert agreed([held, held]) == held
+    assert consensus([held, held]) == held
     with pytest.raises(SyncError, match="different policies"):
-        agreed([held, replace(held, sha256="abd")])
+        consensus([held, replace(held, sha256="abd")])
     with pytest.raises(SyncError, match="no place"):
-        agreed([held, "no place"])
+        consensus([held, Refusal("no place")])

@@ -1,9 +1,8 @@
-"""vLLM against PEFT, teacher-forced in float32, on tiny random models. One engine per family serves all tests."""
+"""vLLM against teacher-forced PEFT in float32, on tiny random models. All tests share one engine per family."""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepped import StepGate
 from tiny import LINEARS, make_text_model
 
 pytest.importorskip("vllm")
@@ -28,29 +28,30 @@ from tora.types import Completion, SampleRequest, Sampling
 @pytest.fixture(scope="module", params=["qwen3", "qwen2"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = make_text_model(tmp_path_factory.mktemp(request.param), request.param, tied=request.param == "qwen3")
-    engine = start_engine(folder)
+    gate = StepGate()
+    engine = start_engine(folder, gate=gate)
     with pytest.raises(RolloutError, match="first snapshot"):
         engine.generate([SampleRequest(PROMPT, 1, 0, Sampling(4))])
-    yield Served(engine, Reference(folder))
+    yield Served(engine, Reference(folder), gate)
     engine.close()
     with pytest.raises(RolloutError, match="closed"):
         engine.generate([SampleRequest(PROMPT, 1, 0, Sampling(4))])
 
 
 class Served:
-    """An engine, its reference, and a version number that only grows."""
+    """An engine, its reference and an increasing version number."""
 
-    def __init__(self, engine: VLLMEngine, reference: Reference) -> None:
-        self.engine, self.reference, self.version = engine, reference, 0
+    def __init__(self, engine: VLLMEngine, reference: Reference, gate: StepGate) -> None:
+        self.engine, self.reference, self.gate, self.version = engine, reference, gate, 0
 
-    def load(self, kind: str, seed: int) -> int:
+    def install(self, kind: str, seed: int) -> int:
         self.version += 1
         report = self.engine.install(self.reference.snapshot(self.version, kind, seed))
         assert report.version == self.version
         return self.version
 
     def check(self, kind: str, seed: int, *requests: SampleRequest) -> list[list[Completion]]:
-        """Generates, and compares every token with the reference."""
+        """Generates and compares every token with the reference."""
         groups = self.engine.generate(requests)
         for r, group in zip(requests, groups, strict=True):
             assert len(group) == r.num_samples
@@ -63,7 +64,7 @@ class Served:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_successive_syncs_serve_the_policy_that_was_sent(served: Served, kind: str) -> None:
     for seed in (1, 2):
-        served.load(kind, seed)
+        served.install(kind, seed)
         served.check(kind, seed, request(), request(LONG_PROMPT))
     apart = request(num_samples=1)
     (completion,) = served.check(kind, 2, apart)[0]
@@ -79,18 +80,18 @@ def test_report_counts_and_proves_what_arrived(served: Served) -> None:
     assert replace(again, seconds=0, stall_seconds=0) == replace(report, seconds=0, stall_seconds=0), "idempotent"
 
 
-def test_modules_absent_from_a_snapshot_are_those_of_the_base(served: Served) -> None:
-    served.load("dora", 1)
-    served.load("dora", 2)
-    served.version += 1  # into the slot of the first
+def test_modules_absent_from_a_snapshot_run_as_the_base(served: Served) -> None:
+    served.install("dora", 1)
+    served.install("dora", 2)
+    served.version += 1  # goes into the first version's slot
     name = "model.layers.1.mlp.down_proj"
     zero = {name + LORA_A: torch.zeros(RANK, 256), name + LORA_B: torch.zeros(128, RANK)}
     assert served.engine.install(pack(served.version, zero)).num_modules == 1
     served.check("base", 0, request())
 
 
-def test_truncated_sampling_reports_the_distribution_it_drew_from(served: Served) -> None:
-    served.load("dora", 1)
+def test_truncated_sampling_reports_log_probs_under_the_truncated_distribution(served: Served) -> None:
+    served.install("dora", 1)
     cold = request(temperature=0.7, top_p=0.8, num_samples=4)
     served.check("dora", 1, cold, request(temperature=1.3, top_k=5))
     (completion, *_) = served.engine.generate([cold])[0]
@@ -99,7 +100,7 @@ def test_truncated_sampling_reports_the_distribution_it_drew_from(served: Served
 
 
 def test_greedy_is_finite_and_repeats_one_completion(served: Served) -> None:
-    served.load("lora", 1)
+    served.install("lora", 1)
     greedy = request(temperature=0.0, num_samples=3)
     first, *others = served.check("lora", 1, greedy, request())[0]
     assert np.isfinite(first.logprobs).all()
@@ -107,16 +108,16 @@ def test_greedy_is_finite_and_repeats_one_completion(served: Served) -> None:
 
 
 def test_same_seed_same_tokens(served: Served) -> None:
-    served.load("lora", 1)
+    served.install("lora", 1)
     one, two = (served.engine.generate([request(seed=s), request(LONG_PROMPT, seed=9)])[0] for s in (5, 5))
     (other,) = served.engine.generate([request(seed=6)])
     tokens = [tuple(c.token_ids) for c in one]
     assert tokens == [tuple(c.token_ids) for c in two]
-    assert len({*tokens, *(tuple(c.token_ids) for c in other)}) == 4, "neighbouring seeds share no sample"
+    assert len({*tokens, *(tuple(c.token_ids) for c in other)}) == 4, "neighbouring seeds share no samples"
 
 
 def test_a_stop_token_ends_a_completion_and_is_part_of_it(served: Served) -> None:
-    served.load("lora", 1)
+    served.install("lora", 1)
     ((free,),) = served.check("lora", 1, request(num_samples=1))
     stop = int(free.token_ids[4])
     first = free.token_ids.tolist().index(stop)
@@ -127,44 +128,42 @@ def test_a_stop_token_ends_a_completion_and_is_part_of_it(served: Served) -> Non
 
 def test_prefix_cache_is_not_shared_between_versions(served: Served) -> None:
     for kind, seed in (("lora", 1), ("lora", 2), ("dora", 1)):
-        served.load(kind, seed)
+        served.install(kind, seed)
         for _ in range(2):  # cold, then from the cache
             served.check(kind, seed, request(LONG_PROMPT))
 
 
-def test_a_version_number_that_comes_again_brings_its_own_weights(served: Served) -> None:
-    served.load("lora", 1)
+def test_a_repeated_version_number_serves_its_own_weights(served: Served) -> None:
+    served.install("lora", 1)
     served.check("lora", 1, request(LONG_PROMPT))
     served.version -= 1
-    served.load("lora", 2)
+    served.install("lora", 2)
     served.check("lora", 2, request(LONG_PROMPT))
 
 
-def test_versions_in_one_batch_do_not_touch_each_other(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load waits for the last request in its slot, what comes after waits for the load, and the rest goes on."""
-    engine, reference = served.engine, served.reference
-    versions = [served.version + i for i in (1, 2, 3)]  # the third goes where the first is
+def test_versions_in_one_batch_do_not_affect_each_other(served: Served) -> None:
+    """An install waits for the last request in its slot and holds up later commands. Running requests continue."""
+    engine, reference, gate = served.engine, served.reference, served.gate
+    versions = [served.version + i for i in (1, 2, 3)]  # the third shares the first one's slot
     policies = [("lora", 1), ("dora", 2), ("dora", 3)]
     asked = [request(max_tokens=120, num_samples=3), request(max_tokens=20), request(max_tokens=20)]
     snapshots = [reference.snapshot(v, *policy) for v, policy in zip(versions, policies, strict=True)]
-    steps, step = threading.Semaphore(0), engine._llm.step
-    monkeypatch.setattr(engine._llm, "step", lambda: steps.acquire() and step())
     served.version = versions[-1]
     engine.install(snapshots[0])
-    with ThreadPoolExecutor(5) as threads:
+    with ThreadPoolExecutor(5) as threads, gate.shut():
         generations = [threads.submit(engine.generate, [asked[0]])]
-        wait_until(lambda: bool(engine._running))
-        loads = []
-        for i in (1, 2):  # the thread stands in a step, so commands queue up in this order
-            loads.append(threads.submit(engine.install, snapshots[i]))
+        gate.wait_for_engine()
+        installs = []
+        for i in (1, 2):  # the engine is held before a step, so commands queue up in this order
+            installs.append(threads.submit(engine.install, snapshots[i]))
             wait_until(lambda i=i: len(engine._commands) == 2 * i - 1)
             generations.append(threads.submit(engine.generate, [asked[i]]))
             wait_until(lambda i=i: len(engine._commands) == 2 * i)
-        steps.release()
-        loads[0].result(30)
-        steps.release(10_000)
-        loads[1].result(30)
-        assert generations[0].done(), "the third version was written under requests of the first"
+        gate.allow(1)
+        installs[0].result(30)
+        gate.open()
+        installs[1].result(30)
+        assert generations[0].done(), "the third version overwrote the slot of unfinished requests"
         groups = [generation.result(30)[0] for generation in generations]
     for version, policy, one, group in zip(versions, policies, asked, groups, strict=True):
         for completion in group:
@@ -173,13 +172,13 @@ def test_versions_in_one_batch_do_not_touch_each_other(served: Served, monkeypat
 
 
 def test_rows_without_adapter_are_the_base(served: Served) -> None:
-    """The engine's interface has no such request; vLLM is asked while the engine's thread sleeps."""
+    """Runs a mixed batch directly on vLLM, while the engine's thread is idle."""
     from vllm.inputs import tokens_input
 
     from actors.vllm_engine.requests import completion, sampling_params
 
-    served.load("lora", 1)
-    served.load("dora", 2)
+    served.install("lora", 1)
+    served.install("dora", 2)
     llm, asked = served.engine._llm, request(num_samples=1, max_tokens=30)
     zeros = np.zeros(30, np.int64)
     policies = {p.lora.lora_name: p.lora for p in served.engine._policies.values()}
@@ -225,7 +224,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "shape of A": (lambda t: _resized(t, LORA_A, dim=1, to=64), "has shape"),
     "shape of B": (lambda t: _resized(t, LORA_B, dim=0, to=7), "has shape"),
     "shape of the gain": (lambda t: _resized(t, GAIN, dim=0, to=7), "has shape"),
-    "dtype": (lambda t: {k: v.bfloat16() for k, v in t.items()}, "travel in float32"),
+    "dtype": (lambda t: {k: v.bfloat16() for k, v in t.items()}, "must be sent in float32"),
     "nothing": (lambda t: {}, "is empty"),
 }
 
@@ -233,7 +232,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_snapshot_is_refused_whole(served: Served, case: str) -> None:
     if case == next(iter(BROKEN)):
-        served.load("dora", 1)
+        served.install("dora", 1)
     breakage, message = BROKEN[case]
     with pytest.raises(SyncError, match=message):
         served.engine.install(pack(served.version + 1, breakage(served.reference.tensors("dora", 2))))
@@ -242,7 +241,7 @@ def test_a_broken_snapshot_is_refused_whole(served: Served, case: str) -> None:
 
 
 def test_a_damaged_snapshot_is_refused(served: Served) -> None:
-    served.load("dora", 1)
+    served.install("dora", 1)
     good = served.reference.snapshot(served.version + 1, "dora", 2)
     flipped = good.data.copy()
     flipped[5] ^= 1
@@ -263,31 +262,25 @@ def test_a_damaged_snapshot_is_refused(served: Served) -> None:
         (request(top_p=0.0), "top_p"),
     ],
 )
-def test_impossible_requests_are_refused_before_vllm(served: Served, asked: SampleRequest, message: str) -> None:
+def test_impossible_requests_are_rejected_before_vllm(served: Served, asked: SampleRequest, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         served.engine.generate([asked])
 
 
-def test_death_of_the_thread_reaches_every_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_engines_thread_reaches_every_caller(tmp_path: Path) -> None:
     before = dict(os.environ)
     folder = make_text_model(tmp_path, num_layers=1)
-    engine = start_engine(folder)
+    gate = StepGate()
+    engine = start_engine(folder, gate=gate)
     changed = {name for name, value in os.environ.items() if before.get(name) != value}
-    assert all(name.startswith("VLLM_") for name in changed), "LD_PRELOAD and the like are not left to children"
+    assert all(name.startswith("VLLM_") for name in changed), "LD_PRELOAD and the like must not reach child processes"
     reference = Reference(folder)
     engine.install(reference.snapshot(0, "lora", 1))
-    enough = threading.Event()
-
-    def die() -> list[Any]:
-        enough.wait(30)
-        raise MemoryError("out of memory in step")
-
-    monkeypatch.setattr(engine._llm, "step", die)
-    with ThreadPoolExecutor(3) as threads:
+    with ThreadPoolExecutor(3) as threads, gate.shut():
         waiting = [threads.submit(engine.generate, [request()]) for _ in range(2)]
-        wait_until(lambda: bool(engine._running))
+        gate.wait_for_engine()
         waiting.append(threads.submit(engine.install, reference.snapshot(2, "lora", 2)))
-        enough.set()
+        gate.fail(MemoryError("out of memory in step"))
         for future in waiting:
             with pytest.raises(RolloutError, match="MemoryError: out of memory in step"):
                 future.result(30)
@@ -298,7 +291,7 @@ def test_death_of_the_thread_reaches_every_caller(tmp_path: Path, monkeypatch: p
     assert dict(os.environ) == before
 
 
-def test_impossible_arguments_are_one_sentence(tmp_path: Path) -> None:
+def test_impossible_arguments_raise_one_sentence(tmp_path: Path) -> None:
     before = dict(os.environ)
     with pytest.raises(ValueError, match="nowhere is not a Hugging Face model folder"):
         start_engine(tmp_path / "nowhere")
@@ -310,20 +303,20 @@ def test_impossible_arguments_are_one_sentence(tmp_path: Path) -> None:
     assert dict(os.environ) == before
 
 
-def test_a_cut_rollout_goes_on_under_the_newest_version(served: Served) -> None:
+def test_a_rollout_in_parts_continues_under_the_newest_version(served: Served) -> None:
     from actors.continuation import generate_in_parts
 
-    old, asked = served.load("lora", 1), request(LONG_PROMPT, max_tokens=50, num_samples=3)
+    old, asked = served.install("lora", 1), request(LONG_PROMPT, max_tokens=50, num_samples=3)
 
     class Syncing:
-        """Between the parts comes a snapshot, as from a learner that has stepped meanwhile."""
+        """Installs a snapshot between two parts, as a learner that has stepped meanwhile would."""
 
         parts = 0
 
         def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
             self.parts += 1
             if self.parts == 2:
-                served.load("dora", 2)
+                served.install("dora", 2)
             return served.engine.generate(requests)
 
     engine = Syncing()

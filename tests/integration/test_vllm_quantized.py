@@ -1,4 +1,4 @@
-"""vLLM on the weights of an NF4 base, and on those of the checkpoint it was made from."""
+"""vLLM on the dequantized weights of an NF4 base, and on the checkpoint that it was made from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def served(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[tuple[s
     engine = start_engine(folder, resources=resources)
     yield request.param, engine
     engine.close()
-    assert not cache.exists(), "whoever wrote the folder deletes it"
+    assert not cache.exists(), "closing the engine deletes the folder"
 
 
 @pytest.mark.parametrize("lora_type", ["lora", "dora_cache"])

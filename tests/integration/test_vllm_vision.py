@@ -1,4 +1,4 @@
-"""vLLM with images against transformers and PEFT, teacher-forced in float32, on a tiny random Qwen3-VL."""
+"""vLLM with images against teacher-forced transformers and PEFT in float32, on a tiny random Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft_reference import TOLERANCE, VisionReference, start_engine, wait_until
-from stepped import Stepped
+from stepped import StepGate
 from tiny import LINEARS, make_text_model, make_vl_model, picture
 
 pytest.importorskip("vllm")
@@ -48,8 +48,8 @@ class Served:
     def __init__(self, engine: VLLMEngine, reference: VisionReference, tower: bool) -> None:
         self.engine, self.reference, self.tower, self.version = engine, reference, tower, 0
 
-    def load(self, kind: str, seed: int, reference: VisionReference | None = None) -> int:
-        """Answers the number of modules."""
+    def install(self, kind: str, seed: int, reference: VisionReference | None = None) -> int:
+        """Returns the number of modules updated."""
         self.version += 1
         return self.engine.install((reference or self.reference).snapshot(self.version, kind, seed)).num_modules
 
@@ -78,7 +78,7 @@ def served(request: pytest.FixtureRequest, folder: Path) -> Iterator[Served]:
 def test_logprobs_after_a_sync_are_those_of_transformers_and_peft(served: Served, kind: str) -> None:
     requests = [ask(served.reference, *images) for images in ((), (SMALL,), (WIDE, SMALL), (SMALL, WIDE))]
     for seed in (1, 2):
-        assert served.load(kind, seed) == DECODER_MODULES + (TOWER_MODULES if served.tower else 0)
+        assert served.install(kind, seed) == DECODER_MODULES + (TOWER_MODULES if served.tower else 0)
         served.check(kind, seed, *requests)
     (completion, *_) = served.engine.generate([requests[1]])[0]
     assert served.reference.error(kind, 1, requests[1], completion) > 0.05, "the two adapters differ visibly"
@@ -87,12 +87,12 @@ def test_logprobs_after_a_sync_are_those_of_transformers_and_peft(served: Served
 
 
 def test_sampling_with_truncation_and_greedy(served: Served) -> None:
-    served.load("dora", 1)
+    served.install("dora", 1)
     cold = ask(served.reference, WIDE, temperature=0.7, top_p=0.8)
     served.check("dora", 1, cold, ask(served.reference, SMALL, temperature=0.0))
 
 
-def test_the_engines_pixels_are_the_learners(served: Served) -> None:
+def test_engine_and_learner_see_the_same_pixels(served: Served) -> None:
     request = ask(served.reference, WIDE, SMALL)
     made = served.engine._inputs(request.token_ids, request.images)
     theirs = [item["pixel_values"].data.numpy() for item in made["mm_kwargs"]["image"]]
@@ -103,15 +103,15 @@ def test_the_engines_pixels_are_the_learners(served: Served) -> None:
     assert ours.grid_IT.tolist() == [[1, 6, 10] if served.tower else [1, 4, 6], [1, 4, 4]]
 
 
-def test_caches_are_never_those_of_another_version(served: Served) -> None:
-    """The same image again and again: towers differ, and so do the encoder's outputs and the decoder's prefixes."""
+def test_caches_are_not_shared_between_versions(served: Served) -> None:
+    """The same image under several versions, whose towers and decoders give different outputs."""
     request = ask(served.reference, WIDE, text="tell me at length what it is that you see")
     for kind, seed in (("lora", 1), ("lora", 2), ("dora", 1), ("lora", 1)):
-        served.load(kind, seed)
+        served.install(kind, seed)
         for _ in range(2):  # cold, then from the cache
             served.check(kind, seed, request)
-    served.version -= 1  # as in a run that is resumed: a number that comes again
-    served.load("dora", 2)
+    served.version -= 1  # a resumed run reaches the same version number again
+    served.install("dora", 2)
     served.check("dora", 2, request)
 
 
@@ -119,24 +119,24 @@ def test_a_tower_that_is_not_served_is_refused(served: Served) -> None:
     other = VisionReference(served.reference.folder, tower=not served.tower)
     if not served.tower:
         with pytest.raises(SyncError, match=r"visual.* matches no LoRA layer"):
-            served.load("lora", 1, other)
-    else:  # the other way round, modules that are absent are the base's
-        assert served.load("lora", 1, other) == DECODER_MODULES
+            served.install("lora", 1, other)
+    else:  # the other way round, absent modules run as the base
+        assert served.install("lora", 1, other) == DECODER_MODULES
         served.check("lora", 1, ask(served.reference, WIDE), reference=other)
 
 
 def test_requests_that_do_not_fit_their_images_are_refused(served: Served) -> None:
-    served.load("lora", 1)
+    served.install("lora", 1)
     request = ask(served.reference, SMALL)
-    with pytest.raises(ValueError, match=r"to \d+ tokens, where it has"):
+    with pytest.raises(ValueError, match=r"to \d+ tokens, but it has"):
         served.engine.generate([replace(request, images=(WIDE,))])
-    with pytest.raises(ValueError, match="2 images and 1 places"):
+    with pytest.raises(ValueError, match="2 images but placeholders for 1"):
         served.engine.generate([replace(request, images=(SMALL, SMALL))])
     served.check("lora", 1, request)
 
 
 def test_scores_of_given_completions(served: Served) -> None:
-    served.load("dora", 1)
+    served.install("dora", 1)
     request = ask(served.reference, WIDE, SMALL)
     ((completion, _),) = served.engine.generate([request])
     given = LogprobRequest(request.token_ids, tuple(completion.token_ids.tolist()), request.images)
@@ -145,15 +145,15 @@ def test_scores_of_given_completions(served: Served) -> None:
         assert served.reference.error(kind, 1, request, replace(completion, logprobs=scores)) < TOLERANCE
 
 
-def test_a_placeholder_that_is_sampled_is_a_token_like_any_other(served: Served) -> None:
-    """In the engine and in the learner's model alike: nothing need be banned, which would change the distribution."""
+def test_a_sampled_placeholder_is_an_ordinary_token(served: Served) -> None:
+    """In the engine and in the learner. No token needs to be banned, which would change the distribution."""
     zero = {name: torch.zeros_like(t) for name, t in served.reference.tensors("lora", 1).items()}
     served.version += 1
     served.engine.install(pack(served.version, zero))
     model = load_decoder(served.reference.folder, dtype=torch.float32, device=CPU)
     assert isinstance(model, Qwen3VL)
     special = {model.image_token, model.video_token, model.image_token - 1, model.image_token - 2}
-    for part in (None, 40):  # whole, and in parts of which the later ones have it in their prompt
+    for part in (None, 40):  # in one part, and in parts whose later prompts contain the placeholder
         hits = 0
         for seed in range(4):
             asked = replace(ask(served.reference, SMALL, max_tokens=100, temperature=2.0, seed=seed), num_samples=8)
@@ -192,25 +192,24 @@ def _error_of_learner(
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_images_under_a_new_version_while_requests_run(
-    folder: Path, recompute: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In flight: with keys and values computed again, later tokens are those of the new tower and the new decoder."""
-    engine = start_engine(folder, adapt_vision=True, update=InFlight(recompute_kv=recompute))
+def test_images_under_a_new_version_while_requests_run(folder: Path, recompute: bool) -> None:
+    """With `recompute_kv`, later tokens come from the new tower and the new decoder."""
+    gate = StepGate()
+    engine = start_engine(folder, adapt_vision=True, update=InFlight(recompute_kv=recompute), gate=gate)
     reference = VisionReference(folder, tower=True)
     asked = replace(ask(reference, WIDE, max_tokens=60), num_samples=1)
     try:
         engine.install(reference.snapshot(1, "lora", 1))
-        stepped = Stepped(engine, monkeypatch)
-        with ThreadPoolExecutor(3) as threads:
+        with ThreadPoolExecutor(3) as threads, gate.shut():
             running = threads.submit(engine.generate, [asked])
-            stepped.allow(20)
+            gate.allow(20)
+            gate.wait_for_engine()
             queued = threads.submit(engine.generate, [asked])
             wait_until(lambda: len(engine._commands) == 1)
-            loading = threads.submit(engine.install, reference.snapshot(2, "dora", 2))
+            installing = threads.submit(engine.install, reference.snapshot(2, "dora", 2))
             wait_until(lambda: len(engine._commands) == 2)
-            stepped.allow(1000)
-            loading.result(30)
+            gate.open()
+            installing.result(30)
             ((completion,),), ((neighbour,),) = running.result(30), queued.result(30)
             ((fresh,),) = engine.generate([asked])
         assert completion.versions.tolist() == [1] * 21 + [2] * 39
@@ -233,5 +232,5 @@ def test_collapsed() -> None:
     ids = [1, 5, 5, 5, 2, 2, 5, 3, 5, 5]
     assert collapsed(ids, 5, 1) == ([1, 5], 4)
     assert collapsed(ids, 5, 2) == ([1, 5, 2, 2, 5], 7)
-    with pytest.raises(ValueError, match="4 images and 3 places"):
+    with pytest.raises(ValueError, match="4 images but placeholders for 3"):
         collapsed(ids, 5, 4)

@@ -1,4 +1,4 @@
-"""Whole weights in vLLM, against transformers in float32: text and vision, tied and untied, with and without biases."""
+"""Whole weights in vLLM against transformers in float32: text and vision, tied and untied, with and without biases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FAMILIES: dict[str, Callable[[Path, int], Path]] = {
 class Served:
     engine: VLLMEngine
     references: list[Reference]
-    """Models of one shape; the engine was started from the first."""
+    """Models of the same shape. The engine was started from the first."""
     requests: list[SampleRequest]
 
     def snapshot(self, version: int, number: int) -> PolicySnapshot:
@@ -71,7 +71,7 @@ def _vision(folders: list[Path]) -> tuple[list[Reference], list[SampleRequest]]:
 
 
 def test_successive_syncs_serve_the_weights_that_were_sent(served: Served) -> None:
-    """The prompts are the same each time: nothing cached under the last weights may serve them."""
+    """With the same prompts each time, so that blocks cached under earlier weights would show."""
     for version, number in enumerate([0, 1, 2, 1]):
         sent = served.snapshot(version, number)
         report = served.engine.install(sent)
@@ -80,7 +80,7 @@ def test_successive_syncs_serve_the_weights_that_were_sent(served: Served) -> No
         served.check(version, number)
 
 
-def test_broken_weights_are_refused_whole(served: Served) -> None:
+def test_broken_weights_are_rejected_whole(served: Served) -> None:
     good = served.snapshot(7, 1)
     served.engine.install(good)
     (file,) = shard_files(served.references[2].folder)
@@ -90,9 +90,9 @@ def test_broken_weights_are_refused_whole(served: Served) -> None:
     damaged[100] ^= 1
     for broken, words in (
         (pack(8, {name: t for name, t in tensors.items() if name != some}), f"lacks {some}"),
-        (pack(8, {**tensors, some: tensors[some][:-1]}), "is no tensor of the engine's model"),
+        (pack(8, {**tensors, some: tensors[some][:-1]}), "is not a tensor of the engine's model"),
         (pack(8, {**tensors, "model.more.weight": torch.zeros(2)}), "model.more.weight of shape"),
-        (replace(good, version=8, data=damaged), "damaged on its way"),
+        (replace(good, version=8, data=damaged), "damaged in transit"),
     ):
         with pytest.raises(SyncError, match=words):
             served.engine.install(broken)

@@ -1,4 +1,4 @@
-"""A new policy version under sequences that are running: real vLLM against PEFT, in float32."""
+"""A new policy version while sequences are running: real vLLM against PEFT in float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from stepped import Stepped
+from stepped import StepGate
 from tiny import make_text_model
 
 pytest.importorskip("vllm")
@@ -33,45 +33,49 @@ def recompute(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="module")
-def engine(reference: Reference, recompute: bool) -> Iterator[VLLMEngine]:
-    engine = start_engine(reference.folder, update=InFlight(recompute_kv=recompute))
+def gate() -> StepGate:
+    return StepGate()
+
+
+@pytest.fixture(scope="module")
+def engine(reference: Reference, recompute: bool, gate: StepGate) -> Iterator[VLLMEngine]:
+    engine = start_engine(reference.folder, update=InFlight(recompute_kv=recompute), gate=gate)
     yield engine
     engine.close()
 
 
 def in_flight(
-    engine: VLLMEngine, reference: Reference, monkeypatch: pytest.MonkeyPatch, version: int, asked: SampleRequest
+    engine: VLLMEngine, reference: Reference, gate: StepGate, version: int, asked: SampleRequest
 ) -> list[Completion]:
-    """The completions of a request whose first 40 tokens are `version`'s; then come the next one's, and a neighbour
-    that had been queued, but not begun."""
+    """The completions of a request that gets a new version after 40 tokens. A second request was queued but not started
+    when the new version arrived."""
     engine.install(reference.snapshot(version, *OLD))
-    engine.generate([asked])  # so that its prompt is in the old version's prefix cache
-    stepped = Stepped(engine, monkeypatch)
-    with ThreadPoolExecutor(3) as threads:
+    engine.generate([asked])  # fills the old version's prefix cache with its prompt
+    with ThreadPoolExecutor(3) as threads, gate.shut():
         generating: Future[list[list[Completion]]] = threads.submit(engine.generate, [asked])
-        stepped.allow(40)
+        gate.allow(40)
+        gate.wait_for_engine()
         queued = threads.submit(engine.generate, [request(LONG_PROMPT, seed=7)])
         wait_until(lambda: len(engine._commands) == 1)
-        loading = threads.submit(engine.install, reference.snapshot(version + 1, *NEW))
+        installing = threads.submit(engine.install, reference.snapshot(version + 1, *NEW))
         wait_until(lambda: len(engine._commands) == 2)
-        stepped.allow(1000)
-        assert loading.result(30).stall_seconds > 0
+        gate.open()
+        assert installing.result(30).stall_seconds > 0
         (group,), (neighbours,) = generating.result(30), queued.result(30)
-    monkeypatch.undo()
     for neighbour in neighbours:
         assert (neighbour.versions == version + 1).all()
         assert reference.error(*NEW, request(LONG_PROMPT, seed=7), neighbour) < TOLERANCE, "served from the old cache"
     return group
 
 
-def test_running_sequences_go_on_under_the_new_version(
-    engine: VLLMEngine, reference: Reference, recompute: bool, monkeypatch: pytest.MonkeyPatch
+def test_running_sequences_continue_under_the_new_version(
+    engine: VLLMEngine, reference: Reference, recompute: bool, gate: StepGate
 ) -> None:
     asked = request(LONG_PROMPT, max_tokens=90, num_samples=3)
     for version in (10, 20):
-        for completion in in_flight(engine, reference, monkeypatch, version, asked):
+        for completion in in_flight(engine, reference, gate, version, asked):
             tokens = completion.token_ids
-            # the step that the load waited for had begun under the old version
+            # the step before the install ran under the old version
             assert completion.versions.tolist() == [version] * 41 + [version + 1] * 49
             logprobs = torch.from_numpy(completion.logprobs)
             before, after = logprobs_of(reference, OLD, asked, tokens), logprobs_of(reference, NEW, asked, tokens)
@@ -82,12 +86,12 @@ def test_running_sequences_go_on_under_the_new_version(
             assert (logprobs[41:] - wrong[41:]).abs().max() > 0.1, "the two settings differ visibly"
 
 
-def test_what_a_carried_sequence_cached_serves_nobody_else(
-    engine: VLLMEngine, reference: Reference, monkeypatch: pytest.MonkeyPatch
+def test_blocks_of_a_continued_sequence_are_not_shared(
+    engine: VLLMEngine, reference: Reference, gate: StepGate
 ) -> None:
     asked = request(LONG_PROMPT, max_tokens=90, num_samples=2)
-    for completion in in_flight(engine, reference, monkeypatch, 30, asked):
-        # its whole blocks come before its last token, so a longer request would meet them all
+    for completion in in_flight(engine, reference, gate, 30, asked):
+        # a longer request with the same tokens would hit all of its full blocks
         longer = request((*LONG_PROMPT, *completion.token_ids.tolist()))
         for sample in engine.generate([longer])[0]:
             assert reference.error(*NEW, longer, sample) < TOLERANCE
@@ -105,7 +109,7 @@ def logprobs_of(
     tokens_L: np.ndarray,
     begun: tuple[tuple[str, int], int] | None = None,
 ) -> torch.Tensor:
-    """Of the tokens [L], at temperature 1; `begun`: another policy computed so many positions' keys and values."""
+    """[L], at temperature 1. `begun`: another policy, which computed the keys and values of so many first positions."""
     ids, start = torch.tensor([[*asked.token_ids, *tokens_L.tolist()]]), len(asked.token_ids)
     if begun is None:
         logits = reference.model(*policy)(input_ids=ids).logits[0, start - 1 : -1]

@@ -1,4 +1,4 @@
-"""A canary over real engines, with fixed probes."""
+"""A canary over real engines with fixed probes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROBES = [replace(make_prompt(i), token_ids=tuple((7 * k + i) % 250 + 3 for k in
 
 
 class Run:
-    """A learner whose adapter does something, and the worker that serves it."""
+    """A learner whose adapter has an effect, and the worker that serves it."""
 
     def __init__(self, folder: Path, lora_type: str, dtype: str = "fp32") -> None:
         model = ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=4, lora_targets=list(LINEARS))  # pyright: ignore[reportArgumentType]
@@ -34,7 +34,7 @@ class Run:
 
     @torch.no_grad()
     def change(self, size: float) -> None:
-        """An optimizer step of sorts."""
+        """Stand-in for an optimizer step: random noise of this size on every trained parameter."""
         generator = torch.Generator().manual_seed(self.learner.version)
         for parameter in self.learner._parameters.values():
             parameter += size * torch.randn(parameter.shape, generator=generator)
@@ -43,8 +43,9 @@ class Run:
 
     def serve(self, make_engine: Callable[[], Any]) -> RolloutWorker:
         sampling = Sampling(8)
+        self.engine = make_engine()
         self.worker = RolloutWorker(
-            make_engine,
+            lambda: self.engine,
             lambda: FunctionRewarder(()),
             None,
             sampling=sampling,
@@ -62,7 +63,7 @@ class Run:
 
 
 class Workers:
-    """`Rollouts.logprobs` of one worker."""
+    """`Rollouts.logprobs` for a single worker."""
 
     def __init__(self, worker: RolloutWorker) -> None:
         self.worker = worker

@@ -1,4 +1,4 @@
-"""Small real implementations of `tora.protocols` and data for tests; no mocks."""
+"""Small working implementations of `tora.protocols`, and data for tests. No mocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tora.types import Group, LogprobRequest, Occupancy, Prompt, Rollout, SnapshotRef, SyncReport
+from tora.types import Group, GroupResult, LogprobRequest, Occupancy, Prompt, Rollout, SnapshotRef, SyncReport
 
 
 def make_prompt(prompt_id: int, length: int = 3) -> Prompt:
@@ -29,7 +29,11 @@ def make_rollout(tokens: Sequence[int], reward: float, version: int = 0, logprob
 
 
 def make_group(prompt: Prompt, rewards: Sequence[float], version: int = 0, length: int = 4) -> Group:
-    return Group(prompt, tuple(make_rollout(range(10, 10 + length + i), r, version) for i, r in enumerate(rewards)))
+    return make_result(rewards, version, length).with_prompt(prompt)
+
+
+def make_result(rewards: Sequence[float], version: int = 0, length: int = 4) -> GroupResult:
+    return GroupResult(tuple(make_rollout(range(10, 10 + length + i), r, version) for i, r in enumerate(rewards)))
 
 
 def make_snapshot(version: int) -> SnapshotRef:
@@ -37,7 +41,7 @@ def make_snapshot(version: int) -> SnapshotRef:
 
 
 class FakeWorker:
-    """A rollout worker that sleeps, then answers with the version it was given last when the group began."""
+    """A rollout worker that sleeps, then answers under the version that was newest when the group began."""
 
     def __init__(
         self,
@@ -51,15 +55,15 @@ class FakeWorker:
 
     async def start(self, limit_s: float) -> None: ...
 
-    async def run_group(self, prompt: Prompt) -> Group:
+    async def run_group(self, prompt: Prompt) -> GroupResult:
         assert self.version >= 0, "asked to generate before the first snapshot"
         self.prompt_ids.append(prompt.id)
         version = self.version
         await asyncio.sleep(self.latency())
-        return make_group(prompt, self.rewards(prompt), version)
+        return make_result(self.rewards(prompt), version)
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        return [make_group(p, [float(p.id % 2)], self.version) for p in prompts]
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+        return [make_result([float(p.id % 2)], self.version) for p in prompts]
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         return [np.full(len(r.completion), -1.0 - adapter, np.float32) for r in requests]

@@ -1,4 +1,4 @@
-"""What `metrics.jsonl` must show of a run that lost something."""
+"""Runs in processes of their own, and checks of their metrics after something was killed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from runs import SHORT
 
 @contextmanager
 def tora_run(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`tora run quickstart` in a process group of its own, as a terminal would start it."""
+    """`tora run quickstart` in its own process group, as a terminal would start it."""
     words = [*SHORT, f"output_dir={folder}", *overrides]
-    scratch = tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets lie below it
+    scratch = tempfile.mkdtemp(dir="/tmp")  # short, because Ray's socket paths start with it
     with (folder.parent / f"{folder.name}.log").open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "tora", "run", "quickstart", *words],
@@ -52,12 +52,12 @@ def wait_for(holds: Callable[[], Any], child: subprocess.Popen[bytes], seconds: 
     deadline = time.monotonic() + seconds
     while not holds():
         assert child.poll() is None, "the run has ended"
-        assert time.monotonic() < deadline, "it takes too long"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
 
 def check_history(folder: Path, num_steps: int, batch_size: int, bound: int) -> None:
-    """Every step once, every prompt at most once, none staler than allowed."""
+    """Every step once, every prompt at most once, and no group staler than allowed."""
     seen = rows(folder)
     assert [row["step"] for row in seen] == list(range(num_steps))
     trained = [i for row in seen for i in row["prompt_ids"]]
@@ -66,7 +66,7 @@ def check_history(folder: Path, num_steps: int, batch_size: int, bound: int) -> 
 
 
 def check_nothing_lost(folder: Path, step: int, max_drops: int = 12) -> None:
-    """Every prompt before the cursor was trained, waits in the checkpoint, or was dropped for want of a signal."""
+    """Every prompt before the cursor was trained, is in the checkpoint, or was dropped because it had no signal."""
     checkpoint = folder / "checkpoints" / f"step_{step:06d}"
     state = json.loads((checkpoint / "run_state.json").read_text())
     groups = checkpoint / "groups.json"
@@ -74,4 +74,4 @@ def check_nothing_lost(folder: Path, step: int, max_drops: int = 12) -> None:
     accounted = [i for row in rows(folder) for i in row["prompt_ids"]] + state["pending"] + waiting
     assert len(accounted) == len(set(accounted))
     dropped = sum(row["rollout/groups_dropped"] for row in rows(folder))
-    assert 0 <= state["cursor"] - len(accounted) - dropped <= max_drops, "but for those dropped since the last row"
+    assert 0 <= state["cursor"] - len(accounted) - dropped <= max_drops, "apart from groups dropped since the last row"

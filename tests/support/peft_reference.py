@@ -1,17 +1,20 @@
-"""An adapter in transformers and PEFT, to hold vLLM's log-probs against, and an engine to ask."""
+"""Adapters in transformers and PEFT as the reference for vLLM's log-probs, and a small engine."""
 
 from __future__ import annotations
 
 import math
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from stepped import StepGate
 from tiny import LINEARS
 
 from actors.torch_engine.sampling import log_distribution
+from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.engine import VLLMEngine
 from actors.vllm_engine.weight_updates import BetweenRollouts, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
@@ -22,20 +25,20 @@ RANK = 4
 TOLERANCE = 1e-4
 PROMPT = tuple(range(20, 32))
 LONG_PROMPT = tuple((7 * i) % 250 + 3 for i in range(100))
-"""More than three KV blocks, so that a second request for it meets the prefix cache."""
+"""More than three KV blocks, so that a second request for it hits the prefix cache."""
 Tensors = dict[str, torch.Tensor]
 
 
 class Reference:
-    """The base model, and PEFT adapters over it, in transformers."""
+    """The base model and PEFT adapters on it, in transformers."""
 
     def __init__(self, folder: Path, targets: str | list[str] | None = None) -> None:
-        """`targets`: PEFT's `target_modules`; the decoder's linear layers where None."""
+        """`targets`: PEFT's `target_modules`; None for the decoder's linear layers."""
         self.folder, self._targets = folder, targets or list(LINEARS)
         self._models: dict[tuple[str, int], Any] = {}
 
     def model(self, kind: str, seed: int = 0) -> Any:
-        """`kind`: base, lora or dora; a seed is an adapter."""
+        """`kind`: base, lora or dora. Each seed is a different adapter."""
         if (kind, seed) not in self._models:
             base = self._load()
             adapted = base if kind == "base" else _with_adapter(base, kind == "dora", seed, self._targets)
@@ -54,7 +57,7 @@ class Reference:
 
     @torch.no_grad()
     def tensors(self, kind: str, seed: int) -> Tensors:
-        """On the wire: scaling folded into B, magnitude into a gain."""
+        """In the wire format: scaling folded into B, and the magnitude converted to a gain."""
         from peft.tuners.lora import LoraLayer
 
         wire: Tensors = {}
@@ -73,12 +76,12 @@ class Reference:
         return pack(version, self.tensors(kind, seed))
 
     def error(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> float:
-        """Largest difference of a sampled token's log-prob."""
+        """Largest log-prob difference over the sampled tokens."""
         return float(self.errors(kind, seed, request, completion).max())
 
     @torch.no_grad()
     def errors(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> torch.Tensor:
-        """[L]: difference of each sampled token's log-prob."""
+        """[L]: log-prob difference of each sampled token."""
         start, ids = len(request.token_ids), [*request.token_ids, *completion.token_ids.tolist()]
         logits = self.logits(self.model(kind, seed), ids, request.images)
         expected = log_distribution(logits[start - 1 : -1], request.sampling)
@@ -87,7 +90,7 @@ class Reference:
 
 
 class VisionReference(Reference):
-    """A vision model in transformers, with adapters in its decoder, and with `tower` in all of its vision part too."""
+    """A vision model in transformers, with adapters in its decoder and, with `tower`, in its vision part."""
 
     def __init__(self, folder: Path, *, tower: bool, max_pixels: int | None = None) -> None:
         decoder = rf".*language_model\..*\.({'|'.join(LINEARS)})"
@@ -139,32 +142,25 @@ def request(
 def start_engine(
     folder: Path,
     *,
-    lora_rank: int = RANK,
-    max_model_len: int = 256,
-    adapt_vision: bool = False,
-    max_pixels: int | None = None,
     update: WeightUpdate | None = None,
-    dtype: Literal["bf16", "fp32"] = "fp32",
-    tensor_parallel: int = 1,
     resources: ExitStack | None = None,
+    gate: StepGate | None = None,
+    **options: Any,
 ) -> VLLMEngine:
-    """Two slots, unless `update` says otherwise."""
-    return VLLMEngine(
-        str(folder),
-        dtype=dtype,
-        max_model_len=max_model_len,
-        lora_rank=lora_rank,
+    """Two slots unless `update` says otherwise; `options` are fields of `EngineConfig`."""
+    small = EngineConfig(
+        model_path=str(folder),
+        dtype="fp32",
+        max_model_len=256,
+        lora_rank=RANK,
         lora_targets=LINEARS,
-        adapt_vision=adapt_vision,
-        max_pixels=max_pixels,
-        update=update or BetweenRollouts(2),
         seed=0,
         gpu_memory_utilization=0.3,
         kv_cache_gib=0.02,
         enforce_eager=True,
-        tensor_parallel=tensor_parallel,
-        resources=resources,
     )
+    config = replace(small, **options)
+    return VLLMEngine(config, update=update or BetweenRollouts(2), resources=resources, step=gate or StepGate())
 
 
 def wait_until(condition: Any) -> None:
@@ -172,4 +168,4 @@ def wait_until(condition: Any) -> None:
         if condition():
             return
         threading.Event().wait(0.005)
-    raise AssertionError("waited in vain")
+    raise AssertionError("timed out")

@@ -1,16 +1,22 @@
-"""An `AsyncRollouts` around fake workers."""
+"""An `AsyncRollouts` around fake workers, workers that fail, and checks of what was trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fakes import make_prompt
+from fakes import FakeWorker, make_prompt
 
 from actors.pool import AsyncRollouts
+from actors.seat import SeatTiming
 from tora.config.schema import EvalConfig, ModelConfig, RolloutConfig, RunConfig
-from tora.types import RolloutState, TrainBatch
+from tora.errors import RolloutError, WorkerLost
+from tora.types import GroupResult, Occupancy, Prompt, RolloutState, SyncReport, TrainBatch
+
+QUICK = SeatTiming(heartbeat_every_s=0.01, first_delay_s=0.001, max_delay_s=0.001)
+"""Lost workers are detected and replaced at once."""
 
 
 def config(bound: int, *, workers: int = 2, concurrency: int = 3, batch_size: int = 4, **rollout: Any) -> RunConfig:
@@ -30,10 +36,18 @@ def config(bound: int, *, workers: int = 2, concurrency: int = 3, batch_size: in
 
 @contextmanager
 def running(
-    cfg: RunConfig, make_worker: Any, *, prompt_at: Any = make_prompt, state: Any = None, version: int = 0
+    cfg: RunConfig,
+    make_worker: Any,
+    *,
+    prompt_at: Any = make_prompt,
+    state: Any = None,
+    version: int = 0,
+    timing: SeatTiming | None = None,
 ) -> Iterator[AsyncRollouts]:
     held_out = [make_prompt(i) for i in range(5)]
-    rollouts = AsyncRollouts(cfg, make_worker, prompt_at, held_out, state or RolloutState(), version=version)
+    rollouts = AsyncRollouts(
+        cfg, make_worker, prompt_at, held_out, state or RolloutState(), version=version, timing=timing
+    )
     try:
         yield rollouts
     finally:
@@ -44,3 +58,66 @@ def next_batch(rollouts: AsyncRollouts, step: int) -> TrainBatch:
     batch = rollouts.next_batch(step, lambda: False)
     assert batch is not None
     return batch
+
+
+def some_without_signal(prompt: Prompt) -> list[float]:
+    """Rewards: every third prompt's are all equal, so that its group is dropped."""
+    return [0.0, 1.0] if prompt.id % 3 else [1.0, 1.0]
+
+
+def pending(state: RolloutState) -> set[int]:
+    """Prompts that a resumed run would still train."""
+    return {*state.pending, *(group.prompt.id for _, group in state.finished)}
+
+
+def check_each_prompt_once(trained: Sequence[int], state: RolloutState) -> None:
+    """Every prompt before the cursor was trained, or will be, or had no signal; none was or will be trained twice."""
+    assert len(trained) == len(set(trained)), "none twice"
+    assert not set(trained) & pending(state)
+    without_signal = {i for i in range(state.cursor) if i % 3 == 0}
+    assert set(trained) | pending(state) | without_signal >= set(range(state.cursor)), "none lost"
+
+
+FAULTS = ["crash", "broken engine", "out of memory", "hang", "crash at a sync", "frozen"]
+
+
+class MortalWorker(FakeWorker):
+    """Fails in the ways real workers do. Once it is dead, everything in flight fails with it."""
+
+    def __init__(self, fault: str | None, latency: Any, rewards: Any) -> None:
+        super().__init__(latency, rewards)
+        self.fault, self.calls, self.dead = fault, 0, asyncio.Event()
+
+    async def run_group(self, prompt: Prompt) -> GroupResult:
+        self.calls += 1
+        if self.calls > 3:
+            match self.fault:
+                case "crash":
+                    self.dead.set()
+                case "broken engine":
+                    raise RolloutError("the engine's thread ended")
+                case "out of memory":
+                    raise MemoryError("no memory")
+                case "hang":
+                    await asyncio.sleep(3600)
+        group = asyncio.ensure_future(super().run_group(prompt))
+        dead = asyncio.ensure_future(self.dead.wait())
+        try:
+            await asyncio.wait({group, dead}, return_when=asyncio.FIRST_COMPLETED)
+            if self.dead.is_set():
+                raise WorkerLost("killed")
+            return group.result()
+        finally:
+            dead.cancel()
+            group.cancel()
+
+    async def forward(self, snapshot: Any) -> SyncReport:
+        if self.fault == "crash at a sync" and snapshot.version % 4 == 3:
+            self.dead.set()
+            raise WorkerLost("killed")
+        return await super().forward(snapshot)
+
+    async def occupancy(self) -> Occupancy:
+        if self.fault == "frozen" and self.calls > 3:
+            await asyncio.sleep(3600)
+        return Occupancy()

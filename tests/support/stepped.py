@@ -1,31 +1,72 @@
-"""A vLLM engine whose steps a test takes one by one."""
+"""A vLLM engine whose steps a test counts out."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import pytest
-from peft_reference import wait_until
-
-from actors.vllm_engine.engine import VLLMEngine
+_TIMEOUT_S = 30.0
 
 
-class Stepped:
-    """An engine whose steps are counted out by the test."""
+class StepGate:
+    """The `step` of a `VLLMEngine`. Open, except while a test holds it shut and allows steps one by one."""
 
-    def __init__(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.engine, self._allowed, self._done = engine, 0, 0
-        step = engine._llm.step
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._allowed: int | None = None  # steps that may still begin; None while open
+        self._waiting = False
+        self._error: BaseException | None = None
 
-        def gated() -> Any:
-            wait_until(lambda: self._done < self._allowed)
-            outputs = step()
-            self._done += 1
-            return outputs
+    def __call__(self, llm: Any) -> Any:
+        with self._changed:
+            self._waiting = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._allowed is None or self._allowed > 0 or self._error is not None)
+            if self._error is not None:
+                raise self._error
+            self._waiting = False
+        outputs = llm.step()
+        with self._changed:
+            if self._allowed is not None:
+                self._allowed -= 1
+            self._changed.notify_all()
+        return outputs
 
-        monkeypatch.setattr(engine._llm, "step", gated)
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        """No step begins without `allow`. Opens at the end."""
+        with self._changed:
+            self._allowed = 0
+        try:
+            yield
+        finally:
+            self.open()
+
+    def open(self) -> None:
+        with self._changed:
+            self._allowed = None
+            self._changed.notify_all()
 
     def allow(self, count: int) -> None:
-        self._allowed += count
-        if count < 1000:
-            wait_until(lambda: self._done == self._allowed)
+        """Returns once that many steps are done."""
+        with self._changed:
+            assert self._allowed == 0, "the gate is shut, and no step is under way"
+            self._allowed = count
+            self._changed.notify_all()
+            self._wait(lambda: self._allowed == 0)
+
+    def fail(self, error: BaseException) -> None:
+        """The step that is waiting raises."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def wait_for_engine(self) -> None:
+        """Returns once the engine's thread is about to take a step."""
+        with self._changed:
+            self._wait(lambda: self._waiting)
+
+    def _wait(self, holds: Any) -> None:
+        assert self._changed.wait_for(holds, _TIMEOUT_S), "timed out"

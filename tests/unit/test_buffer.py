@@ -17,7 +17,7 @@ def test_staleness_never_exceeds_the_bound_and_nothing_stalls(bound: int, seed: 
     prompt_id, step = 0, 0
     while step < 40:
         moves = ["start"] * buffer.may_grant() + ["finish"] * bool(running) + ["train"] * buffer.can_take(step)
-        assert moves, "nothing can happen: a deadlock"
+        assert moves, "deadlock: nothing can happen"
         match rng.choice(moves):
             case "start":
                 running.append(buffer.grant(make_prompt(prompt_id)))
@@ -25,9 +25,9 @@ def test_staleness_never_exceeds_the_bound_and_nothing_stalls(bound: int, seed: 
             case "finish":
                 slot = running.pop(rng.randrange(len(running)))
                 if rng.random() < 0.3:
-                    buffer.give_back(slot)
+                    buffer.release(slot)
                 else:
-                    buffer.put(slot, make_group(slot.prompt, [0, 1], slot.born))
+                    buffer.put(slot, make_group(slot.prompt, [0, 1], slot.version))
             case "train":
                 groups = buffer.take(step)
                 assert len(groups) == per_step
@@ -39,19 +39,19 @@ def test_staleness_never_exceeds_the_bound_and_nothing_stalls(bound: int, seed: 
 def test_bound_zero_is_the_synchronous_schedule() -> None:
     buffer = Buffer(2, 0)
     slots = [buffer.grant(make_prompt(i)) for i in range(2)]
-    assert not buffer.may_grant(), "nothing runs ahead while the learner has yet to step"
+    assert not buffer.may_grant(), "nothing runs ahead of the learner"
     for slot in slots:
         buffer.put(slot, make_group(slot.prompt, [0, 1]))
     buffer.take(0)
-    assert not buffer.may_grant(), "nothing starts under a version that is being replaced"
+    assert not buffer.may_grant(), "nothing starts under an outdated version"
     buffer.advance(1)
     assert buffer.may_grant()
 
 
-def test_it_names_what_a_resumed_run_must_generate_again_and_what_it_need_not() -> None:
+def test_it_separates_prompts_in_flight_from_finished_groups() -> None:
     buffer = Buffer(2, 1)
     slots = [buffer.grant(make_prompt(i)) for i in range(4)]
     buffer.put(slots[2], make_group(slots[2].prompt, [0, 1]))
-    buffer.give_back(slots[1])
+    buffer.release(slots[1])
     assert buffer.in_flight() == [0, 3]
     assert [(born, group.prompt.id) for born, group in buffer.finished()] == [(0, 2)]

@@ -1,4 +1,4 @@
-"""The torch engine: what it samples, and what it says of it."""
+"""The torch engine: what it samples and which log-probs it reports."""
 
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def test_a_copy_serves_what_it_was_sent_and_refuses_what_does_not_fit(tmp_path: 
     cfg = model_config(make_text_model(tmp_path), "dora_cache")
     sender, copy = build(cfg), build(cfg)
     engine = TorchEngine(copy, device=CPU, shared=False, max_rows=100)
-    with pytest.raises(RolloutError, match="before it was given a snapshot"):
+    with pytest.raises(RolloutError, match="before its first snapshot"):
         engine.generate(requests(Sampling(4)))
     shake(sender)
     sent = snapshot(sender, 5)

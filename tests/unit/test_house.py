@@ -22,7 +22,15 @@ FORBIDDEN = {
     "tora": set(),
 }
 KNOWS_BOTH_SIDES = "tora/launch/"
-LIGHT = ("tora.config.schema", "tora.types", "tora.errors", "tora.protocols", "tora.config.load", "tora.cli")
+LIGHT = (
+    "tora.config.schema",
+    "tora.types",
+    "tora.errors",
+    "tora.protocols",
+    "tora.config.load",
+    "tora.cli",
+    "actors.vllm_engine.config",
+)
 
 
 def name_of(file: Path) -> str:

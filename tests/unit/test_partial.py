@@ -1,4 +1,4 @@
-"""Cutting and joining, with an engine that counts."""
+"""Rollouts in parts, with an engine that counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPT = (7, 8, 9)
 
 
 class CountingEngine:
-    """Token n of a sequence is n, and the one before `stop` ends it. Every call is under the next version."""
+    """Token n of a sequence is n, and token `stop - 1` ends it. Each call runs under the next version."""
 
     def __init__(self, stop: int) -> None:
         self.stop, self.calls = stop, list[list[SampleRequest]]()

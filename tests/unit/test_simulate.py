@@ -12,12 +12,12 @@ from tora.cli import main
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "async", "--actors", "8", "--gen-latency", "0.2", "--learn-latency", "0.2", "--steps", "6"]
     assert main([*words, "--json", str(tmp_path / "runs.json")]) == 0
-    asynchronous, synchronous, awake = json.loads((tmp_path / "runs.json").read_text())
+    asynchronous, synchronous, without_sleep = json.loads((tmp_path / "runs.json").read_text())
     assert asynchronous["staleness"] == {"1": 1.0} and synchronous["staleness"] == {"0": 1.0}
     assert asynchronous["num_groups"] == synchronous["num_groups"] == 48
     assert asynchronous["groups_per_s"] > 1.4 * synchronous["groups_per_s"], "learning hides generating"
     assert synchronous["seconds"] >= 6 * 0.4 and asynchronous["seconds"] >= 6 * 0.2
-    assert awake["overhead_ms"] > 0 and asynchronous["overhead_ms"] is None
+    assert without_sleep["overhead_ms"] > 0 and asynchronous["overhead_ms"] is None
     assert "against sync" in capsys.readouterr().out
 
 
@@ -45,5 +45,5 @@ def test_the_bars_at_256_workers() -> None:
     scenario = Scenario(256, gen_latency=1.0, learn_latency=1.0, jitter=0.0, num_steps=10)
     ratio = simulate(scenario, 1).groups_per_s / simulate(scenario, 0).groups_per_s
     assert ratio >= 1.8
-    awake = simulate(Scenario(256, 0.0, 0.0, 0.0, num_steps=20), 1)
-    assert awake.overhead_ms is not None and awake.overhead_ms < 2
+    without_sleep = simulate(Scenario(256, 0.0, 0.0, 0.0, num_steps=20), 1)
+    assert without_sleep.overhead_ms is not None and without_sleep.overhead_ms < 2

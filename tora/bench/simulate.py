@@ -1,10 +1,9 @@
-"""`tora bench async`: the real loop, pool and buffer around workers and a learner that only sleep.
+"""`tora bench async`: the real loop, pool and buffer around a learner and workers that only sleep.
 
-The same run twice, under `max_staleness` and under 0, which is the synchronous schedule: throughput and staleness of
-the one over the other are what the schedule alone is worth. And once more with nobody sleeping at all: what is left
-is the time that loop, pool and buffer take for themselves.
+Runs the scenario with `max_staleness` and with 0, which is the synchronous schedule; comparing the two shows what the
+schedule alone is worth. A third run without any sleep measures the overhead of loop, pool and buffer.
 
-The batch is as large as the workers' capacity, so that one wave of groups makes one step.
+The batch size equals the workers' capacity, so one wave of groups makes one step.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.loop import train
 from tora.run.run import Run
 from tora.types import (
-    Group,
+    GroupResult,
     LogprobRequest,
     MicroBatch,
     Occupancy,
@@ -48,9 +47,9 @@ from tora.types import (
 )
 
 _GROUP, _TOKENS = 8, 64
-"""Rollouts of a group and tokens of a rollout: the loop packs them into batches like real ones."""
+"""Rollouts per group and tokens per rollout. The loop packs them into real batches."""
 _WARM_UP = 3
-"""Steps that are not timed, until the pipeline is full."""
+"""Untimed steps until the pipeline is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +57,11 @@ class Scenario:
     num_actors: int
     """Workers; each runs one group at a time."""
     gen_latency: float
-    """Seconds a group, on average."""
+    """Mean seconds per group."""
     learn_latency: float
-    """Seconds a step."""
+    """Seconds per step."""
     jitter: float
-    """Of the seconds a group: the standard deviation of their logarithm."""
+    """Standard deviation of the logarithm of the seconds per group."""
     num_steps: int
     seed: int = 0
 
@@ -77,13 +76,13 @@ class Measured:
     seconds: float
     groups_per_s: float
     overhead_ms: float | None
-    """A group, in a run where nobody sleeps; None where somebody did."""
+    """Milliseconds per group in a run without sleep; None for other runs."""
     staleness: dict[int, float] = field(default_factory=dict)
-    """Share of the groups trained at each staleness."""
+    """Share of groups trained at each staleness."""
 
 
 class SleepingWorker:
-    """A rollout worker without an engine. Thousands fit into one process, because only coroutines sleep."""
+    """A rollout worker without an engine. It sleeps in a coroutine, so thousands fit in one process."""
 
     def __init__(self, scenario: Scenario, number: int) -> None:
         self._scenario, self._random = scenario, random.Random(f"{scenario.seed} {number}")
@@ -95,12 +94,12 @@ class SleepingWorker:
 
     async def start(self, limit_s: float) -> None: ...
 
-    async def run_group(self, prompt: Prompt) -> Group:
+    async def run_group(self, prompt: Prompt) -> GroupResult:
         version = self._version
         await asyncio.sleep(self._seconds())
-        return Group(prompt, tuple(_rollout(float(i % 2), version) for i in range(_GROUP)))
+        return GroupResult(tuple(_rollout(float(i % 2), version) for i in range(_GROUP)))
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
         return [await self.run_group(prompt) for prompt in prompts]
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
@@ -119,14 +118,14 @@ class SleepingWorker:
 
 
 class SleepingLearner:
-    """Counts what it is given, and when."""
+    """Records the staleness of its batches and when each step ends."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._version = seconds, 0
         self.staleness: Counter[int] = Counter()
-        """Groups by how many versions old they were, after the warm-up."""
+        """Number of groups at each staleness, after the warm-up."""
         self.ends: list[float] = []
-        """Of each step, by the clock."""
+        """End of each step, by `time.perf_counter`."""
 
     def step(self, batch: TrainBatch) -> StepResult:
         if self._version >= _WARM_UP:
@@ -163,7 +162,7 @@ def _rollout(reward: float, version: int) -> Rollout:
 
 
 def _versions(micro: MicroBatch) -> np.ndarray:
-    """Of each group: its oldest token's, by which the run's own `staleness/max` goes."""
+    """The oldest token's version of each group, as in the run's own `staleness/max`."""
     oldest_P = np.full(micro.groups_B.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(oldest_P, micro.groups_B[micro.sequence_N], micro.versions_N)
     return oldest_P[np.unique(micro.groups_B)]
@@ -218,7 +217,7 @@ def _config(scenario: Scenario, max_staleness: int) -> RunConfig:
         batch_size=scenario.num_actors,
         grpo_samples=_GROUP,
         max_generated_tokens=_TOKENS,
-        micro_batch_tokens=1 << 30,  # a step is one micro-batch: no group is spread over several
+        micro_batch_tokens=1 << 30,  # one micro-batch per step, so no group is split
         model=ModelConfig(path=""),
         dataset={},
         rewards=[],
@@ -232,8 +231,8 @@ def _prompt(prompt_id: int) -> Prompt:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command. Errors: ConfigError for arguments that make no run."""
-    for name, least in {
+    """The command. Raises ConfigError if an argument is out of range."""
+    for name, minimum in {
         "actors": 1,
         "steps": 1,
         "staleness": 0,
@@ -242,21 +241,23 @@ def run(args: argparse.Namespace) -> int:
         "jitter": 0,
     }.items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
+        if value is not None and value < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {minimum}.")
     scenario = Scenario(args.actors, args.gen_latency, args.learn_latency, args.jitter, args.steps)
-    asleep = simulate(scenario, args.staleness)
+    asynchronous = simulate(scenario, args.staleness)
     synchronous = simulate(scenario, 0)
-    awake = simulate(Scenario(args.actors, 0.0, 0.0, 0.0, max(args.steps, 20)), args.staleness)
-    _show(scenario, asleep, synchronous, awake)
+    without_sleep = simulate(Scenario(args.actors, 0.0, 0.0, 0.0, max(args.steps, 20)), args.staleness)
+    _show(scenario, asynchronous, synchronous, without_sleep)
     if args.json is not None:
-        write_json([asleep, synchronous, awake], Path(args.json))
+        write_json([asynchronous, synchronous, without_sleep], Path(args.json))
     return 0
 
 
-def _show(scenario: Scenario, asynchronous: Measured, synchronous: Measured, awake: Measured) -> None:
+def _show(scenario: Scenario, asynchronous: Measured, synchronous: Measured, without_sleep: Measured) -> None:
     s = scenario
-    title = f"{s.num_actors} workers, {s.gen_latency:g} s a group (jitter {s.jitter:g}), {s.learn_latency:g} s a step"
+    title = (
+        f"{s.num_actors} workers, {s.gen_latency:g} s per group (jitter {s.jitter:g}), {s.learn_latency:g} s per step"
+    )
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("schedule")
     for heading in ("groups/s", "s/step", "against sync", "groups by staleness"):
@@ -271,4 +272,4 @@ def _show(scenario: Scenario, asynchronous: Measured, synchronous: Measured, awa
         )
     console = Console()
     console.print(table)
-    console.print(f"Loop, pool and buffer by themselves: {awake.overhead_ms:.2f} ms a group.", highlight=False)
+    console.print(f"Overhead of loop, pool and buffer: {without_sleep.overhead_ms:.2f} ms per group.", highlight=False)

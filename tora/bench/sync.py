@@ -1,4 +1,4 @@
-"""What an adapter costs on its way into vLLM, and what it costs there."""
+"""What it costs to send an adapter to vLLM, and to decode with it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.engine import VLLMEngine
 from actors.vllm_engine.weight_updates import BetweenRollouts, InFlight, WeightUpdate
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
@@ -29,7 +30,7 @@ UPDATES: dict[str, WeightUpdate] = {
 
 @dataclass(frozen=True, slots=True)
 class SyncRow:
-    """Syncs of one kind of adapter into an engine that decodes all the while."""
+    """Syncs of one kind of adapter into an engine that keeps decoding."""
 
     update: str
     lora_type: str
@@ -37,13 +38,13 @@ class SyncRow:
     nbytes: int
     syncs: int
     stall_ms: tuple[float, float]
-    """Median and 99th percentile of how long decoding stood still, measured by the engine."""
+    """Median and 99th percentile of the time that decoding stalled, as measured by the engine."""
     copy_ms: tuple[float, float]
-    """The same of copying as many bytes in memory, in turn with the syncs."""
-    load_ms: float
-    """Median from the call to the answer: reading, hashing, writing, reading back."""
+    """The same for copying as many bytes in memory, alternating with the syncs."""
+    install_ms: float
+    """Median wall time of an install: reading, hashing, writing and reading back."""
     tokens_per_s: float
-    """Decoded meanwhile, all rows together."""
+    """Decoded during the syncs, over all rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,14 @@ class SpeedRow:
     batch: int
     tokens_per_s: float
     ratio: float
-    """To the same engine's base: median over rounds of both, taken in turn."""
+    """To the same engine's base: the median over rounds that alternate between the two."""
 
 
 Row = SyncRow | SpeedRow
 
 
 def random_snapshot(folder: Path, version: int, rank: int, *, gains: bool) -> PolicySnapshot:
-    """On every linear layer of the decoder that the folder's config.json describes."""
+    """An adapter on every linear layer of the decoder that the folder's config.json describes."""
     config = read_config(folder)
     with torch.device("meta"):
         model = build_model(config)
@@ -79,7 +80,8 @@ def random_snapshot(folder: Path, version: int, rank: int, *, gains: bool) -> Po
 
 
 def run(folder: Path, *, dtype: str, rank: int, rows: Sequence[int], new_tokens: int, rounds: int) -> Iterator[Row]:
-    """`rows`: batches to time, the first also for syncs. `rounds` are syncs; speeds take a twentieth."""
+    """`rows`: batch sizes to time; the first is also used for syncs. `rounds`: number of syncs; speeds take a
+    twentieth."""
     snapshots = {kind: random_snapshot(folder, 0, rank, gains=kind == "dora") for kind in ("lora", "dora")}
     for name, update in UPDATES.items():
         engine = _engine(folder, dtype, rank, update)
@@ -94,25 +96,25 @@ def run(folder: Path, *, dtype: str, rank: int, rows: Sequence[int], new_tokens:
 
 
 def _engine(folder: Path, dtype: str, rank: int, update: WeightUpdate) -> VLLMEngine:
-    return VLLMEngine(
-        str(folder),
+    config = EngineConfig(
+        model_path=str(folder),
         dtype="fp32" if dtype == "fp32" else "bf16",
         max_model_len=1024,
         lora_rank=rank,
         lora_targets=_TARGETS,
-        update=update,
         seed=0,
         gpu_memory_utilization=0.8,
         kv_cache_gib=1.0,
         enforce_eager=False,
     )
+    return VLLMEngine(config, update=update)
 
 
 def _syncs(
     engine: VLLMEngine, update: str, kind: str, rank: int, snapshot: PolicySnapshot, batch: int, syncs: int
 ) -> SyncRow:
     source = torch.from_numpy(snapshot.data.copy())
-    target = source.clone()  # touched before it is timed
+    target = source.clone()  # touch the memory before timing it
     first = 0 if kind == "lora" else 10**5
     engine.install(replace(snapshot, version=first))
     reports, copies = [], []
@@ -130,19 +132,19 @@ def _syncs(
         syncs=syncs,
         stall_ms=_quantiles([r.stall_seconds for r in reports]),
         copy_ms=_quantiles(copies),
-        load_ms=1000 * float(np.median([r.seconds for r in reports])),
+        install_ms=1000 * float(np.median([r.seconds for r in reports])),
         tokens_per_s=sum(tokens) / elapsed,
     )
 
 
 @contextmanager
 def _decoding(engine: VLLMEngine, batch: int) -> Iterator[list[int]]:
-    """Keeps the engine busy; counts tokens."""
-    over, tokens = threading.Event(), list[int]()
+    """Keeps the engine busy. Yields the token counts of its finished requests."""
+    stop, tokens = threading.Event(), list[int]()
 
     def work() -> None:
         seed = 0
-        while not over.is_set():
+        while not stop.is_set():
             seed += 1
             (group,) = engine.generate([SampleRequest(_PROMPT, batch, seed, Sampling(32))])
             tokens.append(sum(len(c.token_ids) for c in group))
@@ -150,7 +152,7 @@ def _decoding(engine: VLLMEngine, batch: int) -> Iterator[list[int]]:
     thread = threading.Thread(target=work)
     thread.start()
     yield tokens
-    over.set()
+    stop.set()
     thread.join()
 
 
@@ -163,7 +165,7 @@ def _speed(
     def speed(adapter: bool) -> float:
         return batch * new_tokens / _seconds(lambda: engine.generate([request], adapter=adapter))
 
-    pairs = [(speed(False), speed(True)) for _ in range(rounds + 1)][1:]  # the first fills caches
+    pairs = [(speed(False), speed(True)) for _ in range(rounds + 1)][1:]  # the first round fills caches
     ratio = float(np.median([with_ / without for without, with_ in pairs]))
     return SpeedRow(kind, rank, batch, float(np.median([with_ for _, with_ in pairs])), ratio)
 
@@ -186,6 +188,6 @@ def describe(row: Row) -> str:
         return f"{name}, batch {row.batch}: {row.tokens_per_s:,.0f} tokens/s, {row.ratio:.2f} of the base's"
     return (
         f"{row.update}, {name}: {row.nbytes:,} bytes, {row.syncs} syncs: stall {row.stall_ms[0]:.1f} ms, p99 "
-        f"{row.stall_ms[1]:.1f} (memory copy {row.copy_ms[0]:.1f}, p99 {row.copy_ms[1]:.1f}), {row.load_ms:.0f} ms in "
-        f"all, {row.tokens_per_s:,.0f} tokens/s meanwhile"
+        f"{row.stall_ms[1]:.1f} (memory copy {row.copy_ms[0]:.1f}, p99 {row.copy_ms[1]:.1f}), "
+        f"{row.install_ms:.0f} ms per install, {row.tokens_per_s:,.0f} tokens/s during the syncs"
     )

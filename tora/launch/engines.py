@@ -1,4 +1,4 @@
-"""How a run makes its engines and rollout workers."""
+"""Builds a run's engines and the arguments of its rollout workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INSTALL = "pip install -e '.[async_rl]', or '.[async_rl_cpu]' without a GPU"
 
 
 def with_engine(cfg: RunConfig) -> RunConfig:
-    """`rollout.engine: auto` decided. Errors: ConfigError where what the run needs is not installed."""
+    """Resolves `rollout.engine: auto`. Raises ConfigError if a package that the run needs is not installed."""
     if cfg.async_rl and find_spec("ray") is None:
         raise ConfigError(f"async_rl=true needs Ray: {INSTALL}.")
     has_vllm = find_spec("vllm") is not None
@@ -34,16 +34,16 @@ def with_engine(cfg: RunConfig) -> RunConfig:
         raise ConfigError(f"rollout.engine=vllm needs vLLM: {INSTALL}; or set rollout.engine=torch.")
     if cfg.rollout.engine != "auto":
         return cfg
-    # The torch engine of a synchronous run is the learner itself, and whole weights need not travel.
+    # In a synchronous run the torch engine shares the learner's model, so whole weights need not be sent.
     servable = cfg.async_rl if cfg.model.lora_type == "full" else cfg.model.train_vision != "full"
     engine = "vllm" if has_vllm and servable else "torch"
     cfg = replace(cfg, rollout=replace(cfg.rollout, engine=engine))
-    check(cfg)  # what was asked for may need the other one
+    check(cfg)  # the config may need the other engine
     return cfg
 
 
 def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
-    """Keyword arguments of `RolloutWorker` that do not depend on where it runs."""
+    """Keyword arguments of `RolloutWorker`, except `make_engine`."""
     from tora.rewards.processes import RewardProcesses
 
     return {
@@ -60,13 +60,13 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
 
 
 ROLLOUT_BASE = "rollout_base"
-"""In `output_dir` while the run lasts, on every machine where that is another folder."""
+"""A folder in `output_dir` that lasts as long as the run, on every machine that has its own `output_dir`."""
 
 
 def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
-    """The folder that vLLM loads its base from: the learner's own weights, unless the config says otherwise.
+    """The folder from which vLLM loads the base: the learner's own weights unless the config says otherwise.
 
-    It may be deleted once `resources` is closed.
+    Closing `resources` may delete it.
     """
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
@@ -80,25 +80,25 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
 
 
 def make_vllm_engine(cfg: RunConfig) -> Engine:
+    from actors.vllm_engine.config import EngineConfig
     from actors.vllm_engine.engine import VLLMEngine
 
     resources = ExitStack()
-    return VLLMEngine(
-        _rollout_base(cfg, resources),
-        resources=resources,
+    config = EngineConfig(
+        model_path=_rollout_base(cfg, resources),
         dtype=cfg.rollout.dtype or cfg.dtype,
         max_model_len=cfg.rollout.max_model_len,
         lora_rank=cfg.model.lora_rank,
-        lora_targets=cfg.model.lora_targets,
+        lora_targets=tuple(cfg.model.lora_targets),
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
-        update=_weight_update(cfg),
         seed=cfg.seed,
         gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
         kv_cache_gib=cfg.rollout.kv_cache_gib,
         enforce_eager=cfg.rollout.enforce_eager,
         tensor_parallel=cfg.rollout.tensor_parallel,
     )
+    return VLLMEngine(config, update=_weight_update(cfg), resources=resources)
 
 
 def _weight_update(cfg: RunConfig) -> WeightUpdate:
@@ -112,7 +112,7 @@ def _weight_update(cfg: RunConfig) -> WeightUpdate:
 
 
 def make_torch_engine(cfg: RunConfig) -> Engine:
-    """On a copy of the learner's model."""
+    """With its own copy of the learner's model."""
     from actors.torch_engine.engine import TorchEngine
     from learner.compile import compile_layers
     from learner.policy import build_policy, device_of
@@ -132,7 +132,7 @@ def make_torch_engine(cfg: RunConfig) -> Engine:
 
 
 def shared_torch_engine(cfg: RunConfig, learner: Rank) -> Engine:
-    """On the learner's own model."""
+    """With the learner's own model."""
     from actors.torch_engine.engine import TorchEngine
     from learner.fsdp import unsharded
 

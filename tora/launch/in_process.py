@@ -1,4 +1,4 @@
-"""A synchronous run: learner, engine and rollouts in one process, or in each of torchrun's ranks."""
+"""A synchronous run: learner, engine and rollouts in one process, or in each rank under torchrun."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tora.tasks.prompts import RunPrompts
 
 
 class InProcess:
-    """Everything in this process; under torchrun, in each rank's."""
+    """Learner and rollouts of this process. Call `learner` before `rollouts`: the torch engine shares its model."""
 
     def __init__(self, cfg: RunConfig) -> None:
         self._cfg, self.world = cfg, World.from_environment()
@@ -40,6 +40,7 @@ class InProcess:
 
 @contextmanager
 def in_process(cfg: RunConfig) -> Iterator[InProcess]:
+    """Leaves the process group at the end."""
     try:
         yield InProcess(cfg)
     finally:

@@ -10,23 +10,23 @@ from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.launch.engines import make_torch_engine, make_vllm_engine, worker_arguments
-from tora.launch.ray_cluster import gpus_each, ray_session, role_resources
+from tora.launch.ray_cluster import gpus_per_device, ray_session, role_resources
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
 
 
 class OnRay:
-    """The learner's ranks and the rollout workers, each a Ray actor. All are started before any is waited for."""
+    """Learner ranks and rollout workers, each a Ray actor. All are requested before any is waited for."""
 
     def __init__(self, cfg: RunConfig) -> None:
         self._cfg, self.world = cfg, World()
-        self._gpus = gpus_each(_num_devices(cfg), cfg.device)
+        self._gpus = gpus_per_device(_num_devices(cfg), cfg.device)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
             raise ConfigError(
                 f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs: with rollout.num_workers="
-                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} they are {_num_devices(cfg)}, and "
-                "the cluster has fewer."
+                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} the run needs {_num_devices(cfg)}, "
+                "but the cluster has fewer."
             )
 
     def learner(self) -> Learner:
@@ -45,7 +45,7 @@ class OnRay:
             "num_gpus": self._gpus * self._cfg.rollout.tensor_parallel,
             "resources": role_resources("rollout"),
             "scheduling_strategy": "SPREAD",
-            # a thread for each group in flight, and one each for evaluation, scores, snapshots and the heartbeat
+            # one thread per group in flight, and one each for evaluation, log-probs, snapshots and the heartbeat
             "max_concurrency": self._cfg.rollout.concurrency + 4,
         }
         make_worker = partial(RayWorker, arguments, **options)
@@ -53,11 +53,12 @@ class OnRay:
 
 
 def _num_devices(cfg: RunConfig) -> int:
-    """GPUs that the run wants, and CPUs."""
+    """GPUs, or CPUs without any, that the run's actors need."""
     return cfg.learner_ranks + cfg.rollout.num_workers * cfg.rollout.tensor_parallel
 
 
 @contextmanager
 def on_ray(cfg: RunConfig) -> Iterator[OnRay]:
+    """Joins or starts a Ray cluster, and leaves or stops it at the end."""
     with ray_session(_num_devices(cfg), big_objects=cfg.model.lora_type == "full"):
         yield OnRay(cfg)

@@ -1,4 +1,4 @@
-"""A Ray cluster for the length of a run: the one that RAY_ADDRESS names, else a private one on loopback."""
+"""A run's Ray cluster: the one that RAY_ADDRESS names, or else a private one on loopback."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from typing import Literal
 _OBJECT_STORE_BYTES = 1 << 30
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is, not the network card's address
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keep 127.0.0.1, do not replace it by the network address
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
 @contextmanager
 def ray_session(num_cpus: int, *, big_objects: bool = False) -> Iterator[None]:
-    """For a private cluster. `num_cpus`: what all Ray actors together ask for; `big_objects`: whole models, for which
-    Ray's own share of the memory is set aside in place of a gigabyte."""
-    joins = "RAY_ADDRESS" in os.environ
-    if not joins:
+    """Connects to the run's cluster. The arguments size a private one.
+
+    `num_cpus`: what all Ray actors together request. `big_objects`: snapshots of whole models, for which the object
+    store gets Ray's default share of memory instead of 1 GiB.
+    """
+    joins_existing = "RAY_ADDRESS" in os.environ
+    if not joins_existing:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if (
-            "RAY_AUTH_MODE" not in os.environ
-        ):  # Ray's agent runs what it is sent: other users of this machine are kept out
+        if "RAY_AUTH_MODE" not in os.environ:
+            # Ray's agent runs any job that it is sent. A token keeps out other users of this machine.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    if joins:
+    if joins_existing:
         ray.init(log_to_driver=False)
         try:
             yield
@@ -44,11 +46,11 @@ def ray_session(num_cpus: int, *, big_objects: bool = False) -> Iterator[None]:
     from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
-    # Ray reads these variables when it is first imported, which may have been before.
+    # Ray reads these variables at its first import, which may have happened before they were set.
     ray_constants.ENABLE_RAY_CLUSTER = False
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
-    scratch = tempfile.mkdtemp(prefix="tora-")  # sockets live here, and their paths must be short
+    scratch = tempfile.mkdtemp(prefix="tora-")  # holds sockets, whose paths must be short
     ray.init(
         num_cpus=max(os.cpu_count() or 1, num_cpus),
         object_store_memory=None if big_objects else _OBJECT_STORE_BYTES,
@@ -65,11 +67,11 @@ def ray_session(num_cpus: int, *, big_objects: bool = False) -> Iterator[None]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def gpus_each(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> float:
-    """What each of `num_wanted` gets: a GPU where the cluster has enough, an equal part where not, none without GPUs or
-    on `cpu`.
+def gpus_per_device(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> float:
+    """The number of GPUs for each of the `num_wanted` devices that a run needs.
 
-    On `cuda` one each where there is none yet: a cluster's nodes may be on their way.
+    1 if the cluster has enough, an equal fraction if it has fewer, and 0 if it has none or `device` is `cpu`. With
+    `cuda` and no GPU yet it is 1: the cluster may still be adding nodes.
     """
     import ray
 
@@ -83,8 +85,8 @@ Role = Literal["learner", "rollout"]
 
 
 def role_resources(role: Role) -> dict[str, float]:
-    """What a Ray actor asks for to land on the nodes meant for its role: those that were started with the resource
-    `tora_learner` or `tora_rollout`. Nothing where no node was."""
+    """The custom resource that places a Ray actor on the nodes meant for its role: those started with the resource
+    `tora_learner` or `tora_rollout`. Empty if there are no such nodes."""
     import ray
 
     name = f"tora_{role}"
@@ -92,10 +94,10 @@ def role_resources(role: Role) -> dict[str, float]:
 
 
 def output_folder(output_dir: str) -> Path:
-    """The absolute folder behind `output_dir`; a relative one starts at TORA_OUTPUT_ROOT or the working directory.
+    """`output_dir` as an absolute path. A relative one is relative to TORA_OUTPUT_ROOT or the working directory.
 
-    A submitted job's working directory is a copy that Ray deletes: there it starts at the home folder instead.
+    The working directory of a submitted job is a copy that Ray deletes, so a job uses the home folder instead.
     """
-    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray's, for the program that a job runs
+    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray for a job's program
     root = os.environ.get("TORA_OUTPUT_ROOT") or (Path.home() if is_job else Path.cwd())
     return (Path(root) / Path(output_dir).expanduser()).absolute()

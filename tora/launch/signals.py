@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request, not an interruption."""
+"""Ctrl-C and SIGTERM as a request to stop, instead of an interruption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields whether a stop was requested; a second request ends the program at once."""
+    """Yields a function that says whether a stop was requested. A second signal raises KeyboardInterrupt at once."""
     requested = False
 
     def request(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,142 @@
+"""The pool with workers that die, hang or break."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import pytest
+from fakes import FakeWorker, make_snapshot
+from pools import (
+    FAULTS,
+    QUICK,
+    MortalWorker,
+    check_each_prompt_once,
+    config,
+    next_batch,
+    running,
+    some_without_signal,
+)
+
+from actors.seat import SeatTiming, WorkerHandle
+from tora.errors import RolloutError, SyncError, WorkerLost
+from tora.types import GroupResult, Prompt, SyncReport
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3])
+@pytest.mark.parametrize("fault", [*FAULTS, "any"])
+def test_no_group_is_lost_or_trained_twice_whatever_dies(bound: int, fault: str) -> None:
+    rng = random.Random(f"{bound}{fault}")
+    workers: list[MortalWorker] = []
+
+    def make() -> WorkerHandle:
+        kind = None if not workers else rng.choice(FAULTS) if fault == "any" else fault
+        workers.append(MortalWorker(kind, lambda: rng.expovariate(1000), some_without_signal))
+        return workers[-1]
+
+    with running(
+        config(bound, workers=3, group_timeout_s=0.1, heartbeat_s=0.1, max_restarts=50), make, timing=QUICK
+    ) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        trained: list[int] = []
+        for step in count():
+            batch = next_batch(rollouts, step)
+            assert 0 <= batch.metrics["staleness/mean"] <= batch.metrics["staleness/max"] <= bound
+            trained += batch.prompt_ids
+            rollouts.publish(make_snapshot(step + 1))
+            if step >= 25 and batch.metrics["rollout/workers_lost"] >= 3:
+                break
+        state = rollouts.state()
+        assert len(trained) == (step + 1) * 4
+        check_each_prompt_once(trained, state)
+
+
+def test_publish_does_not_wait_for_dead_or_starting_workers() -> None:
+    class Slow(FakeWorker):
+        async def start(self, limit_s: float) -> None:
+            await asyncio.sleep(3600)
+
+    first = [MortalWorker("crash", lambda: 0.001, lambda p: [0.0, 1.0]), FakeWorker(lambda: 0.001)]
+    made = iter([*first, Slow()])
+    with running(config(1), made.__next__, timing=QUICK) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        for step in range(4):
+            next_batch(rollouts, step)
+            began = time.perf_counter()
+            sync = rollouts.publish(make_snapshot(step + 1))
+            assert time.perf_counter() - began < 1
+        assert sync["sync/workers"] == 1
+        assert first[1].version == 4
+
+
+def test_a_worker_that_starts_loads_the_newest_snapshot_before_its_first_group() -> None:
+    class Late(FakeWorker):
+        async def start(self, limit_s: float) -> None:
+            await asyncio.sleep(0.05)
+
+        async def forward(self, snapshot: Any) -> SyncReport:
+            await asyncio.sleep(0.02)  # long enough for a newer snapshot to be published meanwhile, now and then
+            return await super().forward(snapshot)
+
+    made = [MortalWorker("crash", lambda: 0.002, lambda p: [0.0, 1.0]), FakeWorker(lambda: 0.002), Late(), Late()]
+    with running(config(1), iter(made).__next__, timing=QUICK) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        for step in range(60):
+            assert next_batch(rollouts, step).metrics["staleness/max"] <= 1
+            time.sleep(0.03)
+            rollouts.publish(make_snapshot(step + 1))
+            if made[2].prompt_ids:
+                break
+        assert made[2].prompt_ids and made[2].version >= step
+
+
+def test_workers_that_keep_dying_end_the_run_with_a_reason() -> None:
+    class Doomed(FakeWorker):
+        async def run_group(self, prompt: Prompt) -> GroupResult:
+            raise WorkerLost("killed by the kernel")
+
+    with running(config(1, max_restarts=3), Doomed, timing=QUICK) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        with pytest.raises(RolloutError, match=r"4 rollout workers were lost in a row.*killed by the kernel"):
+            next_batch(rollouts, 0)
+
+
+def test_a_worker_that_does_not_start_ends_the_run_at_once_with_the_cause() -> None:
+    class Unstartable(FakeWorker):
+        async def start(self, limit_s: float) -> None:
+            raise RolloutError("vLLM did not start: no such kernel")
+
+    with running(config(1), Unstartable) as rollouts, pytest.raises(RolloutError, match="no such kernel"):
+        rollouts.publish(make_snapshot(0))
+
+
+@pytest.mark.parametrize("error", [SyncError("half of it"), ValueError("a prompt is empty")])
+def test_an_error_that_a_new_worker_would_repeat_ends_the_run(error: Exception) -> None:
+    class Wrong(FakeWorker):
+        async def run_group(self, prompt: Prompt) -> GroupResult:
+            raise error
+
+    with running(config(1), Wrong) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        with pytest.raises(type(error), match=str(error)):
+            next_batch(rollouts, 0)
+
+
+def test_an_evaluation_survives_its_worker() -> None:
+    class Dying(FakeWorker):
+        async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+            raise WorkerLost("killed")
+
+    made = [Dying(), FakeWorker(), FakeWorker()]
+    with running(config(1), iter(made).__next__, timing=QUICK) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        result = rollouts.evaluate()
+        assert (result.num_prompts, result.accuracy) == (5, pytest.approx(2 / 5))
+
+
+def test_restart_delays_grow_to_a_minute() -> None:
+    assert [SeatTiming().restart_delay_s(n) for n in (0, 1, 2, 10, 10_000)] == [1, 2, 4, 60, 60]

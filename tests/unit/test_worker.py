@@ -1,0 +1,89 @@
+"""RolloutWorker: what crosses the process boundary."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fakes import make_prompt
+
+from actors.worker import RolloutWorker
+from tora.rewards.rewarder import FunctionRewarder
+from tora.types import Completion, GroupResult, Prompt, SampleRequest, Sampling
+
+IMAGE, SOURCE, ANSWER = b"PNG of a cat", "is it a cat?", "a secret answer"
+PROMPT = Prompt(0, (123_456_789, 5), SOURCE, {"answer": ANSWER}, (IMAGE,))
+
+
+class OneTokenEngine:
+    def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        one = Completion(np.ones(1, np.int64), np.zeros(1, np.float32), np.full(1, 7), True)
+        return [[one] * request.num_samples for request in requests]
+
+
+class Words:
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "yes"
+
+
+def length(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+    assert columns["answer"] == [ANSWER] * len(completions)
+    return [float(len(text)) for text in completions]
+
+
+def make_worker() -> RolloutWorker:
+    engine: Any = OneTokenEngine()
+    sampling = Sampling(1)
+    return RolloutWorker(
+        lambda: engine,
+        lambda: FunctionRewarder((("length", length, 2.0),)),
+        Words(),
+        sampling=sampling,
+        eval_sampling=sampling,
+        group_size=3,
+        seed=0,
+    )
+
+
+def test_an_answer_holds_nothing_of_its_prompt() -> None:
+    worker = make_worker()
+    answers: list[GroupResult] = [worker.run_group(PROMPT), *worker.run_groups([PROMPT]), *worker.evaluate([PROMPT])]
+    assert [len(answer.rollouts) for answer in answers] == [3, 3, 1]
+    sent = pickle.dumps(answers)
+    for held_back in (IMAGE, SOURCE.encode(), ANSWER.encode(), (123_456_789).to_bytes(4, "little"), b"Prompt"):
+        assert held_back in pickle.dumps(PROMPT), "the check would see it"
+        assert held_back not in sent
+
+
+def test_the_asking_side_attaches_the_prompt() -> None:
+    result = make_worker().run_group(PROMPT)
+    group = result.with_prompt(PROMPT)
+    assert (group.prompt, group.rollouts, group.failures) == (PROMPT, result.rollouts, ())
+    assert group.seconds == result.seconds > 0
+    assert [(r.text, r.reward, r.versions.tolist()) for r in group.rollouts] == [("yes", 6.0, [7])] * 3
+
+
+def test_results_keep_the_order_of_their_prompts() -> None:
+    prompts = [make_prompt(i) for i in range(4)]
+
+    class Numbered(OneTokenEngine):
+        def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+            return [
+                [Completion(np.full(1, i), np.zeros(1, np.float32), np.zeros(1, np.int64), True)] * r.num_samples
+                for i, r in enumerate(requests)
+            ]
+
+    engine: Any = Numbered()
+    worker = RolloutWorker(
+        lambda: engine,
+        lambda: FunctionRewarder((("one", lambda completions, **columns: [1.0] * len(completions), 1.0),)),
+        Words(),
+        sampling=Sampling(1),
+        eval_sampling=Sampling(1),
+        group_size=2,
+        seed=0,
+    )
+    for results, size in ((worker.run_groups(prompts), 2), (worker.evaluate(prompts), 1)):
+        assert [[int(r.token_ids[0]) for r in result.rollouts] for result in results] == [[i] * size for i in range(4)]
