@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+from tora.config.bounds import out_of_bounds
 from tora.config.convert import show
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 
-_WORDS = {operator.ge: "at least", operator.gt: "greater than", operator.le: "at most"}
-_BOUNDS = (
-    (
-        operator.ge,
-        1,
-        "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks "
-        "model.lora_rank rollout.num_workers rollout.tensor_parallel rollout.max_workers rollout.concurrency "
-        "rollout.max_model_len rollout.max_pixels rollout.partial reward_processes "
-        "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
-    ),
-    (operator.ge, 2, "grpo_samples"),
-    (
-        operator.ge,
-        0,
-        "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
-        "rollout.max_restarts max_learner_restarts max_failed_rewards",
-    ),
-    (
-        operator.gt,
-        0,
-        "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
-        "sync.canary_max_gap rollout.group_timeout_s rollout.heartbeat_s rollout.start_timeout_s "
-        "reward_timeout_s",
-    ),
-    (operator.le, 1, "top_p rollout.gpu_memory_utilization max_failed_rewards"),
-)
 _LOSS_NEEDS = {
     "DrGRPOLoss": {"loss_normalization": "constant", "normalize_advantages": False},
     "DAPOLoss": {"loss_normalization": "token"},
@@ -55,11 +29,7 @@ def check(cfg: RunConfig) -> None:
 
 
 def _broken(cfg: RunConfig) -> Iterator[str]:
-    for holds, bound, keys in _BOUNDS:
-        for key in keys.split():
-            value = _get(cfg, key)
-            if value is not None and not holds(value, bound):
-                yield f"{key}={value} must be {_WORDS[holds]} {bound}."
+    yield from out_of_bounds(cfg)
     if not cfg.name:
         yield 'name="" must not be empty.'
     yield from _broken_model(cfg)
@@ -165,10 +135,3 @@ def _broken_components(cfg: RunConfig) -> Iterator[str]:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _get(cfg: RunConfig, key: str) -> float | None:
-    """The value at a dotted key; None inside an `eval` that is switched off."""
-    if key.startswith("eval.") and cfg.eval is None:
-        return None
-    return operator.attrgetter(key)(cfg)

@@ -7,7 +7,9 @@ callable, and that callable's keyword arguments.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tora.config.bounds import Above, AtLeast, AtMost
 
 Component = dict[str, Any]
 LossNormalization = Literal["token", "sequence", "constant"]
@@ -23,8 +25,8 @@ class ModelConfig:
     train_vision: Literal["none", "lora", "full"] = "none"
     """The vision tower and its mergers: frozen, with adapters of `lora_type` on all of their linear layers, or all of
     their weights. With vLLM `full` needs `lora_type: full`; `lora` needs an adapter."""
-    lora_rank: int = 8
-    lora_alpha: float = 32.0
+    lora_rank: Annotated[int, AtLeast(1)] = 8
+    lora_alpha: Annotated[float, Above(0)] = 32.0
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     lora_targets: list[str] = field(
@@ -42,22 +44,22 @@ class RolloutConfig:
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """`auto`: vLLM where it is installed, else torch; torch too for a synchronous run of `lora_type: full`, whose
     weights it shares with the learner, and for adapters beside `train_vision: full`."""
-    num_workers: int = 1
+    num_workers: Annotated[int, AtLeast(1)] = 1
     """Rollout workers that the run starts with; more than one needs `async_rl=true`."""
-    tensor_parallel: int = 1
+    tensor_parallel: Annotated[int, AtLeast(1)] = 1
     """With `async_rl` and vLLM: GPUs, and CPUs, that share one worker's weights. They must be of one node."""
-    max_workers: int | None = None
+    max_workers: Annotated[int, AtLeast(1)] | None = None
     """With `async_rl`: how many there may be once others have joined. Each waits for room in the cluster, which an
     autoscaler sees as demand; null: none join."""
-    concurrency: int = 16
+    concurrency: Annotated[int, AtLeast(1)] = 16
     """Groups a worker has in flight, at most: fewer while its KV cache is too full."""
-    group_timeout_s: float = 1800.0
+    group_timeout_s: Annotated[float, Above(0)] = 1800.0
     """A worker that takes longer for a group, or for a snapshot, is taken to hang and is restarted."""
-    heartbeat_s: float = 60.0
+    heartbeat_s: Annotated[float, Above(0)] = 60.0
     """A worker that does not answer for so long is taken to hang and is restarted."""
-    start_timeout_s: float = 1800.0
+    start_timeout_s: Annotated[float, Above(0)] = 1800.0
     """How long a worker may take to start, once the cluster has room for it."""
-    max_restarts: int = 8
+    max_restarts: Annotated[int, AtLeast(0)] = 8
     """Workers that may be lost in a row, no group finished between them, before the run ends."""
     dtype: Literal["bf16", "fp32"] | None = None
     """vLLM's weights; the learner's `dtype` where null."""
@@ -70,62 +72,62 @@ class RolloutConfig:
     recompute_kv: bool = False
     """With `update: in_flight`: compute the keys and values that running rollouts have so far again under the new
     version, instead of keeping them."""
-    partial: int | None = None
+    partial: Annotated[int, AtLeast(1)] | None = None
     """Cut rollouts after so many tokens and continue them under the newest version; they keep each token's version and
     log-prob, and count as old as their oldest token. With `async_rl` and `update: between_rollouts`."""
-    max_model_len: int | None = None
+    max_model_len: Annotated[int, AtLeast(1)] | None = None
     """vLLM's longest sequence; the model's own where null."""
-    max_pixels: int | None = None
+    max_pixels: Annotated[int, AtLeast(1)] | None = None
     """Larger images are scaled down to at most this many pixels, in engine and learner alike; the limit of the model's
     own image processor where null."""
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: Annotated[float, Above(0), AtMost(1)] = 0.5
     """Share of the GPU that vLLM takes; unused on a CPU."""
-    kv_cache_gib: float = 0.25
+    kv_cache_gib: Annotated[float, Above(0)] = 0.25
     """vLLM's KV cache on a CPU; unused on a GPU."""
     enforce_eager: bool = False
     """Without CUDA graphs."""
-    max_refills: float = 3.0
+    max_refills: Annotated[float, AtLeast(0)] = 3.0
     """Groups without signal that a step may drop and replace, as a multiple of `batch_size`."""
 
 
 @dataclass(kw_only=True)
 class SyncConfig:
-    canary_every: int = 10
+    canary_every: Annotated[int, AtLeast(0)] = 10
     """Steps between comparisons of the learner's and every engine's log-probs on fixed tokens, with the adapter and
     without; there is one at the start in any case, and 0 is never. The run stops where they differ."""
-    canary_max_gap: float | None = None
+    canary_max_gap: Annotated[float, Above(0)] | None = None
     """Largest mean difference of a token's log-prob; where null, 1e-4 between float32 and 0.1 with bf16 on a side."""
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
     dataset: Component
-    num_prompts: int = 128
-    every: int = 10
+    num_prompts: Annotated[int, AtLeast(1)] = 128
+    every: Annotated[int, AtLeast(1)] = 10
     """Steps between evaluations; there is one before the first step and one after the last in any case."""
-    temperature: float = 1.0
+    temperature: Annotated[float, AtLeast(0)] = 1.0
     """0 is greedy."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    every: int = 50
+    every: Annotated[int, AtLeast(1)] = 50
     """Steps between checkpoints; the last step always writes one."""
-    keep: int = 2
+    keep: Annotated[int, AtLeast(1)] = 2
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     name: str
     output_dir: str = "outputs/${name}"
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bf16", "fp32"] = "bf16"
     """The base's dtype. Adapters and optimizer state are float32 whatever this says."""
-    num_threads: int = 0
+    num_threads: Annotated[int, AtLeast(0)] = 0
     """CPU threads of the learner; 0 leaves torch's choice."""
 
-    learner_ranks: int = 1
+    learner_ranks: Annotated[int, AtLeast(1)] = 1
     """Processes that share the learner's weights and work; `--nproc_per_node` sets it too."""
     fsdp_reshard_after_forward: bool = True
     """With several ranks: give up other ranks' weights between a layer's forward and backward."""
@@ -142,28 +144,28 @@ class RunConfig:
 
     async_rl: bool = False
     """Rollout workers and the learner as Ray actors, instead of everything in this process."""
-    max_staleness: int = 1
+    max_staleness: Annotated[int, AtLeast(0)] = 1
     """With `async_rl`: the most steps by which a rollout may lag the learner; 0 is the synchronous schedule."""
-    max_learner_restarts: int = 3
+    max_learner_restarts: Annotated[int, AtLeast(0)] = 3
     """With `async_rl`: how often a lost learner is started again from the newest checkpoint before the run ends."""
     resume_from_checkpoint: bool = False
     """Go on from the newest checkpoint in `output_dir`."""
 
-    num_steps: int = 100
-    batch_size: int = 16
+    num_steps: Annotated[int, AtLeast(1)] = 100
+    batch_size: Annotated[int, AtLeast(1)] = 16
     """Prompts a step."""
-    grpo_samples: int = 8
+    grpo_samples: Annotated[int, AtLeast(2)] = 8
     """Rollouts a prompt: the group size."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: Annotated[int, AtLeast(1)] = 1024
     """Longer prompts are an error."""
-    max_generated_tokens: int = 512
-    temperature: float = 1.0
-    top_k: int = 0
+    max_generated_tokens: Annotated[int, AtLeast(1)] = 512
+    temperature: Annotated[float, Above(0)] = 1.0
+    top_k: Annotated[int, AtLeast(0)] = 0
     """0 is off."""
-    top_p: float = 1.0
-    ppo_epochs: int = 1
+    top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
+    ppo_epochs: Annotated[int, AtLeast(1)] = 1
     """Optimizer passes over one batch; each is one optimizer update, all of them one step."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Annotated[int, AtLeast(1)] = 8192
     """Packed tokens a forward-backward; a longer sequence stands alone."""
     share_prefix: bool = False
     """A group's prompt goes through the learner once, not once for each completion: the same numbers, and faster the
@@ -173,17 +175,17 @@ class RunConfig:
     loss_normalization: LossNormalization = "token"
     """`token`: mean over response tokens; `sequence`: mean over sequences of their token means; `constant`: mean over
     sequences of their token sums, over `max_generated_tokens`."""
-    clip_grad_norm: float | None = 1.0
+    clip_grad_norm: Annotated[float, Above(0)] | None = 1.0
 
     model: ModelConfig
     dataset: Component
     rewards: list[Component]
     """Each may carry `weight` (default 1) beside its `_component_`."""
-    reward_timeout_s: float = 30.0
+    reward_timeout_s: Annotated[float, Above(0)] = 30.0
     """How long a reward function may take for a group."""
-    reward_processes: int = 4
+    reward_processes: Annotated[int, AtLeast(1)] = 4
     """Processes that run a rollout worker's reward functions, at most; more than one start only while all are busy."""
-    max_failed_rewards: float = 0.5
+    max_failed_rewards: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
     """The run ends when more than this share of rollouts fails because a reward function raises, hangs, or returns NaN,
     nothing, or another number of scores. A failed rollout leaves its group; fewer than two rollouts are no group."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
