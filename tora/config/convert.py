@@ -13,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError, nearest
 
-_SCALARS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+SCALARS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+"""What a value of each type is called in messages and in the reference."""
 
 
 def defaults(schema: type) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
             number = math.nan  # refused below, by name
         if math.isfinite(number):
             return number
-    raise ConfigError(f"{key}={show(value)} must be {_SCALARS[kind]}.")
+    raise ConfigError(f"{key}={show(value)} must be {SCALARS[kind]}.")
 
 
 def _inner(hint: Any) -> Any:
@@ -113,7 +114,7 @@ def join(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def show(value: Any) -> str:
-    """A value for a sentence: as in YAML, on one short line."""
+def show(value: Any, longest: int = 80) -> str:
+    """A value for a sentence: as in YAML, on one line of at most `longest` characters."""
     text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
