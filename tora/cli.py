@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tora.commands import bench, configs, doctor, run, torchtune
+from tora.commands import bench, configs, doctor, help, run, torchtune
 from tora.commands.recipes import program
 from tora.errors import ConfigError, ToraError
 
@@ -39,6 +39,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     run.add_parser(commands)
     configs.add_parsers(commands)
+    help.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)
     commands.add_parser("download", help="download a model (torchtune's command)")
