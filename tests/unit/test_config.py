@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tora.config.components import instantiate, locate
+from tora.config.components import instantiate
 from tora.config.load import config_names, configs_dir, dump_yaml, load_config, missing_folders, to_dict
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
@@ -256,53 +256,3 @@ def test_components_of_our_own(override: str, words: str) -> None:
 def test_unknown_config() -> None:
     assert refusal("quickstrat") == "There is no config quickstrat; the nearest is quickstart."
     assert "missing.yaml" in refusal("missing.yaml")
-
-
-@pytest.fixture
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module in the working directory."""
-    write(
-        tmp_path / "my_own_rewards.py",
-        """\
-        def score(completions, *, scale=1.0):
-            return [scale for _ in completions]
-
-        def open_ended(**anything):
-            return anything
-
-        number = 3
-        """,
-    )
-    monkeypatch.chdir(tmp_path)
-    return "my_own_rewards"
-
-
-def test_instantiate(user_module: str) -> None:
-    score = f"{user_module}.score"
-    assert instantiate({"_component_": score, "scale": 2.0}, ["a", "b"]) == [2.0, 2.0]
-    # offered: taken where the callable knows the name and the config does not set it
-    assert instantiate({"_component_": score}, ["a"], scale=3.0, num_training_steps=9) == [3.0]
-    assert instantiate({"_component_": score, "scale": 2.0}, ["a"], scale=3.0) == [2.0]
-    assert instantiate({"_component_": f"{user_module}.open_ended", "a": 1}, b=2) == {"a": 1, "b": 2}
-    assert instantiate({"_component_": "builtins.dict", "a": 1}) == {"a": 1}
-
-
-def test_instantiate_refuses(user_module: str) -> None:
-    cases: list[tuple[dict[str, object], str]] = [
-        ({}, "Missing key _component_"),
-        ({"_component_": f"{user_module}.scor"}, "the nearest is score"),
-        ({"_component_": "no_such_module_anywhere.f"}, "no_such_module_anywhere"),
-        ({"_component_": f"{user_module}.number"}, "cannot be called"),
-        ({"_component_": f"{user_module}.score", "scael": 1}, "the nearest is scale"),
-        ({"_component_": f"{user_module}.score"}, "missing a required argument: 'completions'"),
-    ]
-    for component, words in cases:
-        with pytest.raises(ConfigError, match=words):
-            instantiate(component)
-
-
-def test_a_module_that_fails_to_import_says_so_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "my_broken_rewards.py", "import not_installed_anywhere\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        locate("my_broken_rewards.score")

@@ -23,7 +23,7 @@ from tora.errors import ConfigError, nearest
 _ROOT = Path(__file__).resolve().parents[2]
 _OWN = ("tora", "actors", "learner")
 _FORMER = {"tora.tasks.rewards": "tora.rewards"}
-"""Modules that configs may still call by a former name."""
+"""Former module names that configs may still use, with the present ones."""
 _Definition = ast.FunctionDef | ast.ClassDef | None
 """None: a name that is bound in a way whose arguments cannot be read off, such as an assignment."""
 _Bindings = dict[str, "_Definition | str"]
@@ -53,7 +53,11 @@ def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
 
 
 def locate(path: str) -> Callable[..., Any]:
-    """The callable at a dotted path; modules in the working directory count. Raises `ConfigError`."""
+    """The callable at a dotted path, which may be a former one; modules in the working directory count.
+
+    Raises `ConfigError` if there is none. What a module raises when it is imported passes through.
+    """
+    path = _present(path)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module, names = _import_longest(path)
@@ -106,6 +110,11 @@ def _path_of(component: Component, key: str) -> str:
         raise ConfigError(f"Missing key {join(key, '_component_')}.")
     if not (isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))):
         raise ConfigError(f"{join(key, '_component_')}={show(path)} must be a dotted path, as in package.module.name.")
+    return _present(path)
+
+
+def _present(path: str) -> str:
+    """The path by which a callable is found today."""
     module, _, name = path.rpartition(".")
     return f"{_FORMER.get(module, module)}.{name}"
 
