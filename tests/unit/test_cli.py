@@ -17,7 +17,7 @@ from tora.config.load import config_file, load_config
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError
 
-HEAVY = ("torch", "transformers", "ray", "vllm", "torchtune")
+HEAVY = ("torch", "transformers", "ray", "vllm", "torchtune", "numpy", "rich")
 LORA = ["lora_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo_single_device"]
 
 
@@ -87,7 +87,7 @@ sys.exit(code)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1  # a busy machine's clock lies
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5  # a busy machine's clock lies
 
 
 def test_python_m_tora(tmp_path: Path) -> None:

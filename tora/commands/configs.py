@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from tora.commands import torchtune
 from tora.commands.recipes import NO_RECIPE, RECIPES, program
-from tora.config.load import config_file, config_names, load_config, missing_folders
 from tora.errors import ConfigError
 
 
@@ -31,6 +29,8 @@ def add_parsers(commands: Any) -> None:
 
 
 def _validate(args: argparse.Namespace) -> int:
+    from tora.config.load import load_config, missing_folders
+
     names = [word for word in args.configs if "=" not in word]
     overrides = [word for word in args.configs if "=" in word]
     if not names:
@@ -48,6 +48,8 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _ls(args: argparse.Namespace) -> int:
     """Our recipes with their configs; as `tune`, torchtune's too. A config's name ends in its recipe's."""
+    from tora.config.load import config_names
+
     table: dict[str, list[str]] = {recipe: [] for recipe in (*RECIPES, NO_RECIPE)}
     for name in config_names():
         of = (recipe for recipe in RECIPES if name.endswith(recipe.removesuffix("_distributed")))
@@ -62,6 +64,10 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _cp(args: argparse.Namespace) -> int:
+    import shutil
+
+    from tora.config.load import config_file
+
     source, to = config_file(args.name), args.destination
     if to.is_dir():
         to /= source.name

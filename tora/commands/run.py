@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tora.commands.recipes import RECIPES, program
-from tora.config.load import load_config, missing_folders
-from tora.config.schema import RunConfig
 from tora.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from tora.config.schema import RunConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -28,6 +29,8 @@ def add_parser(commands: Any) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
+    from tora.config.load import load_config, missing_folders
+
     recipe = args.target if args.config is not None else None
     if recipe is None and args.target in RECIPES:
         raise ConfigError(f"The recipe {args.target} needs --config CONFIG; `{program()} ls` lists them.")
