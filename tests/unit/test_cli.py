@@ -1,4 +1,4 @@
-"""The command line: what reaches the run, what reaches torchtune, and how fast and plainly mistakes are answered."""
+"""The command line: what reaches the run, what reaches torchtune, and how quickly and clearly mistakes are reported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line on stderr with which a command is refused, with exit code 2 and nothing written."""
+    """The one line on stderr that rejects a command; it exits with code 2 and writes nothing."""
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and err.endswith(".\n")
@@ -136,7 +136,7 @@ def test_a_rank_runs_and_knows_how_many_there_are(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["run", *RANKS]) == 0
-    assert "must be the 2 ranks" in refusal(capsys, "run", *RANKS, "--nproc_per_node", "3")
+    assert "must equal the 2 ranks" in refusal(capsys, "run", *RANKS, "--nproc_per_node", "3")
 
 
 @pytest.mark.parametrize(

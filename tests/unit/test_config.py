@@ -1,4 +1,4 @@
-"""Config files and overrides: what they become, and the one sentence that each mistake earns."""
+"""Config files and overrides: what they become, and the sentence that reports each mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(path: Path, text: str) -> str:
 
 
 def refusal(name: str = "quickstart", *overrides: str) -> str:
-    """The sentence with which a config is refused."""
+    """The sentence that rejects a config."""
     with pytest.raises(ConfigError) as error:
         load_config(name, overrides)
     sentence = str(error.value)
@@ -224,7 +224,7 @@ def test_rules_between_keys() -> None:
     )
     assert "needs rollout.update=in_flight" in refusal("quickstart", "rollout.recompute_kv=true")
     in_flight = "rollout.update=in_flight"
-    assert "in_flight cuts nothing" in refusal("quickstart", in_flight, "rollout.partial=8")
+    assert "in_flight does not interrupt rollouts" in refusal("quickstart", in_flight, "rollout.partial=8")
     assert "needs async_rl=true" in refusal("quickstart", "rollout.partial=8", "async_rl=false")
     assert "max_staleness of at least 1" in refusal("quickstart", in_flight, "max_staleness=0")
     assert "needs rollout.engine=vllm" in refusal("quickstart", in_flight, "rollout.engine=torch")

@@ -1,4 +1,4 @@
-"""A tree of plain values -> the config's dataclasses, strictly: no unknown key, no wrong type, no guess."""
+"""Convert a tree of plain values to the config's dataclasses, strictly: no unknown keys, no wrong types, no guessing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALARS: dict[type, str] = {bool: "true or false", int: "a whole number", float:
 
 
 def defaults(schema: type) -> dict[str, Any]:
-    """The schema's defaults as a tree, so that interpolations see them."""
+    """The schema's defaults as a tree, so that interpolations can refer to them."""
     tree: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
@@ -32,7 +32,10 @@ def defaults(schema: type) -> dict[str, Any]:
 
 
 def build(schema: type, tree: Any, key: str) -> Any:
-    """An instance of the dataclass `schema`. `key` is the dotted path so far. Raises `ConfigError`."""
+    """An instance of the dataclass `schema`. `key` is the dotted path of `tree`, empty at the top.
+
+    Raises `ConfigError` for an unknown or missing key or a value of the wrong type.
+    """
     if not isinstance(tree, dict):
         raise ConfigError(f"{key}={show(tree)} must hold keys and values.")
     hints = get_type_hints(schema)
@@ -48,7 +51,7 @@ def build(schema: type, tree: Any, key: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """The value as its field's type wants it."""
+    """The value, checked against its field's type; whole numbers become floats where a float is asked for."""
     if value is None and _inner(hint) is not hint:
         return None
     hint = _inner(hint)
@@ -77,7 +80,7 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
         try:
             number = float(value)
         except ValueError:
-            number = math.nan  # refused below, by name
+            number = math.nan  # rejected below, with the key
         if math.isfinite(number):
             return number
     raise ConfigError(f"{key}={show(value)} must be {SCALARS[kind]}.")
@@ -91,7 +94,7 @@ def _inner(hint: Any) -> Any:
 
 
 def _nearest_key(name: str, siblings: list[str], key: str) -> str:
-    """Beside the wrong key first, then a key of that name elsewhere in the config."""
+    """A close match among the sibling keys, else among all keys of the config, else the nearest sibling."""
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     if not close:
         paths = {path.rpartition(".")[2]: path for path in _all_keys(RunConfig, "")}
@@ -115,6 +118,6 @@ def join(key: str, name: Any) -> str:
 
 
 def show(value: Any, longest: int = 80) -> str:
-    """A value for a sentence: as in YAML, on one line of at most `longest` characters."""
+    """A value as it appears in messages: as JSON, on one line of at most `longest` characters."""
     text = json.dumps(value, default=str)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
