@@ -9,7 +9,7 @@ class ToraError(Exception):
 
 
 class ConfigError(ToraError, ValueError):
-    """The user's input is wrong. The message is one sentence; the command line exits with code 2, without a traceback."""
+    """The user's input is wrong: reported as one sentence, without a traceback, and with exit code 2."""
 
 
 class SyncError(ToraError, RuntimeError):

@@ -209,7 +209,7 @@ def test_wrong_keys_and_types(override: str, words: str) -> None:
         ("rewards=[]", "rewards=[]"),
         ("rewards.0.weight=much", 'rewards.0.weight="much" must be a finite number'),
         ("rewards.0.weight=0", "at least one weight"),
-        ("rewards=[{_component_: a.f},{_component_: b.f}]", "rewards.1.name=f is taken"),
+        ("rewards=[{_component_: a.f},{_component_: b.f}]", "rewards.1.name=f is already used"),
     ],
 )
 def test_ranges(override: str, words: str) -> None:

@@ -57,7 +57,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _check_recipe(recipe: str, cfg: RunConfig) -> None:
-    """Raises `ConfigError` if the config does not do what the recipe's name says: what is trained, on how many devices."""
+    """Raises `ConfigError` if the config trains something else, or on more devices, than the recipe's name says."""
     if recipe not in RECIPES:
         raise ConfigError(f"There is no recipe {recipe}{nearest(recipe, RECIPES)}.")
     lora_type = cfg.model.lora_type

@@ -1,4 +1,4 @@
-"""Convert a tree of plain values to the config's dataclasses, strictly: no unknown keys, no wrong types, no guessing."""
+"""Convert a tree of plain values to the config's dataclasses, strictly: unknown keys and wrong types are errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Load a `RunConfig` from YAML files and `key=value` overrides. Imports without torch.
 
-A file may have `extends:` with one file name or a list of them, looked up beside the file and then in `configs/`. The
-files are merged key by key: later ones override earlier ones, the file itself overrides what it extends, and `key=value`
+A file may have `extends:` with one file name or a list of them, looked up beside the file and then in `configs/`. They
+are merged key by key: later files override earlier ones, the file itself overrides what it extends, and `key=value`
 overrides everything. Every mistake in the user's input is a `ConfigError` with one sentence.
 """
 

@@ -91,7 +91,10 @@ def _broken_updates(cfg: RunConfig) -> Iterator[str]:
         if rollout.engine == "torch":
             yield "rollout.update=in_flight needs rollout.engine=vllm."
         if rollout.partial is not None:
-            yield f"rollout.partial={rollout.partial} needs rollout.update=between_rollouts: in_flight does not interrupt rollouts."
+            yield (
+                f"rollout.partial={rollout.partial} needs rollout.update=between_rollouts: "
+                "in_flight does not interrupt rollouts."
+            )
     elif rollout.partial is not None and (not cfg.async_rl or cfg.max_staleness == 0):
         yield f"rollout.partial={rollout.partial} needs async_rl=true and max_staleness of at least 1."
     elif rollout.recompute_kv:
@@ -106,7 +109,7 @@ def _broken_model(cfg: RunConfig) -> Iterator[str]:
         if model.quantize_base:
             yield "model.quantize_base=true needs an adapter: model.lora_type=full trains the base, which NF4 freezes."
         if cfg.rollout.engine == "vllm" and cfg.rollout.update == "in_flight":
-            yield "rollout.update=in_flight with rollout.engine=vllm needs an adapter, and model.lora_type=full has none."
+            yield "rollout.update=in_flight with vLLM needs an adapter, and model.lora_type=full has none."
         if model.train_vision == "lora":
             yield "model.train_vision=lora needs an adapter, and model.lora_type=full has none."
         return
