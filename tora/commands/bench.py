@@ -11,9 +11,12 @@ def add_parser(commands: Any) -> None:
     bench.add_argument(
         "what",
         choices=("learner", "rollout", "sync", "table", "async"),
-        help="rollout and table also generate; sync needs vLLM; async simulates the asynchronous schedule",
+        help="learner: training steps; rollout, table: training steps and generation; sync: weight syncs into vLLM; "
+        "async: the asynchronous schedule, simulated",
     )
-    bench.add_argument("--config", help="use the model shapes of this config, or of the preset tiny or small")
+    bench.add_argument(
+        "--config", help="use the model shapes that this config's name gives, such as qwen3/0.6B, or tiny or small"
+    )
     bench.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     bench.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision of the base weights")
     bench.add_argument("--rank", type=int, default=8, help="rank of the adapters")
