@@ -52,7 +52,7 @@ class Entry:
     doc: str
     """The field's docstring as one paragraph."""
     is_section: bool
-    """Whether it holds keys of its own."""
+    """Whether it contains other keys."""
     is_component: bool
     """Whether it holds a component, or a list of them, whose arguments are not listed here."""
 

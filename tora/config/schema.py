@@ -249,9 +249,13 @@ class RunConfig:
     or if every function returns None. The rollout is dropped from its group; a group with fewer than two rollouts left
     is replaced."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
-    """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss` or `CISPOLoss`. Arguments are the
-    clip bounds, the KL penalty and the importance correction, described in `learner/loss/objective.py`. The files
-    `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml` and `cispo.yaml` set the other keys that each objective needs."""
+    """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss` or `CISPOLoss`. The files
+    `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml` and `cispo.yaml` set the other keys that each objective needs.
+    Arguments: `clip_low` and `clip_high`, the clip bounds; `kl_coeff`, the weight of the KL penalty against the initial
+    policy, 0 for none; `kl_type`, its estimator (`k1`, `k2`, `k3`); `kl_in`, whether it is part of the `loss` or the
+    `reward`; `proximal`, the policy that the clip is centered on (`learner`: the one at the start of the step, `actor`:
+    the one that sampled); `importance_correction` between learner and actor (`token_tis`, `token_mask`,
+    `sequence_mask`, `none`) with its bounds `importance_low` and `importance_high`."""
     optimizer: Component = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-4})
     """The optimizer: a callable that takes the list of trained parameters. `lr`, a number greater than 0, is
     required."""
