@@ -53,7 +53,7 @@ class RolloutConfig:
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """What generates. `vllm`: vLLM. `torch`: the built-in engine; in a synchronous run it shares the learner's weights.
     `auto`: vLLM if it is installed, except that it picks torch for a synchronous run with `model.lora_type=full`, and
-    for adapters beside `model.train_vision=full`, which vLLM cannot serve."""
+    for an adapter together with `model.train_vision=full`, which vLLM cannot serve."""
     num_workers: Annotated[int, AtLeast(1)] = 1
     """Rollout workers at the start of the run. More than one needs `async_rl=true`."""
     tensor_parallel: Annotated[int, AtLeast(1)] = 1
@@ -62,7 +62,7 @@ class RolloutConfig:
     """Rollout workers that an asynchronous run may grow to, at least `num_workers`. Workers beyond `num_workers` wait
     until the cluster has room for them; an autoscaler sees them as demand. null: no workers are added."""
     concurrency: Annotated[int, AtLeast(1)] = 16
-    """Most groups that a worker generates at once. In an asynchronous run a worker is given fewer while its KV cache is
+    """Maximum number of groups that a worker generates at once. In an asynchronous run a worker is given fewer while its KV cache is
     nearly full."""
     group_timeout_s: Annotated[float, Above(0)] = 1800.0
     """Seconds that a worker of an asynchronous run may take for one group or to load one snapshot. A slower worker is
@@ -90,7 +90,7 @@ class RolloutConfig:
     """With `update=in_flight`: recompute the keys and values of running rollouts under the new version. false keeps
     those of the old version, which costs nothing but makes later tokens attend to stale keys and values."""
     partial: Annotated[int, AtLeast(1)] | None = None
-    """Interrupt each rollout after this many tokens and continue it under the newest policy version. Each token keeps
+    """Interrupt each rollout every time it has generated this many tokens and continue it under the newest version. Each token keeps
     the version and log-prob it was sampled with; a rollout's staleness is that of its oldest token. Needs
     `async_rl=true`, `update=between_rollouts` and `max_staleness` of at least 1. null: rollouts are not
     interrupted."""
@@ -98,7 +98,7 @@ class RolloutConfig:
     """Longest sequence in tokens, prompt and completion together, that vLLM accepts; it needs a KV cache of at least
     that size. At least `max_prompt_tokens + max_generated_tokens`. null: the model's own limit."""
     max_pixels: Annotated[int, AtLeast(1)] | None = None
-    """Most pixels per image. Larger images are scaled down, identically in the engine and the learner. Only for models
+    """Maximum number of pixels per image. Larger images are scaled down, identically in the engine and the learner. Only for models
     that take images. null: the limit of the model's image processor."""
     gpu_memory_utilization: Annotated[float, Above(0), AtMost(1)] = 0.5
     """Fraction of the GPU's memory that vLLM may use for weights and KV cache. No effect on a CPU."""
@@ -117,8 +117,8 @@ class SyncConfig:
     """Steps between canary checks, which compare the log-probs of learner and engines for the same tokens, with the
     adapter and without. The first sync is always checked. The run stops if they differ. 0: no checks at all."""
     canary_max_gap: Annotated[float, Above(0)] | None = None
-    """Largest mean difference of a token's log-prob, in nats, that a canary check accepts. null: 1e-4 if learner and
-    engine both run in float32, 0.1 otherwise."""
+    """Largest mean difference of a token's log-prob, in nats, that a canary check accepts. The check is
+    stricter while the adapter's effect is small. null: 1e-4 if learner and engine both run in float32, otherwise 0.1."""
 
 
 @dataclass(kw_only=True)
@@ -200,7 +200,8 @@ class RunConfig:
     max_prompt_tokens: Annotated[int, AtLeast(1)] = 1024
     """Longest prompt in tokens, chat template and image tokens included. A longer prompt ends the run with an error."""
     max_generated_tokens: Annotated[int, AtLeast(1)] = 512
-    """Longest completion in tokens, in training and evaluation. Longer ones are cut off there."""
+    """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut
+    off."""
     temperature: Annotated[float, Above(0)] = 1.0
     """Sampling temperature of training rollouts. The learner computes log-probs at the same temperature."""
     top_k: Annotated[int, AtLeast(0)] = 0
@@ -214,8 +215,8 @@ class RunConfig:
     """Tokens that are packed into one forward and backward pass, prompts included. It bounds the learner's memory and
     does not change the result. A sequence longer than this gets a pass to itself."""
     share_prefix: bool = False
-    """Run a group's prompt through the learner once instead of once per completion. The result is the same; it saves
-    the more time, the longer prompts are compared with completions."""
+    """Run a group's prompt through the learner once instead of once per completion. The result is the same. It
+    saves more time the longer prompts are relative to completions."""
     normalize_advantages: bool = True
     """Divide each group's advantages (reward minus the group's mean) by the standard deviation of its rewards. Dr. GRPO
     sets it to false."""
@@ -227,7 +228,7 @@ class RunConfig:
     """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
 
     model: ModelConfig
-    """The model and what of it is trained."""
+    """The model and which of its weights are trained."""
     dataset: Component
     """Training prompts: a callable that returns a dataset, anything with `len` and `[i]` whose rows have a `prompt`.
     Built in: `tora.tasks.gsm8k.gsm8k`, `tora.tasks.chain_sum.chain_sum`, `tora.tasks.digits.digits`,
@@ -235,19 +236,19 @@ class RunConfig:
     `hub_dataset` for your own data."""
     rewards: list[Component]
     """Reward functions with TRL's signature, at least one. Built in: `tora.rewards.math_answer`, `answer_tag`,
-    `format`, `length` and `overlong`. Beside `_component_` and its arguments an entry may have `weight` (default 1) and
-    `name` (default: the function's name). A rollout's reward is the weighted sum; accuracy counts the rollouts that
-    score 1 in the first one."""
+    `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight` (default 1)
+    and `name` (default: the function's name). A rollout's reward is the weighted sum; accuracy is the share of rollouts
+    that score at least 1 in the first one."""
     reward_timeout_s: Annotated[float, Above(0)] = 30.0
     """Seconds that one reward function may take for a group. A slower call is stopped. If a call fails as a whole, each
     completion is tried again alone, and one that fails again has a failed reward."""
     reward_processes: Annotated[int, AtLeast(1)] = 4
-    """Most processes per rollout worker that run reward functions. Another one starts only when all are busy."""
+    """Maximum number of processes per rollout worker that run reward functions. Another one starts only when all are busy."""
     max_failed_rewards: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
-    """Fraction of failed rewards among the rollouts of the last `batch_size` groups above which the run ends. A reward
-    fails if its function raises, exceeds `reward_timeout_s`, or returns NaN, infinity or the wrong number of scores,
-    or if every function returns None. The rollout is dropped from its group; a group with fewer than two rollouts left
-    is replaced."""
+    """The run ends if more than this fraction of the rollouts in the last `batch_size` groups has a failed reward. A
+    reward fails if its function raises, exceeds `reward_timeout_s`, or returns NaN, infinity or the wrong number of
+    scores, or if every function returns None. The rollout is dropped from its group; a group with fewer than two
+    rollouts left is replaced."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
     """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss` or `CISPOLoss`. The files
     `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml` and `cispo.yaml` set the other keys that each objective needs.
@@ -273,6 +274,6 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written and how many are kept."""
     metric_logger: list[Component] = field(default_factory=list)
-    """Metric loggers beside the console and `metrics.jsonl`, such as torchtune's
+    """Metric loggers in addition to the console and `metrics.jsonl`, such as torchtune's
     `torchtune.training.metric_logging.WandBLogger` and `TensorBoardLogger`. A logger with a `log_dir` parameter writes
     to the run's folder unless the config says otherwise."""
