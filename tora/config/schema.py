@@ -62,8 +62,8 @@ class RolloutConfig:
     """Rollout workers that an asynchronous run may grow to, at least `num_workers`. Workers beyond `num_workers` wait
     until the cluster has room for them; an autoscaler sees them as demand. null: no workers are added."""
     concurrency: Annotated[int, AtLeast(1)] = 16
-    """Maximum number of groups that a worker generates at once. In an asynchronous run a worker is given fewer while its KV cache is
-    nearly full."""
+    """Maximum number of groups that a worker generates at once. In an asynchronous run a worker is given fewer while
+    its KV cache is nearly full."""
     group_timeout_s: Annotated[float, Above(0)] = 1800.0
     """Seconds that a worker of an asynchronous run may take for one group or to load one snapshot. A slower worker is
     considered hung and is replaced. Must exceed `2 * reward_timeout_s` times the number of rewards."""
@@ -79,9 +79,9 @@ class RolloutConfig:
     """Precision of vLLM's weights. null: the learner's, which is `dtype` at the top level."""
     base: Literal["dequantized", "checkpoint"] = "dequantized"
     """Base weights that vLLM serves with `model.quantize_base=true`. `dequantized`: the learner's NF4 weights,
-    expanded; they are written to a folder in `output_dir` that is deleted when the run ends. `checkpoint`: the
-    original weights in `model.path`, which needs no such folder but samples from a slightly different policy.
-    `mismatch_kl` measures the gap in both cases."""
+    expanded; they are written to a folder in `output_dir` that is deleted when the run ends. `checkpoint`: the original
+    weights in `model.path`, which needs no such folder but samples from a slightly different policy. `mismatch_kl`
+    measures the gap in both cases."""
     update: Literal["between_rollouts", "in_flight"] = "between_rollouts"
     """When a new policy version takes effect. `between_rollouts`: for rollouts that start after it arrives.
     `in_flight`: at once; running rollouts sample their remaining tokens from it. `in_flight` needs `async_rl=true`,
@@ -90,16 +90,16 @@ class RolloutConfig:
     """With `update=in_flight`: recompute the keys and values of running rollouts under the new version. false keeps
     those of the old version, which costs nothing but makes later tokens attend to stale keys and values."""
     partial: Annotated[int, AtLeast(1)] | None = None
-    """Interrupt each rollout every time it has generated this many tokens and continue it under the newest version. Each token keeps
-    the version and log-prob it was sampled with; a rollout's staleness is that of its oldest token. Needs
-    `async_rl=true`, `update=between_rollouts` and `max_staleness` of at least 1. null: rollouts are not
+    """Interrupt each rollout every time it has generated this many tokens and continue it under the newest version.
+    Each token keeps the version and log-prob it was sampled with; a rollout's staleness is that of its oldest token.
+    Needs `async_rl=true`, `update=between_rollouts` and `max_staleness` of at least 1. null: rollouts are not
     interrupted."""
     max_model_len: Annotated[int, AtLeast(1)] | None = None
     """Longest sequence in tokens, prompt and completion together, that vLLM accepts; it needs a KV cache of at least
     that size. At least `max_prompt_tokens + max_generated_tokens`. null: the model's own limit."""
     max_pixels: Annotated[int, AtLeast(1)] | None = None
-    """Maximum number of pixels per image. Larger images are scaled down, identically in the engine and the learner. Only for models
-    that take images. null: the limit of the model's image processor."""
+    """Maximum number of pixels per image. Larger images are scaled down, identically in the engine and the learner.
+    Only for models that take images. null: the limit of the model's image processor."""
     gpu_memory_utilization: Annotated[float, Above(0), AtMost(1)] = 0.5
     """Fraction of the GPU's memory that vLLM may use for weights and KV cache. No effect on a CPU."""
     kv_cache_gib: Annotated[float, Above(0)] = 0.25
@@ -117,8 +117,8 @@ class SyncConfig:
     """Steps between canary checks, which compare the log-probs of learner and engines for the same tokens, with the
     adapter and without. The first sync is always checked. The run stops if they differ. 0: no checks at all."""
     canary_max_gap: Annotated[float, Above(0)] | None = None
-    """Largest mean difference of a token's log-prob, in nats, that a canary check accepts. The check is
-    stricter while the adapter's effect is small. null: 1e-4 if learner and engine both run in float32, otherwise 0.1."""
+    """Largest mean difference of a token's log-prob, in nats, that a canary check accepts. The check is stricter while
+    the adapter's effect is small. null: 1e-4 if learner and engine both run in float32, otherwise 0.1."""
 
 
 @dataclass(kw_only=True)
@@ -200,8 +200,7 @@ class RunConfig:
     max_prompt_tokens: Annotated[int, AtLeast(1)] = 1024
     """Longest prompt in tokens, chat template and image tokens included. A longer prompt ends the run with an error."""
     max_generated_tokens: Annotated[int, AtLeast(1)] = 512
-    """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut
-    off."""
+    """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut off."""
     temperature: Annotated[float, Above(0)] = 1.0
     """Sampling temperature of training rollouts. The learner computes log-probs at the same temperature."""
     top_k: Annotated[int, AtLeast(0)] = 0
@@ -215,8 +214,8 @@ class RunConfig:
     """Tokens that are packed into one forward and backward pass, prompts included. It bounds the learner's memory and
     does not change the result. A sequence longer than this gets a pass to itself."""
     share_prefix: bool = False
-    """Run a group's prompt through the learner once instead of once per completion. The result is the same. It
-    saves more time the longer prompts are relative to completions."""
+    """Run a group's prompt through the learner once instead of once per completion. The result is the same. It saves
+    more time the longer prompts are relative to completions."""
     normalize_advantages: bool = True
     """Divide each group's advantages (reward minus the group's mean) by the standard deviation of its rewards. Dr. GRPO
     sets it to false."""
@@ -243,7 +242,8 @@ class RunConfig:
     """Seconds that one reward function may take for a group. A slower call is stopped. If a call fails as a whole, each
     completion is tried again alone, and one that fails again has a failed reward."""
     reward_processes: Annotated[int, AtLeast(1)] = 4
-    """Maximum number of processes per rollout worker that run reward functions. Another one starts only when all are busy."""
+    """Maximum number of processes per rollout worker that run reward functions. Another one starts only when all are
+    busy."""
     max_failed_rewards: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
     """The run ends if more than this fraction of the rollouts in the last `batch_size` groups has a failed reward. A
     reward fails if its function raises, exceeds `reward_timeout_s`, or returns NaN, infinity or the wrong number of
