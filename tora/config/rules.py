@@ -107,7 +107,7 @@ def _broken_model(cfg: RunConfig) -> Iterator[str]:
         if model.adapter_path is not None:
             yield f"model.adapter_path={model.adapter_path} needs an adapter, and model.lora_type=full has none."
         if model.quantize_base:
-            yield "model.quantize_base=true needs an adapter: model.lora_type=full trains the base, which NF4 freezes."
+            yield "model.quantize_base=true freezes the base, but model.lora_type=full trains it."
         if cfg.rollout.engine == "vllm" and cfg.rollout.update == "in_flight":
             yield "rollout.update=in_flight with vLLM needs an adapter, and model.lora_type=full has none."
         if model.train_vision == "lora":
