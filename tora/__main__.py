@@ -1,3 +1,5 @@
+"""`python -m tora`: the command line. torchrun starts each rank of a run this way."""
+
 import os
 import sys
 

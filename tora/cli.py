@@ -1,7 +1,7 @@
-"""The command line: `tora` and `tune` are one program, which keeps torchtune's own recipes and commands.
+"""The command line. `tora` and `tune` are one program, which keeps torchtune's own recipes and commands.
 
-Heavy imports happen inside the commands, so that help and every wrong input answer at once. Exit code 2: the input is
-wrong; 1: the run failed; both with one sentence on stderr. 130: a signal ended the run.
+Commands import heavy packages when they need them, so that help texts and mistakes are answered at once. Exit codes: 2
+for wrong input and 1 for a failed run, both with one sentence on stderr; 130 for a run that a signal ended.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tora.commands import bench, configs, doctor, run, torchtune
+from tora.commands import bench, configs, doctor, help, run, torchtune
 from tora.commands.recipes import program
 from tora.errors import ConfigError, ToraError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if torchtune.is_torchtunes(argv):
@@ -33,12 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=program(), description="GRPO that trains an adapter.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=program(), description="Post-train language and vision-language models with GRPO.", allow_abbrev=False
+    )
     parser.set_defaults(command=lambda args: parser.print_help() or 0)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     run.add_parser(commands)
     configs.add_parsers(commands)
+    help.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)
     commands.add_parser("download", help="download a model (torchtune's command)")
@@ -46,7 +49,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     args, rest = parser.parse_known_args(argv)
     if rest:
-        # argparse gives up on the overrides that follow an option, as in `run RECIPE --config CONFIG key=value`
+        # argparse does not match overrides that follow an option, as in `run RECIPE --config CONFIG key=value`
         if args.command is not run.command or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides += rest

@@ -1,35 +1,35 @@
-"""One small hierarchy; every error pickles, so it crosses processes as itself."""
+"""The error hierarchy. Every error pickles, so that it keeps its type across processes."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class ToraError(Exception):
-    """Base of all errors that Tora raises on purpose."""
+    """Base of all errors that Tora raises deliberately."""
 
 
 class ConfigError(ToraError, ValueError):
-    """The user's input is wrong; one sentence, exit code 2, no traceback."""
+    """The user's input is wrong: reported as one sentence, without a traceback, and with exit code 2."""
 
 
 class SyncError(ToraError, RuntimeError):
-    """A snapshot did not arrive whole in an engine."""
+    """An engine does not hold the snapshot that the learner sent."""
 
 
 class RolloutError(ToraError, RuntimeError):
-    """A rollout worker cannot go on."""
+    """A rollout worker, or the rollout side as a whole, cannot continue."""
 
 
 class WorkerLost(RolloutError):
-    """A rollout worker died, hangs or is broken; what it was doing is to be done again elsewhere."""
+    """A rollout worker died, hung or broke; another worker has to repeat its work."""
 
 
 class LearnerLost(ToraError, RuntimeError):
-    """A learner rank died, and with it the group; the run may go on from a checkpoint."""
+    """A learner rank died, which stops all ranks; the run may continue from a checkpoint."""
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """A clause that names the option most like `word`, to end a sentence with; empty without options."""
+    """A clause for the end of a sentence that names the option most like `word`; empty if there are no options."""
     names = list(options)
     by_case = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.0)

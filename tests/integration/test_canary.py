@@ -1,4 +1,4 @@
-"""Deliberately find_disagreement syncs with a real learner and real vLLM. The digest or the canary catches each."""
+"""Deliberately broken syncs with a real learner and real vLLM. The digest or the canary catches each."""
 
 from __future__ import annotations
 

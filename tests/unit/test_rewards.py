@@ -1,4 +1,4 @@
-"""Reward functions, alone and as the rewarder calls them."""
+"""Reward functions, alone and called by the rewarder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rewarder(function, name: str = "mine", weight: float = 1.0) -> FunctionRewar
 
 
 def score(scorer: FunctionRewarder, prompt: Prompt, texts: list[str]) -> list[dict[str, float]]:
-    """With a token for each character."""
+    """Scores texts whose tokens are their characters."""
     return scorer(prompt, texts, [[ord(c) for c in text] for text in texts])
 
 
@@ -237,7 +237,7 @@ def test_a_users_module_in_the_working_directory(tmp_path: Path, monkeypatch: py
         ([{"_component_": f"{R}.answer_tga"}], "answer_tag"),
         ([{"_component_": f"{R}.length", "targte": 3}], "no argument 'targte'; the nearest is target"),
         ([{"_component_": f"{R}.format", "weight": "much"}], "weight .* 'much'"),
-        ([{"_component_": f"{R}.format"}, {"_component_": f"{R}.format"}], "format is there 2 times"),
+        ([{"_component_": f"{R}.format"}, {"_component_": f"{R}.format"}], "format is used 2 times"),
     ],
 )
 def test_build_refuses(components: list[dict], reason: str):

@@ -1,4 +1,4 @@
-"""Tasks with images: handwritten digits, and loaders of hub datasets on files of the same columns."""
+"""Tasks with images: handwritten digits, and the hub tasks on local files with the same columns."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_digits_are_side_by_side_and_answers_their_sum():
     left, right = 5, 8
     both, alone = (np.asarray(decode(picture(i))) for i in ((left, right), (left,)))
     assert both.shape == (64, 128, 3)
-    np.testing.assert_array_equal(both[:, :56], alone[:, :56])  # the seam alone is smoothed
+    np.testing.assert_array_equal(both[:, :56], alone[:, :56])  # resizing smooths the seam
     rows = digits("train", 200)
-    by_picture = {picture((i, j)): sum(values((i, j))) for i, j in rows._draws}
+    by_picture = {picture((i, j)): sum(values((i, j))) for i, j in rows.draws}
     assert [str(by_picture[row["images"][0]]) for row in rows] == [row["answer"] for row in rows]
     assert {row["answer"] for row in digits("train", 300, count=1)} == set("0123456789")
     assert digits("train", 5)[3] == digits("train", 5)[3] != digits("train", 5, seed=1)[3]

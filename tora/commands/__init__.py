@@ -1,1 +1,1 @@
-"""The sub-commands of `tora`, a file each: `add_parser` declares its arguments, `command` runs it."""
+"""The sub-commands of `tora`, one file each: `add_parser` declares the arguments, `command` runs it."""

@@ -11,36 +11,48 @@ def add_parser(commands: Any) -> None:
     bench.add_argument(
         "what",
         choices=("learner", "rollout", "sync", "table", "async"),
-        help="rollout and table also generate; sync needs vLLM; async simulates the asynchronous schedule",
+        help="learner: training steps; rollout, table: training steps and generation; sync: weight syncs into vLLM; "
+        "async: the asynchronous schedule, simulated",
     )
-    bench.add_argument("--config", help="a config whose model's shapes to take, or tiny or small")
-    bench.add_argument("--json", metavar="FILE", help="write the rows there")
-    bench.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    bench.add_argument("--rank", type=int, default=8)
+    bench.add_argument(
+        "--config", help="use the model shapes that this config's name gives, such as qwen3/0.6B, or tiny or small"
+    )
+    bench.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    bench.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision of the base weights")
+    bench.add_argument("--rank", type=int, default=8, help="rank of the adapters")
     bench.add_argument(
         "--compile",
         choices=("both", "yes", "no"),
-        help="both on a GPU; on a CPU no, since compiling takes most of a minute for each setting",
+        help="with torch.compile, without, or both; default: both on a GPU, no on a CPU, where compiling takes up to a "
+        "minute per setting",
     )
-    bench.add_argument("--only", metavar="NAME,...", help="of full, lora, dora, dora_cache, qlora, qdora, qdora_cache")
-    bench.add_argument("--together", action="store_true", help="on a GPU: all models in memory, measured in turn")
-    bench.add_argument("--threads", type=int, help="of the CPU")
+    bench.add_argument(
+        "--only", metavar="NAME,...", help="only these: full, lora, dora, dora_cache, qlora, qdora, qdora_cache"
+    )
+    bench.add_argument(
+        "--together", action="store_true", help="on a GPU: keep all models in memory and measure them in turn"
+    )
+    bench.add_argument("--threads", type=int, help="CPU threads")
     for name, of in {
-        "tokens": "packed tokens a step",
+        "tokens": "packed tokens per step",
         "sequence": "tokens of a prompt and its completion",
-        "image": "side of a square image before each prompt, in pixels",
+        "image": "put a square image of this many pixels a side before each prompt",
         "rows": "rollouts decoded at once",
-        "new-tokens": "tokens decoded",
-        "rounds": "rounds measured",
+        "new-tokens": "tokens decoded per rollout",
+        "rounds": "rounds to measure",
     }.items():
         bench.add_argument(f"--{name}", type=int, help=of)
-    simulated = bench.add_argument_group("async", "the real loop, pool and buffer around sleeping workers and learner")
+    simulated = bench.add_argument_group(
+        "async", "the real loop, pool and buffer with workers and a learner that only sleep"
+    )
     simulated.add_argument("--actors", type=int, default=16, help="rollout workers")
-    simulated.add_argument("--gen-latency", type=float, default=0.2, metavar="SECONDS", help="of a group, on average")
-    simulated.add_argument("--learn-latency", type=float, default=0.2, metavar="SECONDS", help="of a step")
-    simulated.add_argument("--jitter", type=float, default=0.0, help="of the seconds a group: deviation of their log")
+    simulated.add_argument("--gen-latency", type=float, default=0.2, metavar="SECONDS", help="mean time per group")
+    simulated.add_argument("--learn-latency", type=float, default=0.2, metavar="SECONDS", help="time per step")
+    simulated.add_argument(
+        "--jitter", type=float, default=0.0, help="standard deviation of the logarithm of the time per group"
+    )
     simulated.add_argument("--staleness", type=int, default=1, help="max_staleness")
-    simulated.add_argument("--steps", type=int, default=20, help="steps timed")
+    simulated.add_argument("--steps", type=int, default=20, help="steps to time")
     bench.set_defaults(command=command)
 
 

@@ -1,16 +1,14 @@
-"""`tora validate`, `tora ls` and `tora cp`: configs without running them."""
+"""`tora validate`, `tora ls` and `tora cp`: check, list and copy configs."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from tora.commands import torchtune
 from tora.commands.recipes import NO_RECIPE, RECIPES, program
-from tora.config.load import config_file, config_names, load_config, missing_folders
 from tora.errors import ConfigError
 
 
@@ -22,8 +20,8 @@ def add_parsers(commands: Any) -> None:
     ls = commands.add_parser("ls", help="list recipes and configs")
     ls.set_defaults(command=_ls)
 
-    cp = commands.add_parser("cp", help="copy a config, to edit it")
-    cp.add_argument("name", help="name in `ls`")
+    cp = commands.add_parser("cp", help="copy a config to edit it")
+    cp.add_argument("name", help="config, as listed by `ls`")
     cp.add_argument("destination", type=Path, help="folder or file")
     cp.add_argument("-n", "--no-clobber", action="store_true", help="keep an existing file")
     cp.add_argument("--make-parents", action="store_true", help="create missing folders")
@@ -31,23 +29,30 @@ def add_parsers(commands: Any) -> None:
 
 
 def _validate(args: argparse.Namespace) -> int:
+    from tora.config.load import load_config, missing_folders
+
     names = [word for word in args.configs if "=" not in word]
     overrides = [word for word in args.configs if "=" in word]
     if not names:
-        raise ConfigError("There is no config to validate, only overrides.")
+        raise ConfigError("Name at least one config to validate; there are only overrides.")
     code = 0
     for name in names:
         try:
             notes = missing_folders(load_config(name, overrides))
             print(f"{name}: OK{''.join(f' ({note})' for note in notes)}")
-        except ConfigError as error:  # the other files still get their line
+        except ConfigError as error:  # the other configs are still checked
             print(f"{name}: {error}", file=sys.stderr)
             code = 2
     return code
 
 
 def _ls(args: argparse.Namespace) -> int:
-    """Our recipes with their configs; as `tune`, torchtune's too. A config's name ends in its recipe's."""
+    """Lists our recipes with their configs and, under the name `tune`, torchtune's as well.
+
+    A config belongs to the recipe whose name, without `_distributed`, ends the config's name.
+    """
+    from tora.config.load import config_names
+
     table: dict[str, list[str]] = {recipe: [] for recipe in (*RECIPES, NO_RECIPE)}
     for name in config_names():
         of = (recipe for recipe in RECIPES if name.endswith(recipe.removesuffix("_distributed")))
@@ -62,18 +67,22 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _cp(args: argparse.Namespace) -> int:
+    import shutil
+
+    from tora.config.load import config_file
+
     source, to = config_file(args.name), args.destination
     if to.is_dir():
         to /= source.name
     elif to.suffix not in (".yaml", ".yml"):
         to = to.with_name(f"{to.name}.yaml")
     if args.no_clobber and to.exists():
-        print(f"{to} is there already and stays as it is")
+        print(f"{to} exists and is left as it is")
         return 0
     if args.make_parents:
         to.parent.mkdir(parents=True, exist_ok=True)
     if not to.parent.is_dir():
-        raise ConfigError(f"{to.parent} is not a folder; --make-parents makes it.")
+        raise ConfigError(f"{to.parent} is not a folder; --make-parents creates it.")
     shutil.copyfile(source, to)
     print(f"Copied {args.name} to {to}")
     return 0

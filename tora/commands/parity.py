@@ -1,8 +1,8 @@
-"""`tora doctor --parity MODEL`: do vLLM and the learner give the same tokens the same log-probs?
+"""`tora doctor --parity MODEL`: check that vLLM and the learner give the same tokens the same log-probs.
 
-A random adapter, whose effect is large enough to be seen, is put into the learner, sent to vLLM as in a run, and vLLM
-samples under it. Both then score what was sampled, with the adapter and without. A vision model's prompts have no, one
-and two images, and its tower and mergers carry adapters too.
+The learner gets a random adapter with an effect large enough to measure and sends it to vLLM as in a run. vLLM samples
+with it, then both score the samples, with the adapter and without. For a vision model the prompts have zero, one and
+two images, and the vision tower and its mergers have adapters too.
 """
 
 from __future__ import annotations
@@ -35,43 +35,44 @@ from tora.types import LogprobRequest, Prompt, Rollout, SampleRequest, Sampling
 
 _TEXTS = ("The capital of France is", "def add(a, b):\n", "Once upon a time", "2 + 2 =")
 _IMAGES = ((), ((96, 64),), ((64, 128), (96, 64)))
-"""Widths and heights of each vision prompt's images; a model's processor may enlarge them."""
+"""(width, height) of each vision prompt's images, in pixels; the model's processor may enlarge them."""
 _SAMPLES, _NEW_TOKENS = 4, 32
-_BOUNDS = {"fp32": 1e-4, "bf16": 0.1}
-"""Of the mean gap."""
-_CHANGE = 0.05
-"""Standard deviation of the noise that makes the adapter."""
+_MAX_GAP = {"fp32": 1e-4, "bf16": 0.1}
+"""Largest mean difference that passes, by dtype, in nats."""
+_NOISE_STD = 0.05
+"""Standard deviation of the random adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParityRow:
-    """Differences of log-probs between engine and learner over the same tokens, in nats."""
+    """Absolute differences between the log-probs of engine and learner for the same tokens, in nats."""
 
     method: Literal["lora", "dora", "qlora", "qdora"]
     dtype: str
     sampled_mean: float
-    """Under the adapter, of what the engine reported when it sampled."""
+    """With the adapter; the engine's log-probs are those it reported while sampling."""
     sampled_max: float
     on_mean: float
-    """Under the adapter, of what it reports when asked."""
+    """With the adapter; the engine's log-probs are those it computes for given tokens."""
     on_max: float
     off_mean: float
-    """Under the base."""
+    """Without the adapter."""
     off_max: float
     effect: float
-    """Mean difference that the adapter makes to the learner."""
+    """Mean difference that the adapter makes to the learner's log-probs."""
     tokens: int
+    """Number of tokens compared."""
 
     @property
     def holds(self) -> bool:
         worst = max(self.sampled_mean, self.on_mean, self.off_mean)
-        return worst <= _BOUNDS[self.dtype] and self.effect > 0
+        return worst <= _MAX_GAP[self.dtype] and self.effect > 0
 
 
 def parity(model: str, *, as_json: bool = False) -> int:
-    """Prints a row for each method and dtype; 0 where all hold.
+    """Prints a row for each method and dtype. Returns 0 if all of them hold, else 1.
 
-    Errors: ConfigError without vLLM, and for a folder that is no model.
+    Raises `ConfigError` if vLLM is not installed or the folder does not hold a model.
     """
     if find_spec("vllm") is None:
         raise ConfigError(f"--parity needs vLLM: {INSTALL}.")
@@ -87,7 +88,7 @@ def parity(model: str, *, as_json: bool = False) -> int:
 
 
 def _rows(model: Path, scratch: Path) -> Iterator[ParityRow]:
-    """One engine for each base and dtype."""
+    """All rows; each dtype and base has one engine."""
     from learner.learner import Learner
 
     prompts = _vision_prompts(model) if has_image_processor(model) else _text_prompts(model)
@@ -109,7 +110,7 @@ def _text_prompts(model: Path) -> list[Prompt]:
 
 
 def _vision_prompts(model: Path) -> list[Prompt]:
-    """Of noise, and a text."""
+    """Each has a text and images of noise."""
     processor, prompts = ImageProcessor(model), []
     for number, (sizes, text) in enumerate(zip(_IMAGES, _TEXTS, strict=False)):
         images = tuple(_noise(size) for size in sizes)
@@ -170,20 +171,21 @@ def _row(cfg: RunConfig, version: int, learner: Any, engine: Engine, prompts: Se
 
 @torch.no_grad()
 def _make_adapter(model: Decoder, seed: int) -> None:
+    """Gives every adapter tensor random values, in place."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in trained_parameters(model).items():
-        noise = _CHANGE * torch.randn(parameter.shape, generator=generator).to(parameter)
+        noise = _NOISE_STD * torch.randn(parameter.shape, generator=generator).to(parameter)
         parameter.mul_(1 + noise) if "magnitude" in name else parameter.add_(noise)
     refresh(model)
 
 
 def _print(rows: Sequence[ParityRow]) -> None:
-    table = Table(title="vLLM against the learner: differences of log-probs, mean and max", box=None, pad_edge=False)
+    table = Table(title="vLLM against the learner: log-prob differences, mean and max", box=None, pad_edge=False)
     for heading in ("method", "dtype", "sampled", "adapter on", "adapter off", "adapter's effect", ""):
         table.add_column(heading, no_wrap=True)
     for row in rows:
         pairs = ((row.sampled_mean, row.sampled_max), (row.on_mean, row.on_max), (row.off_mean, row.off_max))
         cells = [f"{mean:.1e} {largest:.1e}" for mean, largest in pairs]
-        verdict = "ok" if row.holds else f"over {_BOUNDS[row.dtype]:g}"
+        verdict = "ok" if row.holds else f"over {_MAX_GAP[row.dtype]:g}"
         table.add_row(row.method, row.dtype, *cells, f"{row.effect:.1e}", verdict)
     Console().print(table)

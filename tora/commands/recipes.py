@@ -1,4 +1,4 @@
-"""The names that `tora run RECIPE --config CONFIG` takes, as torchtune spells recipes."""
+"""Recipe names that `tora run RECIPE --config CONFIG` accepts, spelled as torchtune spells them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ RECIPES = (
     "lora_grpo_distributed",
 )
 NO_RECIPE = "(tora run CONFIG)"
-"""How `ls` heads the configs that belong to no recipe."""
+"""What `ls` prints in place of a recipe for configs that belong to none."""
 
 
 def program() -> str:
-    """The name that the user called this program by."""
+    """The name by which the user called this program: `tune` or `tora`."""
     return "tune" if Path(sys.argv[0]).stem == "tune" else "tora"

@@ -1,4 +1,4 @@
-"""`tora run`: train from a config, in this process or in the ranks that torchrun starts."""
+"""`tora run`: train from a config, in this process, under torchrun or on Ray."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tora.commands.recipes import RECIPES, program
-from tora.config.load import load_config, missing_folders
-from tora.config.schema import RunConfig
 from tora.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from tora.config.schema import RunConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -20,14 +21,24 @@ def add_parser(commands: Any) -> None:
         f"{run.prog} CONFIG [key=value ...]\n"
         f"       {run.prog} [--nproc_per_node N] RECIPE --config CONFIG [key=value ...]"
     )
-    run.add_argument("target", metavar="CONFIG|RECIPE", help=f"a config, or one of {', '.join(RECIPES)}")
-    run.add_argument("--config", help="name in `ls` or path of a YAML file")
-    run.add_argument("--nproc_per_node", "--nproc-per-node", type=int, metavar="N", help="learner_ranks=N")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="for instance model.lora_type=dora")
+    run.add_argument("target", metavar="CONFIG|RECIPE", help=f"a config, or one of the recipes {', '.join(RECIPES)}")
+    run.add_argument("--config", help="name, as listed by `ls`, or path of a YAML file")
+    run.add_argument(
+        "--nproc_per_node",
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="number of learner processes; the same as learner_ranks=N",
+    )
+    run.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override keys of the config, e.g. model.lora_type=dora"
+    )
     run.set_defaults(command=command)
 
 
 def command(args: argparse.Namespace) -> int:
+    from tora.config.load import load_config, missing_folders
+
     recipe = args.target if args.config is not None else None
     if recipe is None and args.target in RECIPES:
         raise ConfigError(f"The recipe {args.target} needs --config CONFIG; `{program()} ls` lists them.")
@@ -46,27 +57,27 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _check_recipe(recipe: str, cfg: RunConfig) -> None:
-    """A recipe's name promises what is trained and on how many devices."""
+    """Raises `ConfigError` if the config trains something else, or on more devices, than the recipe's name says."""
     if recipe not in RECIPES:
         raise ConfigError(f"There is no recipe {recipe}{nearest(recipe, RECIPES)}.")
     lora_type = cfg.model.lora_type
     if recipe.startswith("full") and lora_type != "full":
-        raise ConfigError(f"The recipe {recipe} needs model.lora_type=full, and the config says {lora_type}.")
+        raise ConfigError(f"The recipe {recipe} needs model.lora_type=full, but the config has {lora_type}.")
     if recipe.startswith("lora") and lora_type == "full":
         raise ConfigError(f"The recipe {recipe} needs a model.lora_type other than full.")
     if recipe.endswith("single_device") and cfg.learner_ranks > 1:
-        raise ConfigError(f"The recipe {recipe} runs on one device, not on learner_ranks={cfg.learner_ranks}.")
+        raise ConfigError(f"The recipe {recipe} runs on one device, but learner_ranks={cfg.learner_ranks}.")
 
 
 def _check_ranks(learner_ranks: int) -> None:
-    """Inside torchrun, which somebody started for this very run."""
+    """For a run that was itself started under torchrun. Raises `ConfigError` if the number of ranks differs."""
     world = os.environ.get("WORLD_SIZE")
     if world != str(learner_ranks):
-        raise ConfigError(f"learner_ranks={learner_ranks} must be the {world} ranks that torchrun started.")
+        raise ConfigError(f"learner_ranks={learner_ranks} must equal the {world} ranks that torchrun started.")
 
 
 def _torchrun(config: str, overrides: Sequence[str], cfg: RunConfig) -> NoReturn:
-    """The same command in as many ranks on this machine, in this process's place."""
+    """Replaces this process with torchrun, which runs the same command in `cfg.learner_ranks` ranks on this machine."""
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.num_threads or 1))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     ranks = ["--standalone", f"--nproc_per_node={cfg.learner_ranks}"]

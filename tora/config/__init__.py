@@ -1,1 +1,1 @@
-"""The config of a run: its schema, and the way from YAML to it. Nothing here imports torch."""
+"""The config of a run: its schema, and how YAML becomes it. Nothing here imports torch."""

@@ -1,7 +1,7 @@
-"""`_component_` mappings: checked by reading the source where it is ours, and called by `instantiate`.
+"""`_component_` mappings: checked without importing anything, and called by `instantiate`.
 
-A config must be refused before torch is imported, so `check_component` parses our own files and imports nothing.
-Anybody else's callable is checked by its signature when it is built.
+A wrong config must be rejected before torch is imported. `check_component` therefore parses the source of callables in
+Tora's own packages. Other callables are checked against their signature when they are called.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from tora.errors import ConfigError, nearest
 _ROOT = Path(__file__).resolve().parents[2]
 _OWN = ("tora", "actors", "learner")
 _FORMER = {"tora.tasks.rewards": "tora.rewards"}
-"""Modules that configs may still call by a former name."""
+"""Former module names that configs may still use, with the present ones."""
 _Definition = ast.FunctionDef | ast.ClassDef | None
-"""None: a name that is bound in a way whose arguments cannot be read off, such as an assignment."""
+"""None: the name is bound in a way that does not show its arguments, such as an assignment."""
 _Bindings = dict[str, "_Definition | str"]
-"""What a module binds at its top; a name imported from our own packages stands for its dotted path."""
+"""Names bound at a module's top level. One imported from our own packages maps to its dotted path."""
 
 
 def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
-    """Call the component's callable with `args` and its own arguments.
+    """Call the component's callable with `args` and the component's own arguments.
 
-    `offered` arguments go in where the callable takes their name and the component does not set it, so that one call
-    serves callables that want them and others that do not. Raises `ConfigError` for a path that leads nowhere, an
-    unknown argument or a missing one; what the callable itself raises passes through.
+    An `offered` argument is passed only if the callable has a parameter of that name and the component does not set it,
+    so that callables with and without that parameter can be called alike. Raises `ConfigError` if the path does not
+    exist or an argument is unknown or missing. What the callable itself raises passes through.
     """
     path = _path_of(component, "")
     target = locate(path)
     own = {name: value for name, value in component.items() if name != "_component_"}
     try:
         signature = inspect.signature(target)
-    except ValueError:  # some builtins have none; Python then checks the call
+    except ValueError:  # some builtins have no signature; Python checks the call
         return target(*args, **own)
     names = _keywords(signature)
     if names is None:
@@ -53,7 +53,11 @@ def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
 
 
 def locate(path: str) -> Callable[..., Any]:
-    """The callable at a dotted path; modules in the working directory count. Raises `ConfigError`."""
+    """The callable at a dotted path, which may be a former one; modules in the working directory count.
+
+    Raises `ConfigError` if there is none. What a module raises when it is imported passes through.
+    """
+    path = _present(path)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module, names = _import_longest(path)
@@ -61,7 +65,7 @@ def locate(path: str) -> Callable[..., Any]:
     for name in names:
         if not hasattr(found, name):
             options = [option for option in dir(found) if not option.startswith("_")]
-            raise ConfigError(f"_component_={path}: {name} does not exist there{nearest(name, options)}.")
+            raise ConfigError(f"_component_={path}: {name} does not exist{nearest(name, options)}.")
         found = getattr(found, name)
     if not callable(found):
         raise ConfigError(f"_component_={path} cannot be called.")
@@ -69,9 +73,9 @@ def locate(path: str) -> Callable[..., Any]:
 
 
 def check_component(component: Component, key: str) -> None:
-    """Refuse a missing `_component_`, and in our own packages a wrong name or argument. Imports nothing.
+    """Check that `_component_` is given and, for our own packages, that the callable and its arguments exist.
 
-    `key` is where the component stands in the config. Raises `ConfigError`.
+    Imports nothing. `key` is the component's dotted path in the config. Raises `ConfigError`.
     """
     path, definition, bound = _definition_of(component, key)
     names = _parameters(definition, bound)
@@ -81,9 +85,9 @@ def check_component(component: Component, key: str) -> None:
 
 
 def check_reward(component: Component, key: str) -> None:
-    """`check_component` for a reward function: the config sets its keyword-only parameters, `name` and `weight`.
+    """`check_component` for a reward function, whose config may set its keyword-only parameters, `name` and `weight`.
 
-    Its other parameters, `**columns` among them, are what the dataset's rows bring.
+    Its other parameters, including `**columns`, receive the dataset's columns. Raises `ConfigError`.
     """
     path, definition, _ = _definition_of(component, key)
     if isinstance(definition, ast.FunctionDef) and not definition.decorator_list:
@@ -103,7 +107,7 @@ def class_literal(component: Component, key: str, name: str, *, default: Any) ->
 
 
 def _definition_of(component: Component, key: str) -> tuple[str, _Definition, _Bindings]:
-    """The component's path and, in our own packages, its source and what that knows."""
+    """The component's path and, in our own packages, its definition and the names bound in that module."""
     path = _path_of(component, key)
     if path.split(".")[0] not in _OWN:
         return path, None, {}
@@ -117,6 +121,11 @@ def _path_of(component: Component, key: str) -> str:
         raise ConfigError(f"Missing key {join(key, '_component_')}.")
     if not (isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))):
         raise ConfigError(f"{join(key, '_component_')}={show(path)} must be a dotted path, as in package.module.name.")
+    return _present(path)
+
+
+def _present(path: str) -> str:
+    """The path by which a callable is found today."""
     module, _, name = path.rpartition(".")
     return f"{_FORMER.get(module, module)}.{name}"
 
@@ -129,7 +138,7 @@ def _refuse_unknown(path: str, own: Mapping[str, Any], names: Iterable[str], key
 
 
 def _import_longest(path: str) -> tuple[ModuleType, list[str]]:
-    """The innermost module on the path, and the names that are left."""
+    """The innermost module on the path, imported, and the names that remain."""
     parts = path.split(".")
     for i in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:i])
@@ -137,12 +146,12 @@ def _import_longest(path: str) -> tuple[ModuleType, list[str]]:
             return importlib.import_module(name), parts[i:]
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and imports something that is not
-    raise ConfigError(f"_component_={path}: there is no module {parts[0]} here.")
+                raise  # the module exists but imports one that does not
+    raise ConfigError(f"_component_={path}: there is no module {parts[0]}.")
 
 
 def _keywords(signature: inspect.Signature) -> list[str] | None:
-    """Names that may be passed by keyword; None where any may."""
+    """Names that may be passed by keyword; None if any may."""
     parameters = signature.parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
@@ -155,21 +164,24 @@ def _call(
     try:
         signature.bind(*args, **own)
     except TypeError as error:
-        raise ConfigError(f"_component_={path} cannot be called so: {error}.") from error
+        raise ConfigError(f"_component_={path} rejects these arguments: {error}.") from error
     return target(*args, **own)
 
 
 def _find(path: str, key: str) -> tuple[_Definition, _Bindings]:
-    """The definition that a dotted path into our own packages names, and what its module binds."""
+    """The definition behind a dotted path into our own packages, and the names bound in its module.
+
+    Raises `ConfigError` if there is none; `key` names the path in the message.
+    """
     file, names = _source_of(path)
     if not names:
-        raise ConfigError(f"{key}={show(path)} is a module, not something to call.")
+        raise ConfigError(f"{key}={show(path)} is a module, not a callable.")
     bound = _bindings(file)
     if names[0] not in bound:
         prefix = path.removesuffix(".".join(names))
         is_package = file.name == "__init__.py"
-        theirs = (ast.AST, str) if is_package else ast.AST  # what a package imports of ours, it exports
-        options = [prefix + name for name, found in bound.items() if isinstance(found, theirs) and name[0] != "_"]
+        offers = (ast.AST, str) if is_package else ast.AST  # a package re-exports what it imports from ours
+        options = [prefix + name for name, found in bound.items() if isinstance(found, offers) and name[0] != "_"]
         if is_package:
             modules = (p.stem for p in file.parent.glob("*.py") if p.stem != "__init__")
             options += [".".join([prefix + module, *names[1:]]) for module in modules]
@@ -181,7 +193,7 @@ def _find(path: str, key: str) -> tuple[_Definition, _Bindings]:
 
 
 def _source_of(path: str) -> tuple[Path, list[str]]:
-    """The file of the innermost module on the path, and the names that are left."""
+    """The file of the innermost module on the path, and the names that remain."""
     names, place = path.split("."), _ROOT
     while names:
         if (place / f"{names[0]}.py").is_file():
@@ -208,7 +220,7 @@ def _bindings(file: Path) -> _Bindings:
 
 
 def _parameters(definition: _Definition, bound: _Bindings) -> list[str] | None:
-    """Names that the definition takes by keyword; None where any may be, or where only running it would tell."""
+    """Names that the definition takes by keyword; None if it takes any, or if the source alone does not tell."""
     if isinstance(definition, ast.ClassDef):
         return _parameters_of_class(definition, bound)
     if definition is None or definition.decorator_list or definition.args.kwarg:

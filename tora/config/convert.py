@@ -1,4 +1,4 @@
-"""A tree of plain values -> the config's dataclasses, strictly: no unknown key, no wrong type, no guess."""
+"""Convert a tree of plain values to the config's dataclasses, strictly: unknown keys and wrong types are errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError, nearest
 
-_SCALARS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+SCALARS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+"""What a value of each type is called in messages and in the reference."""
 
 
 def defaults(schema: type) -> dict[str, Any]:
-    """The schema's defaults as a tree, so that interpolations see them."""
+    """The schema's defaults as a tree, so that interpolations can refer to them."""
     tree: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
@@ -31,7 +32,10 @@ def defaults(schema: type) -> dict[str, Any]:
 
 
 def build(schema: type, tree: Any, key: str) -> Any:
-    """An instance of the dataclass `schema`. `key` is the dotted path so far. Raises `ConfigError`."""
+    """An instance of the dataclass `schema`. `key` is the dotted path of `tree`, empty at the top.
+
+    Raises `ConfigError` for an unknown or missing key or a value of the wrong type.
+    """
     if not isinstance(tree, dict):
         raise ConfigError(f"{key}={show(tree)} must hold keys and values.")
     hints = get_type_hints(schema)
@@ -47,7 +51,7 @@ def build(schema: type, tree: Any, key: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """The value as its field's type wants it."""
+    """The value, checked against its field's type; whole numbers become floats where a float is asked for."""
     if value is None and _inner(hint) is not hint:
         return None
     hint = _inner(hint)
@@ -76,10 +80,10 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
         try:
             number = float(value)
         except ValueError:
-            number = math.nan  # refused below, by name
+            number = math.nan  # rejected below, with the key
         if math.isfinite(number):
             return number
-    raise ConfigError(f"{key}={show(value)} must be {_SCALARS[kind]}.")
+    raise ConfigError(f"{key}={show(value)} must be {SCALARS[kind]}.")
 
 
 def _inner(hint: Any) -> Any:
@@ -90,7 +94,7 @@ def _inner(hint: Any) -> Any:
 
 
 def _nearest_key(name: str, siblings: list[str], key: str) -> str:
-    """Beside the wrong key first, then a key of that name elsewhere in the config."""
+    """A close match among the sibling keys, else among all keys of the config, else the nearest sibling."""
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     if not close:
         paths = {path.rpartition(".")[2]: path for path in _all_keys(RunConfig, "")}
@@ -113,7 +117,7 @@ def join(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def show(value: Any) -> str:
-    """A value for a sentence: as in YAML, on one short line."""
+def show(value: Any, longest: int = 80) -> str:
+    """A value as it appears in messages: as JSON, on one line of at most `longest` characters."""
     text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

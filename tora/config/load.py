@@ -1,7 +1,8 @@
-"""YAML files and `key=value` overrides -> `RunConfig`. Imports without torch.
+"""Load a `RunConfig` from YAML files and `key=value` overrides. Imports without torch.
 
-A file may carry `extends:`, one name or a list, looked for beside the file first and then in `configs/`; later files
-and then the overrides win, key by key. Every fault in the user's input is a `ConfigError` of one sentence.
+A file may have `extends:` with one file name or a list of them, looked up beside the file and then in `configs/`. They
+are merged key by key: later files override earlier ones, the file itself overrides what it extends, and `key=value`
+overrides everything. Every mistake in the user's input is a `ConfigError` with one sentence.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from tora.config.schema import Component, RunConfig
 from tora.errors import ConfigError, nearest
 
 _BASES = "base"
-"""Folder in `configs/` of the files that others extend; they are no runs of their own."""
+"""Folder in `configs/` with files for others to extend; they are not complete configs."""
 
 
 def configs_dir() -> Path:
-    """`configs/`: inside the package when installed from a wheel, at the repository's root otherwise."""
+    """`configs/`: inside the package if it was installed from a wheel, otherwise at the repository's root."""
     package = Path(__file__).resolve().parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def config_names() -> list[str]:
-    """Names that `load_config` takes, sorted."""
+    """Names of the shipped configs, as `load_config` takes them, sorted."""
     files = (path.relative_to(configs_dir()) for path in configs_dir().rglob("*.yaml"))
     return sorted(file.as_posix().removesuffix(".yaml") for file in files if file.parts[0] != _BASES)
 
 
 def config_file(name_or_path: str) -> Path:
-    """The file behind a path to a YAML file or a name in `configs/`. Raises `ConfigError` if there is none."""
+    """The file for a path to a YAML file or a name in `configs/`. Raises `ConfigError` if there is none."""
     path = Path(name_or_path).expanduser()
     is_path = path.suffix in (".yaml", ".yml")
     for candidate in (path, configs_dir() / path) if is_path else (configs_dir() / f"{path}.yaml",):
@@ -48,7 +49,7 @@ def config_file(name_or_path: str) -> Path:
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, merge, interpolate and check. Raises `ConfigError`."""
+    """Read, merge, interpolate and check a config. Raises `ConfigError`."""
     tree = _merge(_read(config_file(name_or_path), ()), _parse_overrides(overrides), "")
     try:
         tree = OmegaConf.create(_merge(defaults(RunConfig), tree, ""))
@@ -68,7 +69,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
-    """Every component of the run but the rewards, with its dotted key."""
+    """Every component except the rewards, with its dotted key."""
     for name in ("dataset", "loss", "optimizer", "lr_scheduler"):
         yield name, getattr(cfg, name)
     if cfg.eval is not None:
@@ -78,7 +79,7 @@ def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
 
 
 def missing_folders(cfg: RunConfig) -> list[str]:
-    """A clause for each folder that the config names and that is not there (yet)."""
+    """A clause for each folder that the config names and that does not exist."""
     paths = {"model.path": cfg.model.path, "model.adapter_path": cfg.model.adapter_path}
     return [f"{key}={show(path)} is not a folder" for key, path in paths.items() if path and not Path(path).is_dir()]
 
@@ -88,21 +89,21 @@ def to_dict(cfg: RunConfig) -> dict[str, Any]:
 
 
 def dump_yaml(cfg: RunConfig) -> str:
-    """The whole config as YAML that `load_config` reads back to an equal one."""
+    """The whole config as YAML; `load_config` reads an equal config back from it."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """One file merged over the files that it extends."""
+    """One file merged over the files that it extends. `seen`: the files that led to this one."""
     path = path.resolve()
     if path in seen:
-        raise ConfigError(f"{path} extends itself by way of {seen[-1]}.")
+        raise ConfigError(f"{path} extends itself through {seen[-1]}.")
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {_reason(error)}.") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold keys and values.")
+        raise ConfigError(f"{path} must contain keys and values.")
     extends = tree.pop("extends", [])
     merged: dict[str, Any] = {}
     for name in extends if isinstance(extends, list) else [extends]:
@@ -119,7 +120,7 @@ def _find_base(name: str, path: Path) -> Path:
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Together rather than one by one, so that a new `_component_` keeps its arguments in whatever order they come."""
+    """All overrides as one tree, so that a new `_component_` keeps its arguments whatever their order."""
     tree = OmegaConf.create()
     for override in overrides:
         if "=" not in override:
@@ -132,7 +133,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _merge(base: Any, over: Any, key: str) -> Any:
-    """`over` on top of `base`. Another `_component_` replaces the whole component: arguments belong to a callable."""
+    """`over` merged onto `base`. A different `_component_` replaces the whole component, with its arguments."""
     if isinstance(base, list) and isinstance(over, dict):
         return _merge_items(base, over, key)
     if not (isinstance(base, dict) and isinstance(over, dict)):
@@ -146,7 +147,7 @@ def _merge(base: Any, over: Any, key: str) -> Any:
 
 
 def _merge_items(base: list[Any], over: dict[Any, Any], key: str) -> list[Any]:
-    """`rewards.0.weight=2`: overrides of single items, by position."""
+    """Overrides of single list items by position, such as `rewards.0.weight=2`."""
     merged = list(base)
     for name, value in over.items():
         if not (str(name).isdigit() and int(name) < len(base)):
@@ -157,7 +158,7 @@ def _merge_items(base: list[Any], over: dict[Any, Any], key: str) -> list[Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """What a library complains of, as a clause."""
+    """A library's error message as a clause."""
     if isinstance(error, yaml.MarkedYAMLError):
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         return f"{line}{error.problem}"
@@ -166,7 +167,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _find_folder(path: str) -> str:
-    """A relative path, tried from the working directory and then from `configs/`; as it was if neither has it."""
+    """The path as a folder in the working directory or in `configs/`; unchanged if there is none."""
     for root in (Path.cwd(), configs_dir()):
         folder = root / Path(path).expanduser()
         if folder.is_dir():

@@ -1,63 +1,46 @@
-"""What a well-typed config must also satisfy: ranges, and rules between keys."""
+"""Checks on a well-typed config: the bounds of its numbers, and rules across keys."""
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+from tora.config.bounds import out_of_bounds
 from tora.config.components import class_literal
 from tora.config.convert import show
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 
-_WORDS = {operator.ge: "at least", operator.gt: "greater than", operator.le: "at most"}
-_BOUNDS = (
-    (
-        operator.ge,
-        1,
-        "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs micro_batch_tokens learner_ranks "
-        "model.lora_rank rollout.num_workers rollout.tensor_parallel rollout.max_workers rollout.concurrency "
-        "rollout.max_model_len rollout.max_pixels rollout.partial reward_processes "
-        "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
-    ),
-    (operator.ge, 2, "grpo_samples"),
-    (
-        operator.ge,
-        0,
-        "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
-        "rollout.max_restarts max_learner_restarts max_failed_rewards",
-    ),
-    (
-        operator.gt,
-        0,
-        "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
-        "sync.canary_max_gap rollout.group_timeout_s rollout.heartbeat_s rollout.start_timeout_s "
-        "reward_timeout_s",
-    ),
-    (operator.le, 1, "top_p rollout.gpu_memory_utilization max_failed_rewards"),
-)
 _NO_ADAPTER = ("lm_head", "embed_tokens")
-"""Shared with the embedding in a tied model, and outside what the rollout engine adapts."""
+"""A tied model shares them, and the rollout engine has no adapters for them."""
 
 
 def check(cfg: RunConfig) -> None:
-    """Raises `ConfigError` with the first rule that the config breaks."""
+    """Raises `ConfigError` for the first rule that the config breaks."""
     for sentence in _broken(cfg):
         raise ConfigError(sentence)
 
 
 def _broken(cfg: RunConfig) -> Iterator[str]:
-    for holds, bound, keys in _BOUNDS:
-        for key in keys.split():
-            value = _get(cfg, key)
-            if value is not None and not holds(value, bound):
-                yield f"{key}={value} must be {_WORDS[holds]} {bound}."
+    yield from out_of_bounds(cfg)
     if not cfg.name:
         yield 'name="" must not be empty.'
     yield from _broken_model(cfg)
     yield from _broken_components(cfg)
+    yield from _broken_workers(cfg)
+    yield from _broken_base(cfg)
+    yield from _broken_updates(cfg)
+    yield from _broken_learner(cfg)
+    longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
+    if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
+        yield (
+            f"rollout.max_model_len={cfg.rollout.max_model_len} must be at least "
+            f"max_prompt_tokens + max_generated_tokens, which is {longest}."
+        )
+
+
+def _broken_workers(cfg: RunConfig) -> Iterator[str]:
     if cfg.rollout.num_workers > 1 and not cfg.async_rl:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
     rewards_s = 2 * cfg.reward_timeout_s * len(cfg.rewards)
@@ -76,23 +59,22 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
             )
     if cfg.rollout.tensor_parallel > 1 and not (cfg.async_rl and cfg.rollout.engine != "torch"):
         yield f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs async_rl=true and rollout.engine=vllm."
+
+
+def _broken_base(cfg: RunConfig) -> Iterator[str]:
     if cfg.rollout.base == "checkpoint" and not (cfg.model.quantize_base and cfg.rollout.engine == "vllm"):
         yield "rollout.base=checkpoint needs model.quantize_base=true and rollout.engine=vllm."
     if cfg.rollout.base == "checkpoint" and cfg.sync.canary_every and cfg.sync.canary_max_gap is None:
-        yield "rollout.base=checkpoint serves another policy; it needs sync.canary_every=0, or sync.canary_max_gap."
+        yield "rollout.base=checkpoint serves a different policy; it needs sync.canary_every=0 or sync.canary_max_gap."
     if cfg.sync.canary_max_gap is not None and not cfg.sync.canary_every:
-        yield f"sync.canary_max_gap={cfg.sync.canary_max_gap} bounds what sync.canary_every=0 never measures."
-    yield from _broken_updates(cfg)
+        yield f"sync.canary_max_gap={cfg.sync.canary_max_gap} has no effect with sync.canary_every=0."
+
+
+def _broken_learner(cfg: RunConfig) -> Iterator[str]:
     if cfg.activation_offloading and cfg.activation_checkpointing == "none":
-        yield "activation_offloading=true needs activation_checkpointing=full or selective, whose inputs it moves."
+        yield "activation_offloading=true needs activation_checkpointing=full or selective."
     if cfg.learner_ranks == 1 and cfg.fsdp_cpu_offload:
         yield "fsdp_cpu_offload=true needs learner_ranks of at least 2."
-    longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
-    if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
-        yield (
-            f"rollout.max_model_len={cfg.rollout.max_model_len} must be at least "
-            f"max_prompt_tokens + max_generated_tokens, which is {longest}."
-        )
 
 
 def _broken_updates(cfg: RunConfig) -> Iterator[str]:
@@ -103,7 +85,10 @@ def _broken_updates(cfg: RunConfig) -> Iterator[str]:
         if rollout.engine == "torch":
             yield "rollout.update=in_flight needs rollout.engine=vllm."
         if rollout.partial is not None:
-            yield f"rollout.partial={rollout.partial} needs rollout.update=between_rollouts: in_flight cuts nothing."
+            yield (
+                f"rollout.partial={rollout.partial} needs rollout.update=between_rollouts: "
+                "in_flight does not interrupt rollouts."
+            )
     elif rollout.partial is not None and (not cfg.async_rl or cfg.max_staleness == 0):
         yield f"rollout.partial={rollout.partial} needs async_rl=true and max_staleness of at least 1."
     elif rollout.recompute_kv:
@@ -114,24 +99,24 @@ def _broken_model(cfg: RunConfig) -> Iterator[str]:
     model = cfg.model
     if model.lora_type == "full":
         if model.adapter_path is not None:
-            yield f"model.adapter_path={model.adapter_path} needs an adapter, and model.lora_type is full."
+            yield f"model.adapter_path={model.adapter_path} needs an adapter, and model.lora_type=full has none."
         if model.quantize_base:
-            yield "model.quantize_base=true freezes the base, and model.lora_type=full trains it."
+            yield "model.quantize_base=true freezes the base, but model.lora_type=full trains it."
         if cfg.rollout.engine == "vllm" and cfg.rollout.update == "in_flight":
-            yield "rollout.update=in_flight needs an adapter with rollout.engine=vllm, and model.lora_type is full."
+            yield "rollout.update=in_flight with vLLM needs an adapter, and model.lora_type=full has none."
         if model.train_vision == "lora":
-            yield "model.train_vision=lora needs an adapter, and model.lora_type is full."
+            yield "model.train_vision=lora needs an adapter, and model.lora_type=full has none."
         return
     if model.train_vision == "full" and cfg.rollout.engine == "vllm":
         yield (
-            "rollout.engine=vllm serves an adapter or whole weights, not both: model.train_vision=full needs "
-            "rollout.engine=torch, or model.lora_type=full."
+            "rollout.engine=vllm serves an adapter or full weights, not both: model.train_vision=full needs "
+            "rollout.engine=torch or model.lora_type=full."
         )
     if not model.lora_targets:
         yield "model.lora_targets=[] must name at least one linear layer."
     for target in model.lora_targets:
         if target in _NO_ADAPTER or target.endswith(tuple(f".{name}" for name in _NO_ADAPTER)):
-            yield f"model.lora_targets must not name {target}, which cannot carry an adapter."
+            yield f"model.lora_targets must not name {target}, which cannot have an adapter."
 
 
 def _broken_components(cfg: RunConfig) -> Iterator[str]:
@@ -151,17 +136,10 @@ def _broken_components(cfg: RunConfig) -> Iterator[str]:
     names = [str(reward.get("name") or reward.get("_component_")).rpartition(".")[2] for reward in cfg.rewards]
     for i, name in enumerate(names):
         if name in names[:i]:
-            yield f"rewards.{i}.name={name} is taken by an earlier reward."
+            yield f"rewards.{i}.name={name} is already used by an earlier reward."
     if cfg.rewards and not any(weights):
         yield "rewards must have at least one weight other than 0."
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _get(cfg: RunConfig, key: str) -> float | None:
-    """The value at a dotted key; None inside an `eval` that is switched off."""
-    if key.startswith("eval.") and cfg.eval is None:
-        return None
-    return operator.attrgetter(key)(cfg)

@@ -1,13 +1,15 @@
-"""The run's config as dataclasses. Imports without torch, so that a wrong key is answered at once.
+"""The config of a run as dataclasses. Imports without torch, so that a wrong key is reported at once.
 
-A field's docstring is its documentation. A `Component` is a mapping with `_component_`, the dotted path of a
-callable, and that callable's keyword arguments.
+The docstring under a field is its documentation: `docs/config.md` and `tora help KEY` are made from it. A `Component`
+is a mapping with `_component_`, the dotted path of a callable, and keyword arguments for that callable.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tora.config.bounds import Above, AtLeast, AtMost
 
 Component = dict[str, Any]
 LossNormalization = Literal["token", "sequence", "constant"]
@@ -17,183 +19,261 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 @dataclass(kw_only=True)
 class ModelConfig:
     path: str
-    """Hugging Face folder; relative paths are tried from the working directory, then from `configs/`."""
+    """Folder of a Hugging Face model: config, safetensors weights and tokenizer. A relative path is looked up in the
+    working directory first and then in `configs/`."""
     lora_type: Literal["full", "lora", "dora", "dora_cache"] = "lora"
-    """`full` trains every weight of the decoder; `dora_cache` keeps DoRA's row norms between optimizer steps."""
+    """What is trained. `full`: every weight of the decoder. `lora`, `dora`: an adapter of that kind. `dora_cache`: DoRA
+    whose row norms are computed once per optimizer step instead of in every forward pass, which is faster."""
     train_vision: Literal["none", "lora", "full"] = "none"
-    """The vision tower and its mergers: frozen, with adapters of `lora_type` on all of their linear layers, or all of
-    their weights. With vLLM `full` needs `lora_type: full`; `lora` needs an adapter."""
-    lora_rank: int = 8
-    lora_alpha: float = 32.0
+    """What is trained in the vision tower and its mergers. `none`: nothing. `lora`: adapters of `lora_type` on all
+    their linear layers; `lora_type` must then be an adapter. `full`: all their weights; with `rollout.engine=vllm` this
+    needs `lora_type=full`. Only for models that take images."""
+    lora_rank: Annotated[int, AtLeast(1)] = 8
+    """Rank of the adapter. Ignored with `lora_type=full`."""
+    lora_alpha: Annotated[float, Above(0)] = 32.0
+    """Scaling of the adapter: its low-rank update is multiplied by `lora_alpha / lora_rank`. Ignored with
+    `lora_type=full`."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    """Rank-stabilized LoRA: scale by `lora_alpha / sqrt(lora_rank)` instead of `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    """Names of the decoder's linear layers, as the Hugging Face model calls them."""
+    """Linear layers of the decoder that get an adapter, by their names in the Hugging Face model. `lm_head` and
+    `embed_tokens` cannot have one. Ignored with `lora_type=full`."""
     adapter_path: str | None = None
-    """PEFT folder to start from."""
+    """Folder of a PEFT adapter to start from, looked up as `path` is. Its type, rank, alpha and target layers must be
+    those of this config. null: a new adapter, which leaves the base's outputs unchanged."""
     quantize_base: bool = False
-    """Keep the frozen base in NF4, about 4.13 bits a weight: QLoRA, QDoRA."""
+    """Keep the frozen base in NF4, about 4.13 bits per weight: QLoRA, or QDoRA with `lora_type=dora` or `dora_cache`.
+    Needs an adapter. See `rollout.base` for the weights that vLLM serves."""
 
 
 @dataclass(kw_only=True)
 class RolloutConfig:
     engine: Literal["auto", "vllm", "torch"] = "auto"
-    """`auto`: vLLM where it is installed, else torch; torch too for a synchronous run of `lora_type: full`, whose
-    weights it shares with the learner, and for adapters beside `train_vision: full`."""
-    num_workers: int = 1
-    """Rollout workers that the run starts with; more than one needs `async_rl=true`."""
-    tensor_parallel: int = 1
-    """With `async_rl` and vLLM: GPUs, and CPUs, that share one worker's weights. They must be of one node."""
-    max_workers: int | None = None
-    """With `async_rl`: how many there may be once others have joined. Each waits for room in the cluster, which an
-    autoscaler sees as demand; null: none join."""
-    concurrency: int = 16
-    """Groups a worker has in flight, at most: fewer while its KV cache is too full."""
-    group_timeout_s: float = 1800.0
-    """A worker that takes longer for a group, or for a snapshot, is taken to hang and is restarted."""
-    heartbeat_s: float = 60.0
-    """A worker that does not answer for so long is taken to hang and is restarted."""
-    start_timeout_s: float = 1800.0
-    """How long a worker may take to start, once the cluster has room for it."""
-    max_restarts: int = 8
-    """Workers that may be lost in a row, no group finished between them, before the run ends."""
+    """What generates. `vllm`: vLLM. `torch`: the built-in engine; in a synchronous run it shares the learner's weights.
+    `auto`: vLLM if it is installed, except that it picks torch for a synchronous run with `model.lora_type=full`, and
+    for an adapter together with `model.train_vision=full`, which vLLM cannot serve."""
+    num_workers: Annotated[int, AtLeast(1)] = 1
+    """Rollout workers at the start of the run. More than one needs `async_rl=true`."""
+    tensor_parallel: Annotated[int, AtLeast(1)] = 1
+    """GPUs (or CPUs) of one node that share one worker's weights. More than one needs `async_rl=true` and vLLM."""
+    max_workers: Annotated[int, AtLeast(1)] | None = None
+    """Rollout workers that an asynchronous run may grow to, at least `num_workers`. Workers beyond `num_workers` wait
+    until the cluster has room for them; an autoscaler sees them as demand. null: no workers are added."""
+    concurrency: Annotated[int, AtLeast(1)] = 16
+    """Maximum number of groups that a worker generates at once. In an asynchronous run a worker is given fewer while
+    its KV cache is nearly full."""
+    group_timeout_s: Annotated[float, Above(0)] = 1800.0
+    """Seconds that a worker of an asynchronous run may take for one group or to load one snapshot. A slower worker is
+    considered hung and is replaced. Must exceed `2 * reward_timeout_s` times the number of rewards."""
+    heartbeat_s: Annotated[float, Above(0)] = 60.0
+    """Seconds that a worker of an asynchronous run may take to answer a heartbeat. A slower worker is considered hung
+    and is replaced."""
+    start_timeout_s: Annotated[float, Above(0)] = 1800.0
+    """Seconds that a worker of an asynchronous run may take to start, from the time the cluster has room for it."""
+    max_restarts: Annotated[int, AtLeast(0)] = 8
+    """Workers of an asynchronous run that may be lost in a row, with no group finished in between, before the run ends.
+    0: the first loss ends it."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """vLLM's weights; the learner's `dtype` where null."""
+    """Precision of vLLM's weights. null: the learner's, which is `dtype` at the top level."""
     base: Literal["dequantized", "checkpoint"] = "dequantized"
-    """vLLM's base under `model.quantize_base`: the learner's weights, by way of a folder in `output_dir` that lasts as
-    long as the run; or those of `model.path`, which are not the policy's. `mismatch_kl` shows the gap either way."""
+    """Base weights that vLLM serves with `model.quantize_base=true`. `dequantized`: the learner's NF4 weights,
+    expanded; they are written to a folder in `output_dir` that is deleted when the run ends. `checkpoint`: the original
+    weights in `model.path`, which needs no such folder but samples from a slightly different policy. `mismatch_kl`
+    measures the gap in both cases."""
     update: Literal["between_rollouts", "in_flight"] = "between_rollouts"
-    """When a new policy version takes over: from the next rollout on, or within running ones, whose later tokens are
-    then the new version's; vLLM with `async_rl`."""
+    """When a new policy version takes effect. `between_rollouts`: for rollouts that start after it arrives.
+    `in_flight`: at once; running rollouts sample their remaining tokens from it. `in_flight` needs `async_rl=true`,
+    vLLM and `max_staleness` of at least 1."""
     recompute_kv: bool = False
-    """With `update: in_flight`: compute the keys and values that running rollouts have so far again under the new
-    version, instead of keeping them."""
-    partial: int | None = None
-    """Cut rollouts after so many tokens and continue them under the newest version; they keep each token's version and
-    log-prob, and count as old as their oldest token. With `async_rl` and `update: between_rollouts`."""
-    max_model_len: int | None = None
-    """vLLM's longest sequence; the model's own where null."""
-    max_pixels: int | None = None
-    """Larger images are scaled down to at most this many pixels, in engine and learner alike; the limit of the model's
-    own image processor where null."""
-    gpu_memory_utilization: float = 0.5
-    """Share of the GPU that vLLM takes; unused on a CPU."""
-    kv_cache_gib: float = 0.25
-    """vLLM's KV cache on a CPU; unused on a GPU."""
+    """With `update=in_flight`: recompute the keys and values of running rollouts under the new version. false keeps
+    those of the old version, which costs nothing but makes later tokens attend to stale keys and values."""
+    partial: Annotated[int, AtLeast(1)] | None = None
+    """Interrupt each rollout every time it has generated this many tokens and continue it under the newest version.
+    Each token keeps the version and log-prob it was sampled with; a rollout's staleness is that of its oldest token.
+    Needs `async_rl=true`, `update=between_rollouts` and `max_staleness` of at least 1. null: rollouts are not
+    interrupted."""
+    max_model_len: Annotated[int, AtLeast(1)] | None = None
+    """Longest sequence in tokens, prompt and completion together, that vLLM accepts; it needs a KV cache of at least
+    that size. At least `max_prompt_tokens + max_generated_tokens`. null: the model's own limit."""
+    max_pixels: Annotated[int, AtLeast(1)] | None = None
+    """Maximum number of pixels per image. Larger images are scaled down, identically in the engine and the learner.
+    Only for models that take images. null: the limit of the model's image processor."""
+    gpu_memory_utilization: Annotated[float, Above(0), AtMost(1)] = 0.5
+    """Fraction of the GPU's memory that vLLM may use for weights and KV cache. No effect on a CPU."""
+    kv_cache_gib: Annotated[float, Above(0)] = 0.25
+    """Size of vLLM's KV cache on a CPU, in GiB. No effect on a GPU."""
     enforce_eager: bool = False
-    """Without CUDA graphs."""
-    max_refills: float = 3.0
-    """Groups without signal that a step may drop and replace, as a multiple of `batch_size`."""
+    """Generate without CUDA graphs: less memory and a faster start, but slower decoding. No effect on a CPU."""
+    max_refills: Annotated[float, AtLeast(0)] = 3.0
+    """How many groups without a training signal (all rewards equal) a step may drop and replace, as a multiple of
+    `batch_size`. Beyond that they are kept and contribute no gradient. 0: none is replaced."""
 
 
 @dataclass(kw_only=True)
 class SyncConfig:
-    canary_every: int = 10
-    """Steps between comparisons of the learner's and every engine's log-probs on fixed tokens, with the adapter and
-    without; there is one at the start in any case, and 0 is never. The run stops where they differ."""
-    canary_max_gap: float | None = None
-    """Largest mean difference of a token's log-prob; where null, 1e-4 between float32 and 0.1 with bf16 on a side."""
+    canary_every: Annotated[int, AtLeast(0)] = 10
+    """Steps between canary checks, which compare the log-probs of learner and engines for the same tokens, with the
+    adapter and without. The first sync is always checked. The run stops if they differ. 0: no checks at all."""
+    canary_max_gap: Annotated[float, Above(0)] | None = None
+    """Largest mean difference of a token's log-prob, in nats, that a canary check accepts. The check is stricter while
+    the adapter's effect is small. null: 1e-4 if learner and engine both run in float32, otherwise 0.1."""
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
     dataset: Component
-    num_prompts: int = 128
-    every: int = 10
-    """Steps between evaluations; there is one before the first step and one after the last in any case."""
-    temperature: float = 1.0
-    """0 is greedy."""
+    """Held-out prompts: a dataset as in the top-level `dataset`."""
+    num_prompts: Annotated[int, AtLeast(1)] = 128
+    """Number of prompts, taken from the start of the dataset; one rollout each. A smaller dataset is used whole."""
+    every: Annotated[int, AtLeast(1)] = 10
+    """Steps between evaluations. The policy is also evaluated before the first step and after the last."""
+    temperature: Annotated[float, AtLeast(0)] = 1.0
+    """Sampling temperature of the evaluation, without top-k and top-p. 0: greedy decoding."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    every: int = 50
-    """Steps between checkpoints; the last step always writes one."""
-    keep: int = 2
+    every: Annotated[int, AtLeast(1)] = 50
+    """Steps between checkpoints. The last step always writes one, and so does a run that is interrupted."""
+    keep: Annotated[int, AtLeast(1)] = 2
+    """Number of newest checkpoints to keep; older ones are deleted."""
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     name: str
+    """Name of the run, shown on the console and used in the default `output_dir`. Must not be empty."""
     output_dir: str = "outputs/${name}"
-    seed: int = 0
+    """Folder for config, metrics, checkpoints, adapter and reward curve. A relative path starts at `TORA_OUTPUT_ROOT`
+    if that is set, otherwise at the working directory, or at the home folder in a submitted Ray job. A folder left by
+    an earlier run is renamed, not overwritten, unless the run resumes from it."""
+    seed: Annotated[int, AtLeast(0)] = 0
+    """Seed of the adapter's initial weights, the order of prompts and the sampling of rollouts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run. `auto`: on GPUs if there are any, otherwise on the CPU. With `cuda` a run on a cluster waits for
+    GPU nodes that have not joined yet."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """The base's dtype. Adapters and optimizer state are float32 whatever this says."""
-    num_threads: int = 0
-    """CPU threads of the learner; 0 leaves torch's choice."""
+    """Precision of the base weights. Adapters and optimizer state are always float32."""
+    num_threads: Annotated[int, AtLeast(0)] = 0
+    """CPU threads of each learner process. 0: PyTorch's default."""
 
-    learner_ranks: int = 1
-    """Processes that share the learner's weights and work; `--nproc_per_node` sets it too."""
+    learner_ranks: Annotated[int, AtLeast(1)] = 1
+    """Learner processes, which share weights and work by FSDP2: under torchrun in a synchronous run, as Ray actors with
+    `async_rl=true`. `--nproc_per_node` sets it too."""
     fsdp_reshard_after_forward: bool = True
-    """With several ranks: give up other ranks' weights between a layer's forward and backward."""
+    """With several ranks: free a layer's gathered weights after its forward pass and gather them again for the backward
+    pass. false is faster and needs more memory."""
     fsdp_cpu_offload: bool = False
-    """With several ranks: keep weights, gradients and optimizer state in the CPU's memory."""
+    """With several ranks: keep weights, gradients and optimizer state in CPU memory. Slower, for models that do not fit
+    on the GPUs."""
 
     compile: bool = False
-    """torch.compile the learner's layers; the first steps take minutes longer."""
+    """Run torch.compile on the model's layers, in the learner and in the torch engine. The first steps take minutes
+    longer."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Keep only the input of every layer (`full`) or every other layer (`selective`) and compute the rest again in the
-    backward pass."""
+    """Which layers keep only their input for the backward pass and recompute the rest: `none`, all (`full`) or every
+    other one (`selective`). Saves memory at the cost of a second forward pass through those layers."""
     activation_offloading: bool = False
-    """On a GPU, with `activation_checkpointing`: keep those inputs in the CPU's memory meanwhile."""
+    """Keep the inputs of checkpointed layers in CPU memory until the backward pass. Needs a GPU and
+    `activation_checkpointing`."""
 
     async_rl: bool = False
-    """Rollout workers and the learner as Ray actors, instead of everything in this process."""
-    max_staleness: int = 1
-    """With `async_rl`: the most steps by which a rollout may lag the learner; 0 is the synchronous schedule."""
-    max_learner_restarts: int = 3
-    """With `async_rl`: how often a lost learner is started again from the newest checkpoint before the run ends."""
+    """true: rollout workers and learner run as Ray actors, and generation overlaps with training. false: everything
+    runs in this process, and generation and training alternate."""
+    max_staleness: Annotated[int, AtLeast(0)] = 1
+    """With `async_rl`: largest number of policy versions by which a rollout's oldest token may lag behind the learner
+    when it is trained on. 0: generation and training alternate, as in a synchronous run."""
+    max_learner_restarts: Annotated[int, AtLeast(0)] = 3
+    """With `async_rl`: how many times the learner is restarted from the newest checkpoint after a rank is lost, before
+    the run ends."""
     resume_from_checkpoint: bool = False
-    """Go on from the newest checkpoint in `output_dir`."""
+    """Continue from the newest checkpoint in `output_dir`. It is an error if there is none."""
 
-    num_steps: int = 100
-    batch_size: int = 16
-    """Prompts a step."""
-    grpo_samples: int = 8
-    """Rollouts a prompt: the group size."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are an error."""
-    max_generated_tokens: int = 512
-    temperature: float = 1.0
-    top_k: int = 0
-    """0 is off."""
-    top_p: float = 1.0
-    ppo_epochs: int = 1
-    """Optimizer passes over one batch; each is one optimizer update, all of them one step."""
-    micro_batch_tokens: int = 8192
-    """Packed tokens a forward-backward; a longer sequence stands alone."""
+    num_steps: Annotated[int, AtLeast(1)] = 100
+    """Training steps of the whole run. A resumed run counts the steps already done."""
+    batch_size: Annotated[int, AtLeast(1)] = 16
+    """Prompts per step; each gives one group of `grpo_samples` rollouts."""
+    grpo_samples: Annotated[int, AtLeast(2)] = 8
+    """Rollouts per prompt: the group whose rewards are compared with one another."""
+    max_prompt_tokens: Annotated[int, AtLeast(1)] = 1024
+    """Longest prompt in tokens, chat template and image tokens included. A longer prompt ends the run with an error."""
+    max_generated_tokens: Annotated[int, AtLeast(1)] = 512
+    """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut off."""
+    temperature: Annotated[float, Above(0)] = 1.0
+    """Sampling temperature of training rollouts. The learner computes log-probs at the same temperature."""
+    top_k: Annotated[int, AtLeast(0)] = 0
+    """Sample only from the k most likely tokens. 0: from all of them."""
+    top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
+    """Nucleus sampling: sample only from the most likely tokens that together have this probability. 1: from all of
+    them."""
+    ppo_epochs: Annotated[int, AtLeast(1)] = 1
+    """Passes over each step's batch. Each pass is one optimizer update."""
+    micro_batch_tokens: Annotated[int, AtLeast(1)] = 8192
+    """Tokens that are packed into one forward and backward pass, prompts included. It bounds the learner's memory and
+    does not change the result. A sequence longer than this gets a pass to itself."""
     share_prefix: bool = False
-    """A group's prompt goes through the learner once, not once for each completion: the same numbers, and faster the
-    longer prompts are beside completions."""
+    """Run a group's prompt through the learner once instead of once per completion. The result is the same. It saves
+    more time the longer prompts are relative to completions."""
     normalize_advantages: bool = True
-    """Divide the group's centred rewards by their standard deviation."""
+    """Divide each group's advantages (reward minus the group's mean) by the standard deviation of its rewards. Dr. GRPO
+    sets it to false."""
     loss_normalization: LossNormalization = "token"
-    """`token`: mean over response tokens; `sequence`: mean over sequences of their token means; `constant`: mean over
-    sequences of their token sums, over `max_generated_tokens`."""
-    clip_grad_norm: float | None = 1.0
+    """How token losses are averaged. `token`: mean over all response tokens. `sequence`: mean over sequences of each
+    sequence's token mean. `constant`: mean over sequences of each sequence's token sum divided by
+    `max_generated_tokens`."""
+    clip_grad_norm: Annotated[float, Above(0)] | None = 1.0
+    """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
 
     model: ModelConfig
+    """The model and which of its weights are trained."""
     dataset: Component
+    """Training prompts: a callable that returns a dataset, anything with `len` and `[i]` whose rows have a `prompt`.
+    Built in: `tora.tasks.gsm8k.gsm8k`, `tora.tasks.chain_sum.chain_sum`, `tora.tasks.digits.digits`,
+    `tora.tasks.clevr.clevr`, `tora.tasks.geometry3k.geometry3k`, and `tora.tasks.dataset.file_dataset` and
+    `hub_dataset` for your own data."""
     rewards: list[Component]
-    """Each may carry `weight` (default 1) beside its `_component_`."""
-    reward_timeout_s: float = 30.0
-    """How long a reward function may take for a group."""
-    reward_processes: int = 4
-    """Processes that run a rollout worker's reward functions, at most; more than one start only while all are busy."""
-    max_failed_rewards: float = 0.5
-    """The run ends when more than this share of rollouts fails because a reward function raises, hangs, or returns NaN,
-    nothing, or another number of scores. A failed rollout leaves its group; fewer than two rollouts are no group."""
+    """Reward functions with TRL's signature, at least one. Built in: `tora.rewards.math_answer`, `answer_tag`,
+    `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight` (default 1)
+    and `name` (default: the function's name). A rollout's reward is the weighted sum; accuracy is the share of rollouts
+    that score at least 1 in the first one."""
+    reward_timeout_s: Annotated[float, Above(0)] = 30.0
+    """Seconds that one reward function may take for a group. A slower call is stopped. If a call fails as a whole, each
+    completion is tried again alone, and one that fails again has a failed reward."""
+    reward_processes: Annotated[int, AtLeast(1)] = 4
+    """Maximum number of processes per rollout worker that run reward functions. Another one starts only when all are
+    busy."""
+    max_failed_rewards: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
+    """The run ends if more than this fraction of the rollouts in the last `batch_size` groups has a failed reward. A
+    reward fails if its function raises, exceeds `reward_timeout_s`, or returns NaN, infinity or the wrong number of
+    scores, or if every function returns None. The rollout is dropped from its group; a group with fewer than two
+    rollouts left is replaced."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
+    """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss` or `CISPOLoss`. The files
+    `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml` and `cispo.yaml` set the other keys that each objective needs.
+    Arguments: `clip_low` and `clip_high`, the clip bounds; `kl_coeff`, the weight of the KL penalty against the initial
+    policy, 0 for none; `kl_type`, its estimator (`k1`, `k2`, `k3`); `kl_in`, whether it is part of the `loss` or the
+    `reward`; `proximal`, the policy that the clip is centered on (`learner`: the one at the start of the step, `actor`:
+    the one that sampled); `importance_correction` between learner and actor (`token_tis`, `token_mask`,
+    `sequence_mask`, `none`) with its bounds `importance_low` and `importance_high`."""
     optimizer: Component = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-4})
+    """The optimizer: a callable that takes the list of trained parameters. `lr`, a number greater than 0, is
+    required."""
     lr_scheduler: Component = field(
         default_factory=lambda: {"_component_": "transformers.get_constant_schedule_with_warmup", "num_warmup_steps": 0}
     )
+    """Learning-rate schedule: a callable that takes the optimizer, and `num_training_steps` if it has such a parameter.
+    It advances once per step, not once per optimizer update."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Generation of rollouts: engine, workers and weight updates."""
     sync: SyncConfig = field(default_factory=SyncConfig)
+    """Checks that the engines serve the policy that the learner sent."""
     eval: EvalConfig | None = None
+    """Evaluation on held-out prompts. null: none."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written and how many are kept."""
     metric_logger: list[Component] = field(default_factory=list)
-    """Beside the console and `metrics.jsonl`, e.g. torchtune's WandBLogger and TensorBoardLogger."""
+    """Metric loggers in addition to the console and `metrics.jsonl`, such as torchtune's
+    `torchtune.training.metric_logging.WandBLogger` and `TensorBoardLogger`. A logger with a `log_dir` parameter writes
+    to the run's folder unless the config says otherwise."""

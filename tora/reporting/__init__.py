@@ -1,1 +1,1 @@
-"""What a run shows: metrics, console, curve and summary."""
+"""What a run reports: metrics, console output, reward curve and summary."""

@@ -1,4 +1,4 @@
-"""A run on the console: a progress bar on a terminal, plain lines elsewhere."""
+"""A run's console output: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ _SHOWN = (
     ("rollout/tokens_per_s", "{:,.0f} tok/s"),
     ("version", "version {:.0f}"),
 )
-
-
+"""Metrics shown for each step, with their formats."""
 _LONGEST_SAMPLE = 1200
-"""Characters of a prompt or completion shown on the console."""
+"""Characters of a prompt or completion that are shown."""
 
 
 class ConsoleLog:
-    """A progress bar with messages above it on a terminal, plain lines elsewhere."""
+    """On a terminal a progress bar with messages above it, elsewhere a line per message."""
 
     def __init__(self, console: Console, name: str, first_step: int, num_steps: int) -> None:
         self._console = console
@@ -59,7 +58,7 @@ class ConsoleLog:
             self._progress.stop()
 
     def _print(self, text: Text) -> None:
-        # soft_wrap: a line of a log file stays one line
+        # soft_wrap keeps each message on one line of a log file
         self._console.print(text, soft_wrap=True)
 
 
@@ -75,14 +74,14 @@ def _progress(console: Console) -> Progress:
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` under an hour."""
+    """Such as `1:02:03`, or `2:03` for less than an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _question(prompt: Prompt) -> str:
-    """The last message's text."""
+    """The text of the prompt's last message."""
     content = prompt.source if isinstance(prompt.source, str) else prompt.source[-1]["content"]
     if isinstance(content, str):
         return content

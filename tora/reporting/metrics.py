@@ -1,6 +1,6 @@
-"""Where a run's numbers go: the console, `metrics.jsonl` and the configured loggers. Dicts in; only the loop logs.
+"""Log a run's metrics to the console, `metrics.jsonl` and the configured loggers. Only the training loop logs.
 
-A training row carries the index of its step, an evaluation row the number of completed steps.
+A training row has the index of its step, an evaluation row the number of completed steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tora.types import EvalResult, Metrics, Prompt, Rollout
 
 
 class Logger(Protocol):
-    """What torchtune's metric loggers are."""
+    """The interface of torchtune's metric loggers."""
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None: ...
 
@@ -30,7 +30,7 @@ class Logger(Protocol):
 
 
 class NoLog:
-    """For a rank that is not the one that writes."""
+    """For ranks other than rank 0, which do not write."""
 
     def step(self, step: int, metrics: Metrics, prompt_ids: Sequence[int]) -> None: ...
 
@@ -47,9 +47,9 @@ class MetricLog:
     """Implements `tora.run.run.Log`."""
 
     def __init__(self, cfg: RunConfig, folder: Path, first_step: int = 0, console: Console | None = None) -> None:
-        """Writes into `folder`; a resumed run's `first_step` cuts the rows that it will write again.
+        """Writes into `folder`. Rows of `first_step` and later, which a resumed run writes again, are removed.
 
-        Raises `ConfigError` for a `metric_logger` that cannot be built.
+        Raises `ConfigError` if a `metric_logger` cannot be built.
         """
         self.path = folder / "metrics.jsonl"
         self._loggers = [build_logger(component, folder) for component in cfg.metric_logger]
@@ -58,7 +58,7 @@ class MetricLog:
         self._console = ConsoleLog(console or Console(), cfg.name, first_step, cfg.num_steps)
 
     def step(self, step: int, metrics: Metrics, prompt_ids: Sequence[int] = ()) -> None:
-        """`prompt_ids`: what the step trained; in `metrics.jsonl` alone."""
+        """`prompt_ids`: the prompts trained on; only `metrics.jsonl` gets them."""
         self._write(step, metrics, prompt_ids=list(prompt_ids))
         self._console.step(step, metrics)
 
@@ -75,14 +75,14 @@ class MetricLog:
         self._console.sample(prompt, rollout)
 
     def close(self) -> None:
-        """Flushes and closes every logger and gives the terminal back."""
+        """Flushes and closes every logger and restores the terminal."""
         self._console.close()
         self._file.close()
         for logger in self._loggers:
             logger.close()
 
     def rewind(self, step: int) -> None:
-        """The run goes back: rows of `step` and later are cut from `metrics.jsonl`."""
+        """Removes rows of `step` and later from `metrics.jsonl`, for a run that returns to a checkpoint."""
         self._file.close()
         cut(self.path, step)
         self._file = self.path.open("a")
@@ -97,7 +97,7 @@ class MetricLog:
 
 
 def build_logger(component: Component, folder: Path) -> Logger:
-    """The component's logger; one that takes a `log_dir` gets the run's folder unless it names its own."""
+    """The component's logger. A `log_dir` parameter gets `folder` unless the component sets `log_dir` or `dir`."""
     parameters = inspect.signature(locate(component["_component_"])).parameters
     if "log_dir" in parameters and not {"log_dir", "dir"} & component.keys():
         component = {**component, "log_dir": str(folder)}
@@ -105,18 +105,18 @@ def build_logger(component: Component, folder: Path) -> Logger:
 
 
 def read_rows(metrics_jsonl: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, up to a last line that a crash left half written; none without the file."""
+    """The rows of a `metrics.jsonl`, without a last line that a crash left incomplete; empty if there is no file."""
     rows = []
     for line in metrics_jsonl.read_text().splitlines() if metrics_jsonl.exists() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break  # only the end of the file can be torn: rows are flushed one by one
+            break  # rows are flushed one by one, so only the last can be incomplete
     return rows
 
 
 def cut(metrics_jsonl: Path, first_step: int) -> None:
-    """Removes rows of `first_step` and later; written aside and renamed, so that a crash loses none of the others."""
+    """Removes rows of `first_step` and later. Writes a new file and renames it, so that a crash loses no other rows."""
     kept = [row for row in read_rows(metrics_jsonl) if row["step"] < first_step]
     aside = metrics_jsonl.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(row) + "\n" for row in kept))

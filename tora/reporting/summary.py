@@ -1,4 +1,4 @@
-"""What a run shows at its end: the reward curve and the summary."""
+"""What a run reports when it ends: the reward curve and a summary."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _BLUE, _ORANGE, _GREY = "#2563eb", "#c2410c", "#6b7280"
 
 
 def reward_curve(metrics_jsonl: Path, out_png: Path) -> None:
-    """Draws training reward and held-out accuracy over steps, titled with the name of the run's folder.
+    """Plots training reward and held-out accuracy over steps, with the name of the run's folder as title.
 
-    Without rows the axes are empty. Overwrites `out_png`.
+    The axes are empty if there are no rows. Overwrites `out_png`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def reward_curve(metrics_jsonl: Path, out_png: Path) -> None:
 
 
 def _accuracy_axis(axis: Any, rewards: np.ndarray) -> Any:
-    """The reward's own axis where rewards lie on an accuracy's scale, as most do; else a second one, on the right."""
+    """The axis for accuracy: the reward's own if rewards have the same scale, otherwise a second one on the right."""
     if rewards.size == 0 or (rewards.min() >= 0 and rewards.max() <= 1.2):
         axis.set_ylabel("reward, accuracy", color=_GREY)
         axis.set_ylim(0, max(1.05, 1.05 * rewards.max(initial=0)))
@@ -57,14 +57,14 @@ def _accuracy_axis(axis: Any, rewards: np.ndarray) -> Any:
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have a finite value."""
+    """Steps and values of the rows with a finite value for `key`, each [rows]."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a tenth of the run; the window shrinks at both ends."""
+    """Centered moving average over about a tenth of the run; the window shrinks at both ends."""
     half = max(1, len(values) // 20)
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
@@ -78,7 +78,7 @@ def _draw_accuracy(axis: Any, steps: np.ndarray, values: np.ndarray) -> None:
     look = {"color": _ORANGE, "linewidth": 1.2, "markersize": 8, "markeredgecolor": "white"}
     axis.plot(steps, values, "o-", label="held-out accuracy", **look)
     for index in sorted({0, len(steps) - 1} if len(steps) else ()):
-        # Outside the line: the lower of the two ends has its number below, the higher one above.
+        # The lower of the two end points has its number below, the higher one above, so neither covers the line.
         below = values[index] < values[-1 - index]
         axis.annotate(
             f"{values[index]:.2f}",
@@ -114,10 +114,10 @@ def print_summary(
     bytes_per_sync: int,
     console: Console | None = None,
 ) -> None:
-    """The run in one table; accuracies are left out where there was no evaluation."""
+    """Prints the run as a table, without accuracies if there was no evaluation."""
     table = Table(title=name, title_style="bold", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
-    table.add_column(overflow="fold")  # paths are copied from here: never cut them
+    table.add_column(overflow="fold")  # users copy paths from here, so they are never cut
     if accuracy_before is not None and accuracy_after is not None:
         table.add_row("held-out accuracy", f"[bold green]{accuracy_before:.3f} -> {accuracy_after:.3f}")
     table.add_row("steps", f"{num_steps} in {duration(seconds)}")

@@ -1,4 +1,4 @@
-"""Reward functions, named in a config as `tora.rewards.math_answer`, and what calls them."""
+"""Reward functions, named in a config as `tora.rewards.math_answer`, and the code that calls them."""
 
 from tora.rewards.functions import answer_tag, format, length, math_answer, overlong
 

@@ -1,9 +1,9 @@
 """Reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float | None]`.
 
-Every argument is a list with one entry per completion. `prompts` and `completions` are strings where the dataset's
-prompt is a string, and lists of chat messages where it is one; each further dataset column arrives under its name.
-A function that names `completion_ids` is given the token ids of each completion, an end-of-text token included.
-None means that the function does not apply to the completion.
+Every argument is a list with one entry per completion. `prompts` and `completions` are strings if the dataset's prompts
+are strings, and lists of chat messages otherwise. All other dataset columns are passed by name. A function with a
+parameter `completion_ids` also gets the token ids of each completion, including an end-of-text token. A score of None
+means that the function does not apply to the completion.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ONE_ANSWER_AT_END = r"((?!</?answer>).)*<answer>((?!</?answer>).)+</answer>"
 
 
 def text_of(completion: Completion) -> str:
-    """The completion's text, in TRL's string form or in its chat form."""
+    """The text of a completion, which is a string or a list of chat messages."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def answer_tag(
     prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
 ) -> list[float]:
-    """1 when the completion ends in `<answer>X</answer>` and X is the `answer` column's text, else 0."""
+    """1 if the completion ends in `<answer>X</answer>` and X is the text of the `answer` column, else 0."""
     matches = [_ANSWER_AT_END.search(text_of(c)) for c in completions]
     return [
         float(match is not None and match[1].strip() == str(gold).strip())
@@ -42,10 +42,10 @@ def answer_tag(
 def math_answer(
     prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
 ) -> list[float]:
-    """1 when the final answer equals the `answer` column as mathematics (`1/2`, `0.5`, `\\frac{1}{2}`), else 0.
+    """1 if the final answer equals the `answer` column mathematically (`1/2`, `0.5`, `\\frac{1}{2}`), else 0.
 
-    The final answer is what stands in the last `\\boxed{}` or, without one, in the last `<answer>` tag; a completion
-    with neither earns 0, and so does a comparison that takes over 5 s.
+    The final answer is the content of the last `\\boxed{}` or, if there is none, of the last `<answer>` tag. A
+    completion with neither scores 0, and so does one whose comparison takes more than 5 s of CPU time.
     """
     finals = [final_answer(text_of(c)) for c in completions]
     golds = [final_answer(str(gold)) or str(gold) for gold in answer]
@@ -59,9 +59,10 @@ def format(
     pattern: str = ONE_ANSWER_AT_END,
     **columns: Any,
 ) -> list[float]:
-    """1 when `pattern` (a regular expression; `.` also matches newlines) matches the whole stripped completion, else 0.
+    """1 if the regular expression `pattern` matches the whole completion, else 0.
 
-    The default asks for exactly one `<answer>` tag, at the end.
+    Surrounding whitespace is ignored, and `.` also matches newlines. The default pattern requires exactly one
+    `<answer>` tag, at the end.
     """
     shape = re.compile(pattern, re.DOTALL)
     return [float(shape.fullmatch(text_of(c).strip()) is not None) for c in completions]
@@ -75,7 +76,10 @@ def length(
     limit: int | None = None,
     **columns: Any,
 ) -> list[float]:
-    """1 up to `target` characters, then falling linearly to 0 at `limit` (twice `target` by default)."""
+    """1 up to `target` characters, then falling linearly to 0 at `limit` characters (default: twice `target`).
+
+    Raises `ValueError` unless 0 < target < limit.
+    """
     limit = 2 * target if limit is None else limit
     if not 0 < target < limit:
         raise ValueError(f"length: target={target} and limit={limit}, expected 0 < target < limit")
@@ -94,7 +98,8 @@ def overlong(
 ) -> list[float]:
     """0 up to `max_tokens - buffer` tokens, then falling linearly to -1 at `max_tokens`, and -1 beyond.
 
-    DAPO's soft overlong punishment (Yu et al. 2025, arXiv:2503.14476, eq. 13), to stand beside a task's own rewards.
+    DAPO's soft overlong punishment (Yu et al. 2025, arXiv:2503.14476, eq. 13), to be added to a task's other rewards.
+    Raises `ValueError` unless 0 < buffer <= max_tokens.
     """
     if not 0 < buffer <= max_tokens:
         raise ValueError(f"overlong: max_tokens={max_tokens} and buffer={buffer}, expected 0 < buffer <= max_tokens")
@@ -103,7 +108,7 @@ def overlong(
 
 
 def final_answer(text: str) -> str | None:
-    """What stands in the last `\\boxed{}`, else in the last `<answer>` tag, else None."""
+    """The content of the last `\\boxed{}`, else of the last `<answer>` tag, else None."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip()
@@ -125,7 +130,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _same(gold: str, final: str) -> bool:
-    """Equal as text or as numbers; only what is neither goes to math-verify."""
+    """Whether two answers are equal: as text, as numbers, or by math-verify if they are not both numbers."""
     if gold == final:
         return True
     numbers = [_number(gold), _number(final)]
@@ -135,6 +140,6 @@ def _same(gold: str, final: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    """A plain number, thousands separators, currency sign and full stop aside."""
+    """A plain number, ignoring thousands separators, a dollar sign and a final full stop; None for other text."""
     plain = text.strip().rstrip(".").replace(",", "").replace("$", "")
     return Fraction(plain) if _NUMBER.fullmatch(plain) else None

@@ -1,11 +1,12 @@
-"""math-verify in a child process whose CPU time is limited for each question.
+"""math-verify in a child process with a CPU time limit per question.
 
-`\\boxed{9^{9^{9^9}}}` makes sympy compute for ever inside one C call that holds the interpreter's lock: no alarm and no
-thread can end it, so one such completion would freeze a rollout worker. math-verify's own time-outs use
-`signal.alarm`, which works in a main thread only and not in such a call; they are off here. The kernel ends a child
-that thinks too long, even if its parent is gone, and CPU time makes the verdict independent of the machine's load.
+`\\boxed{9^{9^{9^9}}}` makes sympy compute forever inside one C call that holds the interpreter lock. No alarm or thread
+can interrupt it, so one such completion would freeze a rollout worker. math-verify's own timeouts use `signal.alarm`,
+which works only in the main thread and not during such a call; they are switched off here. Instead the kernel kills a
+child that exceeds its limit, even after the parent has died. Limiting CPU time rather than wall time makes the verdict
+independent of the machine's load.
 
-The child runs this file as a script, which therefore imports nothing of Tora.
+The child runs this file as a script, so it imports nothing from Tora.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import threading
 
 
 class MathJudge:
-    """Whether two LaTeX expressions are equal. Thread-safe; the child starts at the first question."""
+    """Decides whether two LaTeX expressions are equal. Thread-safe. The child starts with the first question."""
 
     def __init__(self, cpu_seconds: int = 5) -> None:
-        """`cpu_seconds` per question."""
+        """`cpu_seconds`: limit per question."""
         self._cpu_seconds = cpu_seconds
         self._child: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def equal(self, gold: str, answer: str) -> bool:
-        """False when they differ, when either cannot be parsed and when the child dies of the question.
+        """False if they differ, if either cannot be parsed, or if the question kills the child.
 
-        Raises `RuntimeError` when the child cannot start.
+        Raises `RuntimeError` if the child does not start.
         """
         with self._lock:
             child = self._child or self._start()
@@ -39,14 +40,14 @@ class MathJudge:
             return verdict == "true\n"
 
     def close(self) -> None:
-        """Ends the child; the next question starts another."""
+        """Kills the child; the next question starts a new one."""
         if self._child is not None:
             self._child.kill()
             self._child.communicate()
             self._child = None
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P keeps this folder, whose module names are common words, off the child's path.
+        # -P keeps this folder, whose modules have common names, off the child's path.
         self._child = subprocess.Popen(
             [sys.executable, "-P", __file__, str(self._cpu_seconds)],
             stdin=subprocess.PIPE,
@@ -60,7 +61,7 @@ class MathJudge:
 
     @staticmethod
     def _ask(child: subprocess.Popen[str], question: str) -> str:
-        """The child's line, empty when it died."""
+        """The child's line; empty if it died."""
         assert child.stdin and child.stdout
         try:
             child.stdin.write(question + "\n")
@@ -71,19 +72,18 @@ class MathJudge:
 
 
 def _serve(cpu_seconds: int) -> None:
-    """Answers `true` or `false` to each JSON line `[gold, answer]` until its input ends, as when the parent dies."""
+    """Answers `true` or `false` to each JSON line `[gold, answer]` until the input ends, also when the parent dies."""
     import logging
     import resource
     import signal
     import time
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C in a terminal reaches it too, and the parent may finish a step
+    # Ctrl-C in a terminal also reaches the child, and the parent may still have to finish a step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from math_verify import parse, verify
 
-    logging.disable()  # math-verify warns of its missing time-outs and logs each expression that it cannot parse
-    answers, sys.stdout = sys.stdout, sys.stderr  # a library's print must not look like an answer
+    logging.disable()  # math-verify warns about switched-off timeouts and logs each expression it cannot parse
+    answers, sys.stdout = sys.stdout, sys.stderr  # so that a library's print is not read as an answer
     hard_limit = resource.getrlimit(resource.RLIMIT_CPU)[1]
     for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + cpu_seconds, hard_limit))
@@ -92,7 +92,7 @@ def _serve(cpu_seconds: int) -> None:
 
 
 shared = MathJudge()
-"""One child serves all threads of a process."""
+"""One child for all threads of this process."""
 atexit.register(shared.close)
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Reward functions in child processes, each call under a time limit.
+"""Reward functions in child processes, with a time limit per call.
 
-A function may wait for a network for ever, or compute in one C call that holds the interpreter's lock: no thread and no
-alarm can end it, only its process's end. A child therefore runs one call at a time; one that takes too long is killed
-together with its child, and another child starts. Functions that keep state in their module keep it by child.
+A function may wait forever for the network, or compute inside one C call that holds the interpreter lock; only killing
+its process ends it. Each child therefore runs one call at a time. If a call takes too long, its child is killed and a
+new one starts. State that functions keep in their modules is separate in each child.
 
-A call covers a group. One that fails as a whole is made again for each completion alone, so that a bad completion does
-not cost the others; each of these has its part of the time limit.
+A call covers a group. If it fails as a whole, it is repeated for each completion alone, so that one bad completion does
+not cost the others their scores; each repeat gets an equal share of the time limit.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from tora.rewards.rewarder import Column, build_rewarder, combine, names_and_wei
 from tora.types import FailedReward, Prompt
 
 _START_S = 300.0
-"""How long a child may take to import the functions."""
+"""Time limit for a child to start and import the functions."""
 _MAIN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tora.rewards import processes; processes.serve()"
 
 
 class RewardProcesses:
-    """The `tora.protocols.Rewarder` of a config's `rewards`. Thread-safe."""
+    """The `tora.protocols.Rewarder` for a config's `rewards`. Thread-safe."""
 
     def __init__(self, components: Sequence[Component], *, timeout_s: float, num_processes: int) -> None:
-        """Starts one child; up to `num_processes` follow while all are busy. Errors: as `build_rewarder`'s."""
+        """Starts one child; while all children are busy, more are started, up to `num_processes`.
+
+        Raises `ConfigError` as `build_rewarder` does, what a reward function's module raises when it is imported, and
+        `RolloutError` if the child does not start.
+        """
         self._components, self._timeout_s = components, timeout_s
         self._free = threading.BoundedSemaphore(num_processes)
         self._lock = threading.Lock()
@@ -49,7 +53,7 @@ class RewardProcesses:
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
     ) -> list[dict[str, float] | FailedReward]:
-        """See `Rewarder`. Errors: RolloutError where no child starts any more."""
+        """See `Rewarder`. Raises `RolloutError` if a new child does not start."""
         bare = replace(prompt, images=())
         return combine([self._column(index, bare, texts, token_ids) for index in range(len(self._names))], self._names)
 
@@ -64,7 +68,7 @@ class RewardProcesses:
             self._idle.clear()
 
     def _column(self, index: int, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> Column:
-        """One function's scores."""
+        """The scores of one function."""
         whole = self._ask(self._timeout_s, index, prompt, texts, token_ids)
         if len(texts) == 1 or not all(isinstance(score, FailedReward) for score in whole):
             return whole
@@ -104,7 +108,7 @@ class RewardProcesses:
 
 class _Child:
     def __init__(self, components: Sequence[Component], timeout_s: float) -> None:
-        """Errors: what its `build_rewarder` raised; RolloutError where it does not start."""
+        """Raises what `build_rewarder` raises in the child, and `RolloutError` if the child does not start."""
         self._connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
@@ -122,7 +126,7 @@ class _Child:
         return not self._connection.closed
 
     def ask(self, question: Any, limit_s: float) -> Any:
-        """The child's answer; where there is none, it is dead, and the answer is a sentence that says why."""
+        """The child's answer. If there is none within `limit_s`, kills the child and returns the reason, a string."""
         try:
             self._connection.send(question)
             if self._connection.poll(limit_s):
@@ -140,20 +144,21 @@ class _Child:
 
 
 def serve() -> None:
-    """A child: answers until its parent is gone."""
+    """The main function of a child: scores groups until its parent closes the connection or dies."""
     import resource
     import signal
 
     connection, timeout_s = Connection(int(sys.argv[2])), float(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches it too; the parent may finish a step
+    # Ctrl-C in a terminal also reaches the child, and the parent may still have to finish a step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         rewarder = build_rewarder(connection.recv())
-    except Exception as error:  # a config's mistake, or whatever a user's module raises when it is imported
+    except Exception as error:  # a mistake in the config, or an error in a user's module
         connection.send(error)
         return
     connection.send(None)
-    # Where a function holds the interpreter's lock for ever and the parent is gone, only the kernel can end it.
+    # If a function holds the interpreter lock forever and the parent is gone, only the kernel can end it.
     most_s, hard = int(timeout_s * (os.cpu_count() or 1)) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]
     while True:
         try:

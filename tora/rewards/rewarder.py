@@ -1,4 +1,4 @@
-"""From a config's `rewards` to scores: calls reward functions as TRL does, and refuses what is no score."""
+"""Build reward functions from a config's `rewards`, call them as TRL does, and reject invalid scores."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _OWN_KEYS = ("_component_", "name", "weight")
 
 @dataclass(frozen=True, slots=True)
 class FunctionRewarder:
-    """The `tora.protocols.Rewarder` of TRL-style functions; each is called once a group. Pickles if they do."""
+    """The `tora.protocols.Rewarder` for TRL-style functions, each called once per group. Pickles if they do."""
 
     rewards: tuple[tuple[str, RewardFunction, float], ...]
-    """Name, function and weight. Arguments bound by `functools.partial` hide dataset columns of the same name."""
+    """Name, function and weight. An argument bound by `functools.partial` hides a dataset column of that name."""
 
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
@@ -37,11 +37,11 @@ class FunctionRewarder:
         return combine(columns, [name for name, _, _ in self.rewards])
 
     def column(self, index: int, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> Column:
-        """The scores of one function; all have failed where it raises or returns another number of them."""
+        """The scores of one function. All fail if it raises or returns the wrong number of scores."""
         name, function, _ = self.rewards[index]
         try:
             return [_score(name, score) for score in _scores(function, prompt, texts, token_ids)]
-        except Exception as error:  # a user's code may raise anything; the rollouts are lost, and the reason is told
+        except Exception as error:  # a user's code may raise anything; the rollouts are lost and the reason is reported
             reason = str(error) if isinstance(error, _BadResult) else f"raised {type(error).__name__}: {error}"
             return [FailedReward(name, reason)] * len(texts)
 
@@ -49,13 +49,14 @@ class FunctionRewarder:
         return total(parts, {name: weight for name, _, weight in self.rewards})
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Nothing to release."""
 
 
 def combine(columns: Sequence[Column], names: Sequence[str]) -> list[dict[str, float] | FailedReward]:
-    """One dict of unweighted parts per completion, or the first failure.
+    """For each completion a dict with the unweighted score of each function, or its first failure.
 
-    None says that a function does not apply, as in TRL, and counts as 0; a completion that no function scores failed.
+    As in TRL, a score of None means that the function does not apply, and counts as 0. A completion fails if every
+    function returns None for it.
     """
     rows: list[dict[str, float] | FailedReward] = []
     for scores in zip(*columns, strict=True):
@@ -67,14 +68,15 @@ def combine(columns: Sequence[Column], names: Sequence[str]) -> list[dict[str, f
 
 
 def total(parts: dict[str, float], weights: Mapping[str, float]) -> float:
+    """The weighted sum of a completion's scores."""
     return sum(weight * parts[name] for name, weight in weights.items())
 
 
 def build_rewarder(components: Sequence[Component]) -> FunctionRewarder:
-    """Each component is a function's dotted path with optional `weight` (1) and `name` (the function's own).
+    """Each component has a function's dotted path and optionally `weight` (default 1) and `name` (the function's name).
 
-    Its other keys are bound as arguments. Raises `ConfigError` for a path that leads nowhere, an argument that the
-    function does not name, a weight that is no number, a name used twice, and no components.
+    Its other keys are bound as arguments. Raises `ConfigError` if there are no components, a path does not exist, the
+    function does not name an argument, a weight is not a finite number, or a name is used twice.
     """
     if not components:
         raise ConfigError("rewards is empty, expected at least one reward function")
@@ -82,12 +84,12 @@ def build_rewarder(components: Sequence[Component]) -> FunctionRewarder:
     names = [name for name, _, _ in rewards]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"rewards: {name} is there {names.count(name)} times; tell them apart with the key name")
+            raise ConfigError(f"rewards: {name} is used {names.count(name)} times; give each reward a different `name`")
     return FunctionRewarder(rewards)
 
 
 def names_and_weights(components: Sequence[Component]) -> tuple[list[str], dict[str, float]]:
-    """Of components that `build_rewarder` accepts, without importing their functions."""
+    """Names and weights of components that `build_rewarder` accepts, without importing their functions."""
     names = [_name(component) for component in components]
     weights = [float(component.get("weight", 1.0)) for component in components]
     return names, dict(zip(names, weights, strict=True))
@@ -103,9 +105,9 @@ def _build(component: Component) -> tuple[str, RewardFunction, float]:
         raise ConfigError(f"rewards: {component} lacks _component_, the dotted path of a reward function")
     function, weight = locate(path), component.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-        raise ConfigError(f"rewards: the weight of {path} is {weight!r}, expected a number")
+        raise ConfigError(f"rewards: the weight of {path} is {weight!r}, expected a finite number")
     bound = {key: value for key, value in component.items() if key not in _OWN_KEYS}
-    # A function that takes any column by **kwargs would swallow a misspelt argument.
+    # A function with **kwargs for the dataset's columns would silently accept a misspelled argument.
     named = [p for p in inspect.signature(function).parameters if p not in _ARGUMENTS]
     for key in bound:
         if key not in named:
@@ -114,7 +116,7 @@ def _build(component: Component) -> tuple[str, RewardFunction, float]:
 
 
 class _BadResult(Exception):
-    """What a function returned is no list of scores."""
+    """A function did not return a list with one score per completion."""
 
 
 def _scores(

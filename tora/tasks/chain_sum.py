@@ -1,6 +1,6 @@
-"""Chained sums of one-digit numbers, as in reasoning-gym: a task that a model of half a million weights can learn.
+"""Chained sums of one-digit numbers, as in reasoning-gym: a task that a model with half a million weights can learn.
 
-The split hangs on a hash of the question, so that no seed ever lets a held-out problem into training.
+A hash of the question decides its split, so no seed can put a held-out problem into training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SPLITS = ("train", "test")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Terms from 1 to 9, with `+` or `-` between them."""
+    """Terms from 1 to 9 with `+` or `-` between them."""
 
     terms: tuple[int, ...]
     operators: tuple[str, ...]
@@ -29,7 +29,7 @@ class Problem:
         return f"{PREFIX}{self.terms[0]}{rest} ="
 
     def worked(self) -> list[str]:
-        """One line per operator: `9 + 3 = 12`, `12 - 5 = 7`."""
+        """The solution, one line per operator: `9 + 3 = 12`, `12 - 5 = 7`."""
         total, lines = self.terms[0], []
         for operator, term in zip(self.operators, self.terms[1:], strict=True):
             after = total + term if operator == "+" else total - term
@@ -43,12 +43,12 @@ class Problem:
 
 
 def is_held_out(question: str) -> bool:
-    """One question in ten, the same ones on every machine and in every Python."""
+    """Whether a question is in the test split: one in ten is, the same ones on every machine and Python version."""
     return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") % 10 == 0
 
 
 def draw(rng: random.Random, split: str, min_terms: int = 3, max_terms: int = 5) -> Problem:
-    """One problem of a split, drawn uniformly over lengths, terms and operators."""
+    """One problem of a split, uniform over lengths, terms and operators."""
     while True:
         n = rng.randint(min_terms, max_terms)
         terms = tuple(rng.randint(1, 9) for _ in range(n))
@@ -60,7 +60,7 @@ def draw(rng: random.Random, split: str, min_terms: int = 3, max_terms: int = 5)
 def chain_sum(
     split: str = "train", num_rows: int = 4096, min_terms: int = 3, max_terms: int = 5, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows `{prompt, answer}`, drawn independently: short problems may repeat within a split.
+    """Rows `{prompt, answer}`, drawn independently, so short problems may repeat. Score them with `answer_tag`.
 
     Raises `ConfigError` for an unknown split, no rows, or fewer than two terms.
     """

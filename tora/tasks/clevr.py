@@ -1,5 +1,7 @@
-"""CLEVR counting, in the columns of R1-V's CLEVR-70k: a rendered scene, a question such as "How many items are there in
-the image?", and the answer in tags."""
+"""CLEVR counting: a rendered scene, a question such as "How many items are there in the image?", and a number.
+
+Reads the columns of R1-V's CLEVR-70k.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ def clevr(
     path: str = "leonardPKU/clevr_cogen_a_train",
     instruction: str = INSTRUCTION,
 ) -> TaskRows:
-    """Rows `{prompt, images, answer}`; the answer is what `solution` has in its tags. Score them with `math_answer`.
+    """Rows `{prompt, images, answer}`; the answer is the text inside the tags of `solution`. Score with `math_answer`.
 
-    The hub's dataset has one split: hold out a part of it, as in `train[:-512]` and `train[-512:]`. `path` is that, or
-    a local file or folder with the columns `image`, `problem`, `solution`. Raises `ConfigError` when it cannot be
-    loaded or has other columns.
+    `path` is a hub dataset, or a local file or folder with the columns `image`, `problem` and `solution`. The hub
+    dataset has only one split: hold out part of it, as with `train[:-512]` and `train[-512:]`. Raises `ConfigError` if
+    the dataset cannot be loaded or lacks a column.
     """
 
     def make(row: dict[str, Any]) -> dict[str, Any]:

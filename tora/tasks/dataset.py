@@ -1,8 +1,8 @@
 """Datasets as sequences of rows.
 
 A dataset is anything with `len` and `[i]` whose rows are mappings with a `prompt`: a string or a list of chat messages.
-Images stand in the messages or in a column `images` or `image`, see `tora.tasks.image_rows`. A row's other columns go
-to the reward functions under their names.
+Images are in the messages or in a column `images` or `image`, see `tora.tasks.image_rows`. All other columns are passed
+to the reward functions by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Dataset(Protocol):
 
 
 class Rows:
-    """A table with its prompt and answer columns renamed to `prompt` and `answer`, read row by row."""
+    """A table whose prompt and answer columns are renamed to `prompt` and `answer`; rows are read on demand."""
 
     def __init__(
         self,
@@ -33,10 +33,10 @@ class Rows:
         answer_key: str | None = "answer",
         system_prompt: str | None = None,
     ) -> None:
-        """`source` names the table in errors. `answer_key` may be null.
+        """`source` names the table in messages. `answer_key` is None for a table without answers.
 
-        With `system_prompt` a string prompt becomes a system and a user message.
-        Raises `ConfigError` when the table is empty or lacks a column.
+        `system_prompt` is put before each prompt as a system message; a string prompt becomes a user message after it.
+        Raises `ConfigError` if the table is empty or lacks a column.
         """
         if len(table) == 0:
             raise ConfigError(f"{source} has no rows")
@@ -71,8 +71,9 @@ def file_dataset(
 ) -> Rows:
     """A JSONL, JSON or Parquet file, or a folder of them.
 
-    `split` selects as the `datasets` library does: a file's rows are all `train`, and `train[:90%]` takes a part; the
-    files of a folder are assigned to splits by their names. Raises `ConfigError`.
+    `split` is as in the `datasets` library: all rows of a single file are `train`, `train[:90%]` selects a part, and
+    files in a folder belong to the split that their names contain. Raises `ConfigError` if the file cannot be loaded,
+    is empty or lacks a column.
     """
     return Rows(load_files(path, split), path, prompt_key, answer_key, system_prompt)
 
@@ -85,12 +86,15 @@ def hub_dataset(
     answer_key: str | None = "answer",
     system_prompt: str | None = None,
 ) -> Rows:
-    """A dataset of the Hugging Face hub. Raises `ConfigError` when it, its subset or its split cannot be had."""
+    """A dataset on the Hugging Face hub.
+
+    Raises `ConfigError` if it, its subset or its split cannot be loaded, or if it is empty or lacks a column.
+    """
     return Rows(load_hub(name, subset, split), name, prompt_key, answer_key, system_prompt)
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow fills the keys that a message lacks with nulls, and chat templates test for presence."""
+    """The value without nulls, which Arrow adds for keys that a message lacks; chat templates test for the keys."""
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
@@ -99,5 +103,5 @@ def _without_nulls(value: Any) -> Any:
 
 
 def missing_column(source: str, key: str, column: str, columns: Sequence[str]) -> str:
-    """A sentence for a column that `key` of the config asks for and `source` lacks."""
+    """The message for a column that the config's `key` names and `source` lacks."""
     return f"{source} has no column {column} ({key}){nearest(column, columns)}"

@@ -1,6 +1,6 @@
-"""Handwritten digits to read or to add: scikit-learn's 1,797 real pictures of 8x8 grey values, one or two to an image.
+"""Handwritten digits to read or add: scikit-learn's 1,797 scans of 8 x 8 grey values, one or two per image.
 
-Every fourth picture is held out, so that no seed ever lets one of them into training.
+Every fourth scan is held out, so no seed can put one of those into training.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ _SCALE = 8
 
 
 class Digits:
-    """Rows `{prompt, images, answer}`, drawn independently; an image is made when its row is asked for."""
+    """Rows `{prompt, images, answer}`, drawn independently. A row's image is made when the row is read."""
 
     def __init__(self, split: str, num_rows: int, count: int, seed: int) -> None:
         rng = random.Random(f"digits/{split}/{count}/{seed}")
-        self._draws = [draw(rng, split, count) for _ in range(num_rows)]
+        self.draws = [draw(rng, split, count) for _ in range(num_rows)]
+        """Indices of the scans in each row."""
 
     def __len__(self) -> int:
-        return len(self._draws)
+        return len(self.draws)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        indices = self._draws[index]
+        indices = self.draws[index]
         parts = [{"type": "image"}, {"type": "text", "text": QUESTIONS[len(indices)]}]
         prompt = [{"role": "user", "content": parts}]
         return {"prompt": prompt, "images": [picture(indices)], "answer": str(sum(values(indices)))}
 
 
 def digits(split: str = "train", num_rows: int = 4096, count: int = 2, seed: int = 0) -> Digits:
-    """`count` digits side by side: read one, add two. Score it with `answer_tag`.
+    """`count` digits side by side: one to read, or two to add. Score with `answer_tag`.
 
-    Raises `ConfigError` for an unknown split, no rows, or another count.
+    Raises `ConfigError` for an unknown split, no rows, or a count other than 1 or 2.
     """
     if split not in _SPLITS:
         raise ConfigError(f"digits: split is {split!r}, expected one of {', '.join(_SPLITS)}")
@@ -51,26 +52,27 @@ def digits(split: str = "train", num_rows: int = 4096, count: int = 2, seed: int
 
 
 def draw(rng: random.Random, split: str, count: int) -> tuple[int, ...]:
-    """Indices of a split's pictures, drawn uniformly."""
+    """Indices of `count` scans of a split, drawn uniformly."""
     pool = pictures_of(split)
     return tuple(rng.choice(pool) for _ in range(count))
 
 
 @lru_cache
 def pictures_of(split: str) -> tuple[int, ...]:
-    """1,347 for `train`, 450 for `test`."""
+    """Indices of a split's scans: 1,347 for `train`, 450 for `test`."""
     held_out = split == "test"
     return tuple(i for i in range(len(_load()[1])) if (i % 4 == 0) == held_out)
 
 
 def values(indices: tuple[int, ...]) -> list[int]:
+    """The digits that the scans show."""
     labels = _load()[1]
     return [int(labels[i]) for i in indices]
 
 
 @lru_cache(maxsize=2048)
 def picture(indices: tuple[int, ...]) -> bytes:
-    """A PNG of 64 x 64 pixels for each digit, from left to right."""
+    """A PNG of the scans from left to right, 64 x 64 pixels each."""
     from PIL import Image
 
     grey_HW = np.concatenate([_load()[0][i] for i in indices], axis=1)
@@ -81,7 +83,7 @@ def picture(indices: tuple[int, ...]) -> bytes:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [1797, 8, 8] from 0 to 16, and their labels."""
+    """Scans, [1797, 8, 8] with values from 0 to 16, and labels, [1797]."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()

@@ -1,4 +1,4 @@
-"""Chat messages to token ids, by the model's own chat template."""
+"""Prompts to token ids with the model's chat template."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from tora.errors import ConfigError
 
 
 def as_messages(source: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A string is what a user says. Raises `ConfigError` for what is neither string nor messages."""
+    """The prompt as chat messages; a string is one user message. Raises `ConfigError` if it is neither."""
     if not isinstance(source, str | list):
         raise ConfigError(f"a prompt is a {type(source).__name__}, expected a string or a list of chat messages")
     return [{"role": "user", "content": source}] if isinstance(source, str) else source
 
 
 def encode_prompt(tokenizer: Any, source: str | list[dict[str, Any]]) -> tuple[int, ...]:
-    """Token ids with the generation prompt.
+    """Token ids of a prompt, with the template's generation prompt at the end.
 
-    A string is a user message where the tokenizer has a chat template, and plain text where it has none.
-    Raises `ConfigError` for chat messages without a template and for what is neither string nor messages.
+    A string is one user message if the tokenizer has a chat template, and plain text if it has none. Raises
+    `ConfigError` for chat messages if there is no template, and for a prompt that is neither string nor messages.
     """
     messages = as_messages(source)
     if tokenizer.chat_template is None:

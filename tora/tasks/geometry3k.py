@@ -1,4 +1,4 @@
-"""Geometry3K: high-school geometry problems with a diagram; `<image>` marks its place in the problem's text."""
+"""Geometry3K: high-school geometry problems with diagrams; `<image>` marks their places in the problem's text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def geometry3k(
     path: str = "hiyouga/geometry3k",
     instruction: str = INSTRUCTION,
 ) -> TaskRows:
-    """Rows `{prompt, images, answer}`. Score them with `math_answer`.
+    """Rows `{prompt, images, answer}`. Score with `math_answer`.
 
-    `path` is a hub dataset, or a local file or folder with the columns `images`, `problem`, `answer`. Raises
-    `ConfigError` when it cannot be loaded or has other columns.
+    `path` is a hub dataset, or a local file or folder with the columns `images`, `problem` and `answer`. Raises
+    `ConfigError` if it cannot be loaded or lacks a column, and for a row whose marks and images differ in number.
     """
 
     def make(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems; the answer is the number after `####`."""
+"""GSM8K: grade-school word problems, whose answer is the number after `####`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def gsm8k(
     subset: str = "main",
     instruction: str = INSTRUCTION,
 ) -> TaskRows:
-    """Rows `{prompt, answer}`: question and instruction, and the bare number. Score them with `math_answer`.
+    """Rows `{prompt, answer}`: question with instruction, and the bare number. Score with `math_answer`.
 
-    `path` is a hub dataset, or a local file or folder with the same columns. Raises `ConfigError` when it cannot be
-    loaded or has other columns.
+    `path` is a hub dataset, or a local file or folder with the columns `question` and `answer`. Raises `ConfigError` if
+    it cannot be loaded or lacks a column, and for an answer without `####`.
     """
 
     def make(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Dataset rows with images: chat messages with bare placeholders, and the encoded files that these stand for.
+"""Split dataset rows with images into chat messages with bare placeholders and the encoded images they stand for.
 
-An image may stand in its message, `{"type": "image", "image": ...}`, or in the row's column `images` or `image`. A
-column's images fill the bare placeholders in order; where there is none, they precede the first user message's text.
+An image may be in its message, as in `{"type": "image", "image": ...}`, or in the row's column `images` or `image`. A
+column's images fill the bare placeholders in order. Without placeholders they go before the first user message's text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Messages = list[dict[str, Any]]
 _PLACEHOLDER = {"type": "image"}
 _PAYLOADS = ("image", "image_url", "url", "path")
 _PART_TYPES = ("text", "image", "image_url")
-_VIDEO = "prompts carry text and images, no videos"
+_VIDEO = "prompts may have text and images, but no videos"
 
 
 def take_images(row: dict[str, Any]) -> tuple[str | Messages, tuple[bytes, ...]]:
-    """Takes `prompt` and the columns of images out of a row. A prompt without images stays as it is.
+    """Removes `prompt` and the image columns from a row; returns the prompt with bare placeholders, and its images.
 
-    Errors: ConfigError for a video, an image that cannot be had, a part of an unknown type, and where a column's images
-    are not as many as the placeholders for them.
+    A prompt without images is returned unchanged. Raises `ConfigError` for a video, an image that cannot be read, a
+    part of an unknown type, and a column whose number of images differs from that of its placeholders.
     """
     if row.pop("videos", None) or row.pop("video", None):
         raise ConfigError(f"it has a video; {_VIDEO}")
@@ -37,7 +37,7 @@ def take_images(row: dict[str, Any]) -> tuple[str | Messages, tuple[bytes, ...]]
             return source, ()
         source = [{"role": "user", "content": source}]
     if not isinstance(source, list):
-        return source, ()  # no prompt at all, which whoever tokenises it says
+        return source, ()  # not a prompt, which encoding reports
     if column and not any(part.get("type") in _PART_TYPES[1:] for part in _parts(source)):
         source = _with_placeholders(source, len(column))
     left = iter(column)
@@ -49,18 +49,18 @@ def take_images(row: dict[str, Any]) -> tuple[str | Messages, tuple[bytes, ...]]
 
 
 def encoded(image: Any) -> bytes:
-    """An encoded file from: such bytes, a path, a data URL, a Pillow image, or what `datasets` keeps of an image.
+    """The encoded bytes of an image that is given as bytes, a path, a data URL, a Pillow image or a `datasets` image.
 
-    Errors: ConfigError for anything else, a file that is not there, and an address on the web.
+    Raises `ConfigError` for anything else, for a missing file and for a web address.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
-    if isinstance(image, Mapping):  # the `Image` feature of `datasets`: {"bytes", "path"}, either of them null
+    if isinstance(image, Mapping):  # the `Image` feature of `datasets`: `bytes` and `path`, one of which may be null
         return encoded(next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None))
     if isinstance(image, str) and image.startswith("data:"):
         return _of_data_url(image)
     if isinstance(image, str) and "://" in image:
-        raise ConfigError(f"image {image[:80]!r} is on the web; Tora reads files, so download it first")
+        raise ConfigError(f"image {image[:80]!r} is on the web; Tora reads only local files, so download it first")
     if isinstance(image, str | Path):
         path = Path(image).expanduser()
         if not path.is_file():
@@ -88,17 +88,17 @@ def _parts(messages: Messages) -> Iterator[dict[str, Any]]:
 
 
 def _with_placeholders(messages: Messages, count: int) -> Messages:
-    """As TRL does: before what the first user message says."""
+    """The messages with `count` placeholders before the first user message's content, as in TRL."""
     for i, message in enumerate(messages):
         if message.get("role") == "user":
             content = message["content"]
-            said = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            return [*messages[:i], {**message, "content": [_PLACEHOLDER] * count + said}, *messages[i + 1 :]]
-    raise ConfigError("it has images and no user message")
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            return [*messages[:i], {**message, "content": [_PLACEHOLDER] * count + parts}, *messages[i + 1 :]]
+    raise ConfigError("it has images but no user message")
 
 
 def _without_images(message: dict[str, Any], left: Iterator[bytes], images: list[bytes]) -> dict[str, Any]:
-    """The message with bare placeholders; their images, given in the message or next in the column, go to `images`."""
+    """The message with bare placeholders. Appends their images, from the message or next in `left`, to `images`."""
     if not isinstance(message.get("content"), list):
         return message
     parts = []

@@ -1,4 +1,4 @@
-"""Rows of a dataset as a stream of prompts, and the prompts and sampling settings of a run."""
+"""A dataset's rows as a stream of prompts, and all prompts and sampling settings of a run."""
 
 from __future__ import annotations
 
@@ -19,45 +19,14 @@ from tora.tasks.image_rows import take_images
 from tora.tasks.tokenizer import load_tokenizer, stop_token_ids
 from tora.types import Prompt, Sampling
 
-
-class RunPrompts:
-    """Tokenizer, prompt stream and evaluation set. Errors: ConfigError for a dataset or model that does not open."""
-
-    def __init__(self, cfg: RunConfig) -> None:
-        model = Path(cfg.model.path)
-        self.tokenizer = load_tokenizer(model)
-        images = _image_processor(model, cfg.rollout.max_pixels)
-        self.image_token = None if images is None else images.image_token_id
-
-        def stream_of(dataset: Component) -> PromptStream:
-            return PromptStream(instantiate(dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed, images)
-
-        self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt
-        self.held_out: list[Prompt] = []
-        if cfg.eval is not None:
-            self.held_out = stream_of(cfg.eval.dataset).sequential(cfg.eval.num_prompts)
-        stop = stop_token_ids(model, self.tokenizer)
-        self.sampling = Sampling(cfg.max_generated_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop)
-        eval_temperature = cfg.eval.temperature if cfg.eval else 0.0
-        self.eval_sampling = Sampling(cfg.max_generated_tokens, eval_temperature, stop_token_ids=stop)
-
-
-def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:
-    """None for a text model. Errors: ConfigError for a limit that nothing would heed."""
-    if has_image_processor(model):
-        return ImageProcessor(model, max_pixels)
-    if max_pixels is not None:
-        raise ConfigError(f"rollout.max_pixels={max_pixels} needs a model that takes images, and {model} takes none")
-    return None
-
-
 _FIRST_HELD_OUT_ID = 1 << 32
+"""Ids of evaluation prompts start here, above all those of training prompts."""
 
 
 class PromptStream:
-    """Prompts by position, without state: epoch `i // n` has its own permutation of the n rows, drawn from the seed.
+    """Prompts by position. Position i is in epoch `i // n`, which has its own permutation of the n rows.
 
-    A resumed run that asks for position i gets the prompt that the interrupted run got.
+    The permutation depends only on the seed and the epoch, so a resumed run sees the prompts that it would have seen.
     """
 
     def __init__(
@@ -68,27 +37,33 @@ class PromptStream:
         seed: int = 0,
         image_processor: ImageProcessor | None = None,
     ) -> None:
-        """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None where the model takes no images."""
+        """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None for a model that takes no images.
+
+        Raises `ConfigError` if there are no rows.
+        """
         if len(rows) == 0:
             raise ConfigError("the dataset has no rows")
         self._rows = rows
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
         self._image_processor = image_processor
-        # Two epochs: a step may straddle their boundary.
+        # Two epochs, since a step may straddle their boundary.
         self._permutation = lru_cache(maxsize=2)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(rows))
         )
 
     def prompt(self, position: int) -> Prompt:
-        """Raises `ConfigError` when the row has no usable prompt or one that is too long."""
+        """The prompt at a position, whose id is the position.
+
+        Raises `ConfigError` if the row has no usable prompt or a prompt of more than `max_prompt_tokens` tokens.
+        """
         epoch, place = divmod(position, len(self._rows))
         return self._make(position, int(self._permutation(epoch)[place]))
 
     def sequential(self, num_prompts: int) -> list[Prompt]:
-        """The first rows in order, for evaluation; fewer when the dataset is smaller.
+        """The first rows in order, for evaluation; fewer if the dataset is smaller.
 
-        Ids start at 2**32, so that they never meet the training stream's.
+        Their ids start at 2**32, above those of the training prompts. Raises `ConfigError` as `prompt` does.
         """
         count = min(num_prompts, len(self._rows))
         return [self._make(_FIRST_HELD_OUT_ID + index, index) for index in range(count)]
@@ -114,6 +89,41 @@ class PromptStream:
     def _encode(self, source: str | list[dict[str, Any]], images: tuple[bytes, ...]) -> tuple[int, ...]:
         if self._image_processor is None:
             if images:
-                raise ConfigError(f"it has {len(images)} images, and the model takes none")
+                raise ConfigError(f"it has {len(images)} images, but the model takes none")
             return encode_prompt(self._tokenizer, source)
         return self._image_processor.encode(as_messages(source), images)
+
+
+class RunPrompts:
+    """Tokenizer, training prompts, evaluation prompts and sampling settings of a run."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        """Raises `ConfigError` if the tokenizer, the image processor or a dataset cannot be loaded."""
+        model = Path(cfg.model.path)
+        self.tokenizer = load_tokenizer(model)
+        images = _image_processor(model, cfg.rollout.max_pixels)
+        self.image_token = None if images is None else images.image_token_id
+        """Id of the token that holds an image's place in a prompt; None for a model that takes no images."""
+
+        def stream_of(dataset: Component) -> PromptStream:
+            return PromptStream(instantiate(dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed, images)
+
+        self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt
+        """The training prompt at a position."""
+        self.held_out: list[Prompt] = []
+        """Prompts for evaluation; empty if there is none."""
+        if cfg.eval is not None:
+            self.held_out = stream_of(cfg.eval.dataset).sequential(cfg.eval.num_prompts)
+        stop = stop_token_ids(model, self.tokenizer)
+        self.sampling = Sampling(cfg.max_generated_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop)
+        eval_temperature = cfg.eval.temperature if cfg.eval else 0.0
+        self.eval_sampling = Sampling(cfg.max_generated_tokens, eval_temperature, stop_token_ids=stop)
+
+
+def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:
+    """None for a text model. Raises `ConfigError` if a text model is given `max_pixels`."""
+    if has_image_processor(model):
+        return ImageProcessor(model, max_pixels)
+    if max_pixels is not None:
+        raise ConfigError(f"rollout.max_pixels={max_pixels} needs a model that takes images, but {model} takes none")
+    return None

@@ -1,4 +1,4 @@
-"""Tables of the `datasets` library, from files and from the hub, with images as they are in the files: encoded."""
+"""Tables of the `datasets` library, from files and from the hub, whose images stay encoded as in the files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 class Table:
-    """Rows as plain dicts. Columns of images hold `{"bytes", "path"}`, or lists of them, and not Pillow's pictures."""
+    """Rows as plain dicts. Image columns hold dicts of `bytes` and `path`, or lists of them, not Pillow images."""
 
     def __init__(self, dataset: Any) -> None:
         from datasets import Image, List
@@ -23,7 +23,7 @@ class Table:
         self.column_names: list[str] = dataset.column_names
         images = [name for name, feature in dataset.features.items() if is_image(feature)]
         self._dataset = dataset.remove_columns(images) if images else dataset
-        # Arrow's own view of a row, in which nothing is decoded; decoded pictures would have to be encoded again.
+        # Arrow's view of a row decodes no images; decoded ones would have to be encoded again.
         self._images = dataset.select_columns(images).with_format("arrow") if images else None
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class Table:
 
 
 def load_files(path: str, split: str) -> Table:
-    """A file or a folder, columns as they are. Raises `ConfigError`."""
+    """A local file or folder. Raises `ConfigError` if it does not exist, is empty or cannot be read."""
     location = Path(path).expanduser()
     if not location.exists():
         raise ConfigError(f"dataset path {path!r} does not exist")
@@ -52,7 +52,7 @@ def load_files(path: str, split: str) -> Table:
 
 
 def load_hub(name: str, subset: str | None, split: str) -> Table:
-    """A hub dataset, columns as they are. Raises `ConfigError`."""
+    """A hub dataset. Raises `ConfigError` if it cannot be loaded."""
     return _load(name, name, subset, split=split)
 
 
@@ -63,7 +63,7 @@ def _load(source: str, *args: Any, **kwargs: Any) -> Table:
     try:
         return Table(load_dataset(*args, **kwargs))
     except (DatasetsError, ValueError, OSError) as error:
-        # The library reports a wrong name, subset, split or file and a missing network by these; none can be retried.
+        # What the library raises for a wrong name, subset, split or file and for a missing network; retrying is no use.
         raise ConfigError(f"dataset {source!r} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -73,16 +73,18 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_task(path: str, split: str, subset: str | None = None) -> Table:
-    """A local file or folder where `path` is one, a hub dataset otherwise. Raises `ConfigError`."""
+    """A local file or folder if `path` exists, otherwise a hub dataset. Raises `ConfigError`."""
     return load_files(path, split) if Path(path).exists() else load_hub(path, subset, split)
 
 
 class TaskRows:
-    """A table's rows, each made into a row of a task."""
+    """A table whose rows are converted to a task's rows as they are read."""
 
     def __init__(self, table: Table, source: str, columns: set[str], make: Callable[[dict[str, Any]], dict[str, Any]]):
-        """`make` may raise ConfigError for a row; `source` names the table in errors. Errors: ConfigError where one of
-        `columns` is missing."""
+        """`make` converts a row and may raise `ConfigError` for it; `source` names the table in messages.
+
+        Raises `ConfigError` if the table lacks one of `columns`.
+        """
         missing = columns - set(table.column_names)
         if missing:
             raise ConfigError(f"{source} has no column {min(missing)!r}: the task needs {', '.join(sorted(columns))}")

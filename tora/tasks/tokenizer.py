@@ -1,4 +1,4 @@
-"""What a model's folder says about text: its tokenizer and the tokens that end a completion."""
+"""The tokenizer in a model's folder, and the tokens that end a completion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tora.errors import ConfigError
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer with the folder's own chat template. Errors: ConfigError where there is none."""
+    """The Hugging Face tokenizer with its chat template. Raises `ConfigError` if the folder has no tokenizer."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"model.path {str(folder)!r} holds no tokenizer")
     from transformers import AutoTokenizer
@@ -19,7 +19,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def stop_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokenizer's end token and those of generation_config.json, sorted."""
+    """The end tokens of the tokenizer and of generation_config.json, sorted."""
     found = {tokenizer.eos_token_id}
     file = folder / "generation_config.json"
     if file.is_file():
