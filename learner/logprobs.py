@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 1 << 27
+CHUNK_BYTES = 1 << 27
 """Of one chunk's logits in float32; at most two and a half times as much is held at once. 128 MiB are 220 tokens of a
 vocabulary of 151,936: enough rows for a product that is not bound by reading the head."""
 
@@ -32,7 +32,7 @@ def token_logprobs(
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
-    rows = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    rows = max(1, CHUNK_BYTES // (4 * vocab_size))
     return (slice(start, start + rows) for start in range(0, num_tokens, rows))
 
 

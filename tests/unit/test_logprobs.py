@@ -29,7 +29,7 @@ def test_chunks_equal_log_softmax_with_gradients(
     distribution = (hidden.double() @ head.double().T / temperature).log_softmax(1)
     expected = distribution.gather(1, targets[:, None])[:, 0]
     references = torch.autograd.grad((expected * upstream).sum(), [hidden, head])
-    monkeypatch.setattr("learner.logprobs._CHUNK_BYTES", rows * 50 * 4)
+    monkeypatch.setattr("learner.logprobs.CHUNK_BYTES", rows * 50 * 4)
     logprobs, entropy = token_logprobs(hidden, head, targets, temperature=temperature)
     assert logprobs.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
     tolerance = TOLERANCES[dtype]
