@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparisons import compare
 from decoders import attention_inputs
 from learners import train
 from tiny import make_text_model
@@ -31,5 +32,4 @@ def test_activation_offloading_changes_no_weight(tmp_path: Path, lora_type: str)
     folder = make_text_model(tmp_path, "qwen2", num_layers=4)
     plain = train(folder, lora_type, activation_checkpointing="full", device="cuda")
     away = train(folder, lora_type, activation_checkpointing="full", activation_offloading=True, device="cuda")
-    for name, tensor in plain[1].items():
-        torch.testing.assert_close(tensor, away[1][name], atol=2e-5, rtol=1e-3)
+    compare(plain[1], away[1])

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import compare, compare_metrics
 from learners import SETTINGS as ONE_RANK
 from learners import config, make_batch, make_groups
-from ranks import RANKS, compare, on_ranks
+from ranks import RANKS, on_ranks
 from safetensors.torch import load_file
 from tiny import make_text_model
 from torch import nn
@@ -75,9 +76,7 @@ def test_two_ranks_train_like_one(
     on_ranks(monkeypatch, train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
     one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+        compare_metrics(a, b)
     compare(one["snapshot"], two["snapshot"])
     exported = "model" if lora_type == "full" else "adapter_model"
     for file in ("weights.safetensors", f"export/{exported}.safetensors"):

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ray_head import Head, ray_head
+from runs import read, steps
 
 SHORT = ["num_steps=3", "batch_size=4", "grpo_samples=4", "eval=null", "rollout.concurrency=4", "num_threads=1"]
 
@@ -25,12 +26,6 @@ def head() -> Iterator[Head]:
     assert {
         name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("psm_", "vllm_", "plasma"))
     } == set()
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [row for row in map(json.loads, lines) if "version" in row]
 
 
 def drivers(head: Head) -> list[psutil.Process]:
@@ -68,7 +63,7 @@ def test_submit_runs_the_quickstart(head: Head, tmp_path: Path, engine: str) -> 
     assert head.get(f"/api/jobs/{name}")["status"] == "SUCCEEDED"
     folder = tmp_path / "runs/first"
     assert str(folder / "adapter") in "".join(head.get(f"/api/jobs/{name}/logs")["logs"].split())
-    assert [row["version"] for row in rows(folder)] == [1, 2, 3]
+    assert [row["version"] for row in steps(read(folder))] == [1, 2, 3]
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step_000003"]
     assert not drivers(head)
 
@@ -84,13 +79,13 @@ def test_stopping_a_job_leaves_a_checkpoint(head: Head, tmp_path: Path) -> None:
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     deadline = time.monotonic() + 240
-    while not rows(tmp_path / "run"):
+    while not steps(read(tmp_path / "run")):
         assert time.monotonic() < deadline, head.ray("job", "logs", "endless").stdout
         time.sleep(0.5)
     assert head.ray("job", "stop", "endless").returncode == 0
     assert head.get("/api/jobs/endless")["status"] == "STOPPED"
-    steps = len(rows(tmp_path / "run"))
-    assert (tmp_path / "run/checkpoints" / f"step_{steps:06d}" / "weights.safetensors").exists()
+    done = len(steps(read(tmp_path / "run")))
+    assert (tmp_path / "run/checkpoints" / f"step_{done:06d}" / "weights.safetensors").exists()
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "ended, not killed"
     _, alive = psutil.wait_procs(drivers(head), timeout=10)
     assert not alive

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections import Counter
@@ -13,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import FakeWorker
-from histories import check_history, check_nothing_lost, rows, tora_run, wait_for
+from histories import check_history, check_nothing_lost
+from processes import tora_run, wait_for
+from runs import read
 
 from tora.types import PolicySnapshot
 
@@ -105,8 +106,7 @@ def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], t
     words = ["num_steps=2", "batch_size=4", "grpo_samples=4", "eval=null", "rollout.engine=torch"]
     words += ["learner_ranks=2", "rollout.num_workers=2", f"output_dir={tmp_path / 'run'}"]
     assert run(load_config("quickstart", words))
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [row["version"] for row in map(json.loads, lines) if "version" in row] == [1, 2]
+    assert [row["version"] for row in read(tmp_path / "run") if "version" in row] == [1, 2]
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     places = Counter((a["ActorClassName"], cluster[a["Address"]["NodeID"]]) for a in actors().values())
     assert places == {
@@ -122,12 +122,12 @@ def test_a_worker_joins_a_running_job_once_there_is_room(nodes: Any, tmp_path: P
     with tora_run(
         tmp_path / "run", "num_steps=400", "rollout.engine=torch", "rollout.num_workers=1", "rollout.max_workers=2"
     ) as run:
-        wait_for(lambda: len(rows(tmp_path / "run")) >= 3, run)
-        assert {row["rollout/workers"] for row in rows(tmp_path / "run")} == {1}, "a rank and a worker fill the cluster"
+        wait_for(lambda: len(read(tmp_path / "run")) >= 3, run)
+        assert {row["rollout/workers"] for row in read(tmp_path / "run")} == {1}, "a rank and a worker fill the cluster"
         nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
-        wait_for(lambda: rows(tmp_path / "run")[-1]["rollout/workers"] == 2, run)
+        wait_for(lambda: read(tmp_path / "run")[-1]["rollout/workers"] == 2, run)
         run.send_signal(signal.SIGINT)
         assert run.wait(120) == 130
-    seen = rows(tmp_path / "run")
+    seen = read(tmp_path / "run")
     check_history(tmp_path / "run", len(seen), 4, 1)
     check_nothing_lost(tmp_path / "run", len(seen))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from runs import SHORT, read, steps
+from runs import train as short_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,6 @@ from tora.config.load import load_config
 from tora.errors import ConfigError
 from tora.launch.launcher import run
 
-SHORT += ["sync.canary_every=2"]
 HERE = ["async_rl=false", "rollout.engine=torch"]
 KEYS = (
     "reward/mean loss/total mismatch_kl staleness/mean staleness/max sync/bytes sync/seconds "
@@ -31,9 +31,7 @@ KEYS = (
 
 
 def train(folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl after a run."""
-    assert run(load_config("quickstart", [*SHORT, f"output_dir={folder}", *overrides]))
-    return read(folder)
+    return short_run("quickstart", folder, *overrides)
 
 
 def check_whole(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -54,7 +52,7 @@ def test_in_one_process(tmp_path: Path, lora_type: str, quantize_base: bool) -> 
     overrides = [*HERE, f"model.lora_type={lora_type}", f"model.quantize_base={quantize_base}"]
     overrides += ["loss.kl_coeff=0.01", "ppo_epochs=2"]
     if lora_type == "full":
-        assert run(load_config("quickstart", [*SHORT, *overrides, f"output_dir={tmp_path / 'run'}"]))
+        train(tmp_path / "run", *overrides)
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").num_parameters() > 0
         return
     rows = train(tmp_path / "run", *overrides)
@@ -115,7 +113,7 @@ def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
     words = [*SHORT, *HERE, "num_steps=500", "eval=null", f"output_dir={folder}"]
     child = subprocess.Popen([sys.executable, "-m", "tora", "run", "quickstart", *words], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or not steps(read(folder)):
+    while not steps(read(folder)):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     child.send_signal(signal.SIGTERM)
@@ -128,7 +126,8 @@ def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
 
 def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
     words = ["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "quickstart", *SHORT, *HERE]
-    command = [sys.executable, "-m", "tora", "run", *words, "model.lora_type=dora", f"output_dir={tmp_path / 'two'}"]
+    words += ["sync.canary_every=2", "model.lora_type=dora", f"output_dir={tmp_path / 'two'}"]
+    command = [sys.executable, "-m", "tora", "run", *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     two = read(tmp_path / "two")
     check_whole(tmp_path / "two", two)

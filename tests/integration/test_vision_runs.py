@@ -7,7 +7,8 @@ from typing import Any
 
 import datasets
 import pytest
-from runs import SHORT, read, steps
+from runs import read, steps
+from runs import train as short_run
 from safetensors.torch import load_file
 from tiny import make_vl_model, picture
 
@@ -30,8 +31,7 @@ _SOME = ("2B_lora_grpo_single_device", "4B_full_grpo", "8B_qlora_grpo_single_dev
 
 def train(folder: Path, *overrides: str, config: str = "quickstart_vl") -> list[dict[str, Any]]:
     """The rows of metrics.jsonl after a run, one for each step."""
-    assert run(load_config(config, [*SHORT, f"output_dir={folder}", *overrides]))
-    rows = read(folder)
+    rows = short_run(config, folder, *overrides)
     assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2]
     (exported,) = (folder / "adapter").glob("*.safetensors")
     assert load_file(exported)

@@ -6,13 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import SHORT, read, steps
+from runs import steps
+from runs import train as short_run
 from transformers import Qwen3VLForConditionalGeneration
 
-from tora.config.load import load_config
-from tora.launch.launcher import run
-
-TORCH = ["rollout.engine=torch", *SHORT]
 HERE = "async_rl=false"
 DECODER, TOWER_LINEARS = 4 * 7, 2 * 4 + 2 + 2
 """Of the quick-start's base: four layers; two blocks, a merger and one of DeepStack's."""
@@ -21,8 +18,7 @@ TOWER = TOWER_LINEARS + 2 * 2 + 2 + 2
 
 
 def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
-    assert run(load_config("quickstart_vl", [*TORCH, f"output_dir={folder}", *overrides]))
-    rows = read(folder)
+    rows = short_run("quickstart_vl", folder, "rollout.engine=torch", *overrides)
     assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2]
     return steps(rows)
 

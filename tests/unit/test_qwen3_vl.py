@@ -11,11 +11,12 @@ import torch
 from decoders import CPU
 from safetensors.torch import load_file
 from tiny import LINEARS, make_vl_model, picture
-from torchao.dtypes.nf4tensor import NF4Tensor
 from transformers import Qwen3VLForConditionalGeneration
+from vision_inputs import hugging_face_inputs
 
 from tora.models.attention import PackedAttention
 from tora.models.load import load_decoder
+from tora.models.quantize import NF4Tensor
 from tora.models.shared_prefix import SharedPrefixAttention
 from tora.models.vision.inputs import image_inputs
 from tora.models.vision.processor import ImageProcessor
@@ -64,16 +65,8 @@ def hugging_face(model: Any, folder: Path, samples: list[Sample], padding: str) 
         place = slice(longest - len(sample.ids), None) if padding == "left" else slice(len(sample.ids))
         ids[row, place], mask[row, place] = torch.tensor(sample.ids), 1
     images = [image for sample in samples for image in sample.images]
-    extra: dict[str, Any] = {}
-    if images:
-        pixels = ImageProcessor(folder).pixels(images)
-        extra = {
-            "pixel_values": torch.from_numpy(pixels.patches_ND),
-            "image_grid_thw": torch.from_numpy(pixels.grid_IT),
-            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-        }
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, **extra).logits
+        logits = model(attention_mask=mask, **hugging_face_inputs(ImageProcessor(folder), ids, images)).logits
     return [logits[row][mask[row].bool()] for row in range(len(samples))]
 
 

@@ -12,6 +12,7 @@ from adapters import shake
 from decoders import CPU
 from tiny import make_vl_model
 from transformers import Qwen3VLForConditionalGeneration
+from vision_inputs import hugging_face_inputs
 from vision_learners import vision_groups, vl_config
 
 from actors.torch_engine.engine import TorchEngine
@@ -48,16 +49,8 @@ def requests(prompts: list[Prompt], sampling: Sampling) -> list[SampleRequest]:
 def expected_logprobs(model: Any, folder: Path, prompt: Prompt, completion: list[int]) -> torch.Tensor:
     """By transformers, from one forward without a cache."""
     processor, ids = ImageProcessor(folder), torch.tensor([*prompt.token_ids, *completion])[None]
-    extra: dict[str, Any] = {}
-    if prompt.images:
-        pixels = processor.pixels(prompt.images)
-        extra = {
-            "pixel_values": torch.from_numpy(pixels.patches_ND),
-            "image_grid_thw": torch.from_numpy(pixels.grid_IT),
-            "mm_token_type_ids": (ids == processor.image_token_id).int(),
-        }
     with torch.no_grad():
-        logits = model(input_ids=ids, **extra).logits[0, len(prompt.token_ids) - 1 : -1]
+        logits = model(**hugging_face_inputs(processor, ids, prompt.images)).logits[0, len(prompt.token_ids) - 1 : -1]
     return logits.log_softmax(1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 

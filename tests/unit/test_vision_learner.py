@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch._dynamo
 from adapters import shake
+from comparisons import compare
 from learners import config, weights
 from peft import PeftModel
-from ranks import compare
 from tiny import make_text_model, make_vl_model
 from transformers import Qwen3VLForConditionalGeneration
+from vision_inputs import hugging_face_inputs
 from vision_learners import SGD, SHOWN, batch_of, vision_groups, vl_config
 
 from learner.learner import Learner
@@ -44,15 +45,8 @@ def hand_made(model: Any, folder: Path, groups: list[Group]) -> tuple[torch.Tens
         advantages = group_advantages([r.reward for r in group.rollouts], True)
         for rollout, advantage in zip(group.rollouts, advantages, strict=True):
             ids = torch.tensor([*group.prompt.token_ids, *rollout.token_ids.tolist()])[None]
-            extra: dict[str, Any] = {}
-            if group.prompt.images:
-                pixels = processor.pixels(group.prompt.images)
-                extra = {
-                    "pixel_values": torch.from_numpy(pixels.patches_ND),
-                    "image_grid_thw": torch.from_numpy(pixels.grid_IT),
-                    "mm_token_type_ids": (ids == processor.image_token_id).int(),
-                }
-            logits = model(input_ids=ids, **extra).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            inputs = hugging_face_inputs(processor, ids, group.prompt.images)
+            logits = model(**inputs).logits[0, len(group.prompt.token_ids) - 1 : -1]
             logprobs = logits.log_softmax(1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
             total, tokens = total - float(advantage) * logprobs.sum(), tokens + len(logprobs)
             d = logprobs.detach() - torch.tensor(rollout.actor_logprobs)
