@@ -1,4 +1,4 @@
-"""Two gloo ranks against one: the same losses, updates, snapshots and files, to rounding."""
+"""Two gloo ranks against one: the same losses, updates, snapshots and files up to rounding."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ TYPES = ("full", "lora", "dora", "dora_cache")
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 SETTINGS: dict[str, Any] = {**ONE_RANK, "num_ranks": RANKS}
 SMOOTH = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "eps": 1e-4}
-"""With its own eps Adam makes a whole step of a gradient that is nothing but rounding, either way."""
+"""With its default eps, Adam would turn a gradient of pure rounding noise into a whole step."""
 
 
 def batches() -> list[TrainBatch]:
-    """Of one, of several, and of an odd number of micro-batches."""
+    """With one, several and an odd number of micro-batches."""
     groups = [make_groups(3, seed=i) for i in range(3)]
     halved = [
         TrainBatch(micro_batches(g, capacity=capacity, **SETTINGS), 1.0)
@@ -105,7 +105,7 @@ def watch_loading(folder: Path) -> None:
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-def test_no_more_than_a_layer_is_ever_whole_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_holds_at_most_one_whole_layer_per_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_ranks(monkeypatch, watch_loading, make_text_model(tmp_path / "model"))
 
 
@@ -118,7 +118,7 @@ def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:
         torch.save(unpack(snapshot), out)
 
 
-def test_two_ranks_go_on_from_one_ranks_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_resume_from_one_ranks_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_text_model(tmp_path / "model")
     (tmp_path / "checkpoint").mkdir()
     learner = Learner(config(folder, "dora_cache", loss=LOSS))
@@ -130,7 +130,7 @@ def test_two_ranks_go_on_from_one_ranks_checkpoint(tmp_path: Path, monkeypatch: 
 
 
 def generate_apart(folder: Path, out: Path) -> None:
-    """Each rank its own prompts, of its own number: nothing here may wait for the other rank."""
+    """Each rank has its own number of prompts: neither may wait for the other."""
     learner = Learner(config(folder, "dora"))
     learner.step(batches()[0])
     engine = TorchEngine(
@@ -160,7 +160,7 @@ def test_ranks_generate_their_own_share(tmp_path: Path, monkeypatch: pytest.Monk
         assert tokens == [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
 
 
-def test_bins_are_halved_until_every_rank_has_as_many() -> None:
+def test_bins_are_split_until_every_rank_has_the_same_number() -> None:
     lengths = [9, 1, 5, 5, 7]
     assert spread([[0, 1, 2, 3, 4]], lengths, 1) == [[0, 1, 2, 3, 4]]
     halves = spread([[0, 1, 2, 3, 4]], lengths, 2)

@@ -1,4 +1,4 @@
-"""Jobs on a real Ray head that asks for a token, submitted as the README says."""
+"""Jobs on a real Ray head with token authentication, submitted as the README says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def drivers(head: Head) -> list[psutil.Process]:
     return [p for p in head.processes() if "tora run" in " ".join(p.cmdline())]
 
 
-def test_the_head_listens_on_loopback_and_wants_the_token(head: Head) -> None:
+def test_the_head_listens_on_loopback_and_requires_the_token(head: Head) -> None:
     listening = {c.laddr.ip for p in head.processes() for c in p.net_connections("tcp") if c.status == "LISTEN"}
     assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -49,7 +49,7 @@ def test_a_submitted_command_runs_in_a_copy_of_this_folder(head: Head) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "runtime_resources/working_dir_files" in done.stdout.partition("tora from ")[2]
-    assert f"outputs in {Path.home()}/outputs/x" in done.stdout, "not in the copy, which Ray deletes"
+    assert f"outputs in {Path.home()}/outputs/x" in done.stdout, "outside the copy, which Ray deletes"
     assert "quickstart: OK" in done.stdout
 
 
@@ -86,6 +86,6 @@ def test_stopping_a_job_leaves_a_checkpoint(head: Head, tmp_path: Path) -> None:
     assert head.get("/api/jobs/endless")["status"] == "STOPPED"
     done = len(steps(read(tmp_path / "run")))
     assert (tmp_path / "run/checkpoints" / f"step_{done:06d}" / "weights.safetensors").exists()
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "ended, not killed"
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "the run ended by itself and was not killed"
     _, alive = psutil.wait_procs(drivers(head), timeout=10)
     assert not alive

@@ -1,4 +1,4 @@
-"""Several nodes, as several raylets with object stores of their own on this machine."""
+"""Runs on several nodes, simulated by several raylets with separate object stores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SNAPSHOT_BYTES = 20 << 20
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Ray's `Cluster`, of a head without CPUs; runs join it."""
+    """Ray's `Cluster` with a head that has no CPUs; runs connect to it."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -46,7 +46,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(nodes: Any) -> dict[str, str]:
-    """With one node for learner ranks and two for rollout workers; answers their names by node id."""
+    """The cluster with one node for learner ranks and two for rollout workers: names by node id."""
     names = {nodes.head_node.node_id: "head"}
     for name, resource in {
         "learner": "tora_learner",
@@ -60,7 +60,7 @@ def cluster(nodes: Any) -> dict[str, str]:
 
 
 class Source:
-    """Stands where the learner's first rank does."""
+    """Sends a snapshot as the learner's first rank does."""
 
     def snapshot(self) -> PolicySnapshot:
         return PolicySnapshot(3, (), np.ones(SNAPSHOT_BYTES, np.uint8), "")
@@ -89,9 +89,7 @@ def test_a_snapshot_reaches_each_node_once(cluster: dict[str, str]) -> None:
         assert [report.version for report in ray.get([w.forward.remote(ref) for w in workers])] == [3] * 4
         (locations,) = get_local_object_locations([ref]).values()
         held_by = sorted(cluster[node] for node in locations["node_ids"])
-        assert held_by == ["learner", "rollout a", "rollout b"], (
-            "put once, fetched once by each node, none by the driver"
-        )
+        assert held_by == ["learner", "rollout a", "rollout b"], "put once, fetched once per node, never by the driver"
         summary = memory_summary(stats_only=True)
         assert f"Plasma memory usage {3 * SNAPSHOT_BYTES >> 20} MiB" in summary, summary
 
@@ -116,7 +114,7 @@ def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], t
     }
 
 
-def test_a_worker_joins_a_running_job_once_there_is_room(nodes: Any, tmp_path: Path) -> None:
+def test_a_worker_joins_a_running_job_when_a_node_is_added(nodes: Any, tmp_path: Path) -> None:
     nodes.add_node(num_cpus=2, object_store_memory=200 << 20)
     nodes.wait_for_nodes()
     with tora_run(

@@ -1,4 +1,4 @@
-"""Whole runs of the quick-start config, cut short: real data, real model, real Ray, real vLLM."""
+"""Short runs of the quick-start config, with real data, models, Ray and vLLM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_whole(folder: Path, rows: list[dict[str, Any]]) -> None:
     assert [row["version"] for row in steps(rows)] == [1, 2, 3]
     assert all(set(KEYS.split()) <= row.keys() for row in steps(rows))
     assert len([row for row in rows if "eval/accuracy" in row]) == 3, "before, during and after"
-    assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2], "as often as it was asked for"
+    assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2], "every second version"
     for name in ("config.yaml", "reward_curve.png", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
         assert (folder / name).stat().st_size > 0
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
@@ -65,7 +65,7 @@ def test_in_one_process(tmp_path: Path, lora_type: str, quantize_base: bool) -> 
 
 
 @pytest.mark.parametrize("quantize_base", [False, True])
-def test_a_resumed_run_repeats_the_unbroken_ones_metrics(tmp_path: Path, quantize_base: bool) -> None:
+def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path, quantize_base: bool) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     overrides = [*HERE, "model.lora_type=dora_cache", "num_steps=5", "checkpoint.keep=9", "rollout.max_refills=1"]
     overrides.append(f"model.quantize_base={quantize_base}")
@@ -86,7 +86,7 @@ def test_a_resumed_run_repeats_the_unbroken_ones_metrics(tmp_path: Path, quantiz
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_resuming_nothing_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         train(tmp_path / "run", *HERE, "resume_from_checkpoint=true")
     assert not (tmp_path / "run").exists()
@@ -147,7 +147,7 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
     rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}", ranks)
     check_whole(tmp_path / "run", rows)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    # a magnitude in the adapter is a gain on the wire: as many numbers
+    # a magnitude in the adapter travels as a gain of the same size
     assert {row["sync/bytes"] for row in steps(rows)} == {sum(t.numel() * 4 for t in adapter.values())}
     assert steps(rows)[0]["sync/bytes"] < 0.05 * base_bytes()
     assert max(row["staleness/max"] for row in steps(rows)) == bound
@@ -164,8 +164,8 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
         pytest.param(["rollout.partial=6"], id="partial", marks=pytest.mark.slow),
     ],
 )
-def test_asynchronous_with_versions_that_change_within_rollouts(tmp_path: Path, words: list[str]) -> None:
-    """That each token is of its version's policy is `test_weight_updates`'."""
+def test_asynchronous_with_policy_versions_that_change_within_rollouts(tmp_path: Path, words: list[str]) -> None:
+    """`test_weight_updates` checks that each token comes from the policy of its version."""
     rows = train(tmp_path / "run", *words, "max_staleness=2", "rollout.concurrency=3")
     check_whole(tmp_path / "run", rows)
     assert max(row["staleness/max"] for row in steps(rows)) <= 2

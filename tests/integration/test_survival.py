@@ -1,4 +1,4 @@
-"""Runs whose processes are killed: real Ray, real engines, signals from outside."""
+"""Runs whose processes are killed or stopped by signals, with real Ray and real engines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def output(folder: Path) -> str:
 
 
 def descendants(pid: int) -> list[int]:
-    """Of a process and in its session; Ray's own are in sessions of their own, so parents are followed."""
+    """Descendants of a process. Ray's processes have separate sessions, so parents are followed instead."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -40,7 +40,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def actors(pid: int, name: str) -> list[int]:
-    """Processes of Ray actors of a class: `ray::CLASS` by name, and `ray::CLASS.METHOD` while they run one."""
+    """Processes of a Ray actor class: named `ray::CLASS`, and `ray::CLASS.METHOD` while a method runs."""
     found = []
     for child in descendants(pid):
         try:
@@ -68,7 +68,7 @@ def test_a_killed_worker_is_replaced_and_its_groups_run_again(tmp_path: Path) ->
     check_nothing_lost(folder, done)
 
 
-def test_a_killed_learner_rank_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_learner_rank_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torch = ["rollout.engine=torch", "learner_ranks=2", "num_steps=14", "checkpoint.every=3", "checkpoint.keep=99"]
     with tora_run(folder, *torch, "max_learner_restarts=1") as run:
@@ -80,7 +80,7 @@ def test_a_killed_learner_rank_goes_on_from_the_last_checkpoint(tmp_path: Path) 
     check_nothing_lost(folder, 14)
 
 
-def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+def test_a_run_out_of_learner_restarts_ends_and_can_be_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torch = ["rollout.engine=torch", "checkpoint.every=2", "max_learner_restarts=0"]
     with tora_run(folder, *torch, "num_steps=400") as run:
@@ -97,8 +97,8 @@ def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("engine", ["vllm", "torch"])
-def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path, engine: str) -> None:
-    """It ends normally, no group lost, none trained twice, the staleness bound kept.
+def test_the_quickstart_survives_a_worker_killed_every_ten_seconds(tmp_path: Path, engine: str) -> None:
+    """The run ends normally, loses no group, trains none twice and keeps the staleness bound.
 
     Workers that run a group are killed, not those that start: where that takes longer than the kills are apart, none
     would ever be up.

@@ -1,4 +1,4 @@
-"""A vision run on several ranks, compiled, checkpointed: the same numbers as without."""
+"""The vision learner on two ranks, compiled and checkpointed: the same numbers as without."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches(folder: Path, num_ranks: int = RANKS) -> list[TrainBatch]:
-    """A prompt with images and one without on different ranks; text alone; an odd number of micro-batches."""
+    """Prompts with and without images on different ranks; text only; an odd number of micro-batches."""
     halves = [[(64, 32)], []], [[], []], [[(32, 64), (96, 64)], [], [(64, 32), (64, 64)]]
     return [
         batch_of(vision_groups(folder, shown, seed), capacity, share_prefix=True, num_ranks=num_ranks)
@@ -78,7 +78,7 @@ def test_two_ranks_train_like_one(
 
 
 def generate(learner: Learner, folder: Path, rank: int) -> list[list[int]]:
-    """Greedily: the first rank's prompt has an image, the second's has none."""
+    """Greedy completions. The prompt of the first rank has an image, that of the second has none."""
     engine = TorchEngine(
         learner.model,
         device=learner.device,
@@ -101,7 +101,7 @@ def generate_apart(folder: Path, out: Path) -> None:
 
 
 def test_ranks_generate_their_own_share(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images on one of them alone: nothing may wait for the other."""
+    """Only one rank has an image: neither may wait for the other."""
     on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
     alone = Learner(vl_config(folder, "lora", "lora"))
     alone.step(batches(folder)[0])
@@ -137,7 +137,9 @@ def test_compiled_training_equals_eager_and_stays_compiled(folder: Path, lora_ty
 
 
 @pytest.mark.parametrize(("kind", "forwards"), [("none", [1, 1, 1]), ("full", [2, 2, 2]), ("selective", [2, 1, 2])])
-def test_blocks_and_layers_run_again_in_the_backward_pass(folder: Path, kind: str, forwards: list[int]) -> None:
+def test_checkpointed_blocks_and_layers_are_recomputed_in_the_backward_pass(
+    folder: Path, kind: str, forwards: list[int]
+) -> None:
     learner = Learner(vl_config(folder, "lora", "lora", activation_checkpointing=kind))
     calls = [[0] * NUM_BLOCKS, [0] * NUM_LAYERS]
 

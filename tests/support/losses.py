@@ -1,4 +1,4 @@
-"""Loss inputs, and each loss by hand in float64."""
+"""Random and hand-made inputs of the losses."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LOSSES: dict[Any, str] = {
     GSPOLoss: "sequence",
     CISPOLoss: "token",
 }
-"""Each with the normalisation that its paper gives it."""
+"""Each loss with the normalisation of its paper."""
 
 
 def inputs(
     loss_class: Any = GRPOLoss, *, with_ref: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> LossInputs:
-    """Sequences of several lengths. GSPO's proximal policy lies closer, as its clip does."""
+    """Sequences of several lengths. GSPO clips more narrowly, so its proximal policy is closer."""
     generator = torch.Generator().manual_seed(seed)
     counts, lengths = sum(LENGTHS), torch.tensor(LENGTHS)
 
@@ -54,7 +54,7 @@ def inputs(
 def by_hand(
     learner: Sequence[float], proximal: Sequence[float], advantages: Sequence[float], weights: Sequence[float]
 ) -> LossInputs:
-    """Tokens of one sequence, sampled by the proximal policy itself."""
+    """One sequence whose actor is the proximal policy."""
     return LossInputs(
         learner_logprobs_N=torch.tensor(learner, requires_grad=True),
         proximal_logprobs_N=torch.tensor(proximal),

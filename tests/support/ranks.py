@@ -1,4 +1,4 @@
-"""A function on several ranks, each a fresh process."""
+"""Runs a function on two ranks, each in a new process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RANKS = 2
 
 
 def on_ranks(monkeypatch: pytest.MonkeyPatch, function: Any, *args: Any) -> None:
-    """`function(*args)` in fresh processes that see torchrun's variables."""
+    """Calls `function(*args)` in `RANKS` new processes with torchrun's environment variables."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(RANKS)}
     with monkeypatch.context() as patch:
         for name, value in {**variables, "GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}.items():

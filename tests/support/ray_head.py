@@ -1,4 +1,4 @@
-"""A real Ray head on free loopback ports, as a cluster has one, for tests that submit jobs to it."""
+"""A real Ray head on free loopback ports, for tests that submit jobs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-se
 @dataclass(frozen=True)
 class Head:
     environment: dict[str, str]
-    """For programs that speak to it."""
+    """For programs that connect to the head."""
     port: int
     dashboard_port: int
     folder: Path
@@ -41,14 +41,14 @@ class Head:
         return self.run(BIN / "ray", *words, timeout=timeout)
 
     def get(self, path: str, timeout: float = 10) -> Any:
-        """What the dashboard's server answers to whoever has the token."""
+        """The dashboard's JSON answer to a request with the token."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard_port}{path}")
         request.add_header("Authorization", f"Bearer {TOKEN}")
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.load(answer)
 
     def processes(self) -> list[psutil.Process]:
-        """All that this head and its jobs have started and that still run."""
+        """Running processes that this head or its jobs started."""
         return [p for p in psutil.process_iter() if str(self.folder) in " ".join(_words(p))]
 
 
@@ -58,7 +58,7 @@ BIN = Path(sys.executable).parent
 def _words(process: psutil.Process) -> list[str]:
     try:
         return [*process.cmdline(), process.environ().get("RAY_TMPDIR", "")]
-    except psutil.Error:  # it ended meanwhile
+    except psutil.Error:  # the process has ended
         return []
 
 
@@ -71,7 +71,7 @@ def ray_head(num_cpus: int = 6) -> Iterator[Head]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps 127.0.0.1 as the node's address
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
@@ -99,7 +99,7 @@ def ray_head(num_cpus: int = 6) -> Iterator[Head]:
 
 
 def _wait_until_up(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
-    """The dashboard and its agent answer, with the token."""
+    """Returns once the dashboard and its agent answer a request with the token."""
     deadline = time.monotonic() + 120
     while True:
         try:

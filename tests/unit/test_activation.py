@@ -1,4 +1,4 @@
-"""Checkpointed layers: the same loss and gradients, from activations that are made again."""
+"""Activation checkpointing: the same training with recomputed activations and less memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
 @pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
-def test_the_same_training_bit_for_bit(folder: Path, lora_type: str, kind: str) -> None:
+def test_checkpointing_changes_no_bit(folder: Path, lora_type: str, kind: str) -> None:
     plain, checkpointed = train(folder, lora_type), train(folder, lora_type, activation_checkpointing=kind)
     assert plain[0] == checkpointed[0]
     assert all(torch.equal(tensor, checkpointed[1][name]) for name, tensor in plain[1].items())
 
 
 @pytest.mark.parametrize("lora_type", ["lora", "dora_cache"])
-def test_with_compiled_layers(folder: Path, lora_type: str) -> None:
+def test_checkpointing_with_compiled_layers(folder: Path, lora_type: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     plain = train(folder, lora_type)
@@ -45,7 +45,7 @@ def test_with_compiled_layers(folder: Path, lora_type: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "forwards"), [("none", [1, 1, 1]), ("full", [2, 2, 2]), ("selective", [2, 1, 2])])
-def test_layers_run_again_in_the_backward_pass(folder: Path, kind: str, forwards: list[int]) -> None:
+def test_checkpointed_layers_are_recomputed_in_the_backward_pass(folder: Path, kind: str, forwards: list[int]) -> None:
     learner = Learner(config(folder, activation_checkpointing=kind))
     calls = [0] * NUM_LAYERS
 
@@ -62,7 +62,7 @@ def test_layers_run_again_in_the_backward_pass(folder: Path, kind: str, forwards
 
 
 @pytest.mark.parametrize(("kind", "share"), [("full", 0.2), ("selective", 0.8)])
-def test_less_is_kept_for_the_backward_pass(folder: Path, kind: str, share: float) -> None:
+def test_checkpointing_keeps_less_for_the_backward_pass(folder: Path, kind: str, share: float) -> None:
     def kept(kind: str) -> int:
         learner, sizes = Learner(config(folder, activation_checkpointing=kind)), {}
 

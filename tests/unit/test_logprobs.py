@@ -1,4 +1,4 @@
-"""Log-probs without the logits of all positions, against a whole log-softmax in float64."""
+"""Chunked log-probs against a full log-softmax in float64."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_chunks_equal_log_softmax_with_gradients(
         torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
 
 
-def test_a_frozen_head_gets_no_gradient_and_frozen_hidden_states_no_graph() -> None:
+def test_no_gradient_for_a_frozen_head_and_no_graph_under_no_grad() -> None:
     head, hidden, targets = torch.randn(50, 16), torch.randn(4, 16, requires_grad=True), torch.arange(4)
     logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0)
     logprobs.sum().backward()
@@ -51,8 +51,8 @@ def test_a_frozen_head_gets_no_gradient_and_frozen_hidden_states_no_graph() -> N
         assert not token_logprobs(hidden, head, targets, temperature=1.0)[0].requires_grad
 
 
-def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
-    """What autograd keeps between forward and backward: inputs and one number a token."""
+def test_full_logits_are_never_saved_for_backward() -> None:
+    """Autograd keeps the inputs and one number per token between forward and backward."""
     head, hidden, targets = torch.randn(5000, 8), torch.randn(64, 8, requires_grad=True), torch.arange(64)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -61,7 +61,7 @@ def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_trained_head_tied_or_not_learns_as_through_its_module(tmp_path: Path, tied: bool) -> None:
+def test_a_trained_head_gets_the_same_gradients_as_through_its_module(tmp_path: Path, tied: bool) -> None:
     model = load_decoder(make_text_model(tmp_path, tied=tied), dtype=torch.float32, device=torch.device("cpu"))
     model.requires_grad_(True)
     (ids,) = random_sequences(40)

@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers, float32: logits, positions, and what is refused."""
+"""Qwen3-VL against transformers in float32: logits, positions and refused inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tora.models.vision.processor import ImageProcessor
 from tora.models.vision.qwen3_vl import FAMILY, ImageInputs, Qwen3VL
 
 SIZES: list[list[tuple[int, int]]] = [[], [(96, 64)], [(64, 64), (128, 96)], [(32, 160), (96, 64)]]
-"""Widths and heights of each prompt's images; one image is in two prompts."""
+"""Widths and heights of each prompt's images; two prompts share an image."""
 TOLERANCE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-5}
 
 
@@ -104,7 +104,7 @@ def packed_logits(model: Qwen3VL, folder: Path, samples: list[Sample]) -> list[t
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_packed_logits_equal_hugging_faces_padded_ones(
+def test_packed_logits_equal_hugging_faces_padded_logits(
     models: tuple[Any, Qwen3VL, Path], samples: list[Sample], padding: str
 ) -> None:
     theirs, ours, folder = models
@@ -113,14 +113,16 @@ def test_packed_logits_equal_hugging_faces_padded_ones(
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-def test_each_prompt_alone(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
+def test_logits_of_a_single_prompt_equal_hugging_faces(
+    models: tuple[Any, Qwen3VL, Path], samples: list[Sample]
+) -> None:
     theirs, ours, folder = models
     for sample in samples[1:]:
         (expected,) = hugging_face(theirs, folder, [sample], "right")
         torch.testing.assert_close(packed_logits(ours, folder, [sample])[0], expected, **TOLERANCE)
 
 
-def test_without_images_it_is_a_text_model(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
+def test_without_images_it_equals_a_text_model(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
     theirs, ours, folder = models
     (expected,) = hugging_face(theirs, folder, samples[:1], "right")
     length = len(samples[0].ids)
@@ -134,8 +136,8 @@ def test_without_images_it_is_a_text_model(models: tuple[Any, Qwen3VL, Path], sa
     torch.testing.assert_close(logits[0], expected, **TOLERANCE)
 
 
-def test_images_matter(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
-    """Or the comparisons above would say little."""
+def test_images_change_the_logits(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
+    """Otherwise the comparisons above would prove little."""
     _, ours, folder = models
     sample = samples[1]
     seen = packed_logits(ours, folder, [sample])[0]
@@ -144,8 +146,8 @@ def test_images_matter(models: tuple[Any, Qwen3VL, Path], samples: list[Sample])
     assert (packed_logits(ours, folder, [sample])[0] - seen)[-1].abs().max() > 0.1
 
 
-def test_completions_share_their_prompt(models: tuple[Any, Qwen3VL, Path]) -> None:
-    """Prompts first, then completions, which see their prompt's images and go on where its positions end."""
+def test_logits_with_shared_prompts_equal_hugging_faces(models: tuple[Any, Qwen3VL, Path]) -> None:
+    """Prompts come first, then completions, which attend to their prompt's images and continue its positions."""
     theirs, ours, folder = models
     processor = ImageProcessor(folder)
     samples = [Sample(processor, SIZES[number], number, tail) for number, tail in ((2, 5), (2, 8), (1, 3))]
@@ -195,7 +197,7 @@ def test_positions_equal_hugging_faces(models: tuple[Any, Qwen3VL, Path], sample
         np.testing.assert_array_equal(part, expected[:, 0].numpy())
 
 
-def test_a_sampled_placeholder_is_a_token_like_any_other(
+def test_a_sampled_image_placeholder_is_an_ordinary_token(
     models: tuple[Any, Qwen3VL, Path], samples: list[Sample]
 ) -> None:
     _, ours, folder = models
@@ -211,7 +213,7 @@ def _one_fewer(sample: Sample, model: Qwen3VL) -> None:
 
 
 def _of_another_size(sample: Sample, model: Qwen3VL) -> None:
-    """As many features in all, but the images the other way round."""
+    """The same number of features in total, but with the images swapped."""
     sample.images.reverse()
 
 
@@ -227,7 +229,9 @@ def _film(sample: Sample, model: Qwen3VL) -> None:
         (_film, "video"),
     ],
 )
-def test_what_does_not_fit_is_refused(models: tuple[Any, Qwen3VL, Path], damage: Any, words: str) -> None:
+def test_images_that_do_not_match_the_placeholders_are_refused(
+    models: tuple[Any, Qwen3VL, Path], damage: Any, words: str
+) -> None:
     _, ours, folder = models
     sample = Sample(ImageProcessor(folder), SIZES[2], 2)
     damage(sample, ours)
@@ -244,7 +248,7 @@ def test_names_map_both_ways(models: tuple[Any, Qwen3VL, Path]) -> None:
     assert {FAMILY.names.parameter_to_hf(name) for name, _ in ours.named_parameters()} == set(stored)
 
 
-def test_the_base_in_nf4_leaves_the_tower_alone(models: tuple[Any, Qwen3VL, Path]) -> None:
+def test_quantisation_leaves_the_vision_tower_alone(models: tuple[Any, Qwen3VL, Path]) -> None:
     quantized = load_decoder(models[2], dtype=torch.float32, device=CPU, quantize_base=True)
     nf4 = {name for name, p in quantized.named_parameters() if isinstance(p, NF4Tensor)}
     assert len(nf4) == len(LINEARS) * len(quantized.layers) and all(name.startswith("layers.") for name in nf4)
