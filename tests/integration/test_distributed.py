@@ -10,7 +10,7 @@ import torch
 from comparisons import compare, compare_metrics
 from learners import SETTINGS as ONE_RANK
 from learners import config, make_batch, make_groups
-from ranks import RANKS, on_ranks
+from ranks import RANKS, RankProcesses
 from safetensors.torch import load_file
 from tiny import make_text_model
 from torch import nn
@@ -68,12 +68,12 @@ def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, A
     ],
 )
 def test_two_ranks_train_like_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_type: str, changes: dict[str, Any]
+    tmp_path: Path, on_ranks: RankProcesses, lora_type: str, changes: dict[str, Any]
 ) -> None:
     folder = make_text_model(tmp_path / "model", "qwen2")
     alone = {key: value for key, value in changes.items() if key in ("loss", "ppo_epochs", "quantize_base")}
     train_and_save(folder, tmp_path / "one", lora_type, alone)
-    on_ranks(monkeypatch, train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
+    on_ranks(train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
     one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
         compare_metrics(a, b)
@@ -105,8 +105,8 @@ def watch_loading(folder: Path) -> None:
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-def test_loading_holds_at_most_one_whole_layer_per_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_ranks(monkeypatch, watch_loading, make_text_model(tmp_path / "model"))
+def test_loading_holds_at_most_one_whole_layer_per_rank(tmp_path: Path, on_ranks: RankProcesses) -> None:
+    on_ranks(watch_loading, make_text_model(tmp_path / "model"))
 
 
 def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:
@@ -118,14 +118,14 @@ def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:
         torch.save(unpack(snapshot), out)
 
 
-def test_two_ranks_resume_from_one_ranks_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_resume_from_one_ranks_checkpoint(tmp_path: Path, on_ranks: RankProcesses) -> None:
     folder = make_text_model(tmp_path / "model")
     (tmp_path / "checkpoint").mkdir()
     learner = Learner(config(folder, "dora_cache", loss=LOSS))
     learner.step(batches()[0])
     learner.save(tmp_path / "checkpoint")
     load_and_step(folder, tmp_path / "checkpoint", tmp_path / "one.pt")
-    on_ranks(monkeypatch, load_and_step, folder, tmp_path / "checkpoint", tmp_path / "two.pt")
+    on_ranks(load_and_step, folder, tmp_path / "checkpoint", tmp_path / "two.pt")
     compare(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"))
 
 
@@ -148,9 +148,9 @@ def generate_apart(folder: Path, out: Path) -> None:
     learner.step(batches()[1])
 
 
-def test_ranks_generate_their_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_generate_their_own_share(tmp_path: Path, on_ranks: RankProcesses) -> None:
     folder = make_text_model(tmp_path / "model")
-    on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
+    on_ranks(generate_apart, folder, tmp_path / "seen")
     alone = Learner(config(folder, "dora"))
     alone.step(batches()[0])
     engine = TorchEngine(alone.model, device=alone.device, shared=True, max_rows=100)

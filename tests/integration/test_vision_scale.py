@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from comparisons import compare, compare_metrics
 from learners import LOSS
-from ranks import RANKS, on_ranks
+from ranks import RANKS, RankProcesses
 from tiny import make_vl_model
 from torch._dynamo.utils import counters
 from vision_learners import SGD, batch_of, vision_groups, vl_config
@@ -61,7 +61,7 @@ def train_and_save(folder: Path, out: Path, lora_type: str, train_vision: str, c
 def test_two_ranks_train_like_one(
     tmp_path: Path,
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    on_ranks: RankProcesses,
     lora_type: str,
     train_vision: str,
     changes: dict[str, Any],
@@ -70,7 +70,7 @@ def test_two_ranks_train_like_one(
     first = [bool(m.images) for m in batches(folder)[0].micro_batches]
     assert {True, False} in [set(pair) for pair in zip(first[::RANKS], first[1::RANKS], strict=True)]
     train_and_save(folder, one, lora_type, train_vision, {})
-    on_ranks(monkeypatch, train_and_save, folder, two, lora_type, train_vision, {**changes, "learner_ranks": RANKS})
+    on_ranks(train_and_save, folder, two, lora_type, train_vision, {**changes, "learner_ranks": RANKS})
     alone, shared = torch.load(one), torch.load(two)
     for a, b in zip(alone["metrics"], shared["metrics"], strict=True):
         compare_metrics(a, b)
@@ -100,9 +100,9 @@ def generate_apart(folder: Path, out: Path) -> None:
     learner.step(batches(folder)[0])
 
 
-def test_ranks_generate_their_own_share(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_generate_their_own_share(tmp_path: Path, folder: Path, on_ranks: RankProcesses) -> None:
     """Only one rank has an image: neither may wait for the other."""
-    on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
+    on_ranks(generate_apart, folder, tmp_path / "seen")
     alone = Learner(vl_config(folder, "lora", "lora"))
     alone.step(batches(folder)[0])
     for rank in range(RANKS):
