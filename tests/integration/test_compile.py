@@ -12,17 +12,15 @@ from comparisons import compare_metrics
 from learners import LOSS, config, make_batch, make_groups
 from tiny import make_text_model
 from torch._dynamo.utils import counters
+from torch_engines import engine_of
 
-from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from tora.types import SampleRequest, Sampling
 
 
 def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
     """The tokens of three rollouts per prompt."""
-    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=100)
-    engine.install(learner.snapshot())
-    groups = engine.generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])
+    groups = engine_of(learner).generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])
     return [completion.token_ids.tolist() for group in groups for completion in group]
 
 

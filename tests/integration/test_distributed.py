@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tiny import make_text_model
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch_engines import engine_of
 
-from actors.torch_engine.engine import TorchEngine
-from learner.fsdp import sharder, unsharded
+from learner.fsdp import sharder
 from learner.learner import Learner
 from learner.policy import empty_policy, fill_policy
 from tora.adapters.snapshot import unpack
@@ -133,14 +133,7 @@ def generate_apart(folder: Path, out: Path) -> None:
     """Each rank has its own number of prompts: neither may wait for the other."""
     learner = Learner(config(folder, "dora"))
     learner.step(batches()[0])
-    engine = TorchEngine(
-        learner.model,
-        device=learner.device,
-        shared=True,
-        max_rows=100,
-        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
-    )
-    engine.install(learner.snapshot())
+    engine = engine_of(learner)
     count = 1 + 2 * learner.world.rank
     requests = [SampleRequest((5, 6, 7 + i), 2, i, Sampling(6 + 5 * learner.world.rank)) for i in range(count)]
     tokens = [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
@@ -153,8 +146,7 @@ def test_ranks_generate_their_own_share(tmp_path: Path, on_ranks: RankProcesses)
     on_ranks(generate_apart, folder, tmp_path / "seen")
     alone = Learner(config(folder, "dora"))
     alone.step(batches()[0])
-    engine = TorchEngine(alone.model, device=alone.device, shared=True, max_rows=100)
-    engine.install(alone.snapshot())
+    engine = engine_of(alone)
     for rank in range(RANKS):
         requests, tokens = torch.load(f"{tmp_path / 'seen'}.{rank}", weights_only=False)
         assert tokens == [c.token_ids.tolist() for group in engine.generate(requests) for c in group]

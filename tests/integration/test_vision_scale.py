@@ -13,10 +13,9 @@ from learners import LOSS
 from ranks import RANKS, RankProcesses
 from tiny import make_vl_model
 from torch._dynamo.utils import counters
+from torch_engines import engine_of
 from vision_learners import SGD, batch_of, vision_groups, vl_config
 
-from actors.torch_engine.engine import TorchEngine
-from learner.fsdp import unsharded
 from learner.learner import Learner
 from tora.adapters.inject import trained_parameters
 from tora.adapters.snapshot import unpack
@@ -79,15 +78,7 @@ def test_two_ranks_train_like_one(
 
 def generate(learner: Learner, folder: Path, rank: int) -> list[list[int]]:
     """Greedy completions. The prompt of the first rank has an image, that of the second has none."""
-    engine = TorchEngine(
-        learner.model,
-        device=learner.device,
-        shared=True,
-        max_rows=100,
-        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
-        processor=lambda: ImageProcessor(folder),
-    )
-    engine.install(learner.snapshot())
+    engine = engine_of(learner, processor=lambda: ImageProcessor(folder))
     prompt = vision_groups(folder, [[(64, 32)], []])[rank].prompt
     request = SampleRequest(prompt.token_ids, 1 + rank, 0, Sampling(6 + rank, temperature=0), prompt.images)
     return [c.token_ids.tolist() for c in engine.generate([request])[0]]
