@@ -32,7 +32,7 @@ def test_checkpointing_changes_no_bit(folder: Path, lora_type: str, kind: str) -
     assert all(torch.equal(tensor, checkpointed[1][name]) for name, tensor in plain[1].items())
 
 
-@pytest.mark.parametrize("lora_type", ["lora", "dora_cache"])
+@pytest.mark.parametrize("lora_type", [pytest.param("lora", marks=pytest.mark.slow), "dora_cache"])
 def test_checkpointing_with_compiled_layers(folder: Path, lora_type: str) -> None:
     torch._dynamo.reset()
     counters.clear()
