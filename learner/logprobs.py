@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 1 << 27
+CHUNK_BYTES = 1 << 27
 """Size of one chunk's float32 logits; peak memory is at most 2.5 times as much. 128 MiB hold 220 tokens of a vocabulary
 of 151,936, enough rows that the product is not bound by reading the head."""
 
@@ -33,7 +33,7 @@ def token_logprobs(
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
-    rows = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    rows = max(1, CHUNK_BYTES // (4 * vocab_size))
     return (slice(start, start + rows) for start in range(0, num_tokens, rows))
 
 

@@ -1,4 +1,4 @@
-"""What every test needs before anything else is imported."""
+"""The environment of every test, set before anything else is imported."""
 
 import os
 
@@ -7,6 +7,7 @@ for name, value in {
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "OMP_NUM_THREADS": "1",  # threads that wait for each other cost tiny models more than they give
 }.items():
     os.environ.setdefault(name, value)
 

@@ -1,4 +1,4 @@
-"""The learner on a GPU, against itself on the same GPU without the faster way."""
+"""The learner's faster paths on a GPU, against its plain ones on the same GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparisons import compare
 from decoders import attention_inputs
 from learners import train
 from tiny import make_text_model
@@ -14,8 +15,7 @@ from tora.models.attention import PackedAttention
 from tora.models.varlen import VarlenAttention
 
 
-@pytest.mark.gpu
-def test_attention_without_padding_equals_padded() -> None:
+def test_varlen_attention_equals_packed_attention() -> None:
     lengths = [50, 1, 170, 8]
     found = []
     for kind in (VarlenAttention, PackedAttention):
@@ -27,11 +27,9 @@ def test_attention_without_padding_equals_padded() -> None:
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("lora_type", ["full", "dora_cache"])
-def test_offloaded_inputs_come_back_as_they_were(tmp_path: Path, lora_type: str) -> None:
+def test_activation_offloading_changes_no_weight(tmp_path: Path, lora_type: str) -> None:
     folder = make_text_model(tmp_path, "qwen2", num_layers=4)
     plain = train(folder, lora_type, activation_checkpointing="full", device="cuda")
     away = train(folder, lora_type, activation_checkpointing="full", activation_offloading=True, device="cuda")
-    for name, tensor in plain[1].items():
-        torch.testing.assert_close(tensor, away[1][name], atol=2e-5, rtol=1e-3)
+    compare(plain[1], away[1])

@@ -1,4 +1,4 @@
-"""The benchmarks run and report what they promise; speed is not tested here."""
+"""The benchmarks run and write the promised rows; the speeds themselves are not checked."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_a_vision_model_is_measured_with_an_image(tmp_path: Path) -> None:
     assert all(
         row["seconds_per_step"] > 0 < row["tokens_per_s"] for row in json.loads((tmp_path / "rows.json").read_text())
     )
-    assert main([*words, "--config", "tiny"]) == 2, "a text model takes none"
+    assert main([*words, "--config", "tiny"]) == 2, "a text model takes no image"
 
 
 def test_sync_measures_an_engine(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_sync_measures_an_engine(tmp_path: Path) -> None:
     assert [r["lora_type"] for r in speeds] == ["lora", "dora"] and all(r["ratio"] > 0 for r in speeds)
 
 
-def test_ratios_pair_rounds() -> None:
+def test_ratios_compare_rounds_in_pairs() -> None:
     assert ratio([2.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
     lora, dora = Setting("lora", True), Setting("dora", True)
     samples = {lora: Samples([1.0, 2.0], [10.0, 10.0], [1, 3]), dora: Samples([1.5, 3.0], [5.0, 5.0], [2, 2])}

@@ -1,4 +1,4 @@
-"""Compiled layers: the same numbers as eager, no graph breaks, and no recompilation after warm-up."""
+"""Compiled training and decoding: the same numbers as eager, no graph breaks, no recompilation after warm-up."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from comparisons import compare_metrics
 from learners import LOSS, config, make_batch, make_groups
 from tiny import make_text_model
 from torch._dynamo.utils import counters
+from torch_engines import engine_of
 
-from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from tora.types import SampleRequest, Sampling
 
 
 def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
-    """Three rollouts per prompt."""
-    engine = TorchEngine(learner.model, device=learner.device, shared=True, max_rows=100)
-    engine.install(learner.snapshot())
-    groups = engine.generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])
+    """The tokens of three rollouts per prompt."""
+    groups = engine_of(learner).generate([SampleRequest(prompt, 3, 0, Sampling(12)) for prompt in prompts])
     return [completion.token_ids.tolist() for group in groups for completion in group]
 
 
@@ -41,18 +40,16 @@ def test_compiled_training_equals_eager_and_stays_compiled(
     counters.clear()
     folder = make_text_model(tmp_path, "qwen2")
     eager, compiled = (Learner(config(folder, lora_type, loss=LOSS, compile=c, **changes)) for c in (False, True))
-    # one document and several, long and short; then lengths never seen
+    # one document and several, long and short; then unseen lengths
     warm = [make_batch(make_groups(3, seed=i), capacity=c) for i, c in enumerate((10_000, 20))]
     fresh = [make_batch(make_groups(2 + i, seed=9 + i), capacity=c) for i, c in enumerate((10_000, 45, 25))]
     for batch in warm:
-        a, b = eager.step(batch), compiled.step(batch)
-        for name in a.metrics:
-            assert a.metrics[name] == pytest.approx(b.metrics[name], rel=2e-3, abs=1e-5), name
+        compare_metrics(eager.step(batch).metrics, compiled.step(batch).metrics, rel=2e-3)
     decoded = [generate(learner, (5, 6, 7), (8, 9)) for learner in (eager, compiled)]
     assert decoded[0] == decoded[1]
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs <= 16
-    generate(compiled, (8, 9), (1, 2, 3), tuple(range(1, 133)))  # more rows, and a cache that grows on the way
+    generate(compiled, (8, 9), (1, 2, 3), tuple(range(1, 133)))  # more rows, and a cache that grows
     for batch in fresh:
         a, b = eager.step(batch), compiled.step(batch)
         assert a.metrics["loss/total"] == pytest.approx(b.metrics["loss/total"], rel=2e-3, abs=1e-5)

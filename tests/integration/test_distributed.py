@@ -1,4 +1,4 @@
-"""Two gloo ranks against one: losses, updates, snapshots and files agree up to rounding."""
+"""Two gloo ranks against one: the same losses, updates, snapshots and files up to rounding."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import compare, compare_metrics
 from learners import SETTINGS as ONE_RANK
 from learners import config, make_batch, make_groups
-from ranks import RANKS, compare, on_ranks
+from ranks import RANKS, RankProcesses
 from safetensors.torch import load_file
 from tiny import make_text_model
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch_engines import engine_of
 
-from actors.torch_engine.engine import TorchEngine
-from learner.fsdp import sharder, unsharded
+from learner.fsdp import sharder
 from learner.learner import Learner
 from learner.policy import empty_policy, fill_policy
 from tora.adapters.snapshot import unpack
@@ -29,11 +30,11 @@ TYPES = ("full", "lora", "dora", "dora_cache")
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 SETTINGS: dict[str, Any] = {**ONE_RANK, "num_ranks": RANKS}
 SMOOTH = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "eps": 1e-4}
-"""With its default eps, Adam would turn gradients that are pure rounding into full steps of either sign."""
+"""With its default eps, Adam would turn a gradient of pure rounding noise into a whole step."""
 
 
 def batches() -> list[TrainBatch]:
-    """Batches of one, several, and an odd number of micro-batches."""
+    """With one, several and an odd number of micro-batches."""
     groups = [make_groups(3, seed=i) for i in range(3)]
     halved = [
         TrainBatch(micro_batches(g, capacity=capacity, **SETTINGS), 1.0)
@@ -67,17 +68,15 @@ def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, A
     ],
 )
 def test_two_ranks_train_like_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_type: str, changes: dict[str, Any]
+    tmp_path: Path, on_ranks: RankProcesses, lora_type: str, changes: dict[str, Any]
 ) -> None:
     folder = make_text_model(tmp_path / "model", "qwen2")
     alone = {key: value for key, value in changes.items() if key in ("loss", "ppo_epochs", "quantize_base")}
     train_and_save(folder, tmp_path / "one", lora_type, alone)
-    on_ranks(monkeypatch, train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
+    on_ranks(train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
     one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+        compare_metrics(a, b)
     compare(one["snapshot"], two["snapshot"])
     exported = "model" if lora_type == "full" else "adapter_model"
     for file in ("weights.safetensors", f"export/{exported}.safetensors"):
@@ -106,8 +105,8 @@ def watch_loading(folder: Path) -> None:
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-def test_no_more_than_a_layer_is_ever_whole_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_ranks(monkeypatch, watch_loading, make_text_model(tmp_path / "model"))
+def test_loading_holds_at_most_one_whole_layer_per_rank(tmp_path: Path, on_ranks: RankProcesses) -> None:
+    on_ranks(watch_loading, make_text_model(tmp_path / "model"))
 
 
 def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:
@@ -119,29 +118,22 @@ def load_and_step(folder: Path, checkpoint: Path, out: Path) -> None:
         torch.save(unpack(snapshot), out)
 
 
-def test_two_ranks_resume_from_one_ranks_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_resume_from_one_ranks_checkpoint(tmp_path: Path, on_ranks: RankProcesses) -> None:
     folder = make_text_model(tmp_path / "model")
     (tmp_path / "checkpoint").mkdir()
     learner = Learner(config(folder, "dora_cache", loss=LOSS))
     learner.step(batches()[0])
     learner.save(tmp_path / "checkpoint")
     load_and_step(folder, tmp_path / "checkpoint", tmp_path / "one.pt")
-    on_ranks(monkeypatch, load_and_step, folder, tmp_path / "checkpoint", tmp_path / "two.pt")
+    on_ranks(load_and_step, folder, tmp_path / "checkpoint", tmp_path / "two.pt")
     compare(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"))
 
 
 def generate_apart(folder: Path, out: Path) -> None:
-    """Each rank generates for a different number of prompts, so no rank may wait for the other."""
+    """Each rank has its own number of prompts: neither may wait for the other."""
     learner = Learner(config(folder, "dora"))
     learner.step(batches()[0])
-    engine = TorchEngine(
-        learner.model,
-        device=learner.device,
-        shared=True,
-        max_rows=100,
-        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
-    )
-    engine.install(learner.snapshot())
+    engine = engine_of(learner)
     count = 1 + 2 * learner.world.rank
     requests = [SampleRequest((5, 6, 7 + i), 2, i, Sampling(6 + 5 * learner.world.rank)) for i in range(count)]
     tokens = [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
@@ -149,22 +141,21 @@ def generate_apart(folder: Path, out: Path) -> None:
     learner.step(batches()[1])
 
 
-def test_ranks_generate_their_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_generate_their_own_share(tmp_path: Path, on_ranks: RankProcesses) -> None:
     folder = make_text_model(tmp_path / "model")
-    on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
+    on_ranks(generate_apart, folder, tmp_path / "seen")
     alone = Learner(config(folder, "dora"))
     alone.step(batches()[0])
-    engine = TorchEngine(alone.model, device=alone.device, shared=True, max_rows=100)
-    engine.install(alone.snapshot())
+    engine = engine_of(alone)
     for rank in range(RANKS):
         requests, tokens = torch.load(f"{tmp_path / 'seen'}.{rank}", weights_only=False)
         assert tokens == [c.token_ids.tolist() for group in engine.generate(requests) for c in group]
 
 
-def test_bins_are_split_until_every_rank_has_equally_many() -> None:
+def test_bins_are_split_until_every_rank_has_the_same_number() -> None:
     lengths = [9, 1, 5, 5, 7]
     assert spread([[0, 1, 2, 3, 4]], lengths, 1) == [[0, 1, 2, 3, 4]]
     halves = spread([[0, 1, 2, 3, 4]], lengths, 2)
     assert sorted(i for half in halves for i in half) == [0, 1, 2, 3, 4]
     assert {sum(lengths[i] for i in half) for half in halves} == {14, 13}
-    assert len(spread([[0]], lengths, 2)) == 1, "a sequence is never split"
+    assert len(spread([[0]], lengths, 2)) == 1, "a sequence is never cut"

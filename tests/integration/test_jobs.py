@@ -1,4 +1,4 @@
-"""Jobs on a real Ray head that asks for a token, submitted as the README says."""
+"""Jobs on a real Ray head with token authentication, submitted as the README says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ray_head import Head, ray_head
+from runs import read, steps
 
 SHORT = ["num_steps=3", "batch_size=4", "grpo_samples=4", "eval=null", "rollout.concurrency=4", "num_threads=1"]
 
@@ -27,17 +28,11 @@ def head() -> Iterator[Head]:
     } == set()
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [row for row in map(json.loads, lines) if "version" in row]
-
-
 def drivers(head: Head) -> list[psutil.Process]:
     return [p for p in head.processes() if "tora run" in " ".join(p.cmdline())]
 
 
-def test_the_head_listens_on_loopback_and_wants_the_token(head: Head) -> None:
+def test_the_head_listens_on_loopback_and_requires_the_token(head: Head) -> None:
     listening = {c.laddr.ip for p in head.processes() for c in p.net_connections("tcp") if c.status == "LISTEN"}
     assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -54,7 +49,7 @@ def test_a_submitted_command_runs_in_a_copy_of_this_folder(head: Head) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "runtime_resources/working_dir_files" in done.stdout.partition("tora from ")[2]
-    assert f"outputs in {Path.home()}/outputs/x" in done.stdout, "not in the copy, which Ray deletes"
+    assert f"outputs in {Path.home()}/outputs/x" in done.stdout, "outside the copy, which Ray deletes"
     assert "quickstart: OK" in done.stdout
 
 
@@ -68,7 +63,7 @@ def test_submit_runs_the_quickstart(head: Head, tmp_path: Path, engine: str) -> 
     assert head.get(f"/api/jobs/{name}")["status"] == "SUCCEEDED"
     folder = tmp_path / "runs/first"
     assert str(folder / "adapter") in "".join(head.get(f"/api/jobs/{name}/logs")["logs"].split())
-    assert [row["version"] for row in rows(folder)] == [1, 2, 3]
+    assert [row["version"] for row in steps(read(folder))] == [1, 2, 3]
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step_000003"]
     assert not drivers(head)
 
@@ -84,13 +79,13 @@ def test_stopping_a_job_leaves_a_checkpoint(head: Head, tmp_path: Path) -> None:
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     deadline = time.monotonic() + 240
-    while not rows(tmp_path / "run"):
+    while not steps(read(tmp_path / "run")):
         assert time.monotonic() < deadline, head.ray("job", "logs", "endless").stdout
         time.sleep(0.5)
     assert head.ray("job", "stop", "endless").returncode == 0
     assert head.get("/api/jobs/endless")["status"] == "STOPPED"
-    steps = len(rows(tmp_path / "run"))
-    assert (tmp_path / "run/checkpoints" / f"step_{steps:06d}" / "weights.safetensors").exists()
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "ended, not killed"
+    done = len(steps(read(tmp_path / "run")))
+    assert (tmp_path / "run/checkpoints" / f"step_{done:06d}" / "weights.safetensors").exists()
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "the run ended by itself and was not killed"
     _, alive = psutil.wait_procs(drivers(head), timeout=10)
     assert not alive

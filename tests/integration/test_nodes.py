@@ -1,8 +1,7 @@
-"""Several nodes, simulated by raylets with separate object stores on one machine."""
+"""Runs on several nodes, simulated by several raylets with separate object stores."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections import Counter
@@ -13,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import FakeWorker
-from histories import check_history, check_nothing_lost, rows, tora_run, wait_for
+from histories import check_history, check_nothing_lost
+from processes import tora_run, wait_for
+from runs import read
 
 from tora.types import PolicySnapshot
 
@@ -23,7 +24,7 @@ SNAPSHOT_BYTES = 20 << 20
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Ray's `Cluster` with a head node without CPUs. Runs join it."""
+    """Ray's `Cluster` with a head that has no CPUs; runs connect to it."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -45,7 +46,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(nodes: Any) -> dict[str, str]:
-    """One node for learner ranks and two for rollout workers. Maps node ids to names."""
+    """The cluster with one node for learner ranks and two for rollout workers: names by node id."""
     names = {nodes.head_node.node_id: "head"}
     for name, resource in {
         "learner": "tora_learner",
@@ -59,7 +60,7 @@ def cluster(nodes: Any) -> dict[str, str]:
 
 
 class Source:
-    """Stands where the learner's first rank does."""
+    """Sends a snapshot as the learner's first rank does."""
 
     def snapshot(self) -> PolicySnapshot:
         return PolicySnapshot(3, (), np.ones(SNAPSHOT_BYTES, np.uint8), "")
@@ -88,9 +89,7 @@ def test_a_snapshot_reaches_each_node_once(cluster: dict[str, str]) -> None:
         assert [report.version for report in ray.get([w.forward.remote(ref) for w in workers])] == [3] * 4
         (locations,) = get_local_object_locations([ref]).values()
         held_by = sorted(cluster[node] for node in locations["node_ids"])
-        assert held_by == ["learner", "rollout a", "rollout b"], (
-            "put once and fetched once by each node, never by the driver"
-        )
+        assert held_by == ["learner", "rollout a", "rollout b"], "put once, fetched once per node, never by the driver"
         summary = memory_summary(stats_only=True)
         assert f"Plasma memory usage {3 * SNAPSHOT_BYTES >> 20} MiB" in summary, summary
 
@@ -105,8 +104,7 @@ def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], t
     words = ["num_steps=2", "batch_size=4", "grpo_samples=4", "eval=null", "rollout.engine=torch"]
     words += ["learner_ranks=2", "rollout.num_workers=2", f"output_dir={tmp_path / 'run'}"]
     assert run(load_config("quickstart", words))
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [row["version"] for row in map(json.loads, lines) if "version" in row] == [1, 2]
+    assert [row["version"] for row in read(tmp_path / "run") if "version" in row] == [1, 2]
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     places = Counter((a["ActorClassName"], cluster[a["Address"]["NodeID"]]) for a in actors().values())
     assert places == {
@@ -116,18 +114,18 @@ def test_a_run_keeps_ranks_and_workers_on_their_nodes(cluster: dict[str, str], t
     }
 
 
-def test_a_worker_joins_a_running_job_once_there_is_room(nodes: Any, tmp_path: Path) -> None:
+def test_a_worker_joins_a_running_job_when_a_node_is_added(nodes: Any, tmp_path: Path) -> None:
     nodes.add_node(num_cpus=2, object_store_memory=200 << 20)
     nodes.wait_for_nodes()
     with tora_run(
         tmp_path / "run", "num_steps=400", "rollout.engine=torch", "rollout.num_workers=1", "rollout.max_workers=2"
     ) as run:
-        wait_for(lambda: len(rows(tmp_path / "run")) >= 3, run)
-        assert {row["rollout/workers"] for row in rows(tmp_path / "run")} == {1}, "no room for a second worker"
+        wait_for(lambda: len(read(tmp_path / "run")) >= 3, run)
+        assert {row["rollout/workers"] for row in read(tmp_path / "run")} == {1}, "a rank and a worker fill the cluster"
         nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
-        wait_for(lambda: rows(tmp_path / "run")[-1]["rollout/workers"] == 2, run)
+        wait_for(lambda: read(tmp_path / "run")[-1]["rollout/workers"] == 2, run)
         run.send_signal(signal.SIGINT)
         assert run.wait(120) == 130
-    seen = rows(tmp_path / "run")
+    seen = read(tmp_path / "run")
     check_history(tmp_path / "run", len(seen), 4, 1)
     check_nothing_lost(tmp_path / "run", len(seen))

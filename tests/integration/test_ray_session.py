@@ -1,4 +1,4 @@
-"""Where Ray listens, which GPUs and nodes an actor gets, and where a run writes its outputs."""
+"""Ray sessions: where they listen, which GPUs and nodes an actor gets, and where outputs go."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 from tora.launch.ray_cluster import gpus_per_device, output_folder, ray_session, role_resources
 
 
-def test_a_private_session_listens_on_loopback_and_reports_no_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_session_listens_on_loopback_requires_a_token_and_sends_no_usage_stats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import ray
     from ray._common.usage.usage_lib import usage_stats_enabled
 
@@ -25,7 +27,7 @@ def test_a_private_session_listens_on_loopback_and_reports_no_usage(monkeypatch:
         listening = {c.laddr for p in started for c in p.net_connections("inet") if c.status == "LISTEN"}
         assert {address.ip for address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
         answers = [http_status(f"http://127.0.0.1:{address.port}/api/job_agent/jobs/x") for address in listening]
-        assert 401 in answers, "the agent, which runs jobs, requires authentication"
+        assert 401 in answers, "the agent, which can run jobs, requires the token"
         assert not any("client.server" in " ".join(p.cmdline()) for p in started)
         assert not usage_stats_enabled()
         assert role_resources("learner") == {}
@@ -55,14 +57,12 @@ def http_status(url: str) -> int | None:
         (8, 2, "cpu", 0.0),
     ],
 )
-def test_gpus_per_device(
-    total: int, num_actors: int, device: str, each: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_each(total: int, num_actors: int, device: str, each: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, **({"GPU": float(total)} if total else {})})
     assert gpus_per_device(num_actors, device) == each
 
 
-def test_actors_go_to_nodes_marked_for_their_role(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actors_use_nodes_that_are_marked_for_their_role(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "tora_rollout": 2.0})
     assert role_resources("learner") == {}
     assert list(role_resources("rollout")) == ["tora_rollout"] and 0 < role_resources("rollout")["tora_rollout"] <= 0.01

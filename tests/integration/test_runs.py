@@ -1,4 +1,4 @@
-"""Complete but short runs of the quick start, with real data, model, Ray and vLLM."""
+"""Short runs of the quick-start config, with real data, models, Ray and vLLM."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from runs import SHORT, read, steps
+from runs import train as short_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,6 @@ from tora.config.load import load_config
 from tora.errors import ConfigError
 from tora.launch.launcher import run
 
-SHORT += ["sync.canary_every=2"]
 HERE = ["async_rl=false", "rollout.engine=torch"]
 KEYS = (
     "reward/mean loss/total mismatch_kl staleness/mean staleness/max sync/bytes sync/seconds "
@@ -31,16 +31,14 @@ KEYS = (
 
 
 def train(folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl after a run."""
-    assert run(load_config("quickstart", [*SHORT, f"output_dir={folder}", *overrides]))
-    return read(folder)
+    return short_run("quickstart", folder, *overrides)
 
 
 def check_whole(folder: Path, rows: list[dict[str, Any]]) -> None:
     assert [row["version"] for row in steps(rows)] == [1, 2, 3]
     assert all(set(KEYS.split()) <= row.keys() for row in steps(rows))
     assert len([row for row in rows if "eval/accuracy" in row]) == 3, "before, during and after"
-    assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2], "as often as it was asked for"
+    assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2], "every second version"
     for name in ("config.yaml", "reward_curve.png", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
         assert (folder / name).stat().st_size > 0
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
@@ -54,7 +52,7 @@ def test_in_one_process(tmp_path: Path, lora_type: str, quantize_base: bool) -> 
     overrides = [*HERE, f"model.lora_type={lora_type}", f"model.quantize_base={quantize_base}"]
     overrides += ["loss.kl_coeff=0.01", "ppo_epochs=2"]
     if lora_type == "full":
-        assert run(load_config("quickstart", [*SHORT, *overrides, f"output_dir={tmp_path / 'run'}"]))
+        train(tmp_path / "run", *overrides)
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").num_parameters() > 0
         return
     rows = train(tmp_path / "run", *overrides)
@@ -67,7 +65,7 @@ def test_in_one_process(tmp_path: Path, lora_type: str, quantize_base: bool) -> 
 
 
 @pytest.mark.parametrize("quantize_base", [False, True])
-def test_a_resumed_run_repeats_the_metrics_of_an_uninterrupted_one(tmp_path: Path, quantize_base: bool) -> None:
+def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path, quantize_base: bool) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     overrides = [*HERE, "model.lora_type=dora_cache", "num_steps=5", "checkpoint.keep=9", "rollout.max_refills=1"]
     overrides.append(f"model.quantize_base={quantize_base}")
@@ -88,13 +86,13 @@ def test_a_resumed_run_repeats_the_metrics_of_an_uninterrupted_one(tmp_path: Pat
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_resuming_nothing_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         train(tmp_path / "run", *HERE, "resume_from_checkpoint=true")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_earlier_run_is_renamed(tmp_path: Path) -> None:
+def test_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("kept")
     train(tmp_path / "run", *HERE, "num_steps=1", "eval=null")
@@ -115,7 +113,7 @@ def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
     words = [*SHORT, *HERE, "num_steps=500", "eval=null", f"output_dir={folder}"]
     child = subprocess.Popen([sys.executable, "-m", "tora", "run", "quickstart", *words], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or not steps(read(folder)):
+    while not steps(read(folder)):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     child.send_signal(signal.SIGTERM)
@@ -128,7 +126,8 @@ def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
 
 def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
     words = ["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "quickstart", *SHORT, *HERE]
-    command = [sys.executable, "-m", "tora", "run", *words, "model.lora_type=dora", f"output_dir={tmp_path / 'two'}"]
+    words += ["sync.canary_every=2", "model.lora_type=dora", f"output_dir={tmp_path / 'two'}"]
+    command = [sys.executable, "-m", "tora", "run", *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     two = read(tmp_path / "two")
     check_whole(tmp_path / "two", two)
@@ -148,7 +147,7 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
     rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}", ranks)
     check_whole(tmp_path / "run", rows)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    # the snapshot has a gain where the adapter has a magnitude, of the same size
+    # a magnitude in the adapter travels as a gain of the same size
     assert {row["sync/bytes"] for row in steps(rows)} == {sum(t.numel() * 4 for t in adapter.values())}
     assert steps(rows)[0]["sync/bytes"] < 0.05 * base_bytes()
     assert max(row["staleness/max"] for row in steps(rows)) == bound
@@ -165,8 +164,8 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
         pytest.param(["rollout.partial=6"], id="partial", marks=pytest.mark.slow),
     ],
 )
-def test_asynchronous_with_versions_that_change_within_rollouts(tmp_path: Path, words: list[str]) -> None:
-    """`test_weight_updates` checks that each token was sampled by the policy of its version."""
+def test_asynchronous_with_policy_versions_that_change_within_rollouts(tmp_path: Path, words: list[str]) -> None:
+    """`test_weight_updates` checks that each token comes from the policy of its version."""
     rows = train(tmp_path / "run", *words, "max_staleness=2", "rollout.concurrency=3")
     check_whole(tmp_path / "run", rows)
     assert max(row["staleness/max"] for row in steps(rows)) <= 2

@@ -1,4 +1,4 @@
-"""An exported adapter in vLLM as anybody runs it: no extension of ours, the adapter read from its folder."""
+"""An exported adapter in stock vLLM, without our extension: the adapter is read from its folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from actors.vllm_engine.images import collapsed, vision_linears
 
 _STOCK = """
 import io, json, sys
-import tora  # lets vLLM's dependencies import beside a CPU's torch
+import tora  # lets vLLM's dependencies import with a CPU build of torch
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -89,4 +89,4 @@ def test_an_exported_lora_is_served_as_in_peft(tmp_path: Path, train_vision: str
 
     assert gap() < TOLERANCE
     with theirs.disable_adapter():
-        assert gap() > 0.05, "the adapter shows"
+        assert gap() > 0.05, "the adapter has a visible effect"

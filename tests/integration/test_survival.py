@@ -1,4 +1,4 @@
-"""Runs whose processes are killed from outside, with real Ray and real engines."""
+"""Runs whose processes are killed or stopped by signals, with real Ray and real engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from histories import check_history, check_nothing_lost, rows, tora_run, wait_for
+from histories import check_history, check_nothing_lost
+from processes import tora_run, wait_for
+from runs import read
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SHORT = ["batch_size=4", "grpo_samples=4", "eval=null", "dtype=fp32"]
@@ -21,7 +23,7 @@ def output(folder: Path) -> str:
 
 
 def descendants(pid: int) -> list[int]:
-    """All descendants of a process. Found by parent, because Ray's processes have their own sessions."""
+    """Descendants of a process. Ray's processes have separate sessions, so parents are followed instead."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -38,7 +40,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def actors(pid: int, name: str) -> list[int]:
-    """Processes of a class's Ray actors, titled `ray::CLASS`, or `ray::CLASS.METHOD` while a method runs."""
+    """Processes of a Ray actor class: named `ray::CLASS`, and `ray::CLASS.METHOD` while a method runs."""
     found = []
     for child in descendants(pid):
         try:
@@ -54,23 +56,23 @@ def test_a_killed_worker_is_replaced_and_its_groups_run_again(tmp_path: Path) ->
     folder = tmp_path / "run"
     torch = ["rollout.engine=torch", "rollout.num_workers=2", "num_steps=400", "rollout.max_refills=1"]
     with tora_run(folder, *torch) as run:
-        wait_for(lambda: len(rows(folder)) >= 3, run)
+        wait_for(lambda: len(read(folder)) >= 3, run)
         os.kill(actors(run.pid, "RolloutActor")[0], signal.SIGKILL)
-        wait_for(lambda: rows(folder)[-1]["rollout/workers"] == 1, run)
-        wait_for(lambda: rows(folder)[-1]["rollout/workers"] == 2, run)
+        wait_for(lambda: read(folder)[-1]["rollout/workers"] == 1, run)
+        wait_for(lambda: read(folder)[-1]["rollout/workers"] == 2, run)
         os.kill(run.pid, signal.SIGTERM)
         assert run.wait(60) == 130
     assert "is lost (ActorDiedError" in output(folder) and "is up" in output(folder)
-    done = len(rows(folder))
+    done = len(read(folder))
     check_history(folder, done, 4, 1)
     check_nothing_lost(folder, done)
 
 
-def test_a_run_with_a_killed_learner_rank_continues_from_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_learner_rank_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torch = ["rollout.engine=torch", "learner_ranks=2", "num_steps=14", "checkpoint.every=3", "checkpoint.keep=99"]
     with tora_run(folder, *torch, "max_learner_restarts=1") as run:
-        wait_for(lambda: len(rows(folder)) >= 5, run)
+        wait_for(lambda: len(read(folder)) >= 5, run)
         os.kill(actors(run.pid, "LearnerRank")[1], signal.SIGKILL)
         assert run.wait(240) == 0
     assert "the learner is lost" in output(folder)
@@ -78,15 +80,15 @@ def test_a_run_with_a_killed_learner_rank_continues_from_the_last_checkpoint(tmp
     check_nothing_lost(folder, 14)
 
 
-def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+def test_a_run_out_of_learner_restarts_ends_and_can_be_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torch = ["rollout.engine=torch", "checkpoint.every=2", "max_learner_restarts=0"]
     with tora_run(folder, *torch, "num_steps=400") as run:
-        wait_for(lambda: len(rows(folder)) >= 3, run)
+        wait_for(lambda: len(read(folder)) >= 3, run)
         os.kill(actors(run.pid, "LearnerRank")[0], signal.SIGKILL)
         assert run.wait(120) == 1
     message = output(folder).splitlines()[-1]
-    assert "max_learner_restarts=0 is used up; resume_from_checkpoint=true continues from step" in message
+    assert "max_learner_restarts=0 is used up; resume_from_checkpoint=true goes on from step" in message
     step = int(message.rpartition(" ")[2].rstrip("."))
     with tora_run(folder, *torch, f"num_steps={step + 4}", "resume_from_checkpoint=true") as run:
         assert run.wait(240) == 0
@@ -95,26 +97,26 @@ def test_a_learner_that_keeps_dying_ends_a_run_that_can_be_resumed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("engine", ["vllm", "torch"])
-def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path, engine: str) -> None:
-    """It ends normally, with no group lost or trained twice and the staleness bound kept.
+def test_the_quickstart_survives_a_worker_killed_every_ten_seconds(tmp_path: Path, engine: str) -> None:
+    """The run ends normally, loses no group, trains none twice and keeps the staleness bound.
 
-    Only workers that are running a group are killed. If starting takes longer than the time between kills, killing
-    starting workers would never let one come up.
+    Workers that run a group are killed, not those that start: where that takes longer than the kills are apart, none
+    would ever be up.
     """
     folder, rng, kills = tmp_path / "run", random.Random(0), 0
     whole = ["batch_size=16", "grpo_samples=16", "num_steps=60", "rollout.num_workers=2", f"rollout.engine={engine}"]
     with tora_run(folder, *whole) as run:
-        wait_for(lambda: rows(folder), run, 600)
+        wait_for(lambda: read(folder), run, 600)
         began = last = time.monotonic()
         while run.poll() is None:
             time.sleep(0.2)
             victims = actors(run.pid, "RolloutActor.run_group")
-            if time.monotonic() >= last + 10 and victims and len(rows(folder)) < 60:
+            if time.monotonic() >= last + 10 and victims and len(read(folder)) < 60:
                 os.kill(rng.choice(victims), signal.SIGKILL)
                 kills, last = kills + 1, time.monotonic()
             assert time.monotonic() < began + 1700
         assert run.returncode == 0
-    seen = rows(folder)
+    seen = read(folder)
     check_history(folder, 60, 16, 1)
     check_nothing_lost(folder, 60, max_drops=48)
     assert kills >= 3 and seen[-1]["rollout/workers_lost"] > 0
@@ -123,7 +125,7 @@ def test_a_quick_start_whose_workers_are_killed_every_ten_seconds(tmp_path: Path
 
 
 def shared_memory(pids: list[int]) -> set[str]:
-    """Files in /dev/shm that the processes have open or mapped."""
+    """Files under /dev/shm that the processes have open or mapped."""
     found = set()
     for pid in pids:
         try:
@@ -145,21 +147,21 @@ def listening(pids: list[int]) -> set[int]:
 def test_a_stop_leaves_a_checkpoint_and_nothing_else(tmp_path: Path, how: str) -> None:
     folder = tmp_path / "run"
     with tora_run(folder, "num_steps=400", "rollout.num_workers=2") as run:
-        wait_for(lambda: len(rows(folder)) >= 3, run, 600)
+        wait_for(lambda: len(read(folder)) >= 3, run, 600)
         pids = descendants(run.pid)
         memory, ports = shared_memory(pids), listening(pids)
         assert len(actors(run.pid, "RolloutActor")) == 2 and ports
         if how == "Ctrl-C":
-            os.killpg(run.pid, signal.SIGINT)  # to the whole process group, as a terminal does
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to the whole group
         else:
             os.kill(run.pid, signal.SIGTERM)
         assert run.wait(180) == 130
-    deadline = time.monotonic() + 10  # Ray's last processes end on their own
+    deadline = time.monotonic() + 10  # Ray's last processes end by themselves
     while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)
     assert not [file for file in memory if Path(file).exists()]
     assert not ports & {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-    done = len(rows(folder))
+    done = len(read(folder))
     check_history(folder, done, 4, 1)
     check_nothing_lost(folder, done)

@@ -1,4 +1,4 @@
-"""Whole runs with images, cut short: the vision quick-start; Qwen3-VL's configs on a tiny model and CLEVR's columns."""
+"""Short vision runs: the vision quick-start, and the Qwen3-VL configs on a tiny model with CLEVR's columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import datasets
 import pytest
-from runs import SHORT, read, steps
+from runs import read, steps
+from runs import train as short_run
 from safetensors.torch import load_file
 from tiny import make_vl_model, picture
 
@@ -19,19 +20,18 @@ pytest.importorskip("vllm")
 
 HERE = "async_rl=false"
 LENGTH = ["rewards.0._component_=tora.rewards.length", "rewards.0.target=2", "rewards.0.limit=40"]
-"""A reward that differs within a group whatever the model can do."""
+"""A reward that differs within a group, however weak the model."""
 TOWER = "model.train_vision=lora"
 DECODER_MODULES, TOWER_MODULES = 4 * 7, 2 * 4 + 2 + 2
-"""Of the quick-start's base: four layers; two blocks, a merger and one of DeepStack's."""
+"""In the quick-start's base: four layers; two blocks, the merger and one DeepStack merger."""
 
 
 _SOME = ("2B_lora_grpo_single_device", "4B_full_grpo", "8B_qlora_grpo_single_device")
 
 
 def train(folder: Path, *overrides: str, config: str = "quickstart_vl") -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl after a run, one for each step."""
-    assert run(load_config(config, [*SHORT, f"output_dir={folder}", *overrides]))
-    rows = read(folder)
+    """The rows of a short run's steps."""
+    rows = short_run(config, folder, *overrides)
     assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2]
     (exported,) = (folder / "adapter").glob("*.safetensors")
     assert load_file(exported)
@@ -93,7 +93,7 @@ def test_configs_of_qwen3_vl_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest
     assert max(row["mismatch_kl"] for row in found) < 1e-9
 
 
-def test_a_limit_on_pixels_needs_a_model_that_takes_images(tmp_path: Path) -> None:
+def test_max_pixels_requires_a_vision_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_pixels=4096 needs a model that takes images"):
         train(tmp_path / "run", HERE, "rollout.engine=torch", "rollout.max_pixels=4096", config="quickstart")
 

@@ -1,4 +1,4 @@
-"""Vision training on several ranks, compiled, and checkpointed gives the same numbers as without."""
+"""The vision learner on two ranks, compiled and checkpointed: the same numbers as without."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from comparisons import compare, compare_metrics
 from learners import LOSS
-from ranks import RANKS, compare, on_ranks
+from ranks import RANKS, RankProcesses
 from tiny import make_vl_model
 from torch._dynamo.utils import counters
+from torch_engines import engine_of
 from vision_learners import SGD, batch_of, vision_groups, vl_config
 
-from actors.torch_engine.engine import TorchEngine
-from learner.fsdp import unsharded
 from learner.learner import Learner
 from tora.adapters.inject import trained_parameters
 from tora.adapters.snapshot import unpack
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches(folder: Path, num_ranks: int = RANKS) -> list[TrainBatch]:
-    """Batches with images on one rank only, with text only, and with an odd number of micro-batches."""
+    """Prompts with and without images on different ranks; text only; an odd number of micro-batches."""
     halves = [[(64, 32)], []], [[], []], [[(32, 64), (96, 64)], [], [(64, 32), (64, 64)]]
     return [
         batch_of(vision_groups(folder, shown, seed), capacity, share_prefix=True, num_ranks=num_ranks)
@@ -60,7 +60,7 @@ def train_and_save(folder: Path, out: Path, lora_type: str, train_vision: str, c
 def test_two_ranks_train_like_one(
     tmp_path: Path,
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    on_ranks: RankProcesses,
     lora_type: str,
     train_vision: str,
     changes: dict[str, Any],
@@ -69,25 +69,16 @@ def test_two_ranks_train_like_one(
     first = [bool(m.images) for m in batches(folder)[0].micro_batches]
     assert {True, False} in [set(pair) for pair in zip(first[::RANKS], first[1::RANKS], strict=True)]
     train_and_save(folder, one, lora_type, train_vision, {})
-    on_ranks(monkeypatch, train_and_save, folder, two, lora_type, train_vision, {**changes, "learner_ranks": RANKS})
+    on_ranks(train_and_save, folder, two, lora_type, train_vision, {**changes, "learner_ranks": RANKS})
     alone, shared = torch.load(one), torch.load(two)
     for a, b in zip(alone["metrics"], shared["metrics"], strict=True):
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+        compare_metrics(a, b)
     compare(alone["snapshot"], shared["snapshot"])
 
 
 def generate(learner: Learner, folder: Path, rank: int) -> list[list[int]]:
-    """Greedy generation; only the first rank's prompt has an image."""
-    engine = TorchEngine(
-        learner.model,
-        device=learner.device,
-        shared=True,
-        max_rows=100,
-        while_generating=lambda: unsharded(learner.model, reshard_after_forward=True),
-        processor=lambda: ImageProcessor(folder),
-    )
-    engine.install(learner.snapshot())
+    """Greedy completions. The prompt of the first rank has an image, that of the second has none."""
+    engine = engine_of(learner, processor=lambda: ImageProcessor(folder))
     prompt = vision_groups(folder, [[(64, 32)], []])[rank].prompt
     request = SampleRequest(prompt.token_ids, 1 + rank, 0, Sampling(6 + rank, temperature=0), prompt.images)
     return [c.token_ids.tolist() for c in engine.generate([request])[0]]
@@ -100,9 +91,9 @@ def generate_apart(folder: Path, out: Path) -> None:
     learner.step(batches(folder)[0])
 
 
-def test_ranks_generate_their_own_share(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only one rank has images, so no rank may wait for the other."""
-    on_ranks(monkeypatch, generate_apart, folder, tmp_path / "seen")
+def test_ranks_generate_their_own_share(tmp_path: Path, folder: Path, on_ranks: RankProcesses) -> None:
+    """Only one rank has an image: neither may wait for the other."""
+    on_ranks(generate_apart, folder, tmp_path / "seen")
     alone = Learner(vl_config(folder, "lora", "lora"))
     alone.step(batches(folder)[0])
     for rank in range(RANKS):
@@ -125,9 +116,7 @@ def test_compiled_training_equals_eager_and_stays_compiled(folder: Path, lora_ty
     shown = [[], [(64, 32)]], [[(32, 64), (96, 64)], []], [[(64, 32), (64, 32)], [(96, 96)]], [[(160, 32)], []]
     warm = [batch_of(vision_groups(folder, images, i), share_prefix=True) for i, images in enumerate(shown)]
     for batch in warm:
-        a, b = eager.step(batch), compiled.step(batch)
-        for name in a.metrics:
-            assert a.metrics[name] == pytest.approx(b.metrics[name], rel=2e-3, abs=1e-5), name
+        compare_metrics(eager.step(batch).metrics, compiled.step(batch).metrics, rel=2e-3)
     graphs = counters["stats"]["unique_graphs"]
     fresh = [[(64, 96), (64, 64)], []], [[(128, 64)], [(32, 32)], [(96, 64), (64, 32)]]
     for i, images in enumerate(fresh):
@@ -139,7 +128,9 @@ def test_compiled_training_equals_eager_and_stays_compiled(folder: Path, lora_ty
 
 
 @pytest.mark.parametrize(("kind", "forwards"), [("none", [1, 1, 1]), ("full", [2, 2, 2]), ("selective", [2, 1, 2])])
-def test_blocks_and_layers_run_again_in_the_backward_pass(folder: Path, kind: str, forwards: list[int]) -> None:
+def test_checkpointed_blocks_and_layers_are_recomputed_in_the_backward_pass(
+    folder: Path, kind: str, forwards: list[int]
+) -> None:
     learner = Learner(vl_config(folder, "lora", "lora", activation_checkpointing=kind))
     calls = [[0] * NUM_BLOCKS, [0] * NUM_LAYERS]
 

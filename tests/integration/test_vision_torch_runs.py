@@ -1,4 +1,4 @@
-"""Whole runs with images and the torch engine, cut short: in this process, on Ray, and on two ranks."""
+"""Short vision runs with the torch engine, in this process and on Ray."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import SHORT, read, steps
+from runs import steps
+from runs import train as short_run
 from transformers import Qwen3VLForConditionalGeneration
 
-from tora.config.load import load_config
-from tora.launch.launcher import run
-
-TORCH = ["rollout.engine=torch", *SHORT]
 HERE = "async_rl=false"
 DECODER, TOWER_LINEARS = 4 * 7, 2 * 4 + 2 + 2
-"""Of the quick-start's base: four layers; two blocks, a merger and one of DeepStack's."""
+"""In the quick-start's base: four layers; two blocks, the merger and one DeepStack merger."""
 TOWER = TOWER_LINEARS + 2 * 2 + 2 + 2
-"""With norms, the patch embedding and the learned positions."""
+"""Plus norms, the patch embedding and the position embedding."""
 
 
 def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
-    assert run(load_config("quickstart_vl", [*TORCH, f"output_dir={folder}", *overrides]))
-    rows = read(folder)
+    rows = short_run("quickstart_vl", folder, "rollout.engine=torch", *overrides)
     assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2]
     return steps(rows)
 
@@ -42,7 +38,7 @@ def test_in_one_process(tmp_path: Path, overrides: list[str], modules: int) -> N
     assert max(row["mismatch_kl"] for row in rows) < 1e-9, "engine and learner are one model"
 
 
-def test_a_resumed_run_repeats_the_unbroken_ones_step(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     overrides = [HERE, "model.lora_type=dora", "model.train_vision=lora"]
     last = train(whole, *overrides)[-1]
@@ -63,7 +59,7 @@ def test_all_weights(tmp_path: Path, train_vision: str) -> None:
 
 @pytest.mark.slow
 def test_asynchronous(tmp_path: Path) -> None:
-    """The engine's copy gets the tower whole, with every sync."""
+    """Every sync sends the whole tower to the engine's copy."""
     rows = train(tmp_path / "run", "max_staleness=0", "model.train_vision=full")
     assert max(row["mismatch_kl"] for row in rows) < 1e-9
     assert rows[0]["sync/bytes"] > 4 * 350_976, "the tower in float32, and the adapters"

@@ -40,7 +40,7 @@ def build(cfg: ModelConfig) -> Any:
 
 @torch.no_grad()
 def shake(model: nn.Module) -> None:
-    """Perturb every trained parameter."""
+    """Moves every trained parameter away from its initial value."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in trained_parameters(model).items():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -52,7 +52,7 @@ def shake(model: nn.Module) -> None:
 
 
 def check_against_peft(cfg: ModelConfig, base_folder: Path, adapter_folder: Path) -> None:
-    """Assert that outputs and gradients equal PEFT's, on the base in `base_folder`."""
+    """Raises AssertionError unless outputs and gradients equal those of PEFT over the base in `base_folder`."""
     ours = build(cfg)
     shake(ours)
     save_peft(peft_tensors(ours), cfg, adapter_folder)

@@ -1,4 +1,4 @@
-"""Packed sequences through a decoder."""
+"""Random sequences, and their logits from a decoder that takes them packed."""
 
 from typing import Any
 

@@ -56,7 +56,7 @@ LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 
 
 def train(folder: Path, lora_type: str, **changes: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Metrics of three steps, including the gradient norm, and the weights after them."""
+    """The metrics of three steps, including the gradient norm, and the weights afterwards."""
     learner = Learner(config(folder, lora_type, loss=LOSS, **changes))
     batches = [make_batch(make_groups(3, seed=i), capacity=capacity) for i, capacity in enumerate((10_000, 60, 90))]
     metrics = [learner.step(batch).metrics for batch in batches]

@@ -1,4 +1,4 @@
-"""Loss inputs, and each loss by hand in float64."""
+"""Random and hand-made inputs of the losses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOSSES: dict[Any, str] = {
 def inputs(
     loss_class: Any = GRPOLoss, *, with_ref: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> LossInputs:
-    """Sequences of several lengths. GSPO's proximal policy is closer to the learner's, like its clip range."""
+    """Sequences of several lengths. GSPO clips more narrowly, so its proximal policy is closer."""
     generator = torch.Generator().manual_seed(seed)
     counts, lengths = sum(LENGTHS), torch.tensor(LENGTHS)
 
@@ -54,7 +54,7 @@ def inputs(
 def by_hand(
     learner: Sequence[float], proximal: Sequence[float], advantages: Sequence[float], weights: Sequence[float]
 ) -> LossInputs:
-    """The tokens of one sequence, sampled by the proximal policy."""
+    """One sequence whose actor is the proximal policy."""
     return LossInputs(
         learner_logprobs_N=torch.tensor(learner, requires_grad=True),
         proximal_logprobs_N=torch.tensor(proximal),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from stepped import StepGate
 from tiny import LINEARS
+from vision_inputs import hugging_face_inputs
 
 from actors.torch_engine.sampling import log_distribution
 from actors.vllm_engine.config import EngineConfig
@@ -103,16 +104,7 @@ class VisionReference(Reference):
         return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def logits(self, model: Any, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
-        tokens_1L = torch.tensor([ids])
-        vision = {}
-        if images:
-            pixels = self.processor.pixels(images)
-            vision = {
-                "pixel_values": torch.from_numpy(pixels.patches_ND),
-                "image_grid_thw": torch.from_numpy(pixels.grid_IT),
-                "mm_token_type_ids": (tokens_1L == self.processor.image_token_id).long(),
-            }
-        return model(input_ids=tokens_1L, **vision).logits[0]
+        return model(**hugging_face_inputs(self.processor, torch.tensor([ids]), images)).logits[0]
 
 
 def _with_adapter(base: Any, dora: bool, seed: int, targets: str | list[str]) -> Any:

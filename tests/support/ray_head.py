@@ -1,11 +1,10 @@
-"""A real Ray head on free loopback ports, as a cluster has one, for tests that submit jobs to it."""
+"""A real Ray head on free loopback ports, for tests that submit jobs."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,12 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "0123456789abcdef" * 4
@@ -28,7 +28,7 @@ PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-se
 @dataclass(frozen=True)
 class Head:
     environment: dict[str, str]
-    """For programs that speak to it."""
+    """For programs that connect to the head."""
     port: int
     dashboard_port: int
     folder: Path
@@ -41,14 +41,14 @@ class Head:
         return self.run(BIN / "ray", *words, timeout=timeout)
 
     def get(self, path: str, timeout: float = 10) -> Any:
-        """What the dashboard's server answers to whoever has the token."""
+        """The dashboard's JSON answer to a request with the token."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard_port}{path}")
         request.add_header("Authorization", f"Bearer {TOKEN}")
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.load(answer)
 
     def processes(self) -> list[psutil.Process]:
-        """All that this head and its jobs have started and that still run."""
+        """Running processes that this head or its jobs started."""
         return [p for p in psutil.process_iter() if str(self.folder) in " ".join(_words(p))]
 
 
@@ -58,16 +58,8 @@ BIN = Path(sys.executable).parent
 def _words(process: psutil.Process) -> list[str]:
     try:
         return [*process.cmdline(), process.environ().get("RAY_TMPDIR", "")]
-    except psutil.Error:  # it ended meanwhile
+    except psutil.Error:  # the process has ended
         return []
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @contextmanager
@@ -79,7 +71,7 @@ def ray_head(num_cpus: int = 6) -> Iterator[Head]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps 127.0.0.1 as the node's address
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
@@ -107,7 +99,7 @@ def ray_head(num_cpus: int = 6) -> Iterator[Head]:
 
 
 def _wait_until_up(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
-    """The dashboard and its agent answer, with the token."""
+    """Returns once the dashboard and its agent answer a request with the token."""
     deadline = time.monotonic() + 120
     while True:
         try:

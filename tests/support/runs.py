@@ -1,4 +1,4 @@
-"""Short runs of the quick-start, and their rows."""
+"""Short runs of the shipped configs in this process, and their rows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tora.config.load import load_config
+from tora.launch.launcher import run
+
 SHORT = ["num_steps=3", "batch_size=4", "grpo_samples=4", "eval.num_prompts=16", "eval.every=2", "checkpoint.every=2"]
 
 
+def train(config: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` after a short run with a canary at the second step."""
+    assert run(load_config(config, [*SHORT, "sync.canary_every=2", f"output_dir={folder}", *overrides]))
+    return read(folder)
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The whole rows of `metrics.jsonl`, also while a run writes it: none before it exists."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of training steps; those of evaluations have no version."""
     return [row for row in rows if "version" in row]

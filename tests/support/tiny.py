@@ -1,4 +1,4 @@
-"""Tiny random models in Hugging Face's format, made in well under a second."""
+"""Tiny random models in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_text_model(
     seed: int = 0,
     **overrides: Any,
 ) -> Path:
-    """Writes config, weights and tokenizer; returns `folder`. The weights are large enough for logits that differ;
+    """Writes config, weights and tokenizer; returns `folder`. The weights are large enough to make logits differ, and
     biases and norm scales are not trivial. `overrides` go to the config."""
     tokenizer = make_tokenizer()
     specials: dict[str, Any] = {
@@ -82,9 +82,9 @@ def make_vl_model(
     seed: int = 0,
     **overrides: Any,
 ) -> Path:
-    """Qwen3-VL as `make_text_model` has text models, with its processor. `overrides` go to the text part's config.
+    """As `make_text_model`, for Qwen3-VL with its processor. `overrides` go to the config of the text part.
 
-    A feature is a square of 32 x 32 pixels. DeepStack follows both of the first two layers.
+    A feature covers 32 x 32 pixels. DeepStack adds features after each of the first two layers.
     """
     tokenizer = make_tokenizer(vision=True)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _VISION_TOKENS.items()}
@@ -105,7 +105,7 @@ def make_vl_model(
         },
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "tie_word_embeddings": not tied,  # a trap: what counts is the whole config's
+        "tie_word_embeddings": not tied,  # a trap: only the setting of the whole config counts
         **overrides,
     }
     vision = {
@@ -151,12 +151,12 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 parameter.normal_(0, 0.15, generator=generator)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2, generator=generator)
-            else:  # norms: with scales of 1 their order and their neighbours would not show
+            else:  # norms: scales of 1 would hide a norm in the wrong place
                 parameter.uniform_(0.5, 1.5, generator=generator)
 
 
 def make_tokenizer(*, vision: bool = False) -> transformers.PreTrainedTokenizerFast:
-    """A token for each byte after the special ones: ids 3 to 258, and four further on with `vision`; ChatML."""
+    """ChatML, with one token per byte: ids 3 to 258, or 7 to 262 with `vision`, after the special tokens."""
     special = [PAD, START, END, *(_VISION_TOKENS.values() if vision else ())]
     vocabulary = {word: i for i, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -16,9 +16,10 @@ from tora.models.vision.processor import ImageProcessor
 from tora.types import Group, Prompt, Rollout, TrainBatch
 
 SHOWN: list[list[tuple[int, int]]] = [[(64, 32)], [], [(32, 64), (96, 64)], [(64, 32), (64, 64)]]
+"""Widths and heights of the images of each group's prompt; the first and the last prompt share an image."""
 
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.1}
-"""Without momentum or normalisation: Adam would turn the rounding of a zero gradient into a full step."""
+"""Adam would turn the rounding of a zero gradient into a whole step."""
 
 
 def vl_config(folder: Path, lora_type: str, train_vision: str, **changes: Any) -> RunConfig:
@@ -46,6 +47,3 @@ def vision_groups(folder: Path, shown: list[list[tuple[int, int]]] = SHOWN, seed
 
 def batch_of(groups: list[Group], capacity: int = 10_000, **changes: Any) -> TrainBatch:
     return TrainBatch(micro_batches(groups, capacity=capacity, **{**SETTINGS, **changes}), 1.0)
-
-
-"""Widths and heights of the images of each group's prompt; the first and the last show the same image."""

@@ -1,14 +1,16 @@
-"""The rules of the house: who imports whom, what stays light, and that everything shipped holds together."""
+"""The rules of the layout: who imports whom, how large files are, what tests may patch, what stays light."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
 from pathlib import Path
 
 import pytest
+from imports import at_import_time, imports, packages
+from private_patches import private_patches
 
 from tora.cli import main
 from tora.config.load import config_names, configs_dir
@@ -16,58 +18,89 @@ from tora.config.load import config_names, configs_dir
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("tora", "actors", "learner")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+LAYERS = (
+    ("tora", "tora.errors", "tora.types", "tora.protocols", "tora.compat"),
+    ("tora.config",),
+    ("tora.distributed",),
+    ("tora.models",),
+    ("tora.adapters",),
+    ("tora.batching",),
+    ("tora.reporting",),
+    ("tora.rewards",),
+    ("tora.environments",),
+    ("tora.tasks",),
+    ("actors", "learner"),
+    ("tora.run",),
+    ("tora.launch",),
+    ("tora.bench",),
+    ("tora.commands",),
+    ("tora.cli",),
+    ("tora.__main__",),
+)
+"""Low to high. A room imports from lower ones; rooms side by side know nothing of each other, except in the lowest."""
+LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
+
 FORBIDDEN = {
-    "actors": {"learner", "torchtune"},
-    "learner": {"actors", "vllm"},
-    "tora": set(),
+    "actors/": {"learner", "torchtune"},
+    "learner/": {"actors", "vllm"},
+    "tora/run/": {"actors", "learner"},
 }
 KNOWS_BOTH_SIDES = "tora/launch/"
-LIGHT = (
-    "tora.config.schema",
-    "tora.types",
-    "tora.errors",
-    "tora.protocols",
-    "tora.config.load",
-    "tora.cli",
-    "actors.vllm_engine.config",
-)
+LIGHT = ("tora.config.schema", "tora.types", "tora.errors", "tora.protocols", "tora.config.load", "tora.cli")
+MAX_LINES = 400
 
 
 def name_of(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-def imported(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
-    """Top-level packages that the given statements import."""
-    found: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.split(".")[0])
-    return found
-
-
-def at_import_time(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Statements that run when the module is imported: not those in functions, nor for the type checker only."""
-    todo: list[ast.stmt] = list(tree.body)
-    while todo:
-        node = todo.pop()
-        yield node
-        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if not checking and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+def room_of(module: str) -> str:
+    """`tora.models` for `tora.models.vision.tower`, `actors` for `actors.pool`."""
+    parts = module.split(".")
+    room = ".".join(parts[:2]) if parts[0] == "tora" else parts[0]
+    return room if room in LAYER_OF else parts[0]
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports(file: Path) -> None:
-    tree = ast.parse(file.read_text())
-    package = name_of(file).split("/")[0]
-    names = imported(ast.walk(tree))
-    assert not names & FORBIDDEN[package]
-    assert name_of(file).startswith(KNOWS_BOTH_SIDES) or not names >= {"actors", "learner"}
-    if package == "tora":
-        assert not imported(list(at_import_time(tree))) & {"ray", "vllm"}
+def test_nothing_imports_upward(file: Path) -> None:
+    module = name_of(file).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    room = room_of(module)
+    assert room != "tora" or module == "tora", f"{module} belongs to no room: give it a place in LAYERS"
+    layer = LAYER_OF[room]
+    for module, line in imports(ast.walk(ast.parse(file.read_text()))):
+        other = room_of(module)
+        if other in LAYER_OF and other != room:
+            allowed = LAYER_OF[other] < layer or LAYER_OF[other] == layer == 0
+            assert allowed, f"{name_of(file)}:{line} imports {module}, but {other} is not below {room}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_actors_and_learner_stay_apart(file: Path) -> None:
+    name, tree = name_of(file), ast.parse(file.read_text())
+    found = packages(imports(ast.walk(tree)))
+    for folder, forbidden in FORBIDDEN.items():
+        if name.startswith(folder):
+            assert not found & forbidden, f"{name} imports {', '.join(found & forbidden)}"
+    if not name.startswith(KNOWS_BOTH_SIDES):
+        assert not found >= {"actors", "learner"}, (
+            f"{name} imports both actors and learner: only {KNOWS_BOTH_SIDES} may"
+        )
+    if name.startswith("tora/"):
+        early = packages(imports(at_import_time(tree))) & {"ray", "vllm"}
+        assert not early, f"{name} imports {', '.join(early)} at module level"
+
+
+def test_few_files_at_the_top_of_tora() -> None:
+    assert len(list((ROOT / "tora").glob("*.py"))) <= 8
+
+
+def test_the_wheel_holds_our_packages_only() -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == list(PACKAGES)
+    assert wheel["force-include"] == {"configs": "tora/configs"}
+    assert {file.parent.name for file in ROOT.glob("*/__init__.py")} == set(PACKAGES)
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -78,9 +111,56 @@ def test_classes_are_plain(file: Path) -> None:
             assert not [d for d in node.decorator_list if "remote" in ast.unparse(d)], node.name
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
+@pytest.mark.parametrize("file", [*FILES, *TESTS], ids=name_of)
 def test_size(file: Path) -> None:
-    assert len(file.read_text().splitlines()) <= 400
+    assert len(file.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("file", TESTS, ids=name_of)
+def test_no_test_patches_a_private_name(file: Path) -> None:
+    found = private_patches(ast.parse(file.read_text()), PACKAGES)
+    assert not found, f"{name_of(file)} patches private names, {'; '.join(found)}: use an argument or a public name"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'monkeypatch.setattr(seat, "_PULSE_S", 1)',
+        'monkeypatch.setattr(target=seat, name="_PULSE_S", value=1)',
+        'monkeypatch.setattr("actors.seat._PULSE_S", 1)',
+        'monkeypatch.delattr(seat, "_PULSE_S")',
+        'monkeypatch.setitem(seat._TABLE, "key", 1)',
+        'mock.patch("actors.seat._pulse")',
+        'mock.patch.object(seat, "_pulse")',
+        'patch.dict("actors.seat._TABLE", key=1)',
+        'setattr(seat, "_PULSE_S", 1)',
+        "seat._PULSE_S = 1",
+        "seat._PULSE_S += 1",
+        "seat.public, (worker._clock, x) = 1, (2, 3)",
+        "del seat._PULSE_S",
+    ],
+)
+def test_private_patches_are_found(code: str) -> None:
+    tree = ast.parse(f"from unittest import mock\nfrom actors import seat\n{code}")
+    assert len(private_patches(tree, PACKAGES)) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'monkeypatch.setattr(seat, "pause", 1)',
+        'monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)',
+        'monkeypatch.setattr(ray, "_private", 1)',
+        "ray._private.constant = 1",
+        "ray._state = 1",
+        "self._steps = 1",
+        'monkeypatch.setattr(Adapter, "__call__", 1)',
+        'monkeypatch.setitem(sys.modules, "tora._x", 1)',
+        "steps = seat._PULSE_S",
+    ],
+)
+def test_other_patches_are_let_through(code: str) -> None:
+    assert not private_patches(ast.parse(f"import ray\nfrom actors import seat\n{code}"), PACKAGES)
 
 
 @pytest.mark.parametrize("module", LIGHT)

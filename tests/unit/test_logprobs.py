@@ -1,4 +1,4 @@
-"""Log-probs in chunks, against a full log-softmax in float64."""
+"""Chunked log-probs against a full log-softmax in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_chunks_equal_log_softmax_with_gradients(
     distribution = (hidden.double() @ head.double().T / temperature).log_softmax(1)
     expected = distribution.gather(1, targets[:, None])[:, 0]
     references = torch.autograd.grad((expected * upstream).sum(), [hidden, head])
-    monkeypatch.setattr("learner.logprobs._CHUNK_BYTES", rows * 50 * 4)
+    monkeypatch.setattr("learner.logprobs.CHUNK_BYTES", rows * 50 * 4)
     logprobs, entropy = token_logprobs(hidden, head, targets, temperature=temperature)
     assert logprobs.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
     tolerance = TOLERANCES[dtype]
@@ -42,7 +42,7 @@ def test_chunks_equal_log_softmax_with_gradients(
         torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
 
 
-def test_a_frozen_head_gets_no_gradient_and_frozen_hidden_states_no_graph() -> None:
+def test_no_gradient_for_a_frozen_head_and_no_graph_under_no_grad() -> None:
     head, hidden, targets = torch.randn(50, 16), torch.randn(4, 16, requires_grad=True), torch.arange(4)
     logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0)
     logprobs.sum().backward()
@@ -51,8 +51,8 @@ def test_a_frozen_head_gets_no_gradient_and_frozen_hidden_states_no_graph() -> N
         assert not token_logprobs(hidden, head, targets, temperature=1.0)[0].requires_grad
 
 
-def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
-    """Between forward and backward, autograd keeps the inputs and one number per token."""
+def test_full_logits_are_never_saved_for_backward() -> None:
+    """Autograd keeps the inputs and one number per token between forward and backward."""
     head, hidden, targets = torch.randn(5000, 8), torch.randn(64, 8, requires_grad=True), torch.arange(64)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -61,21 +61,21 @@ def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_trained_head_tied_or_not_learns_as_through_its_module(tmp_path: Path, tied: bool) -> None:
+def test_a_trained_head_gets_the_same_gradients_as_through_its_module(tmp_path: Path, tied: bool) -> None:
     model = load_decoder(make_text_model(tmp_path, tied=tied), dtype=torch.float32, device=torch.device("cpu"))
     model.requires_grad_(True)
     (ids,) = random_sequences(40)
     targets = ids.roll(1)
 
     def gradients(way: str) -> dict[str, torch.Tensor]:
-        def output_fn(hidden_1TH: torch.Tensor) -> torch.Tensor:
+        def finish(hidden_1TH: torch.Tensor) -> torch.Tensor:
             if way == "module":
                 return model.output(hidden_1TH[0]).log_softmax(1).gather(1, targets[:, None])[:, 0]
             return token_logprobs(hidden_1TH[0], model.head, targets, temperature=1.0)[0]
 
         model.zero_grad()
         attend = PackedAttention(torch.tensor([len(ids)]))
-        model(ids[None], positions=torch.arange(len(ids))[None], attend=attend, output_fn=output_fn).mean().backward()
+        model(ids[None], positions=torch.arange(len(ids))[None], attend=attend, output_fn=finish).mean().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     ours, reference = gradients("ours"), gradients("module")

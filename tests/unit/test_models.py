@@ -1,4 +1,4 @@
-"""Every family's decoder against transformers, float32."""
+"""The decoder of every model family against transformers in float32."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_sharded_folder_loads_like_a_single_file(tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_dtype_is_the_runs_whatever_the_folder_holds(tmp_path: Path) -> None:
+def test_weights_take_the_runs_dtype_and_norms_stay_float32(tmp_path: Path) -> None:
     model = load_decoder(make_text_model(tmp_path), dtype=torch.bfloat16, device=CPU)
     assert {p.dtype for name, p in model.named_parameters() if "norm" not in name} == {torch.bfloat16}
     assert {p.dtype for name, p in model.named_parameters() if "norm" in name} == {torch.float32}
@@ -125,7 +125,7 @@ def _break_window(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> N
         (_break_window, "sliding-window"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, words: str) -> None:
+def test_an_incompatible_folder_is_refused(tmp_path: Path, damage: Any, words: str) -> None:
     folder = make_text_model(tmp_path)
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     damage(tensors, config)

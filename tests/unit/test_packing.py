@@ -1,4 +1,4 @@
-"""Packed sequences, with and without shared prompts, against one padded row per sequence: same loss and gradients."""
+"""Packed batches, with and without shared prompts, against padded ones: the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {
     "clip_grad_norm": None,
     "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
 }
-"""With these settings, the change of the weights in a step is the gradient."""
+"""With these settings the change of the weights in a step equals its gradient."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gradients(kind: type[Learner], folder: Path, lora_type: str, **batch: Any) -> tuple[dict[str, float], Any]:
-    """The metrics and gradients of a step. B is not zero, so A has a gradient too."""
+    """The metrics of a step and its gradients. B starts away from zero, so that A has a gradient too."""
     learner = kind(config(folder, lora_type, **PLAIN))
     torch.manual_seed(1)
     for name, tensor in learner.model.named_parameters():
@@ -47,7 +47,7 @@ def gradients(kind: type[Learner], folder: Path, lora_type: str, **batch: Any) -
 
 
 @pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
-def test_packed_and_shared_equal_padded(folder: Path, lora_type: str) -> None:
+def test_packed_and_shared_batches_equal_padded_ones(folder: Path, lora_type: str) -> None:
     padded, expected = gradients(PaddedLearner, folder, lora_type)
     assert sum(float(g.abs().sum()) for g in expected.values()) > 0
     for batch in ({}, {"capacity": 60}, {"share_prefix": True}, {"share_prefix": True, "capacity": 45}):
@@ -58,7 +58,7 @@ def test_packed_and_shared_equal_padded(folder: Path, lora_type: str) -> None:
             torch.testing.assert_close(found[name], gradient, atol=2e-5, rtol=1e-3)
 
 
-def test_shared_prompts_stay_compiled(folder: Path) -> None:
+def test_shared_prompts_do_not_recompile(folder: Path) -> None:
     torch._dynamo.reset()
     counters.clear()
     eager, compiled = (Learner(config(folder, "dora_cache", loss=LOSS, compile=c)) for c in (False, True))
@@ -74,7 +74,7 @@ def test_shared_prompts_stay_compiled(folder: Path) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("capacity", [10, 30, 45, 10_000])
-def test_a_prompt_is_packed_once_before_all_its_completions(capacity: int, num_ranks: int) -> None:
+def test_a_shared_prompt_appears_once_before_its_completions(capacity: int, num_ranks: int) -> None:
     groups = make_groups(4, seed=3)
     micro = micro_batches(groups, capacity=capacity, num_ranks=num_ranks, share_prefix=True, **SETTINGS)
     assert len(micro) % num_ranks == 0 or all(len(x.lengths_B) == 1 for x in micro)
@@ -100,7 +100,7 @@ def test_a_prompt_is_packed_once_before_all_its_completions(capacity: int, num_r
     assert found == Counter(tuple(r.token_ids) for group in groups for r in group.rollouts)
 
 
-def as_documented(
+def reference_varlen_attn(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -112,7 +112,7 @@ def as_documented(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """`varlen_attn` by its documentation, since it has no CPU kernel."""
+    """`varlen_attn` as torch documents it; torch has no CPU kernel for it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     lengths_q, lengths_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
     assert (max(lengths_q), max(lengths_k)) == (max_q, max_k) and window_size == (-1, 0)
@@ -122,8 +122,8 @@ def as_documented(
     return torch.cat([x[0].transpose(0, 1) for x in out])
 
 
-def test_varlen_attention_is_called_for_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tora.models.varlen.varlen_attn", as_documented)
+def test_varlen_attention_equals_packed_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tora.models.varlen.varlen_attn", reference_varlen_attn)
     lengths = [5, 1, 17, 8]
     inputs = attention_inputs(lengths, "cpu", torch.float32)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""NF4 bases: quantisation, adapter layers against PEFT and torchao, memory, and the dequantised folder for vLLM."""
+"""NF4 bases: quantisation against torchao, adapters over them against PEFT, memory, and dequantised folders."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def inner(weight: NF4Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(128, 128), (64, 128), (96, 96), (32, 96), (2500, 64)])
-def test_a_round_trip_is_torchaos(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_a_round_trip_equals_torchaos(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, dtype=dtype)
     ours, theirs = quantize(weight, "w"), to_nf4(weight, 64, scaler_block_size(*shape))
     assert torch.equal(dequantize(ours), theirs.get_original_weight()) and ours.dtype == dtype
@@ -79,26 +79,26 @@ def test_a_block_of_zeros_stays_nearly_zero() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_can_be_nf4_and_sharded(model: str) -> None:
+def test_every_models_shapes_can_be_quantised_and_sharded(model: str) -> None:
     hidden, heads, kv_heads, head_dim, mlp = MODELS[model]
     for rows, columns in (
         (heads * head_dim, hidden), (kv_heads * head_dim, hidden), (hidden, heads * head_dim),
         (mlp, hidden), (hidden, mlp),
     ):  # fmt: skip
         size = scaler_block_size(rows, columns)
-        assert model == "quickstart" or size >= 32, "a factor of 16 bits for 32 x 64 weights: under 0.01 bits a weight"
+        assert model == "quickstart" or size >= 32, "16 bits per 32 x 64 weights: under 0.01 bits per weight"
         for ranks in (1, 2, 4, 8):
             assert rows % ranks == 0 and rows * columns // ranks % (64 * size) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_a_weight(dtype: torch.dtype) -> None:
+def test_bits_per_weight(dtype: torch.dtype) -> None:
     weight = quantize(torch.randn(1024, 1024, dtype=dtype), "w")
     bits = 8 * sum(t.nbytes for t in inner(weight)) / weight.numel()
     assert 4.125 < bits < 4.135
 
 
-def test_a_weight_that_cannot_be_nf4_is_named() -> None:
+def test_a_weight_that_cannot_be_quantised_is_named() -> None:
     for shape in ((3, 5), (64,)):
         with pytest.raises(
             ConfigError, match=r"model.quantize_base=true: model\.x\.weight has shape .* multiple of 64"
@@ -106,7 +106,7 @@ def test_a_weight_that_cannot_be_nf4_is_named() -> None:
             quantize(torch.zeros(shape), "model.x.weight")
 
 
-def test_ranks_that_cannot_share_are_refused(tmp_path: Path) -> None:
+def test_a_number_of_ranks_that_cannot_shard_nf4_is_refused(tmp_path: Path) -> None:
     folder = make_text_model(tmp_path)
     for ranks in (1, 2, 4, 8):
         build_policy(config(folder, quantize_base=True, learner_ranks=ranks), CPU)
@@ -114,7 +114,7 @@ def test_ranks_that_cannot_share_are_refused(tmp_path: Path) -> None:
         build_policy(config(folder, quantize_base=True, learner_ranks=3), CPU)
 
 
-def test_config_refuses() -> None:
+def test_configs_that_contradict_quantisation_are_refused() -> None:
     with pytest.raises(ConfigError, match="quantize_base=true freezes the base"):
         load_config("quickstart", ["model.quantize_base=true", "model.lora_type=full"])
     for overrides in (["rollout.engine=torch", "model.quantize_base=true"], ["rollout.engine=vllm"]):
@@ -123,14 +123,14 @@ def test_config_refuses() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loading_quantises_the_linears_whole_and_one_at_a_time(
+def test_loading_quantises_linear_weights_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     folder = make_text_model(tmp_path, "qwen2", tied=False)
     plain: list[weakref.ref[torch.Tensor]] = []
 
     def spy(weight: torch.Tensor, name: str) -> NF4Tensor:
-        assert not any(earlier() is not None for earlier in plain), "an earlier weight is still held unquantised"
+        assert not any(earlier() is not None for earlier in plain), "an earlier weight is still held in full precision"
         plain.append(weakref.ref(weight))
         return quantize(weight, name)
 
@@ -156,7 +156,7 @@ def test_outputs_and_gradients_equal_peft_on_the_dequantised_base(tmp_path: Path
     check_against_peft(model_config(folder, lora_type, quantize_base=True), base, tmp_path / "adapter")
 
 
-def test_layers_without_an_adapter_are_their_base(tmp_path: Path) -> None:
+def test_layers_without_an_adapter_equal_the_base(tmp_path: Path) -> None:
     folder = make_text_model(tmp_path / "base")
     base = dequantized_folder(folder, tmp_path / "cache", dtype=torch.float32, device=CPU)
     model = build(model_config(folder, "dora_cache", quantize_base=True, lora_targets=["q_proj"]))
@@ -168,7 +168,7 @@ def test_layers_without_an_adapter_are_their_base(tmp_path: Path) -> None:
     )
 
 
-def test_a_snapshot_carries_a_quantised_policy(tmp_path: Path) -> None:
+def test_a_snapshot_transfers_a_quantised_policy(tmp_path: Path) -> None:
     cfg = model_config(make_text_model(tmp_path), "dora_cache", quantize_base=True)
     sender, receiver = build(cfg), build(cfg)
     shake(sender)
@@ -198,7 +198,7 @@ def test_row_norms_equal_float64(dtype: torch.dtype) -> None:
 
 
 class Pair(nn.Module):
-    """Two layers with a nonlinearity between them, as in a model."""
+    """Two linear layers with a nonlinearity between them, as in a model."""
 
     def __init__(self, lora_type: str | None, hidden: int, mlp: int) -> None:
         super().__init__()
@@ -218,13 +218,13 @@ class Pair(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
     def held(self) -> set[int]:
-        """Addresses of tensors that are kept in any case."""
+        """Addresses of the parameters and buffers, which are held anyway."""
         parts = [t for p in self.parameters() for t in (inner(p) if isinstance(p, NF4Tensor) else [p])]
         return {t.data_ptr() for t in [*parts, *self.buffers()]}
 
 
 def saved_bytes(module: Any, x: torch.Tensor, held: set[int]) -> tuple[torch.Tensor, int]:
-    """The output, and the bytes saved for the backward pass in addition to `held`."""
+    """The output, and the bytes that are saved for backward beyond what is `held`."""
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ def test_the_backward_pass_keeps_no_dequantised_weight(lora_type: str | None) ->
     torch.testing.assert_close(y_compiled, y, atol=1e-5, rtol=1e-5)
     actual = torch.autograd.grad(y_compiled.square().sum(), [x, *(p for p in pair.parameters() if p.requires_grad)])
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-    assert in_graph < 0.1 * one_weight, "inductor would keep both decoded weights"
+    assert in_graph < 0.1 * one_weight, "inductor saves both decoded weights unless told to recompute them"
 
 
 def test_bf16_computes_in_bf16() -> None:
@@ -265,7 +265,7 @@ def test_bf16_computes_in_bf16() -> None:
     assert torch.equal(gradient, torch.ones_like(y) @ dequantize(weight))
 
 
-def test_a_dequantised_folder_is_whole_kept_and_keyed(tmp_path: Path) -> None:
+def test_a_dequantised_folder_is_complete_and_reused_until_its_source_changes(tmp_path: Path) -> None:
     single, cache = make_text_model(tmp_path / "single", "qwen2", tied=False), tmp_path / "cache"
     source = tmp_path / "sharded"
     AutoModelForCausalLM.from_pretrained(single).save_pretrained(source, max_shard_size="200KB")
@@ -290,7 +290,7 @@ def test_a_dequantised_folder_is_whole_kept_and_keyed(tmp_path: Path) -> None:
     assert len({folder, *others}) == 3
 
 
-def test_the_last_to_use_a_dequantised_folder_deletes_it(tmp_path: Path) -> None:
+def test_the_last_user_of_a_dequantised_folder_deletes_it(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     code = (
         "import time; from pathlib import Path; from tora.models.dequantized import in_use\n"
@@ -299,10 +299,10 @@ def test_the_last_to_use_a_dequantised_folder_deletes_it(tmp_path: Path) -> None
     with in_use(cache):
         with in_use(cache):
             (cache / "model.safetensors").write_bytes(b"weights")
-        assert (cache / "model.safetensors").exists(), "it is still in use"
+        assert (cache / "model.safetensors").exists(), "the outer context still uses it"
         other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert other.stdout and other.stdout.readline() == "in\n"
         other.kill()
         other.wait()
         assert cache.exists()
-    assert not cache.exists(), "a killed process does not block deletion"
+    assert not cache.exists(), "a killed process does not keep the folder"

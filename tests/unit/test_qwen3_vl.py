@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers in float32: logits, positions, and refused inputs."""
+"""Qwen3-VL against transformers in float32: logits, positions and refused inputs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from decoders import CPU
 from safetensors.torch import load_file
 from tiny import LINEARS, make_vl_model, picture
 from transformers import Qwen3VLForConditionalGeneration
+from vision_inputs import hugging_face_inputs
 
 from tora.models.attention import PackedAttention
 from tora.models.load import load_decoder
@@ -22,7 +23,7 @@ from tora.models.vision.processor import ImageProcessor
 from tora.models.vision.qwen3_vl import FAMILY, ImageInputs, Qwen3VL
 
 SIZES: list[list[tuple[int, int]]] = [[], [(96, 64)], [(64, 64), (128, 96)], [(32, 160), (96, 64)]]
-"""Widths and heights of each prompt's images; one image is in two prompts."""
+"""Widths and heights of each prompt's images; two prompts share an image."""
 TOLERANCE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-5}
 
 
@@ -64,16 +65,8 @@ def hugging_face(model: Any, folder: Path, samples: list[Sample], padding: str) 
         place = slice(longest - len(sample.ids), None) if padding == "left" else slice(len(sample.ids))
         ids[row, place], mask[row, place] = torch.tensor(sample.ids), 1
     images = [image for sample in samples for image in sample.images]
-    extra: dict[str, Any] = {}
-    if images:
-        pixels = ImageProcessor(folder).pixels(images)
-        extra = {
-            "pixel_values": torch.from_numpy(pixels.patches_ND),
-            "image_grid_thw": torch.from_numpy(pixels.grid_IT),
-            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-        }
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, **extra).logits
+        logits = model(attention_mask=mask, **hugging_face_inputs(ImageProcessor(folder), ids, images)).logits
     return [logits[row][mask[row].bool()] for row in range(len(samples))]
 
 
@@ -111,7 +104,7 @@ def packed_logits(model: Qwen3VL, folder: Path, samples: list[Sample]) -> list[t
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_packed_logits_equal_hugging_faces_padded_ones(
+def test_packed_logits_equal_hugging_faces_padded_logits(
     models: tuple[Any, Qwen3VL, Path], samples: list[Sample], padding: str
 ) -> None:
     theirs, ours, folder = models
@@ -120,14 +113,16 @@ def test_packed_logits_equal_hugging_faces_padded_ones(
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-def test_each_prompt_alone(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
+def test_logits_of_a_single_prompt_equal_hugging_faces(
+    models: tuple[Any, Qwen3VL, Path], samples: list[Sample]
+) -> None:
     theirs, ours, folder = models
     for sample in samples[1:]:
         (expected,) = hugging_face(theirs, folder, [sample], "right")
         torch.testing.assert_close(packed_logits(ours, folder, [sample])[0], expected, **TOLERANCE)
 
 
-def test_without_images_it_is_a_text_model(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
+def test_without_images_it_equals_a_text_model(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
     theirs, ours, folder = models
     (expected,) = hugging_face(theirs, folder, samples[:1], "right")
     length = len(samples[0].ids)
@@ -141,7 +136,7 @@ def test_without_images_it_is_a_text_model(models: tuple[Any, Qwen3VL, Path], sa
     torch.testing.assert_close(logits[0], expected, **TOLERANCE)
 
 
-def test_images_matter(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
+def test_images_change_the_logits(models: tuple[Any, Qwen3VL, Path], samples: list[Sample]) -> None:
     """Otherwise the comparisons above would prove little."""
     _, ours, folder = models
     sample = samples[1]
@@ -151,8 +146,8 @@ def test_images_matter(models: tuple[Any, Qwen3VL, Path], samples: list[Sample])
     assert (packed_logits(ours, folder, [sample])[0] - seen)[-1].abs().max() > 0.1
 
 
-def test_completions_share_their_prompt(models: tuple[Any, Qwen3VL, Path]) -> None:
-    """Completions attend to their prompt's images and continue from its last position."""
+def test_logits_with_shared_prompts_equal_hugging_faces(models: tuple[Any, Qwen3VL, Path]) -> None:
+    """Prompts come first, then completions, which attend to their prompt's images and continue its positions."""
     theirs, ours, folder = models
     processor = ImageProcessor(folder)
     samples = [Sample(processor, SIZES[number], number, tail) for number, tail in ((2, 5), (2, 8), (1, 3))]
@@ -202,7 +197,7 @@ def test_positions_equal_hugging_faces(models: tuple[Any, Qwen3VL, Path], sample
         np.testing.assert_array_equal(part, expected[:, 0].numpy())
 
 
-def test_a_sampled_placeholder_is_a_token_like_any_other(
+def test_a_sampled_image_placeholder_is_an_ordinary_token(
     models: tuple[Any, Qwen3VL, Path], samples: list[Sample]
 ) -> None:
     _, ours, folder = models
@@ -218,7 +213,7 @@ def _one_fewer(sample: Sample, model: Qwen3VL) -> None:
 
 
 def _of_another_size(sample: Sample, model: Qwen3VL) -> None:
-    """Swap two images, which leaves the total number of features unchanged."""
+    """The same number of features in total, but with the images swapped."""
     sample.images.reverse()
 
 
@@ -234,7 +229,9 @@ def _film(sample: Sample, model: Qwen3VL) -> None:
         (_film, "video"),
     ],
 )
-def test_what_does_not_fit_is_refused(models: tuple[Any, Qwen3VL, Path], damage: Any, words: str) -> None:
+def test_images_that_do_not_match_the_placeholders_are_refused(
+    models: tuple[Any, Qwen3VL, Path], damage: Any, words: str
+) -> None:
     _, ours, folder = models
     sample = Sample(ImageProcessor(folder), SIZES[2], 2)
     damage(sample, ours)
@@ -251,7 +248,7 @@ def test_names_map_both_ways(models: tuple[Any, Qwen3VL, Path]) -> None:
     assert {FAMILY.names.parameter_to_hf(name) for name, _ in ours.named_parameters()} == set(stored)
 
 
-def test_the_base_in_nf4_leaves_the_tower_alone(models: tuple[Any, Qwen3VL, Path]) -> None:
+def test_quantisation_leaves_the_vision_tower_alone(models: tuple[Any, Qwen3VL, Path]) -> None:
     quantized = load_decoder(models[2], dtype=torch.float32, device=CPU, quantize_base=True)
     nf4 = {name for name, p in quantized.named_parameters() if isinstance(p, NF4Tensor)}
     assert len(nf4) == len(LINEARS) * len(quantized.layers) and all(name.startswith("layers.") for name in nf4)

@@ -1,4 +1,4 @@
-"""The torch engine on prompts with images: what it samples, and what it says of it."""
+"""The torch engine on prompts with images: samples, log-probs and snapshots."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from adapters import shake
 from decoders import CPU
 from tiny import make_vl_model
 from transformers import Qwen3VLForConditionalGeneration
+from vision_inputs import hugging_face_inputs
 from vision_learners import vision_groups, vl_config
 
 from actors.torch_engine.engine import TorchEngine
@@ -24,7 +25,7 @@ from tora.models.vision.processor import ImageProcessor
 from tora.types import Group, LogprobRequest, Prompt, Rollout, SampleRequest, Sampling, TrainBatch
 
 LONG = 150
-"""Tokens that make the cache grow on the way."""
+"""Tokens to generate: enough to make the cache grow."""
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +47,15 @@ def requests(prompts: list[Prompt], sampling: Sampling) -> list[SampleRequest]:
 
 
 def expected_logprobs(model: Any, folder: Path, prompt: Prompt, completion: list[int]) -> torch.Tensor:
-    """By transformers, from one forward without a cache."""
+    """From transformers, in one forward without a cache."""
     processor, ids = ImageProcessor(folder), torch.tensor([*prompt.token_ids, *completion])[None]
-    extra: dict[str, Any] = {}
-    if prompt.images:
-        pixels = processor.pixels(prompt.images)
-        extra = {
-            "pixel_values": torch.from_numpy(pixels.patches_ND),
-            "image_grid_thw": torch.from_numpy(pixels.grid_IT),
-            "mm_token_type_ids": (ids == processor.image_token_id).int(),
-        }
     with torch.no_grad():
-        logits = model(input_ids=ids, **extra).logits[0, len(prompt.token_ids) - 1 : -1]
+        logits = model(**hugging_face_inputs(processor, ids, prompt.images)).logits[0, len(prompt.token_ids) - 1 : -1]
     return logits.log_softmax(1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def test_decoding_with_a_cache_equals_the_full_forward(folder: Path, prompts: list[Prompt]) -> None:
-    """Rows with none, one and two images; some leave early and the cache grows."""
+    """Rows with no, one and two images; some finish early, and the cache grows."""
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     ours = load_decoder(folder, dtype=torch.float32, device=CPU)
     engine = engine_of(ours, folder)
@@ -76,7 +69,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(folder: Path, prompts: li
         for completion in completions:
             ids = completion.token_ids.tolist()
             lengths.append(len(ids))
-            if image_token in ids:  # transformers would look for one more image
+            if image_token in ids:  # transformers would expect one more image
                 continue
             expected = expected_logprobs(theirs, folder, prompt, ids)
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=1e-4)
@@ -85,7 +78,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(folder: Path, prompts: li
     assert longest > 8 * 17, "the cache grew"
 
 
-def test_scores_of_vision_prompts(folder: Path, prompts: list[Prompt]) -> None:
+def test_logprobs_of_given_completions_equal_transformers(folder: Path, prompts: list[Prompt]) -> None:
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     ours = load_decoder(folder, dtype=torch.float32, device=CPU)
     engine = engine_of(ours, folder)
@@ -103,7 +96,7 @@ def test_scores_of_vision_prompts(folder: Path, prompts: list[Prompt]) -> None:
 def test_a_copy_serves_the_learners_policy(
     folder: Path, prompts: list[Prompt], lora_type: str, train_vision: str
 ) -> None:
-    """What it samples has the learner's log-probs, from a snapshot of what is trained alone."""
+    """Its samples have the learner's log-probs, although the snapshot holds trained tensors only."""
     cfg = vl_config(folder, lora_type, train_vision)
     learner, copy = Learner(cfg), build_policy(cfg, CPU)
     if lora_type != "full":
@@ -131,7 +124,7 @@ def _batch(prompts: list[Prompt], ids: list[np.ndarray], logprobs: list[np.ndarr
     )
 
 
-def test_a_snapshot_that_lacks_the_tower_is_refused(folder: Path) -> None:
+def test_a_snapshot_without_the_tower_is_refused(folder: Path) -> None:
     sender, receiver = (build_policy(vl_config(folder, "lora", kind), CPU) for kind in ("none", "lora"))
     with pytest.raises(ValueError, match="differ in 18 adapted layers"):
         from_wire(receiver, dict.fromkeys([f"{n}.lora_A.weight" for n in _modules(sender)], torch.zeros(1)))

@@ -1,4 +1,4 @@
-"""The learner on prompts with images, against transformers and PEFT and across packings."""
+"""The learner on prompts with images, against transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch._dynamo
 from adapters import shake
+from comparisons import compare
 from learners import config, weights
 from peft import PeftModel
-from ranks import compare
 from tiny import make_text_model, make_vl_model
 from transformers import Qwen3VLForConditionalGeneration
+from vision_inputs import hugging_face_inputs
 from vision_learners import SGD, SHOWN, batch_of, vision_groups, vl_config
 
 from learner.learner import Learner
@@ -28,7 +29,7 @@ KL = {**LOSS, "kl_coeff": 0.05}
 TOWER_LINEARS = 3 * 4 + 2 * 3
 """Four in each of three blocks, two in each of three mergers."""
 TOWER_TENSORS = 2 * TOWER_LINEARS + 3 * 4 + 3 * 2 + 3
-"""Weights and biases: of those, of norms, of the patch embedding; and the learned positions."""
+"""Weights and biases of the linear layers, the norms and the patch embedding, and the position embedding."""
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hand_made(model: Any, folder: Path, groups: list[Group]) -> tuple[torch.Tensor, float]:
-    """-Σ A log p / tokens, whose gradient is the first step's, and `mismatch_kl`: by transformers, one sequence at a
-    time, each with its own pixels."""
+    """The loss -Σ A log p / tokens, whose gradient equals that of the first step, and `mismatch_kl`. Transformers runs
+    one sequence at a time, each with its own pixels."""
     processor, total, tokens, k3 = ImageProcessor(folder), torch.zeros(()), 0, 0.0
     for group in groups:
         advantages = group_advantages([r.reward for r in group.rollouts], True)
         for rollout, advantage in zip(group.rollouts, advantages, strict=True):
             ids = torch.tensor([*group.prompt.token_ids, *rollout.token_ids.tolist()])[None]
-            extra: dict[str, Any] = {}
-            if group.prompt.images:
-                pixels = processor.pixels(group.prompt.images)
-                extra = {
-                    "pixel_values": torch.from_numpy(pixels.patches_ND),
-                    "image_grid_thw": torch.from_numpy(pixels.grid_IT),
-                    "mm_token_type_ids": (ids == processor.image_token_id).int(),
-                }
-            logits = model(input_ids=ids, **extra).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            inputs = hugging_face_inputs(processor, ids, group.prompt.images)
+            logits = model(**inputs).logits[0, len(group.prompt.token_ids) - 1 : -1]
             logprobs = logits.log_softmax(1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
             total, tokens = total - float(advantage) * logprobs.sum(), tokens + len(logprobs)
             d = logprobs.detach() - torch.tensor(rollout.actor_logprobs)
@@ -91,7 +85,7 @@ def test_an_exported_policy_has_the_same_gradients_in_peft(
 
 
 def spy_on_gradients(learner: Learner) -> dict[str, torch.Tensor]:
-    """The gradients of the next step, which must have one micro-batch; filled when it runs."""
+    """A dict that the next step fills, if it has one micro-batch."""
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -108,7 +102,7 @@ def spy_on_gradients(learner: Learner) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("lora_type", "train_vision"), [("dora_cache", "lora"), ("full", "full"), ("full", "none")])
 def test_packing_does_not_change_the_update(folder: Path, lora_type: str, train_vision: str) -> None:
-    """One or several micro-batches, with and without shared prompts."""
+    """One micro-batch or several, prompts shared or not; each computes the features of an image once."""
     packings: list[dict[str, Any]] = [{}, {"capacity": 100}, {"share_prefix": True}]
     learners = [Learner(vl_config(folder, lora_type, train_vision, loss=KL, optimizer=SGD)) for _ in packings]
     groups = vision_groups(folder)
@@ -143,7 +137,9 @@ def test_each_distinct_image_goes_through_the_tower_once(folder: Path, share_pre
         ("full", "full", TOWER_TENSORS),
     ],
 )
-def test_a_step_moves_what_is_trained(folder: Path, lora_type: str, train_vision: str, num_in_tower: int) -> None:
+def test_a_step_changes_exactly_the_trained_parameters(
+    folder: Path, lora_type: str, train_vision: str, num_in_tower: int
+) -> None:
     learner = Learner(vl_config(folder, lora_type, train_vision))
     trained, before = set(trained_parameters(learner.model)), dict(learner.model.named_parameters())
     before = {name: p.detach().clone() for name, p in before.items()}

@@ -1,4 +1,4 @@
-"""Tasks with images: handwritten digits, and the hub tasks on local files with the same columns."""
+"""Tasks with images: handwritten digits, and loaders of hub datasets on files with the same columns."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def scene(shade: int) -> bytes:
     return encoded(Image.new("L", (48, 32), shade))
 
 
-def test_digits_never_share_a_picture_between_splits():
+def test_splits_of_digits_share_no_picture():
     train, test = (set(pictures_of(split)) for split in ("train", "test"))
     assert (len(train), len(test)) == (1347, 450) and not train & test
     shown = {bytes(row["images"][0]) for row in digits("test", 50, count=1)}
     assert shown <= {picture((i,)) for i in test}
 
 
-def test_digits_are_side_by_side_and_answers_their_sum():
+def test_digits_stand_side_by_side_and_the_answer_is_their_sum():
     left, right = 5, 8
     both, alone = (np.asarray(decode(picture(i))) for i in ((left, right), (left,)))
     assert both.shape == (64, 128, 3)
-    np.testing.assert_array_equal(both[:, :56], alone[:, :56])  # resizing smooths the seam
+    np.testing.assert_array_equal(both[:, :56], alone[:, :56])  # only the seam is smoothed
     rows = digits("train", 200)
     by_picture = {picture((i, j)): sum(values((i, j))) for i, j in rows.draws}
     assert [str(by_picture[row["images"][0]]) for row in rows] == [row["answer"] for row in rows]
@@ -57,7 +57,7 @@ def test_digits_are_side_by_side_and_answers_their_sum():
 
 
 @pytest.mark.parametrize("wrong", [{"split": "dev"}, {"num_rows": 0}, {"count": 3}])
-def test_digits_refuse(wrong: dict[str, Any]):
+def test_digits_refuse_invalid_arguments(wrong: dict[str, Any]):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         digits(**wrong)
 
@@ -106,13 +106,13 @@ def test_a_loader_names_the_column_that_is_missing(tmp_path: Path):
         geometry3k(path=path)
 
 
-def test_base_is_small_and_names_no_machine():
+def test_the_base_is_small_and_holds_no_absolute_path():
     assert sum(file.stat().st_size for file in BASE.iterdir()) < 1.75 * 2**20
     for file in BASE.glob("*config.json"):
         assert not re.search(r'"/\w', file.read_text()), file
 
 
-def test_base_reads_pictures_as_its_processor_was_made_to():
+def test_the_bases_processor_gives_eight_tokens_per_picture():
     processor = ImageProcessor(BASE)
     row = digits("test", 1)[0]
     assert processor.encode(row["prompt"], row["images"]).count(processor.image_token_id) == 8
