@@ -88,7 +88,7 @@ def test_a_run_out_of_learner_restarts_ends_and_can_be_resumed(tmp_path: Path) -
         os.kill(actors(run.pid, "LearnerRank")[0], signal.SIGKILL)
         assert run.wait(120) == 1
     message = output(folder).splitlines()[-1]
-    assert "max_learner_restarts=0 is used up; resume_from_checkpoint=true goes on from step" in message
+    assert "max_learner_restarts=0 is used up; resume_from_checkpoint=true continues from step" in message
     step = int(message.rpartition(" ")[2].rstrip("."))
     with tora_run(folder, *torch, f"num_steps={step + 4}", "resume_from_checkpoint=true") as run:
         assert run.wait(240) == 0
