@@ -43,8 +43,17 @@ class Sampling:
     top_k: int = 0
     """0 is off."""
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Drops tokens less probable than this share of the most probable one; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that prompt or completion already have, multiplies negative ones; 1 is off."""
     stop_token_ids: tuple[int, ...] = ()
     """A stop token ends the completion and is part of it."""
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether penalties or truncation draw from another distribution than the tempered softmax."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,10 @@ class Completion:
     token_ids: np.ndarray
     """[L] int64, stop token included."""
     logprobs: np.ndarray
-    """[L] float32, natural log, of the distribution sampled from (temperature and truncation applied)."""
+    """[L] float32, natural log: the policy's, of the whole softmax at the sampling temperature, before penalties and
+    truncation. The learner computes the same, so its ratio to the engine is 1 for equal policies."""
+    sampling_logprobs: np.ndarray
+    """[L] float32: of the distribution drawn from, penalties and truncation applied; equal to `logprobs` without."""
     versions: np.ndarray
     """[L] int64, the policy version that produced each token."""
     stopped: bool
@@ -100,6 +112,9 @@ class Rollout:
     """Weighted sum of `reward_parts`."""
     reward_parts: Mapping[str, float]
     """Unweighted, by reward name."""
+    kept_mass: float = 1.0
+    """Mean over tokens of π / q: the policy's probability of the token over that of the distribution drawn from. Under
+    truncation this is the share of the policy's probability that the kept tokens have."""
 
 
 @dataclass(frozen=True, slots=True)

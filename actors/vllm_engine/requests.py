@@ -57,10 +57,12 @@ def sampling_params(request: SampleRequest) -> SamplingParams:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # stop tokens are those of the request, none of the model's
-            logprobs=0,  # of the sampled token alone
+            logprobs=int(sampling.reshapes),  # the sampled token's, and the policy's: see `policy_logprobs`
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -91,11 +93,13 @@ def scoring_params() -> SamplingParams:
 def completion(output: Any, versions_L: np.ndarray) -> Completion:
     """From vLLM's `CompletionOutput` of a finished request."""
     token_ids = np.asarray(output.token_ids, dtype=np.int64)
-    logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+    flat = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+    sampling_logprobs = flat[output.logprobs.start_indices]
+    logprobs = flat[np.asarray(output.logprobs.end_indices) - 1]  # a column of its own where a request reshapes
     assert output.finish_reason in ("stop", "length"), f"vLLM ended a request with {output.finish_reason!r}"
     assert logprobs.shape == token_ids.shape, "vLLM returned other log-probs than the sampled tokens'"
     assert versions_L.shape == token_ids.shape, "vLLM returned versions of other tokens than it sampled"
-    return Completion(token_ids, logprobs, versions_L, output.finish_reason == "stop")
+    return Completion(token_ids, logprobs, sampling_logprobs, versions_L, output.finish_reason == "stop")
 
 
 def completion_logprobs(output: Any, length: int) -> np.ndarray:

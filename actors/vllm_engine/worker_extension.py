@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from actors.vllm_engine import adapter_slots, cpu_lora, dora_layers
+from actors.vllm_engine import adapter_slots, cpu_lora, dora_layers, policy_logprobs
 from actors.vllm_engine.adapter_slots import Placed
 from actors.vllm_engine.full_weights import replace_weights
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, views
@@ -22,6 +22,7 @@ from tora.types import PolicySnapshot
 
 dora_layers.install()
 cpu_lora.install()
+policy_logprobs.install()
 # vLLM 0.32's bf16 CPU kernels use AMX tiles without asking Linux for them first, and die of SIGILL.
 # Answers False on a CPU without AMX.
 torch.cpu._init_amx()

@@ -332,7 +332,9 @@ def test_a_cut_rollout_goes_on_under_the_newest_version(served: Served) -> None:
     for whole in group:
         assert whole.versions.tolist() == [old] * 20 + [old + 1] * 30 and not whole.stopped
         first, rest = (
-            Completion(whole.token_ids[part], whole.logprobs[part], whole.versions[part], False)
+            Completion(
+                whole.token_ids[part], whole.logprobs[part], whole.sampling_logprobs[part], whole.versions[part], False
+            )
             for part in (slice(20), slice(20, None))
         )
         assert served.reference.error("lora", 1, asked, first) < TOLERANCE

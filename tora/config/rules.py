@@ -25,17 +25,18 @@ _BOUNDS = (
     (
         operator.ge,
         0,
-        "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
-        "rollout.max_restarts max_learner_restarts max_failed_rewards",
+        "seed num_threads max_staleness top_k min_p eval.top_k eval.min_p eval.temperature rollout.max_refills "
+        "sync.canary_every rollout.max_restarts max_learner_restarts max_failed_rewards",
     ),
     (
         operator.gt,
         0,
-        "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
+        "temperature top_p repetition_penalty eval.top_p eval.repetition_penalty "
+        "clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
         "sync.canary_max_gap rollout.group_timeout_s rollout.heartbeat_s rollout.start_timeout_s "
         "reward_timeout_s",
     ),
-    (operator.le, 1, "top_p rollout.gpu_memory_utilization max_failed_rewards"),
+    (operator.le, 1, "top_p min_p eval.top_p eval.min_p rollout.gpu_memory_utilization max_failed_rewards"),
 )
 _LOSS_NEEDS = {
     "DrGRPOLoss": {"loss_normalization": "constant", "normalize_advantages": False},

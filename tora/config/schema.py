@@ -105,6 +105,12 @@ class EvalConfig:
     """Steps between evaluations; there is one before the first step and one after the last in any case."""
     temperature: float = 1.0
     """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """As the training rollouts' keys of the same names; evaluation has its own."""
+    repetition_penalty: float = 1.0
 
 
 @dataclass(kw_only=True)
@@ -161,6 +167,10 @@ class RunConfig:
     top_k: int = 0
     """0 is off."""
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that prompt or completion already have become less probable; 1 is off."""
     ppo_epochs: int = 1
     """Optimizer passes over one batch; each is one optimizer update, all of them one step."""
     micro_batch_tokens: int = 8192
