@@ -22,7 +22,7 @@ from learner.loss import LossInputs
 from learner.loss.kl import kind_of, sequence_kl
 from learner.mismatch import mismatch
 from learner.optim import build_optimizer, build_schedule
-from learner.policy import device_of, empty_policy, fill_policy
+from learner.policy import DTYPES, device_of, empty_policy, fill_policy
 from learner.training_state import load_training_state, save_training_state
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.peft_format import peft_tensors, save_peft
@@ -46,7 +46,8 @@ class Learner:
             torch.set_num_threads(cfg.num_threads)
         self.cfg, self.world, self.version = cfg, World.from_environment(), 0
         self.device = device_of(cfg, self.world.local_rank)
-        join(self.world, self.device)
+        self._compute = DTYPES[cfg.dtype]
+        join(self.world, self.device, alone=_trains_whole(cfg) and self._compute != torch.float32)
         self.loss = instantiate(cfg.loss)
         self.model = self._build()
         self._parameters = trained_parameters(self.model)
@@ -56,14 +57,18 @@ class Learner:
         processor = partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
         self._inputs = InputMaker(self.model, processor, self.device)
 
-    def _build(self) -> Decoder:
-        model = empty_policy(self.cfg, self.device)
+    def _build(self, *, frozen: bool = False) -> Decoder:
+        model = empty_policy(self.cfg, self.device, masters=not frozen)
+        if frozen:
+            model.requires_grad_(False)
         if self.cfg.compile:
             compile_layers(model)
         kind, away = self.cfg.activation_checkpointing, self.cfg.activation_offloading
         checkpoint_layers(model, kind, offload=away, device=self.device)
         offload, reshard = self.cfg.fsdp_cpu_offload, self.cfg.fsdp_reshard_after_forward
-        shard = sharder(self.world, self.device, reshard_after_forward=reshard, cpu_offload=offload)
+        shard = sharder(
+            self.world, self.device, compute=self._compute, reshard_after_forward=reshard, cpu_offload=offload
+        )
         fill_policy(model, self.cfg, self.device, shard)
         return model
 
@@ -71,7 +76,7 @@ class Learner:
         """The start, frozen, for full-weight runs with a KL term; adapters are simply switched off."""
         if self.loss.kl_coeff == 0 or adapter_layers(self.model):
             return None
-        return self._build().requires_grad_(False)
+        return self._build(frozen=True)
 
     def _logprobs(self, model: Decoder, x: Inputs, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [N] each."""
@@ -204,7 +209,7 @@ class Learner:
             return self._logprobs(self.model, x, 1.0)[0].cpu().numpy()
 
     def snapshot(self) -> PolicySnapshot:
-        return pack(self.version, {}) if self._also_samples else snapshot(self.model, self.version)
+        return pack(self.version, {}) if self._also_samples else snapshot(self.model, self.version, self._compute)
 
     def save(self, folder: Path) -> None:
         save_training_state(
@@ -236,5 +241,12 @@ class Learner:
         for file in side_files(Path(self.cfg.model.path)):
             if "safetensors" not in file.name:  # the index of weights that come as several files
                 shutil.copy(file, folder)
-        tensors = {self.model.names.parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in weights.items()}
+        tensors = {
+            self.model.names.parameter_to_hf(name): p.detach().to(self._compute).cpu().contiguous()
+            for name, p in weights.items()
+        }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _trains_whole(cfg: RunConfig) -> bool:
+    return cfg.model.lora_type == "full" or cfg.model.train_vision == "full"

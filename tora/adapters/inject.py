@@ -100,15 +100,19 @@ def adapters_off(model: Decoder) -> Iterator[None]:
 
 
 @torch.no_grad()
-def snapshot(model: Decoder, version: int) -> PolicySnapshot:
-    """The trained tensors: the adapters', and parameters trained whole under their Hugging Face names."""
+def snapshot(model: Decoder, version: int, compute: torch.dtype | None = None) -> PolicySnapshot:
+    """The trained tensors: the adapters', and parameters trained whole under their Hugging Face names.
+
+    `compute`: the dtype that those run in, and travel in; None is the one that they are held in.
+    """
     layers = adapter_layers(model)
     adapters = gather({f"{hf}/{name}": getattr(m, name) for hf, m in layers.items() for name in m.adapter_params()})
-    norms, tensors = row_norms(layers), dict[str, torch.Tensor](whole_parameters(model))
+    whole = whole_parameters(model)
+    norms, tensors = row_norms(layers), dict[str, torch.Tensor](whole)
     for hf, layer in layers.items():
         own = {name: adapters[f"{hf}/{name}"] for name in layer.adapter_params()}
         tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.to_wire(own, norms.get(hf)).items()}
-    return pack(version, tensors, gather)
+    return pack(version, tensors, gather, {} if compute is None else dict.fromkeys(whole, compute))
 
 
 def whole_parameters(model: Decoder) -> dict[str, nn.Parameter]:

@@ -26,17 +26,21 @@ def pack(
     version: int,
     tensors: Mapping[str, torch.Tensor],
     whole: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] = dict,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> PolicySnapshot:
     """Copies the tensors into a fresh buffer that nobody else holds.
 
     Bucket by bucket: `whole` answers some of the tensors as they are to be copied, where they are not here in full.
+    `dtypes`: of tensors that travel in another dtype than they are held in.
     """
+    dtypes = dtypes or {}
     entries: list[TensorEntry] = []
     buckets: list[list[TensorEntry]] = [[]]
     offset = 0
     for name, tensor in tensors.items():
-        nbytes = tensor.shape.numel() * tensor.element_size()
-        entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, nbytes)
+        dtype = dtypes.get(name, tensor.dtype)
+        nbytes = tensor.shape.numel() * dtype.itemsize
+        entry = TensorEntry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), offset, nbytes)
         if buckets[-1] and offset + nbytes > buckets[-1][0].offset + BUCKET_BYTES:
             buckets.append([])
         buckets[-1].append(entry)
@@ -44,7 +48,8 @@ def pack(
         offset += -(-nbytes // 16) * 16  # so that every tensor starts aligned
     data = torch.zeros(offset, dtype=torch.uint8)
     for bucket in buckets:
-        filled = whole({entry.name: tensors[entry.name] for entry in bucket})
+        given = {entry.name: tensors[entry.name] for entry in bucket}
+        filled = whole({name: t.to(dtypes.get(name, t.dtype)) for name, t in given.items()})
         for entry in bucket:
             flat = filled[entry.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             data[entry.offset : entry.offset + entry.nbytes].copy_(flat)

@@ -49,11 +49,20 @@ class World:
         return any(self.collect([flag]))
 
 
-def join(world: World, device: torch.device) -> None:
-    """Enter the process group that MASTER_ADDR and MASTER_PORT name, once in a process."""
-    if world.size > 1 and not dist.is_initialized():
-        # gloo beside NCCL, for what is offloaded to the CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+def join(world: World, device: torch.device, *, alone: bool = False) -> None:
+    """Enter the process group that MASTER_ADDR and MASTER_PORT name, once in a process.
+
+    A world of one rank needs none; with `alone` it gets one of itself, which touches no network.
+    """
+    if dist.is_initialized() or (world.size == 1 and not alone):
+        return
+    # gloo beside NCCL, for what is offloaded to the CPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
 
 
 def leave() -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import torchtune.modules
 from torch import nn
 from torchtune.modules import (
     FeedForward,
-    RMSNorm,
     TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
@@ -24,6 +25,15 @@ from tora.models.family import ModelFamily
 from tora.models.names import Names
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class RMSNorm(torchtune.modules.RMSNorm):
+    """torchtune's, for a scale in any dtype: sharded masters are cast to the compute dtype, and torch's fused kernel
+    wants the scale in float32, in which it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., dim] -> the same shape and dtype."""
+        return F.rms_norm(x.float(), self.normalized_shape, self.scale.float(), self.eps).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
