@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from learner.loss.ratio import MAX_LOG_RATIO
 from tora.types import Metrics
 
 _QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
@@ -18,9 +19,12 @@ def mismatch(log_ratio_N: np.ndarray, versions_N: np.ndarray) -> Metrics:
     `mismatch_kl`: k3 estimate of KL(actor ‖ learner) in nats a token, over the tokens of the newest version; at
     staleness 0 it measures only the difference between the engines' numerics. `policy_kl`: the same over all tokens.
     `mismatch_max_ratio`: the largest ratio. `importance/ratio_*`: quantiles of the ratio. `importance/ess`:
-    (Σ ratio)² / (N Σ ratio²), the effective sample size as a share of the tokens (Kong 1992).
+    (Σ ratio)² / (N Σ ratio²), the effective sample size as a share of the tokens (Kong 1992). Log-ratios above
+    `MAX_LOG_RATIO` count as that. No metrics without tokens.
     """
-    d_N = log_ratio_N.astype(np.float64)
+    if not len(log_ratio_N):
+        return {}
+    d_N = np.minimum(log_ratio_N.astype(np.float64), MAX_LOG_RATIO)
     ratio_N, k3_N = np.exp(d_N), np.expm1(d_N) - d_N
     quantiles = np.quantile(ratio_N, list(_QUANTILES.values()))
     return {

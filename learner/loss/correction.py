@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from learner.loss.inputs import LossInputs, sequence_mean
+from learner.loss.ratio import bounded_exp
 
 Correction = Literal["none", "token_tis", "token_mask", "sequence_mask"]
 
@@ -44,7 +45,7 @@ def importance_weights(
     low, high = default_low if low is None else low, default_high if high is None else high
     if kind == "sequence_mask":
         log_ratio_N = sequence_mean(log_ratio_N, x.sequence_N, x.num_sequences)[x.sequence_N]
-    ratio_N = log_ratio_N.exp()
+    ratio_N = bounded_exp(log_ratio_N)
     if kind == "token_tis":
         return ratio_N.clamp_max(high), ratio_N > high
     outside_N = (ratio_N < low) | (ratio_N > high)

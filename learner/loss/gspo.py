@@ -11,6 +11,7 @@ from typing import ClassVar
 from learner.loss.inputs import LossInputs, sequence_mean
 from learner.loss.objective import Terms, clipped_surrogate, total
 from learner.loss.protocol import LossOutput
+from learner.loss.ratio import bounded_exp
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class GSPOLoss(Terms):
 
     def __call__(self, x: LossInputs) -> LossOutput:
         log_ratio_N = x.learner_logprobs_N - x.proximal_logprobs_N
-        ratio_B = sequence_mean(log_ratio_N, x.sequence_N, x.num_sequences).exp()
+        ratio_B = bounded_exp(sequence_mean(log_ratio_N, x.sequence_N, x.num_sequences))
         objective_N, is_clipped_N = clipped_surrogate(
             ratio_B[x.sequence_N], x.advantages_N, self.clip_low, self.clip_high
         )

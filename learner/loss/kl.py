@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from learner.loss.inputs import sequence_sum
+from learner.loss.ratio import bounded_expm1
 
 KLType = Literal["k1", "k2", "k3"]
 KLPlace = Literal["loss", "reward"]
@@ -29,14 +30,15 @@ def kind_of(kl_type: KLType | None, kl_in: KLPlace) -> KLType:
 def kl_estimate(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor, kind: KLType) -> torch.Tensor:
     """Estimate of KL(π ‖ reference) at each token, [N] in nats, from tokens that π sampled; `logprobs_N` are π's.
 
-    With d = log π_ref - log π: k1 = -d, k2 = d²/2, k3 = exp(d) - d - 1.
+    With d = log π_ref - log π: k1 = -d, k2 = d²/2, k3 = exp(d) - d - 1, with `bounded_expm1` for exp(d) - 1. All are
+    finite where the log-probs are, and so are their gradients.
     """
     d = ref_logprobs_N - logprobs_N
     if kind == "k1":
         return -d
     if kind == "k2":
         return d.square() / 2
-    return d.expm1() - d  # expm1: exp(d) - 1 would lose small d to rounding
+    return bounded_expm1(d) - d
 
 
 @torch.no_grad()

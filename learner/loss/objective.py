@@ -15,6 +15,7 @@ from learner.loss.correction import BOUNDS, Correction, importance_weights
 from learner.loss.inputs import LossInputs
 from learner.loss.kl import KLPlace, KLType, kind_of, kl_estimate
 from learner.loss.protocol import LossOutput, Proximal
+from learner.loss.ratio import bounded_exp
 from tora.errors import ConfigError, nearest
 
 
@@ -53,7 +54,7 @@ class Terms:
 
 def policy_ratio(x: LossInputs) -> torch.Tensor:
     """π_learner / π_proximal of each token, [N]."""
-    return (x.learner_logprobs_N - x.proximal_logprobs_N).exp()
+    return bounded_exp(x.learner_logprobs_N - x.proximal_logprobs_N)
 
 
 def clipped_surrogate(
