@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
-from tora.rewards import math_judge
+from tora.rewards.final_answer import accepted, equals, final_answer
 
 Completion = str | list[dict[str, Any]]
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _ANSWER_AT_END = re.compile(r"<answer>([^<]*)</answer>\s*\Z")
-_NUMBER = re.compile(r"[-+]?\d{1,30}(\.\d{1,30})?")
 ONE_ANSWER_AT_END = r"((?!</?answer>).)*<answer>((?!</?answer>).)+</answer>"
 
 
@@ -31,25 +28,41 @@ def text_of(completion: Completion) -> str:
 def answer_tag(
     prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
 ) -> list[float]:
-    """1 if the completion ends in `<answer>X</answer>` and X is the text of the `answer` column, else 0."""
+    """1 if the completion ends in `<answer>X</answer>` and X is the text of the `answer` column, else 0.
+
+    A list in the column holds texts of which each is right, and `3` is the text of 3.0 too. Raises ValueError if the
+    column holds None, NaN, a dict or an empty list.
+    """
     matches = [_ANSWER_AT_END.search(text_of(c)) for c in completions]
-    return [
-        float(match is not None and match[1].strip() == str(gold).strip())
-        for match, gold in zip(matches, answer, strict=True)
-    ]
+    golds = [[text.strip() for text in accepted(gold)] for gold in answer]
+    return [float(match is not None and match[1].strip() in texts) for match, texts in zip(matches, golds, strict=True)]
 
 
 def math_answer(
-    prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    answer: Sequence[Any],
+    *,
+    evaluated: bool = False,
+    **columns: Any,
 ) -> list[float]:
     """1 if the final answer equals the `answer` column mathematically (`1/2`, `0.5`, `\\frac{1}{2}`), else 0.
 
-    The final answer is the content of the last `\\boxed{}` or, if there is none, of the last `<answer>` tag. A
-    completion with neither scores 0, and so does one whose comparison takes more than 5 s of CPU time.
+    The final answer is the content of the last `\\boxed{}` or `<answer>` tag, whichever comes later, or follows `####`
+    if there is neither; see `tora.rewards.final_answer`. A completion without any scores 0, and so does one whose
+    comparison takes more than 5 s of CPU time. A list in the column holds answers of which each is right.
+
+    A calculation such as `48/2+48` equals 72, as for math-verify. With `evaluated` it does not: an answer to a column
+    that holds a number must then be a number or a fraction.
+
+    Raises ValueError if the column holds None, NaN, a dict or an empty list.
     """
     finals = [final_answer(text_of(c)) for c in completions]
-    golds = [final_answer(str(gold)) or str(gold) for gold in answer]
-    return [float(final is not None and _same(gold, final)) for final, gold in zip(finals, golds, strict=True)]
+    golds = [accepted(gold) for gold in answer]
+    return [
+        float(final is not None and any(equals(gold, final, evaluated=evaluated) for gold in texts))
+        for final, texts in zip(finals, golds, strict=True)
+    ]
 
 
 def format(
@@ -105,41 +118,3 @@ def overlong(
         raise ValueError(f"overlong: max_tokens={max_tokens} and buffer={buffer}, expected 0 < buffer <= max_tokens")
     over = [(max_tokens - buffer - len(ids)) / buffer for ids in completion_ids]
     return [max(-1.0, min(0.0, share)) for share in over]
-
-
-def final_answer(text: str) -> str | None:
-    """The content of the last `\\boxed{}`, else of the last `<answer>` tag, else None."""
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
-    tagged = _ANSWER.findall(text)
-    return tagged[-1].strip() if tagged else None
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end]
-    return None
-
-
-def _same(gold: str, final: str) -> bool:
-    """Whether two answers are equal: as text, as numbers, or by math-verify if they are not both numbers."""
-    if gold == final:
-        return True
-    numbers = [_number(gold), _number(final)]
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return math_judge.shared.equal(f"\\boxed{{{gold}}}", f"\\boxed{{{final}}}")
-
-
-def _number(text: str) -> Fraction | None:
-    """A plain number, ignoring thousands separators, a dollar sign and a final full stop; None for other text."""
-    plain = text.strip().rstrip(".").replace(",", "").replace("$", "")
-    return Fraction(plain) if _NUMBER.fullmatch(plain) else None

@@ -16,6 +16,9 @@ import json
 import subprocess
 import sys
 import threading
+from typing import Any
+
+_TINY = 1e-3
 
 
 class MathJudge:
@@ -88,7 +91,21 @@ def _serve(cpu_seconds: int) -> None:
     for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + cpu_seconds, hard_limit))
         gold, answer = (parse(text, parsing_timeout=None) for text in json.loads(line))  # pyright: ignore
-        print(json.dumps(bool(verify(gold, answer, timeout_seconds=None))), file=answers, flush=True)
+        equal = verify(gold, answer, timeout_seconds=None) and not _are_tiny_and_differ(gold, answer)
+        print(json.dumps(bool(equal)), file=answers, flush=True)
+
+
+def _are_tiny_and_differ(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether both are numbers below 0.001 that differ by more than 0.1 %.
+
+    math-verify takes tiny numbers for equal: it rounds to six decimals and drops what is below 1e-15.
+    """
+    values = [parsed[0] for parsed in (gold, answer) if parsed]
+    if len(values) < 2 or not all(getattr(value, "is_number", False) for value in values):
+        return False
+    a, b = (value.doit().evalf(15) for value in values)
+    largest = max(abs(a), abs(b))
+    return bool(largest < _TINY and abs(a - b) > _TINY * largest)
 
 
 shared = MathJudge()
