@@ -51,6 +51,7 @@ def _concatenate(first: Completion, rest: Completion) -> Completion:
     return Completion(
         token_ids=np.concatenate([first.token_ids, rest.token_ids]),
         logprobs=np.concatenate([first.logprobs, rest.logprobs]),
+        sampling_logprobs=np.concatenate([first.sampling_logprobs, rest.sampling_logprobs]),
         versions=np.concatenate([first.versions, rest.versions]),
         stopped=rest.stopped,
     )

@@ -107,6 +107,7 @@ class RolloutWorker:
                 text=text,
                 reward=self._rewarder.total(parts),
                 reward_parts=parts,
+                kept_mass=float(np.exp(completion.logprobs - completion.sampling_logprobs).mean()),
             )
             for completion, text, parts in zip(completions_G, texts_G, parts_G, strict=True)
             if not isinstance(parts, FailedReward)

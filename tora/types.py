@@ -48,8 +48,18 @@ class Sampling:
     """Sample from the `top_k` most probable tokens; 0 for all."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probability reaches `top_p`; 1 for all."""
+    min_p: float = 0.0
+    """Sample from tokens at least `min_p` times as probable as the most probable one; 0 for all."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that prompt or completion already contain, and multiplies the negative
+    ones; 1 is off."""
     stop_token_ids: tuple[int, ...] = ()
     """A stop token ends the completion and is part of it."""
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether penalties or truncation draw from another distribution than the tempered softmax."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,11 @@ class Completion:
     token_ids: np.ndarray
     """[L] int64, including the stop token if there is one."""
     logprobs: np.ndarray
-    """[L] float32, natural log, under the distribution sampled from: after temperature and truncation."""
+    """[L] float32, natural log, under the policy: the softmax over the whole vocabulary at the sampling temperature,
+    before penalties and truncation. The learner computes the same, so equal policies have a ratio of 1."""
+    sampling_logprobs: np.ndarray
+    """[L] float32, natural log, under the distribution drawn from, after penalties and truncation. Equal to `logprobs`
+    without them."""
     versions: np.ndarray
     """[L] int64, the policy version that sampled each token."""
     stopped: bool
@@ -109,6 +123,9 @@ class Rollout:
     """Weighted sum of `reward_parts`."""
     reward_parts: Mapping[str, float]
     """Unweighted, by reward name, in the config's order."""
+    kept_mass: float = 1.0
+    """Mean over tokens of the policy's probability divided by the one drawn with. Under truncation alone this is the
+    policy's probability of the kept tokens."""
 
 
 @dataclass(frozen=True, slots=True)

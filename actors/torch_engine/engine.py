@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from actors.torch_engine.cuda_graph import DecodeStep, GraphedStep
-from actors.torch_engine.sampling import draw, log_distribution
+from actors.torch_engine.sampling import draw, log_distribution, log_policy
 from tora.adapters.inject import adapters_off, from_wire, num_trained_modules
 from tora.adapters.snapshot import digest, unpack
 from tora.batching.packing import distinct
@@ -143,17 +143,18 @@ class TorchEngine:
 
     def _generate_batch(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         assert len({r.sampling for r in requests}) == 1, "one Sampling per call"
-        tokens_LB, logprobs_LB, lengths_B = self._decode(requests)
+        tokens_LB, logprobs_2LB, lengths_B = self._decode(requests)
         stop = set(requests[0].sampling.stop_token_ids)
         completions = [
-            self._completion(tokens_LB[:n, b], logprobs_LB[:n, b], stop) for b, n in enumerate(lengths_B.tolist())
+            self._completion(tokens_LB[:n, b], logprobs_2LB[:, :n, b], stop) for b, n in enumerate(lengths_B.tolist())
         ]
         rows = iter(completions)
         return [[next(rows) for _ in range(r.num_samples)] for r in requests]
 
-    def _completion(self, tokens_L: np.ndarray, logprobs_L: np.ndarray, stop: set[int]) -> Completion:
+    def _completion(self, tokens_L: np.ndarray, logprobs_2L: np.ndarray, stop: set[int]) -> Completion:
         versions_L = np.full(len(tokens_L), self._version, dtype=np.int64)
-        return Completion(tokens_L.copy(), logprobs_L.copy(), versions_L, int(tokens_L[-1]) in stop)
+        policy_L, sampling_L = logprobs_2L.copy()
+        return Completion(tokens_L.copy(), policy_L, sampling_L, versions_L, int(tokens_L[-1]) in stop)
 
     def _forward(self, token_B: torch.Tensor, cache: CachedAttention) -> torch.Tensor:
         return self._model(
@@ -200,22 +201,27 @@ class TorchEngine:
         return _Packed(arguments, attend, lengths, next_)
 
     def _decode(self, requests: Sequence[SampleRequest]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [L, B] int64, their log-probs [L, B] float32, and lengths [B]. Entries past a row's length are
-        undefined."""
+        """Tokens [L, B] int64; their log-probs [2, L, B] float32, under the policy and under the distribution they are
+        drawn from; and lengths [B]. Entries past a row's length are undefined."""
         sampling = requests[0].sampling
         uniform_LB = _random_numbers(requests, sampling.max_tokens).to(self._device)
         cache, logits_BV = self._prefill(requests)
         stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self._device)
         tokens_LB = torch.zeros_like(uniform_LB, dtype=torch.int64)
-        logprobs_LB = torch.zeros_like(uniform_LB, dtype=torch.float32)
+        logprobs_2LB = torch.zeros(2, *uniform_LB.shape, device=self._device)
+        seen_BV = self._seen(requests, logits_BV) if sampling.repetition_penalty != 1 else None
         lengths_B = torch.zeros_like(tokens_LB[0])
         rows_B = torch.arange(len(lengths_B), device=self._device)  # original numbers of the rows still in the batch
         alive_B = torch.ones_like(rows_B, dtype=torch.bool)
         for step in range(sampling.max_tokens):
-            logprobs_BV = log_distribution(logits_BV, sampling)
-            token_B = draw(logprobs_BV, uniform_LB[step, rows_B], greedy=sampling.temperature == 0)
+            drawn_BV = log_distribution(logits_BV, sampling, seen_BV)
+            token_B = draw(drawn_BV, uniform_LB[step, rows_B], greedy=sampling.temperature == 0)
             tokens_LB[step, rows_B] = token_B
-            logprobs_LB[step, rows_B] = logprobs_BV.gather(1, token_B[:, None])[:, 0]
+            policy_BV = log_policy(logits_BV, sampling.temperature) if sampling.reshapes else drawn_BV
+            for which, logprobs_BV in enumerate((policy_BV, drawn_BV)):
+                logprobs_2LB[which, step, rows_B] = logprobs_BV.gather(1, token_B[:, None])[:, 0]
+            if seen_BV is not None:
+                seen_BV.scatter_(1, token_B[:, None], True)
             lengths_B[rows_B] += alive_B
             alive_B = alive_B & ~torch.isin(token_B, stop)
             num_alive = int(alive_B.sum())
@@ -225,9 +231,19 @@ class TorchEngine:
                 remaining = alive_B.nonzero()[:, 0]
                 cache.keep(remaining)
                 rows_B, token_B, alive_B = rows_B[remaining], token_B[remaining], alive_B[remaining]
+                seen_BV = None if seen_BV is None else seen_BV[remaining]
             logits_BV = self._step(token_B, cache)
             cache.advance()
-        return tokens_LB.cpu().numpy(), logprobs_LB.cpu().numpy(), lengths_B.cpu().numpy()
+        return tokens_LB.cpu().numpy(), logprobs_2LB.cpu().numpy(), lengths_B.cpu().numpy()
+
+    def _seen(self, requests: Sequence[SampleRequest], logits_BV: torch.Tensor) -> torch.Tensor:
+        """[B, V] bool: which tokens each row's prompt contains."""
+        seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+        row = 0
+        for request in requests:
+            seen_BV[row : row + request.num_samples, list(request.token_ids)] = True
+            row += request.num_samples
+        return seen_BV
 
 
 def _batches(requests: Sequence[SampleRequest], max_rows: int) -> list[list[SampleRequest]]:

@@ -61,10 +61,12 @@ def sampling_params(request: SampleRequest) -> SamplingParams:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # only the request's own stop tokens count
-            logprobs=0,  # only the sampled token's
+            logprobs=int(sampling.reshapes),  # the sampled token's, and the policy's: see `policy_logprobs`
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -95,11 +97,13 @@ def scoring_params() -> SamplingParams:
 def completion(output: Any, versions_L: np.ndarray) -> Completion:
     """From vLLM's `CompletionOutput` of a finished request."""
     token_ids = np.asarray(output.token_ids, dtype=np.int64)
-    logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+    flat = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+    sampling_logprobs = flat[output.logprobs.start_indices]
+    logprobs = flat[np.asarray(output.logprobs.end_indices) - 1]  # a column of its own where a request reshapes
     assert output.finish_reason in ("stop", "length"), f"vLLM ended a request with {output.finish_reason!r}"
     assert logprobs.shape == token_ids.shape, "vLLM returned a different number of log-probs than tokens"
     assert versions_L.shape == token_ids.shape, "vLLM returned versions for a different number of tokens"
-    return Completion(token_ids, logprobs, versions_L, output.finish_reason == "stop")
+    return Completion(token_ids, logprobs, sampling_logprobs, versions_L, output.finish_reason == "stop")
 
 
 def completion_logprobs(output: Any, length: int) -> np.ndarray:

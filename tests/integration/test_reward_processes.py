@@ -181,7 +181,7 @@ class Engine:
 
         from tora.types import Completion
 
-        one = (np.ones(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int64), True)
+        one = (np.ones(1, np.int64), *[np.zeros(1, np.float32)] * 2, np.zeros(1, np.int64), True)
         return [[Completion(*one) for _ in range(r.num_samples)] for r in requests]
 
     def close(self) -> None: ...

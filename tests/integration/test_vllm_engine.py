@@ -325,7 +325,9 @@ def test_a_rollout_in_parts_continues_under_the_newest_version(served: Served) -
     for whole in group:
         assert whole.versions.tolist() == [old] * 20 + [old + 1] * 30 and not whole.stopped
         first, rest = (
-            Completion(whole.token_ids[part], whole.logprobs[part], whole.versions[part], False)
+            Completion(
+                whole.token_ids[part], whole.logprobs[part], whole.sampling_logprobs[part], whole.versions[part], False
+            )
             for part in (slice(20), slice(20, None))
         )
         assert served.reference.error("lora", 1, asked, first) < TOLERANCE

@@ -27,7 +27,9 @@ class CountingEngine:
 
     def _completion(self, start: int, r: SampleRequest) -> Completion:
         ids = np.arange(start, min(start + r.sampling.max_tokens, self.stop))
-        return Completion(ids, -ids.astype(np.float32), np.full(len(ids), len(self.calls)), ids[-1] == self.stop - 1)
+        return Completion(
+            ids, *[-ids.astype(np.float32)] * 2, np.full(len(ids), len(self.calls)), ids[-1] == self.stop - 1
+        )
 
 
 @pytest.mark.parametrize("part", [1, 4, 7, 30, None])

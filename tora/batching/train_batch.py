@@ -34,6 +34,7 @@ def make_batch(
         "rollout/tokens_per_s": sum(g.num_tokens for g in generated) / max(seconds, 1e-9),
         "rollout/length_mean": float(np.mean([len(r.token_ids) for r in rollouts])),
         "rollout/mixed_share": float(np.mean([r.versions[0] != r.versions[-1] for r in rollouts])),
+        "rollout/kept_mass": float(np.mean([r.kept_mass for r in rollouts])),
         "rollout/stopped_share": float(np.mean([r.stopped for r in rollouts])),
         "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }

@@ -130,7 +130,15 @@ class EvalConfig:
     every: Annotated[int, AtLeast(1)] = 10
     """Steps between evaluations. The policy is also evaluated before the first step and after the last."""
     temperature: Annotated[float, AtLeast(0)] = 1.0
-    """Sampling temperature of the evaluation, without top-k and top-p. 0: greedy decoding."""
+    """Sampling temperature of the evaluation. 0: greedy decoding."""
+    top_k: Annotated[int, AtLeast(0)] = 0
+    """As the top-level `top_k`, for the evaluation."""
+    top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
+    """As the top-level `top_p`, for the evaluation."""
+    min_p: Annotated[float, AtLeast(0), AtMost(1)] = 0.0
+    """As the top-level `min_p`, for the evaluation."""
+    repetition_penalty: Annotated[float, Above(0)] = 1.0
+    """As the top-level `repetition_penalty`, for the evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -208,6 +216,10 @@ class RunConfig:
     top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
     """Nucleus sampling: sample only from the most likely tokens that together have this probability. 1: from all of
     them."""
+    min_p: Annotated[float, AtLeast(0), AtMost(1)] = 0.0
+    """Sample only from tokens at least this many times as likely as the most likely one. 0: from all of them."""
+    repetition_penalty: Annotated[float, Above(0)] = 1.0
+    """Above 1: tokens that the prompt or the completion already contains become less likely. 1: off."""
     ppo_epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over each step's batch. Each pass is one optimizer update."""
     micro_batch_tokens: Annotated[int, AtLeast(1)] = 8192

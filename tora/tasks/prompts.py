@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tora.config.components import instantiate
-from tora.config.schema import Component, RunConfig
+from tora.config.schema import Component, EvalConfig, RunConfig
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.tasks.dataset import Dataset, missing_column
@@ -115,9 +115,20 @@ class RunPrompts:
         if cfg.eval is not None:
             self.held_out = stream_of(cfg.eval.dataset).sequential(cfg.eval.num_prompts)
         stop = stop_token_ids(model, self.tokenizer)
-        self.sampling = Sampling(cfg.max_generated_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop)
-        eval_temperature = cfg.eval.temperature if cfg.eval else 0.0
-        self.eval_sampling = Sampling(cfg.max_generated_tokens, eval_temperature, stop_token_ids=stop)
+        self.sampling = _sampling(cfg, cfg.max_generated_tokens, stop)
+        self.eval_sampling = _sampling(cfg.eval or cfg, cfg.max_generated_tokens, stop)
+
+
+def _sampling(cfg: RunConfig | EvalConfig, max_tokens: int, stop: tuple[int, ...]) -> Sampling:
+    return Sampling(
+        max_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
+        stop_token_ids=stop,
+    )
 
 
 def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:

@@ -1,0 +1,85 @@
+"""vLLM under penalties and truncation: the policy's log-probs beside those it draws from, and ratio 1 in the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from adapters import shake
+from decoders import packed_logits
+from distributions import SETTINGS, expected
+from fakes import make_prompt
+from learners import config, make_batch
+from peft_reference import LONG_PROMPT, PROMPT, start_engine
+from tiny import make_text_model
+
+from learner.learner import Learner
+from tora.types import Completion, Group, Rollout, SampleRequest, Sampling
+
+pytest.importorskip("vllm")
+PROMPTS = (PROMPT, LONG_PROMPT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def learner(folder: Path) -> Learner:
+    learner = Learner(config(folder))
+    shake(learner.model)
+    return learner
+
+
+@pytest.fixture(scope="module")
+def completions(folder: Path, learner: Learner) -> Iterator[dict[str, list[list[Completion]]]]:
+    """Of all settings, drawn in one batch of vLLM's, so that rows of every kind share its sampler."""
+    engine = start_engine(folder)
+    engine.install(learner.snapshot())
+    settings = {name: Sampling(12, **changes) for name, changes in SETTINGS.items()}
+    requests = [SampleRequest(ids, 4, 7, sampling) for sampling in settings.values() for ids in PROMPTS]
+    answers = iter(engine.generate(requests))
+    yield {name: [next(answers) for _ in PROMPTS] for name in settings}
+    engine.close()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_vllm_reports_both_distributions(
+    completions: dict[str, list[list[Completion]]], learner: Learner, setting: str
+) -> None:
+    sampling = Sampling(12, **SETTINGS[setting])
+    for ids, group in zip(PROMPTS, completions[setting], strict=True):
+        for c in group:
+            whole = [*ids, *c.token_ids.tolist()]
+            with torch.no_grad():
+                logits = packed_logits(learner.model, [torch.tensor(whole)])[len(ids) - 1 : -1]
+            policy, drawn = expected(logits, whole, len(ids), sampling)
+            np.testing.assert_allclose(c.logprobs, policy, atol=5e-5)
+            np.testing.assert_allclose(c.sampling_logprobs, drawn, atol=5e-5)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_equal_policies_have_ratio_one(
+    completions: dict[str, list[list[Completion]]], folder: Path, learner: Learner, setting: str
+) -> None:
+    groups = [
+        Group(
+            replace(make_prompt(i), token_ids=ids),
+            tuple(
+                Rollout(c.token_ids, c.logprobs, c.versions, False, "", g % 2, {"r": g % 2})
+                for g, c in enumerate(group)
+            ),
+        )
+        for i, (ids, group) in enumerate(zip(PROMPTS, completions[setting], strict=True))
+    ]
+    trained = Learner(config(folder))
+    shake(trained.model)
+    metrics = trained.step(make_batch(groups, temperature=SETTINGS[setting].get("temperature", 1.0))).metrics
+    assert abs(metrics["mismatch_max_ratio"] - 1) < 1e-4
+    assert metrics["mismatch_kl"] < 1e-6
+    assert metrics["learner/grad_norm"] > 0
