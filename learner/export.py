@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from tora.adapters.inject import adapter_layers
@@ -15,8 +16,8 @@ from tora.models.decoder import Decoder
 from tora.models.load import side_files
 
 
-def export_policy(model: Decoder, cfg: ModelConfig, folder: Path, *, is_writer: bool) -> None:
-    """Write the adapter in PEFT's format, or all weights as a Hugging Face folder if the run trains them.
+def export_policy(model: Decoder, cfg: ModelConfig, folder: Path, dtype: torch.dtype, *, is_writer: bool) -> None:
+    """Write the adapter in PEFT's format, or all weights as a Hugging Face folder in `dtype` if the run trains them.
 
     Collective: every rank gathers the tensors, and the rank with `is_writer` writes them.
     """
@@ -32,5 +33,7 @@ def export_policy(model: Decoder, cfg: ModelConfig, folder: Path, *, is_writer: 
     for file in side_files(Path(cfg.path)):
         if "safetensors" not in file.name:  # the index of a base in several files; the export is one file
             shutil.copy(file, folder)
-    tensors = {model.names.parameter_to_hf(name): p.detach().cpu().contiguous() for name, p in weights.items()}
+    tensors = {
+        model.names.parameter_to_hf(name): p.detach().to(dtype).cpu().contiguous() for name, p in weights.items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -9,32 +9,60 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from tora.adapters.lora import LoRALinear
 from tora.distributed.process_group import World
 from tora.models.decoder import Decoder
 from tora.types import MicroBatch
 
 
 def sharder(
-    world: World, device: torch.device, *, reshard_after_forward: bool, cpu_offload: bool
+    world: World, device: torch.device, *, compute: torch.dtype, reshard_after_forward: bool, cpu_offload: bool
 ) -> Callable[[nn.Module], None]:
     """A function that shards a module in place. Call it with each layer and then with the model: the embedding, final
     norm, head and other parameters outside layers form the last unit.
 
+    A unit with full-weight parameters holds them as float32 masters: its forward and backward pass run in `compute`,
+    and its gradients are reduced in float32. A world of one rank shards such units too, and no others, so that it
+    trains as several ranks do.
     Gradients are summed over ranks, not averaged: a token's weight in the loss already accounts for all ranks' tokens.
     """
-    if world.size == 1:
+    if world.size == 1 and compute == torch.float32:
         return lambda unit: None
     mesh = init_device_mesh(device.type, (world.size,))
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
 
+    cast = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
     def shard(unit: nn.Module) -> None:
-        module = fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
+        trains_whole = compute != torch.float32 and _has_full_weight_parameters(unit)
+        if world.size == 1 and not trains_whole:
+            return
+        module = fully_shard(
+            unit,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=cast if trains_whole else MixedPrecisionPolicy(),
+            offload_policy=offload,
+        )
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
     return shard
+
+
+def _has_full_weight_parameters(unit: nn.Module) -> bool:
+    """Whether the unit trains parameters outside adapters, not counting units in it that are already sharded."""
+    sharded = {id(p) for m in unit.modules() if isinstance(m, FSDPModule) for p in m.parameters()}
+    adapters = {
+        id(p)
+        for m in unit.modules()
+        if isinstance(m, LoRALinear)
+        for n, p in m.named_parameters()
+        if n in m.adapter_params()
+    }
+    return any(p.requires_grad and id(p) not in sharded | adapters for p in unit.parameters())
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from learner.loss.kl import kind_of
 from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
 from learner.optim import build_optimizer, build_schedule
-from learner.policy import device_of, empty_policy, fill_policy
+from learner.policy import DTYPES, device_of, empty_policy, fill_policy, trains_full_weights
 from learner.reward_kl import with_reward_kl
 from learner.training_state import load_training_state, save_training_state
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
@@ -47,7 +47,8 @@ class Learner:
             torch.set_num_threads(cfg.num_threads)
         self.cfg, self.world, self.version = cfg, World.from_environment(), 0
         self.device = device_of(cfg, self.world.local_rank)
-        join(self.world, self.device)
+        self._compute = DTYPES[cfg.dtype]
+        join(self.world, self.device, alone=trains_full_weights(cfg) and self._compute != torch.float32)
         self.loss: Loss = build_loss(cfg.loss)
         self.model = self._build()
         self._parameters = trained_parameters(self.model)
@@ -57,14 +58,18 @@ class Learner:
         processor = partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
         self._build_inputs = InputBuilder(self.model, processor, self.device)
 
-    def _build(self) -> Decoder:
-        model = empty_policy(self.cfg, self.device)
+    def _build(self, *, frozen: bool = False) -> Decoder:
+        model = empty_policy(self.cfg, self.device, masters=not frozen)
+        if frozen:
+            model.requires_grad_(False)
         if self.cfg.compile:
             compile_layers(model)
         kind, offload_activations = self.cfg.activation_checkpointing, self.cfg.activation_offloading
         checkpoint_layers(model, kind, offload=offload_activations, device=self.device)
         cpu_offload, reshard = self.cfg.fsdp_cpu_offload, self.cfg.fsdp_reshard_after_forward
-        shard = sharder(self.world, self.device, reshard_after_forward=reshard, cpu_offload=cpu_offload)
+        shard = sharder(
+            self.world, self.device, compute=self._compute, reshard_after_forward=reshard, cpu_offload=cpu_offload
+        )
         fill_policy(model, self.cfg, self.device, shard)
         return model
 
@@ -75,7 +80,7 @@ class Learner:
         """
         if self.loss.kl_coeff == 0 or adapter_layers(self.model):
             return None
-        return self._build().requires_grad_(False)
+        return self._build(frozen=True)
 
     def _logprobs(self, model: Decoder, x: Inputs, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [N] float32 each, in nats."""
@@ -197,7 +202,7 @@ class Learner:
 
     def snapshot(self) -> PolicySnapshot:
         """The current policy version; without tensors if the engine shares this model."""
-        return pack(self.version, {}) if self._shares_model else snapshot(self.model, self.version)
+        return pack(self.version, {}) if self._shares_model else snapshot(self.model, self.version, self._compute)
 
     def save(self, folder: Path) -> None:
         """Write the training state into an existing folder; rank 0 writes."""
@@ -220,4 +225,4 @@ class Learner:
 
     def export(self, folder: Path) -> None:
         """See `export_policy`; rank 0 writes."""
-        export_policy(self.model, self.cfg.model, folder, is_writer=self.world.rank == 0)
+        export_policy(self.model, self.cfg.model, folder, self._compute, is_writer=self.world.rank == 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tora.adapters.inject import inject, reset_adapters, scaling_of
+from tora.adapters.inject import inject, reset_adapters, scaling_of, whole_parameters
 from tora.adapters.peft_format import load_peft
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
@@ -26,8 +26,16 @@ def device_of(cfg: RunConfig, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
 
-def empty_policy(cfg: RunConfig, device: torch.device) -> Decoder:
+def trains_full_weights(cfg: RunConfig) -> bool:
+    """Whether any parameter of the model itself is trained, not through an adapter."""
+    return cfg.model.lora_type == "full" or cfg.model.train_vision == "full"
+
+
+def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False) -> Decoder:
     """The model with its adapters, on the meta device. Exactly the trained parameters require gradients.
+
+    `masters`: hold full-weight parameters in float32 whatever `cfg.dtype` is; `fsdp.sharder` casts them for the
+    forward pass.
 
     Raises ConfigError if the model is not supported, a LoRA target matches no layer, or `train_vision` is set for a
     model without a vision tower.
@@ -53,7 +61,17 @@ def empty_policy(cfg: RunConfig, device: torch.device) -> Decoder:
         )
     if tower is not None and cfg.model.train_vision != "lora":
         tower.requires_grad_(cfg.model.train_vision == "full")
+    if masters:
+        for name in whole_parameters(model):
+            _to_float32(model, model.names.parameter_from_hf(name))
     return model
+
+
+def _to_float32(model: Decoder, name: str | None) -> None:
+    assert name is not None
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    setattr(module, leaf, nn.Parameter(torch.empty_like(getattr(module, leaf), dtype=torch.float32)))
 
 
 def fill_policy(

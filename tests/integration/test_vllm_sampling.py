@@ -1,4 +1,4 @@
-"""vLLM under penalties and truncation: the policy's log-probs beside those it draws from, and ratio 1 in the learner."""
+"""vLLM under penalties and truncation: it reports the policy too, and the learner finds ratio 1."""
 
 from __future__ import annotations
 

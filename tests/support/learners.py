@@ -22,13 +22,12 @@ SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "toke
 def config(folder: Path, lora_type: str = "lora", *, quantize_base: bool = False, **changes: Any) -> RunConfig:
     return RunConfig(
         name="test",
-        dtype="fp32",
         num_steps=10,
         model=ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=4, quantize_base=quantize_base),
         dataset={},
         rewards=[],
         lr_scheduler={"_component_": "transformers.get_cosine_schedule_with_warmup", "num_warmup_steps": 0},
-        **{"optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3}, **changes},
+        **{"dtype": "fp32", "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3}, **changes},
     )
 
 

@@ -100,16 +100,20 @@ def adapters_off(model: Decoder) -> Iterator[None]:
 
 
 @torch.no_grad()
-def snapshot(model: Decoder, version: int) -> PolicySnapshot:
+def snapshot(model: Decoder, version: int, compute: torch.dtype | None = None) -> PolicySnapshot:
     """All trained tensors: adapters in the format of `tora.adapters.snapshot`, and full-weight parameters under their
-    Hugging Face names. Collective."""
+    Hugging Face names. Collective.
+
+    `compute`: the dtype that full-weight parameters are sent in; None for the dtype they are held in.
+    """
     layers = adapter_layers(model)
     adapters = gather({f"{hf}/{name}": getattr(m, name) for hf, m in layers.items() for name in m.adapter_params()})
-    norms, tensors = row_norms(layers), dict[str, torch.Tensor](full_weight_parameters(model))
+    full = full_weight_parameters(model)
+    norms, tensors = row_norms(layers), dict[str, torch.Tensor](full)
     for hf, layer in layers.items():
         parameters = {name: adapters[f"{hf}/{name}"] for name in layer.adapter_params()}
         tensors |= {f"{hf}{suffix}": tensor for suffix, tensor in layer.to_wire(parameters, norms.get(hf)).items()}
-    return pack(version, tensors, gather)
+    return pack(version, tensors, gather, {} if compute is None else dict.fromkeys(full, compute))
 
 
 def full_weight_parameters(model: Decoder) -> dict[str, nn.Parameter]:

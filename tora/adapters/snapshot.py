@@ -30,17 +30,21 @@ def pack(
     version: int,
     tensors: Mapping[str, torch.Tensor],
     gather: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] = dict,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> PolicySnapshot:
     """Copy the tensors into a new buffer, each aligned to 16 bytes.
 
     `gather` turns sharded tensors into full ones; it is called with one bucket at a time, to bound peak memory.
+    `dtypes` names the tensors to convert and the dtype of each.
     """
+    dtypes = dtypes or {}
     entries: list[TensorEntry] = []
     buckets: list[list[TensorEntry]] = [[]]
     offset = 0
     for name, tensor in tensors.items():
-        nbytes = tensor.shape.numel() * tensor.element_size()
-        entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, nbytes)
+        dtype = dtypes.get(name, tensor.dtype)
+        nbytes = tensor.shape.numel() * dtype.itemsize
+        entry = TensorEntry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), offset, nbytes)
         if buckets[-1] and offset + nbytes > buckets[-1][0].offset + BUCKET_BYTES:
             buckets.append([])
         buckets[-1].append(entry)
@@ -48,7 +52,8 @@ def pack(
         offset += -(-nbytes // 16) * 16  # aligned, so that each can be viewed in its dtype
     data = torch.zeros(offset, dtype=torch.uint8)
     for bucket in buckets:
-        full = gather({entry.name: tensors[entry.name] for entry in bucket})
+        converted = {e.name: tensors[e.name].to(dtypes.get(e.name, tensors[e.name].dtype)) for e in bucket}
+        full = gather(converted)
         for entry in bucket:
             flat = full[entry.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             data[entry.offset : entry.offset + entry.nbytes].copy_(flat)

@@ -48,11 +48,20 @@ class World:
         return any(self.collect([flag]))
 
 
-def join(world: World, device: torch.device) -> None:
-    """Join the process group at MASTER_ADDR:MASTER_PORT, unless this process already has or is the only rank."""
-    if world.size > 1 and not dist.is_initialized():
-        # gloo beside NCCL, for tensors offloaded to the CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+def join(world: World, device: torch.device, *, alone: bool = False) -> None:
+    """Join the process group at MASTER_ADDR:MASTER_PORT, unless this process already has.
+
+    A world of one rank has none; with `alone` it gets a group of its own, which opens no connection.
+    """
+    if dist.is_initialized() or (world.size == 1 and not alone):
+        return
+    # gloo beside NCCL, for tensors offloaded to the CPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
 
 
 def leave() -> None:

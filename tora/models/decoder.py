@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import torchtune.modules
 from torch import nn
 from torchtune.modules import (
     FeedForward,
-    RMSNorm,
     TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
@@ -27,6 +28,15 @@ from tora.models.names import Names
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of the rotation angles, [b, s, D/2] float32 each."""
+
+
+class RMSNorm(torchtune.modules.RMSNorm):
+    """torchtune's, for a scale in any dtype: sharded masters are cast to the compute dtype, and torch's fused kernel
+    wants the scale in float32, in which it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., dim] -> the same shape and dtype."""
+        return F.rms_norm(x.float(), self.normalized_shape, self.scale.float(), self.eps).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:

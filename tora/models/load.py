@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from torchtune.modules import RMSNorm, TiedLinear
+from torchtune.modules import TiedLinear
 
 from tora.errors import ConfigError
-from tora.models.decoder import Decoder, RotaryTable, build_decoder
+from tora.models.decoder import Decoder, RMSNorm, RotaryTable, build_decoder
 from tora.models.family import families
 from tora.models.quantize import FrozenLinear, is_quantized, quantize
 
