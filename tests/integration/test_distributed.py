@@ -58,6 +58,8 @@ def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, A
     ("lora_type", "changes"),
     [
         *((t, {}) for t in TYPES),
+        *((t, {"dtype": "bf16"}) for t in TYPES),
+        ("full", {"dtype": "bf16", "activation_checkpointing": "full", "fsdp_cpu_offload": True}),
         ("lora", {"ppo_epochs": 2, "fsdp_reshard_after_forward": False}),
         ("dora_cache", {"fsdp_cpu_offload": True}),
         pytest.param("dora_cache", {"compile": True}, marks=pytest.mark.slow),
@@ -71,7 +73,7 @@ def test_two_ranks_train_like_one(
     tmp_path: Path, on_ranks: RankProcesses, lora_type: str, changes: dict[str, Any]
 ) -> None:
     folder = make_text_model(tmp_path / "model", "qwen2")
-    alone = {key: value for key, value in changes.items() if key in ("loss", "ppo_epochs", "quantize_base")}
+    alone = {key: value for key, value in changes.items() if key in ("dtype", "loss", "ppo_epochs", "quantize_base")}
     train_and_save(folder, tmp_path / "one", lora_type, alone)
     on_ranks(train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
     one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))
@@ -93,7 +95,7 @@ def watch_loading(folder: Path) -> None:
     join(world, cpu)
     model = empty_policy(cfg, cpu)
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
-    shard = sharder(world, cpu, reshard_after_forward=True, cpu_offload=False)
+    shard = sharder(world, cpu, compute=torch.float32, reshard_after_forward=True, cpu_offload=False)
     whole = []
 
     def watched(unit: nn.Module) -> None:
