@@ -47,7 +47,10 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs_N, normaliser_N, entropy_N = hidden_NH.new_empty(3, len(targets_N), dtype=torch.float32)
+        # separate tensors: FSDP2 hooks what a module returns, and warns about views
+        logprobs_N, normaliser_N, entropy_N = (
+            hidden_NH.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)
+        )
         for c in _chunks(len(targets_N), len(head_VH)):
             logits_CV = _logits(hidden_NH[c], head_VH, temperature)
             normaliser_N[c] = logits_CV.logsumexp(1)

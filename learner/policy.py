@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tora.adapters.inject import inject, reset_adapters, scaling_of, whole_parameters
+from tora.adapters.inject import inject, reset_adapters, scaling_of, full_weight_parameters
 from tora.adapters.peft_format import load_peft
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
@@ -62,7 +62,7 @@ def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False)
     if tower is not None and cfg.model.train_vision != "lora":
         tower.requires_grad_(cfg.model.train_vision == "full")
     if masters:
-        for name in whole_parameters(model):
+        for name in full_weight_parameters(model):
             _to_float32(model, model.names.parameter_from_hf(name))
     return model
 

@@ -19,7 +19,7 @@ PROMPT = Prompt(0, (123_456_789, 5), SOURCE, {"answer": ANSWER}, (IMAGE,))
 
 class OneTokenEngine:
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        one = Completion(np.ones(1, np.int64), np.zeros(1, np.float32), np.full(1, 7), True)
+        one = Completion(np.ones(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.float32), np.full(1, 7), True)
         return [[one] * request.num_samples for request in requests]
 
 
@@ -71,7 +71,12 @@ def test_results_keep_the_order_of_their_prompts() -> None:
     class Numbered(OneTokenEngine):
         def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
             return [
-                [Completion(np.full(1, i), np.zeros(1, np.float32), np.zeros(1, np.int64), True)] * r.num_samples
+                [
+                    Completion(
+                        np.full(1, i), np.zeros(1, np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64), True
+                    )
+                ]
+                * r.num_samples
                 for i, r in enumerate(requests)
             ]
 
