@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tora.adapters.inject import inject, reset_adapters, scaling_of, full_weight_parameters
+from tora.adapters.inject import full_weight_parameters, inject, reset_adapters, scaling_of
 from tora.adapters.peft_format import load_peft
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError

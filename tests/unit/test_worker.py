@@ -17,10 +17,14 @@ IMAGE, SOURCE, ANSWER = b"PNG of a cat", "is it a cat?", "a secret answer"
 PROMPT = Prompt(0, (123_456_789, 5), SOURCE, {"answer": ANSWER}, (IMAGE,))
 
 
+def one_token(token_id: int, version: int = 0) -> Completion:
+    logprobs = np.zeros(1, np.float32)
+    return Completion(np.full(1, token_id), logprobs, logprobs, np.full(1, version), stopped=True)
+
+
 class OneTokenEngine:
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        one = Completion(np.ones(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.float32), np.full(1, 7), True)
-        return [[one] * request.num_samples for request in requests]
+        return [[one_token(1, version=7)] * request.num_samples for request in requests]
 
 
 class Words:
@@ -70,15 +74,7 @@ def test_results_keep_the_order_of_their_prompts() -> None:
 
     class Numbered(OneTokenEngine):
         def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-            return [
-                [
-                    Completion(
-                        np.full(1, i), np.zeros(1, np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64), True
-                    )
-                ]
-                * r.num_samples
-                for i, r in enumerate(requests)
-            ]
+            return [[one_token(i)] * r.num_samples for i, r in enumerate(requests)]
 
     engine: Any = Numbered()
     worker = RolloutWorker(
