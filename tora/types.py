@@ -95,7 +95,12 @@ class Completion:
     """[L] int64, including the stop token if there is one."""
     logprobs: np.ndarray
     """[L] float32, natural log, under the policy: the softmax over the whole vocabulary at the sampling temperature,
-    before penalties and truncation. The learner computes the same, so equal policies have a ratio of 1."""
+    before penalties and truncation. The learner computes the same, so equal policies have a ratio of 1.
+
+    Tokens are drawn from the truncated distribution all the same, so the gradient estimate is an expectation over it:
+    each token lacks the factor `exp(logprobs - sampling_logprobs)`, and tokens outside the kept set are never tried.
+    Renormalizing the learner over the kept set instead gives the truncated policy's own gradient ("Keep Sampling Mask",
+    DeepSeek-V3.2, arXiv:2512.02556, section 3.1) and needs the kept ids of every token."""
     sampling_logprobs: np.ndarray
     """[L] float32, natural log, under the distribution drawn from, after penalties and truncation. Equal to `logprobs`
     without them."""

@@ -14,7 +14,7 @@ from stepped import StepGate
 from tiny import LINEARS
 from vision_inputs import hugging_face_inputs
 
-from actors.torch_engine.sampling import log_distribution
+from actors.torch_engine.sampling import log_distribution, log_policy
 from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.engine import VLLMEngine
 from actors.vllm_engine.weight_updates import BetweenRollouts, WeightUpdate
@@ -82,12 +82,17 @@ class Reference:
 
     @torch.no_grad()
     def errors(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> torch.Tensor:
-        """[L]: log-prob difference of each sampled token."""
+        """[L]: difference of each sampled token's log-prob, under the policy or under the distribution drawn from,
+        whichever is larger."""
         start, ids = len(request.token_ids), [*request.token_ids, *completion.token_ids.tolist()]
         logits = self.logits(self.model(kind, seed), ids, request.images)
-        expected = log_distribution(logits[start - 1 : -1], request.sampling)
-        logprobs = expected.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
-        return (logprobs - torch.from_numpy(completion.logprobs)).abs()
+        logits, token_L1 = logits[start - 1 : -1], torch.from_numpy(completion.token_ids)[:, None]
+        policy_L = log_policy(logits, request.sampling.temperature).gather(1, token_L1)[:, 0]
+        drawn_L = log_distribution(logits, request.sampling).gather(1, token_L1)[:, 0]
+        return torch.maximum(
+            (policy_L - torch.from_numpy(completion.logprobs)).abs(),
+            (drawn_L - torch.from_numpy(completion.sampling_logprobs)).abs(),
+        )
 
 
 class VisionReference(Reference):
