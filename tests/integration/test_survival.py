@@ -100,8 +100,8 @@ def test_a_run_out_of_learner_restarts_ends_and_can_be_resumed(tmp_path: Path) -
 def test_the_quickstart_survives_a_worker_killed_every_ten_seconds(tmp_path: Path, engine: str) -> None:
     """The run ends normally, loses no group, trains none twice and keeps the staleness bound.
 
-    Workers that run a group are killed, not those that start: where that takes longer than the kills are apart, none
-    would ever be up.
+    Only workers that are running a group are killed: where a start takes over ten seconds, killing starting workers
+    would leave none.
     """
     folder, rng, kills = tmp_path / "run", random.Random(0), 0
     whole = ["batch_size=16", "grpo_samples=16", "num_steps=60", "rollout.num_workers=2", f"rollout.engine={engine}"]
@@ -152,11 +152,11 @@ def test_a_stop_leaves_a_checkpoint_and_nothing_else(tmp_path: Path, how: str) -
         memory, ports = shared_memory(pids), listening(pids)
         assert len(actors(run.pid, "RolloutActor")) == 2 and ports
         if how == "Ctrl-C":
-            os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to the whole group
+            os.killpg(run.pid, signal.SIGINT)  # to the whole process group, as a terminal does
         else:
             os.kill(run.pid, signal.SIGTERM)
         assert run.wait(180) == 130
-    deadline = time.monotonic() + 10  # Ray's last processes end by themselves
+    deadline = time.monotonic() + 10  # Ray's last processes take a moment to exit
     while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)

@@ -20,10 +20,11 @@ pytest.importorskip("vllm")
 
 HERE = "async_rl=false"
 LENGTH = ["rewards.0._component_=tora.rewards.length", "rewards.0.target=2", "rewards.0.limit=40"]
-"""A reward that differs within a group, however weak the model."""
+"""A reward that varies within a group even if the model is weak."""
 TOWER = "model.train_vision=lora"
 DECODER_MODULES, TOWER_MODULES = 4 * 7, 2 * 4 + 2 + 2
-"""In the quick-start's base: four layers; two blocks, the merger and one DeepStack merger."""
+"""Adapted linear layers of the quick-start's base: seven in each of four decoder layers; four in each of two vision
+blocks, two in the merger and two in the DeepStack merger."""
 
 
 _SOME = ("2B_lora_grpo_single_device", "4B_full_grpo", "8B_qlora_grpo_single_device")

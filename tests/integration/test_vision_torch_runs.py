@@ -12,9 +12,10 @@ from transformers import Qwen3VLForConditionalGeneration
 
 HERE = "async_rl=false"
 DECODER, TOWER_LINEARS = 4 * 7, 2 * 4 + 2 + 2
-"""In the quick-start's base: four layers; two blocks, the merger and one DeepStack merger."""
+"""Linear layers of the quick-start's base: seven in each of four decoder layers; four in each of two vision blocks, two
+in the merger and two in the DeepStack merger."""
 TOWER = TOWER_LINEARS + 2 * 2 + 2 + 2
-"""Plus norms, the patch embedding and the position embedding."""
+"""Including norms, the patch embedding and the position embedding."""
 
 
 def train(folder: Path, *overrides: str) -> list[dict[str, float]]:

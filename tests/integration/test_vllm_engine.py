@@ -51,7 +51,7 @@ class Served:
         return self.version
 
     def check(self, kind: str, seed: int, *requests: SampleRequest) -> list[list[Completion]]:
-        """Generates and compares every token with the reference."""
+        """Generates, and compares every token's log-prob with the reference."""
         groups = self.engine.generate(requests)
         for r, group in zip(requests, groups, strict=True):
             assert len(group) == r.num_samples
@@ -71,7 +71,7 @@ def test_successive_syncs_serve_the_policy_that_was_sent(served: Served, kind: s
     assert served.reference.error(kind, 1, apart, completion) > 0.1, "the two adapters differ visibly"
 
 
-def test_report_counts_and_proves_what_arrived(served: Served) -> None:
+def test_the_report_counts_and_hashes_what_arrived(served: Served) -> None:
     served.version += 1
     snapshot = served.reference.snapshot(served.version, "dora", 1)
     report = served.engine.install(snapshot)
@@ -308,7 +308,7 @@ def test_a_rollout_in_parts_continues_under_the_newest_version(served: Served) -
     old, asked = served.install("lora", 1), request(LONG_PROMPT, max_tokens=50, num_samples=3)
 
     class Syncing:
-        """Installs a snapshot between two parts, as a learner that has stepped meanwhile would."""
+        """Installs a snapshot between two parts, as if the learner had stepped meanwhile."""
 
         parts = 0
 

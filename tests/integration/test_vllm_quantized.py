@@ -1,4 +1,4 @@
-"""vLLM on the dequantized weights of an NF4 base, and on the checkpoint that it was made from."""
+"""vLLM on the dequantized weights of an NF4 base, and on the original checkpoint."""
 
 from __future__ import annotations
 

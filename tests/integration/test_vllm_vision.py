@@ -120,7 +120,7 @@ def test_a_tower_that_is_not_served_is_refused(served: Served) -> None:
     if not served.tower:
         with pytest.raises(SyncError, match=r"visual.* matches no LoRA layer"):
             served.install("lora", 1, other)
-    else:  # the other way round, absent modules run as the base
+    else:  # conversely, absent modules run as the base
         assert served.install("lora", 1, other) == DECODER_MODULES
         served.check("lora", 1, ask(served.reference, WIDE), reference=other)
 
@@ -146,7 +146,7 @@ def test_scores_of_given_completions(served: Served) -> None:
 
 
 def test_a_sampled_placeholder_is_an_ordinary_token(served: Served) -> None:
-    """In the engine and in the learner. No token needs to be banned, which would change the distribution."""
+    """For the engine and the learner. Banning the token instead would change the distribution."""
     zero = {name: torch.zeros_like(t) for name, t in served.reference.tensors("lora", 1).items()}
     served.version += 1
     served.engine.install(pack(served.version, zero))

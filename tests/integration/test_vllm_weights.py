@@ -71,7 +71,7 @@ def _vision(folders: list[Path]) -> tuple[list[Reference], list[SampleRequest]]:
 
 
 def test_successive_syncs_serve_the_weights_that_were_sent(served: Served) -> None:
-    """With the same prompts each time, so that blocks cached under earlier weights would show."""
+    """The prompts stay the same, so using blocks cached under earlier weights would be noticed."""
     for version, number in enumerate([0, 1, 2, 1]):
         sent = served.snapshot(version, number)
         report = served.engine.install(sent)

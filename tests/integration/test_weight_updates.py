@@ -109,7 +109,7 @@ def logprobs_of(
     tokens_L: np.ndarray,
     begun: tuple[tuple[str, int], int] | None = None,
 ) -> torch.Tensor:
-    """[L], at temperature 1. `begun`: another policy, which computed the keys and values of so many first positions."""
+    """[L], at temperature 1. `begun`: another policy, and for how many first positions its keys and values are used."""
     ids, start = torch.tensor([[*asked.token_ids, *tokens_L.tolist()]]), len(asked.token_ids)
     if begun is None:
         logits = reference.model(*policy)(input_ids=ids).logits[0, start - 1 : -1]

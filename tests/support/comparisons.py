@@ -1,4 +1,4 @@
-"""Named tensors and metrics that are equal within a tolerance."""
+"""Comparisons of named tensors and metrics within a tolerance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a run that lost a process must show."""
+"""Checks on the files of a run that lost a process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runs import read
 
 
 def check_history(folder: Path, num_steps: int, batch_size: int, bound: int) -> None:
-    """Every step was trained once, every prompt at most once, and nothing staler than `bound`."""
+    """Every step was trained once, every prompt at most once, and no group was staler than `bound`."""
     seen = read(folder)
     assert [row["step"] for row in seen] == list(range(num_steps))
     trained = [i for row in seen for i in row["prompt_ids"]]

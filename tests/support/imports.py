@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 class Import(NamedTuple):
     module: str
-    """Dotted; with the imported name appended, as in `tora.types.Group`."""
+    """Dotted, including the imported name: `tora.types.Group`."""
     line: int
 
 
 def imports(nodes: Iterable[ast.AST]) -> list[Import]:
-    """Of the given statements; every import in the house is absolute."""
+    """The imports among `nodes`. Raises AssertionError if one is relative."""
     found = []
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -30,7 +30,7 @@ def packages(found: Iterable[Import]) -> set[str]:
 
 
 def at_import_time(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Statements that run when the module is imported: those in functions and for the type checker do not."""
+    """Statements that run when the module is imported: none inside functions or under `TYPE_CHECKING`."""
     todo: list[ast.stmt] = list(tree.body)
     while todo:
         node = todo.pop()

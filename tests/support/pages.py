@@ -18,7 +18,7 @@ FOLDERS = ("tora", "actors", "learner", "configs", "deploy", "docs", "tests", "e
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block; `file` is the name that stands behind its language."""
+    """A fenced block. `file` is the file name after its language, if any."""
 
     page: Path
     language: str
@@ -59,7 +59,7 @@ def slug(heading: str) -> str:
 
 
 def write_files(folder: Path, page: Path) -> None:
-    """The page's named blocks, as its reader would have them."""
+    """Writes the page's named blocks to `folder`, as its reader would."""
     for block in blocks(page):
         if block.file:
             (folder / block.file).write_text(block.text)

@@ -21,10 +21,10 @@ from runs import SHORT
 def tora_run(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
     """`tora run quickstart` as a terminal would start it; its output goes to `folder` with the suffix `.log`.
 
-    Ends the run if it still goes on, and raises AssertionError if it leaves temporary files.
+    Ends the run if it is still going. Raises AssertionError if it leaves temporary files.
     """
     words = [*SHORT, f"output_dir={folder}", *overrides]
-    scratch = tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets lie below it
+    scratch = tempfile.mkdtemp(dir="/tmp")  # short: Ray puts sockets below it, and their paths are limited
     with (folder.parent / f"{folder.name}.log").open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "tora", "run", "quickstart", *words],
@@ -49,5 +49,5 @@ def wait_for(holds: Callable[[], Any], child: subprocess.Popen[bytes], seconds: 
     deadline = time.monotonic() + seconds
     while not holds():
         assert child.poll() is None, "the run has ended"
-        assert time.monotonic() < deadline, "it takes too long"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)

@@ -19,7 +19,7 @@ TIME_LIMIT_S = 500
 
 
 class RankProcesses:
-    """`RANKS` processes, started at the first call: what a test pays for is its function, not Python's imports."""
+    """`RANKS` processes, started at the first call and reused, so that each test does not import torch anew."""
 
     def __init__(self) -> None:
         self._processes: list[Any] = []

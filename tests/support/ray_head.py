@@ -64,7 +64,7 @@ def _words(process: psutil.Process) -> list[str]:
 
 @contextmanager
 def ray_head(num_cpus: int = 6) -> Iterator[Head]:
-    folder = Path(tempfile.mkdtemp(prefix="tr"))  # short, for the paths of sockets
+    folder = Path(tempfile.mkdtemp(prefix="tr"))  # short: the paths of sockets are limited
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     environment = {
         **os.environ,

@@ -19,12 +19,12 @@ def train(config: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The whole rows of `metrics.jsonl`, also while a run writes it: none before it exists."""
+    """The complete rows of `metrics.jsonl`, which a run may still be writing; none before it exists."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of training steps; those of evaluations have no version."""
+    """The rows of training steps. Rows of evaluations have no version."""
     return [row for row in rows if "version" in row]

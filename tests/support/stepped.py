@@ -1,4 +1,4 @@
-"""A vLLM engine whose steps a test counts out."""
+"""Runs a vLLM engine step by step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TIMEOUT_S = 30.0
 
 
 class StepGate:
-    """The `step` of a `VLLMEngine`. Open, except while a test holds it shut and allows steps one by one."""
+    """The `step` of a `VLLMEngine`. While it is shut, the engine takes only the steps that the test allows."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -36,7 +36,7 @@ class StepGate:
 
     @contextmanager
     def shut(self) -> Iterator[None]:
-        """No step begins without `allow`. Opens at the end."""
+        """Steps need `allow` until the context ends."""
         with self._changed:
             self._allowed = 0
         try:
@@ -50,7 +50,7 @@ class StepGate:
             self._changed.notify_all()
 
     def allow(self, count: int) -> None:
-        """Returns once that many steps are done."""
+        """Allows `count` steps and returns once they are done."""
         with self._changed:
             assert self._allowed == 0, "the gate is shut, and no step is under way"
             self._allowed = count
@@ -58,7 +58,7 @@ class StepGate:
             self._wait(lambda: self._allowed == 0)
 
     def fail(self, error: BaseException) -> None:
-        """The step that is waiting raises."""
+        """Makes the waiting step raise `error`."""
         with self._changed:
             self._error = error
             self._changed.notify_all()

@@ -10,7 +10,7 @@ from learner.learner import Learner
 
 
 def engine_of(learner: Learner, **options: Any) -> TorchEngine:
-    """Serves the learner's present policy, whether its model is sharded or not; `options` go to `TorchEngine`."""
+    """An engine for the learner's current policy, sharded or not. `options` go to `TorchEngine`."""
     engine = TorchEngine(
         learner.model,
         device=learner.device,

@@ -1,4 +1,4 @@
-"""A vision prompt as Hugging Face's Qwen3-VL takes it."""
+"""A vision prompt in the form that Hugging Face's Qwen3-VL expects."""
 
 from __future__ import annotations
 

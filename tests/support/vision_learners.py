@@ -19,7 +19,7 @@ SHOWN: list[list[tuple[int, int]]] = [[(64, 32)], [], [(32, 64), (96, 64)], [(64
 """Widths and heights of the images of each group's prompt; the first and the last prompt share an image."""
 
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.1}
-"""Adam would turn the rounding of a zero gradient into a whole step."""
+"""With its default eps, Adam would turn the rounding error of a zero gradient into a full step."""
 
 
 def vl_config(folder: Path, lora_type: str, train_vision: str, **changes: Any) -> RunConfig:

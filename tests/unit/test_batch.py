@@ -16,7 +16,7 @@ def test_advantages_by_hand() -> None:
     np.testing.assert_allclose(group_advantages([1, 0, 0, 1], normalize=False), [0.5, -0.5, -0.5, 0.5])
     std = math.sqrt(4 * 0.25 / 3)
     np.testing.assert_allclose(group_advantages([1, 0, 0, 1], normalize=True), np.array([0.5, -0.5, -0.5, 0.5]) / std)
-    assert not group_advantages([0.1] * 7, normalize=True).any(), "equal rewards have no advantage, not one of 1e8"
+    assert not group_advantages([0.1] * 7, normalize=True).any(), "equal rewards give advantages of zero, not of 1e8"
 
 
 def make(capacity: int = 1000, normalization="token", groups=None):
@@ -51,7 +51,7 @@ def test_advantages_follow_their_sequences_and_sum_to_zero_in_each_group() -> No
 
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 @pytest.mark.parametrize("capacity", [12, 30, 1000])
-def test_weights_sum_to_one_however_it_is_cut(normalization, capacity) -> None:
+def test_weights_sum_to_one_however_the_batch_is_split(normalization, capacity) -> None:
     _, micro = make(capacity, normalization)
     assert sum(x.weights_N.sum() for x in micro) == pytest.approx(1, abs=1e-6)
     assert all(len(x.tokens_T) <= capacity or len(x.lengths_B) == 1 for x in micro)
@@ -68,7 +68,7 @@ def test_constant_weights_do_not_depend_on_the_lengths() -> None:
     assert all((x.weights_N == np.float32(1 / (9 * 20))).all() for x in micro)
 
 
-def test_sequences_know_their_reward_and_group_however_it_is_cut() -> None:
+def test_sequences_know_their_reward_and_group_however_the_batch_is_split() -> None:
     groups, micro = make(30)
     assert len(micro) > 1
     found = sorted((g, r) for x in micro for g, r in zip(x.groups_B, x.rewards_B, strict=True))
@@ -76,7 +76,7 @@ def test_sequences_know_their_reward_and_group_however_it_is_cut() -> None:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_advantages_by_group_take_groups_apart(normalize) -> None:
+def test_advantages_by_group_separate_the_groups(normalize) -> None:
     rewards, groups = np.array([1.0, 5.0, 0.0, 5.0, 0.5, 3.0]), np.array([7, 2, 7, 2, 7, 2])
     advantages = advantages_by_group(rewards, groups, normalize)
     for group in (2, 7):

@@ -1,4 +1,4 @@
-"""Bounds of a config's numbers: which key has which, and what is refused with which sentence."""
+"""Bounds of numeric config keys: which key has which, and the message for a value outside them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LORA = ["lora_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo_single_devi
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """The configs that reached `tora.launch.launcher.run`, which is "interrupted" in a run of 13 steps."""
+    """Collects the configs that reach `tora.launch.launcher.run`, which reports runs of 13 steps as interrupted."""
     configs: list[RunConfig] = []
 
     def run(cfg: RunConfig) -> bool:
@@ -36,7 +36,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A models folder that has Qwen3-0.6B, and an empty working directory."""
+    """A models folder with Qwen3-0.6B, and an empty working directory."""
     (tmp_path / "models/Qwen3-0.6B").mkdir(parents=True)
     (tmp_path / "cwd").mkdir()
     monkeypatch.setenv("TORA_MODELS", str(tmp_path / "models"))
@@ -45,7 +45,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line on stderr that rejects a command; it exits with code 2 and writes nothing."""
+    """The one line on stderr that rejects a command, which exits with code 2 and writes nothing."""
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and err.endswith(".\n")
@@ -87,7 +87,8 @@ sys.exit(code)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5  # a busy machine's clock lies
+    # CPU time, since wall time depends on what else the machine does
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5
 
 
 def test_python_m_tora(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_run_config(launched: list[RunConfig], models: Path) -> None:
     assert launched[0].async_rl and launched[0].model.path == str(models / "Qwen3-0.6B")
 
 
-def test_run_recipe_as_the_seed_writes_it(launched: list[RunConfig], models: Path) -> None:
+def test_run_takes_a_recipe_and_options_as_torchtune_does(launched: list[RunConfig], models: Path) -> None:
     assert main(["run", *LORA, "model.lora_type=dora", "batch_size=4"]) == 0
     assert main(["run", "--nproc_per_node", "1", "full_grpo_distributed", "--config", "qwen3/0.6B_full_grpo"]) == 0
     assert main(["run", "--config", LORA[2], LORA[0], "num_steps=7"]) == 0
@@ -261,7 +262,7 @@ def test_cp(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) ->
         ["run", "my/recipe.py", "--config", "mine.yaml"],
     ],
 )
-def test_the_rest_is_torchtunes(argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_commands_go_to_torchtune(argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     Path("theirs.yaml").write_text(
         "# a comment\nmodel:\n  # another\n  _component_: torchtune.models.llama2.llama2_7b\n"

@@ -1,4 +1,4 @@
-"""`_component_` mappings: found, called, or refused with a sentence; and former paths that configs may still use."""
+"""`_component_` mappings: resolved, called or rejected with a message; and former paths that configs may still use."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_instantiate(user_module: str) -> None:
     score = f"{user_module}.score"
     assert instantiate({"_component_": score, "scale": 2.0}, ["a", "b"]) == [2.0, 2.0]
-    # offered: taken where the callable knows the name and the config does not set it
+    # keyword arguments are passed on if the callable accepts them and the config does not set them
     assert instantiate({"_component_": score}, ["a"], scale=3.0, num_training_steps=9) == [3.0]
     assert instantiate({"_component_": score, "scale": 2.0}, ["a"], scale=3.0) == [2.0]
     assert instantiate({"_component_": f"{user_module}.open_ended", "a": 1}, b=2) == {"a": 1, "b": 2}
@@ -80,11 +80,11 @@ def test_a_config_with_former_paths_validates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", rewards.__all__)
-def test_former_paths_lead_to_todays_callables(name: str) -> None:
+def test_former_paths_resolve_to_the_current_callables(name: str) -> None:
     assert locate(f"{FORMER}.{name}") is locate(f"{PRESENT}.{name}") is getattr(rewards, name)
 
 
-def test_former_paths_are_called_and_checked_as_todays() -> None:
+def test_former_paths_are_called_and_checked_like_current_ones() -> None:
     length = {"_component_": f"{FORMER}.length", "target": 2}
     assert instantiate(length, ["q"], ["abc"]) == [0.5]
     check_component(length, "rewards.0")
@@ -104,7 +104,7 @@ def test_former_paths_are_called_and_checked_as_todays() -> None:
         ),
     ],
 )
-def test_mistakes_behind_a_former_path_name_the_present_one(component: dict[str, object], sentence: str) -> None:
+def test_mistakes_under_a_former_path_name_the_current_one(component: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_reward(component, "rewards.0")
     assert str(error.value) == sentence
@@ -123,6 +123,6 @@ def test_former_paths_reach_the_rewarder_here_and_in_its_processes() -> None:
 
 
 def test_former_paths_reach_a_metric_logger(tmp_path: Path) -> None:
-    """Only reward functions have former paths: the error shows that one was found and its signature read."""
+    """Only reward functions have former paths, so one stands in: the error shows that its signature was read."""
     with pytest.raises(ConfigError, match="missing a required argument: 'prompts'"):
         build_logger({"_component_": f"{FORMER}.answer_tag"}, tmp_path)

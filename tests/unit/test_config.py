@@ -1,4 +1,4 @@
-"""Config files and overrides: what they become, and the sentence that reports each mistake."""
+"""Config files and overrides: the resulting config, and the message for each mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(path: Path, text: str) -> str:
 
 
 def refusal(name: str = "quickstart", *overrides: str) -> str:
-    """The sentence that rejects a config."""
+    """The message that rejects a config."""
     with pytest.raises(ConfigError) as error:
         load_config(name, overrides)
     sentence = str(error.value)
@@ -68,7 +68,7 @@ def test_another_component_drops_the_arguments_of_the_one_before() -> None:
     assert "optimizer.lr=null" in refusal("quickstart", "optimizer._component_=torch.optim.SGD")
 
 
-def test_extends_merges_in_order_and_beside_the_file_first(tmp_path: Path) -> None:
+def test_extends_merges_in_order_and_prefers_files_beside_the_config(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     write(tmp_path / "base/full.yaml", "seed: 7\nmodel: {path: here}\n")  # hides the shipped base/full.yaml
     write(tmp_path / "b.yaml", "extends: base/full.yaml\nnum_steps: 3\nmodel: {lora_rank: 2}\n")
@@ -95,7 +95,7 @@ def test_extends_merges_in_order_and_beside_the_file_first(tmp_path: Path) -> No
         ("cispo", "CISPOLoss", "token", True),
     ],
 )
-def test_a_loss_comes_with_what_belongs_to_it(
+def test_a_loss_overlay_sets_what_its_loss_requires(
     tmp_path: Path, overlay: str, loss: str, normalization: str, normalizes: bool
 ) -> None:
     text = f"extends: [base/grpo.yaml, base/lora.yaml, base/{overlay}.yaml]\nname: mine\nmodel: {{path: here}}\n"
@@ -129,7 +129,7 @@ def test_extends_that_cannot_be_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a: [1,\n", "- a\n", "a: 1\na: 2\n", "name: '${oops'\n", "name: \x00\n"])
-def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_configs(tmp_path: Path, text: str) -> None:
     assert "a.yaml" in refusal(write(tmp_path / "a.yaml", text))
 
 

@@ -1,4 +1,4 @@
-"""The documentation says what is there: its links, paths, names, keys, commands, configs, data and code."""
+"""What the documentation refers to exists: links, paths, names, config keys, metrics, messages, configs, data, code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if "://" in target:
             continue
@@ -79,7 +79,7 @@ METRICS = {
 }
 
 
-def test_every_metric_is_explained_and_there() -> None:
+def test_the_explained_metrics_are_those_of_the_code() -> None:
     rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     explained = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     of_mismatch = set(mismatch(*np.zeros((2, 3))))
@@ -89,14 +89,14 @@ def test_every_metric_is_explained_and_there() -> None:
 
 @pytest.mark.parametrize("page", [page for page in WRITTEN if page.name != "CHANGELOG.md"], ids=named)
 def test_dotted_names_exist(page: Path) -> None:
-    """Former names too, as long as configs may use them."""
+    """Current names, and former ones that configs may still use."""
     for span in code_spans(page):
         if re.fullmatch(r"(tora|actors|learner)(\.\w+)+", span) and "NAME" not in span and span not in CALLS:
             assert _exists(span), span
 
 
 CALLS = {"learner.step"}
-"""Of the loop's `learner`."""
+"""Methods of the loop's `learner`, not names in the package `learner`."""
 
 
 def _exists(dotted: str) -> bool:
@@ -110,12 +110,12 @@ def _exists(dotted: str) -> bool:
 def _is_module(dotted: str) -> bool:
     try:
         return importlib.util.find_spec(dotted) is not None
-    except ModuleNotFoundError:  # its parent is no package
+    except ModuleNotFoundError:  # its parent is not a package
         return False
 
 
 def config_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """All keys, dotted, with those of our losses and a component's own."""
+    """All dotted keys, including those of our losses and components."""
     for name, hint in get_type_hints(schema).items():
         yield prefix + name
         for kind in (hint, *getattr(hint, "__args__", ())):
@@ -132,7 +132,7 @@ SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 
 @pytest.mark.parametrize("page", [page for page in WRITTEN if page.name != "migrate.md"], ids=named)
 def test_dotted_config_keys_exist(page: Path) -> None:
-    """In prose, such as `rollout.update=in_flight`."""
+    """Keys in prose, such as `rollout.update=in_flight`."""
     for span in code_spans(page):
         key = span.partition("=")[0]
         if re.fullmatch(r"[a-z_]+(\.\w+)+", key) and key.split(".")[0] in SECTIONS and key not in FOREIGN:
@@ -140,11 +140,11 @@ def test_dotted_config_keys_exist(page: Path) -> None:
 
 
 FOREIGN = {"rollout.n", "model.lora_rank"}
-"""verl's, in the README's table."""
+"""verl's keys in the README's table."""
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/migrate.md"])
-def test_the_keys_that_foreign_ones_lead_to_exist(page: str) -> None:
+def test_our_keys_in_tables_of_other_libraries_keys_exist(page: str) -> None:
     rows = re.findall(r"^\|.*\| ([^|]*) \|$", (ROOT / page).read_text(), re.MULTILINE)
     tables = [row for row in rows if re.fullmatch(r"(`[a-z_.]+`(, )?)+.*", row)]
     assert len(tables) >= 10
@@ -154,7 +154,7 @@ def test_the_keys_that_foreign_ones_lead_to_exist(page: str) -> None:
 
 
 def test_quoted_messages_are_what_the_code_says() -> None:
-    """`...`, and a capital N, stand for what a message fills in."""
+    """`...` and a capital N stand for the parts that a message fills in."""
     files = [file for package in ("tora", "actors", "learner") for file in (ROOT / package).rglob("*.py")]
     source = re.sub(r'"\s*\n\s*f?"', "", "".join(file.read_text() for file in files))  # implicitly joined strings
     for message in re.findall(r'"([^"]+)"', prose(ROOT / "docs/troubleshooting.md")):
@@ -176,7 +176,7 @@ def test_python_compiles_and_its_imports_exist(block: Block) -> None:
 
 @pytest.mark.parametrize("block", every_block("yaml"), ids=str)
 def test_configs_load(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole config as it is; a part of one over the quick-start's."""
+    """A complete config loads as it is, a partial one on top of the quick-start's."""
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, block.page)
     whole = "extends:" in block.text
@@ -187,7 +187,7 @@ def test_configs_load(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def importable(dotted: str, folder: Path) -> Any:
-    """The callable; one of the page's own from its file."""
+    """The callable: from the page's own file if it has one, else imported."""
     module, _, name = dotted.rpartition(".")
     if (folder / f"{module}.py").is_file():
         scope: dict[str, Any] = {}

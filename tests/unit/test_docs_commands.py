@@ -1,4 +1,4 @@
-"""Every command in README and docs is one that may be typed: its program, its config and its options exist."""
+"""Every command in README and docs works as typed: its program, config and options exist."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tora.config.load import config_file, load_config
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each command, comments and variables before it left out."""
+    """The words of each command, without comments and leading variables."""
     lines = text.replace("\\\n", " ").splitlines()
     split = [shlex.split(line, comments=True) for line in lines]
     return [_without_variables(words) for words in split if words]
@@ -38,7 +38,7 @@ def _without_variables(words: list[str]) -> list[str]:
 
 
 def check(words: list[str]) -> None:
-    """Whether a command may be typed as it stands. An unknown kind of command is an error: none goes unchecked."""
+    """Raises an error unless the command works as typed. An unknown program is an error too: none goes unchecked."""
     program, rest = words[0], words[1:]
     if program.startswith("./"):
         check_script(program, rest)
@@ -143,7 +143,7 @@ def check_docker(words: list[str]) -> None:
 
 
 def check_vllm(words: list[str]) -> None:
-    """Its options, by the fields of its arguments: to import vLLM takes too long for a unit test."""
+    """Checks options against the fields of vLLM's arguments, since importing vLLM takes too long for a unit test."""
     assert words[0] == "serve"
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
@@ -170,7 +170,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 
 
 @pytest.mark.parametrize("block", every_block("bash"), ids=str)
-def test_commands_may_be_typed(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_work_as_typed(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, block.page)
     for words in commands(block.text):

@@ -15,7 +15,7 @@ from tora.errors import RolloutError, SyncError
 from tora.types import SampleRequest, Sampling
 
 PROMPTS = [(5, 9, 30, 41), (7, 8), tuple(range(1, 130))]
-"""The last one fills the cache's first slots on the way."""
+"""The last prompt outgrows the cache's initial size while it generates."""
 CPU = torch.device("cpu")
 
 
@@ -72,7 +72,7 @@ def test_a_rollout_depends_on_its_seed_alone(model) -> None:
     assert len(set(samples)) == len(samples)
 
 
-def test_stop_tokens_end_rows_and_belong_to_them(model) -> None:
+def test_stop_tokens_end_completions_and_are_part_of_them(model) -> None:
     free = ready(model).generate(requests(Sampling(30)))
     stop = int(free[0][0].token_ids[4])
     stopped = ready(model).generate(requests(Sampling(30, stop_token_ids=(stop,))))

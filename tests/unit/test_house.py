@@ -1,4 +1,4 @@
-"""The rules of the layout: who imports whom, how large files are, what tests may patch, what stays light."""
+"""Rules of the code base: who imports whom, how large files are, what tests may patch, what must import quickly."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ LAYERS = (
     ("tora.cli",),
     ("tora.__main__",),
 )
-"""Low to high. A room imports from lower ones; rooms side by side know nothing of each other, except in the lowest."""
-LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
+"""Low to high. A package imports only from lower layers. Only in the lowest layer may modules import each other."""
+LAYER_OF = {package: layer for layer, members in enumerate(LAYERS) for package in members}
 
 FORBIDDEN = {
     "actors/": {"learner", "torchtune"},
@@ -56,24 +56,24 @@ def name_of(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     """`tora.models` for `tora.models.vision.tower`, `actors` for `actors.pool`."""
     parts = module.split(".")
-    room = ".".join(parts[:2]) if parts[0] == "tora" else parts[0]
-    return room if room in LAYER_OF else parts[0]
+    package = ".".join(parts[:2]) if parts[0] == "tora" else parts[0]
+    return package if package in LAYER_OF else parts[0]
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_imports_upward(file: Path) -> None:
     module = name_of(file).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    room = room_of(module)
-    assert room != "tora" or module == "tora", f"{module} belongs to no room: give it a place in LAYERS"
-    layer = LAYER_OF[room]
+    package = package_of(module)
+    assert package != "tora" or module == "tora", f"{module} is in no layer: add its package to LAYERS"
+    layer = LAYER_OF[package]
     for module, line in imports(ast.walk(ast.parse(file.read_text()))):
-        other = room_of(module)
-        if other in LAYER_OF and other != room:
+        other = package_of(module)
+        if other in LAYER_OF and other != package:
             allowed = LAYER_OF[other] < layer or LAYER_OF[other] == layer == 0
-            assert allowed, f"{name_of(file)}:{line} imports {module}, but {other} is not below {room}"
+            assert allowed, f"{name_of(file)}:{line} imports {module}, but {other} is not below {package}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -105,7 +105,7 @@ def test_the_wheel_holds_our_packages_only() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_classes_are_plain(file: Path) -> None:
-    """`tora/launch/` makes them remote; a decorated class could not be tested in process."""
+    """`tora/launch/` turns classes into Ray actors; a decorated class could not be tested in process."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ClassDef):
             assert not [d for d in node.decorator_list if "remote" in ast.unparse(d)], node.name
@@ -159,7 +159,7 @@ def test_private_patches_are_found(code: str) -> None:
         "steps = seat._PULSE_S",
     ],
 )
-def test_other_patches_are_let_through(code: str) -> None:
+def test_other_patches_are_allowed(code: str) -> None:
     assert not private_patches(ast.parse(f"import ray\nfrom actors import seat\n{code}"), PACKAGES)
 
 

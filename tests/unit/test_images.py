@@ -112,7 +112,7 @@ def test_decode_is_upright_rgb_on_white():
     wide = noise(8, 16)
     buffer = io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     wide.save(buffer, "PNG", exif=exif)
     np.testing.assert_array_equal(np.asarray(decode(buffer.getvalue())), np.rot90(np.asarray(wide), -1))
     clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
@@ -123,7 +123,7 @@ def test_decode_is_upright_rgb_on_white():
         assert decode(png(noise(4, 4, mode))).mode == "RGB"
 
 
-# forms of an image, and places for it in a row
+# forms of an image, and where a row may hold it
 
 
 def test_every_form_of_an_image_gives_its_bytes(tmp_path: Path):
@@ -150,7 +150,7 @@ def test_every_form_of_an_image_gives_its_bytes(tmp_path: Path):
         (7, "is a int"),
     ],
 )
-def test_what_is_no_image_is_refused(image: Any, message: str):
+def test_values_that_are_not_images_are_refused(image: Any, message: str):
     with pytest.raises(ConfigError, match=message):
         encoded(image)
 

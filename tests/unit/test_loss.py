@@ -66,7 +66,7 @@ def test_value_and_gradient_equal_the_papers_formula(loss_class: Any, seed: int)
 
 
 @pytest.mark.parametrize("loss_class", LOSSES)
-def test_float32_loses_nothing_that_matters(loss_class: Any) -> None:
+def test_float32_agrees_with_float64(loss_class: Any) -> None:
     exact, single = (loss_class(kl_coeff=0.05)(inputs(loss_class, dtype=d))[0] for d in (torch.float64, torch.float32))
     assert single.item() == pytest.approx(exact.item(), abs=1e-6)
 
@@ -125,8 +125,8 @@ def test_dapo_clips_higher_than_grpo() -> None:
     assert DAPOLoss()(above)[0].item() == pytest.approx(-1.28)
 
 
-def test_dr_grpo_lets_a_long_completion_weigh_by_its_length() -> None:
-    """Two sequences, of 1 and 3 tokens, at most 4: advantages 1 - 0.5 and 0 - 0.5, each token 1 / (2 · 4)."""
+def test_dr_grpo_weighs_a_completion_by_its_length() -> None:
+    """Two sequences of 1 and 3 tokens with advantages +-0.5. The limit is 4 tokens: each token weighs 1 / (2 · 4)."""
     lengths, advantages = [1, 3], [0.5, -0.5]
     weights = torch.tensor(token_weights(lengths, "constant", 4)).repeat_interleave(torch.tensor(lengths))
     x = by_hand([-1.0] * 4, [-1.0] * 4, [advantages[0], *[advantages[1]] * 3], weights.tolist())
@@ -135,7 +135,7 @@ def test_dr_grpo_lets_a_long_completion_weigh_by_its_length() -> None:
 
 
 def test_gspo_clips_whole_sequences() -> None:
-    """Log-ratios +0.01 and -0.009 of one sequence: far outside a clip of 3e-4 one by one, their mean of 5e-4 too."""
+    """Each token's log-ratio is far outside the clip range. Only the mean counts: 5e-4 is outside, 3e-4 is not."""
     x = by_hand([0.01, -0.009], [0.0, 0.0], [1.0, 1.0], [0.5, 0.5])
     loss, metrics = GSPOLoss()(x)
     assert loss.item() == pytest.approx(-(1 + 4e-4)) and metrics["loss/clip_share"].item() == 1
@@ -147,7 +147,7 @@ def test_gspo_clips_whole_sequences() -> None:
 
 
 def test_cispo_bounds_the_weight_and_keeps_the_gradient() -> None:
-    """Ratios e^2 (weight 5) and e^-1 (no lower bound); gradient -w · weight · A where PPO's clip would give 0."""
+    """Ratio e^2 is bounded to 5, e^-1 has no bound. The gradient is -w · ratio · A, where PPO's clip would give 0."""
     x = by_hand([-1.0, -2.0], [-3.0, -1.0], [1.0, -1.0], [0.5, 0.5])
     loss, metrics = CISPOLoss()(x)
     assert loss.item() == pytest.approx(-0.5 * (5 * 1 * -1.0 + math.exp(-1) * -1 * -2.0))

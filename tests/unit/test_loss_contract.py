@@ -1,4 +1,4 @@
-"""The contract of a loss: what the learner reads, and what its source tells the config."""
+"""The contract of a loss: what the learner reads from it, and what the config reads from its source."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_the_source_says_what_the_class_requires(name: str) -> None:
     assert "requires" not in inspect.signature(loss_class).parameters
 
 
-def test_what_a_loss_requires_is_no_setting() -> None:
+def test_requirements_of_a_loss_cannot_be_set() -> None:
     with pytest.raises(ConfigError, match=r"loss.requires=1 is not an argument of learner.loss.GRPOLoss"):
         load_config("quickstart", ["loss.requires=1"])
 
 
-def test_every_objective_with_requirements_is_refused_without_them() -> None:
+def test_a_loss_is_refused_where_its_requirements_are_not_met() -> None:
     required = {name: value.requires for name, value in LISTED.items() if value.requires}
     assert len(required) == 4
     for name, keys in required.items():
@@ -96,7 +96,7 @@ def test_a_loss_of_a_users_module_needs_no_declaration(mine: str) -> None:
         assert (loss.kl_coeff, loss.kl_type, loss.kl_in, loss.proximal) == (0.1, None, "loss", "learner")
 
 
-def test_what_is_no_loss_is_refused(mine: str) -> None:
+def test_components_that_are_not_losses_are_refused(mine: str) -> None:
     with pytest.raises(ConfigError, match=rf"{mine}\.Bare lacks kl_type, kl_in, proximal; .*Loss documents what"):
         build_loss({"_component_": f"{mine}.Bare"})
     with pytest.raises(ConfigError, match=rf"{mine}\.NotCallable lacks __call__;"):

@@ -38,7 +38,7 @@ def two_sequences(log_ratios: list[float], lengths: list[int]) -> LossInputs:
     ],
 )
 def test_importance_weights_by_hand(kind: Any, bounds: Any, expected: list[float], is_cut: list[int]) -> None:
-    """Ratios 4 and 1/4 of one sequence, of geometric mean 1, and 1, 3/2 and 2 of another, of geometric mean 3^(1/3)."""
+    """Ratios 4 and 1/4 in one sequence (geometric mean 1); 1, 3/2 and 2 in another (geometric mean 3^(1/3))."""
     x = two_sequences([math.log(r) for r in (4, 0.25, 1, 1.5, 2)], [2, 3])
     weights, cut = importance_weights(x, kind, *bounds)
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
@@ -47,7 +47,7 @@ def test_importance_weights_by_hand(kind: Any, bounds: Any, expected: list[float
 
 @pytest.mark.parametrize("loss_class", LOSSES)
 def test_corrections_equal_the_float64_reference_in_a_loss(loss_class: Any) -> None:
-    """Measured by the gradient of the loss in a token's weight, -c · objective, since the loss is linear in it."""
+    """The loss is linear in a token's weight, so its gradient there is -c · objective, which shows the correction c."""
     x = inputs(loss_class, with_ref=False)
     weights_N = x.weights_N.clone().requires_grad_()
     x = replace(x, weights_N=weights_N)

@@ -46,7 +46,7 @@ def test_rows_are_on_disk_at_once_and_carry_their_step(tmp_path: Path):
     log.close()
 
 
-def test_resume_cuts_the_rows_that_come_again(tmp_path: Path):
+def test_resume_removes_the_rows_of_repeated_steps(tmp_path: Path):
     log, _ = make_log(tmp_path)
     for step in range(4):
         log.step(step, {"version": float(step)})
@@ -76,7 +76,7 @@ def test_console_without_a_terminal_prints_plain_lines(tmp_path: Path):
     assert "\x1b" not in out.getvalue()
 
 
-def test_console_on_a_terminal_shows_a_bar_and_gives_the_cursor_back(tmp_path: Path):
+def test_console_on_a_terminal_shows_a_bar_and_restores_the_cursor(tmp_path: Path):
     log, out = make_log(tmp_path, terminal=True)
     log.step(0, METRICS)
     log.close()
@@ -96,7 +96,7 @@ def test_torchtune_loggers_write_files(tmp_path: Path, monkeypatch: pytest.Monke
     log.step(0, METRICS)
     log.evaluation(1, EvalResult(accuracy=0.75, reward=0.5, num_prompts=4))
     log.close()
-    wandb.teardown()  # its service process writes the end of the file on its own time
+    wandb.teardown()  # waits for its service process to write the rest of the file
     run = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
     assert b"reward/mean" in run and b"eval/accuracy" in run
     events = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
@@ -130,7 +130,7 @@ def test_smooth_keeps_length_and_level():
     assert smooth(np.array([0.0, 3.0, 0.0])) == pytest.approx([1.5, 1.0, 1.5])
 
 
-def test_summary_names_what_a_user_looks_for(tmp_path: Path):
+def test_summary_shows_accuracy_time_traffic_and_adapter(tmp_path: Path):
     console = Console(file=io.StringIO(), width=60)
     adapter = tmp_path / "adapter"
     print_summary(

@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {
     "clip_grad_norm": None,
     "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
 }
-"""With these settings the change of the weights in a step equals its gradient."""
+"""With these settings a step changes the weights by exactly its gradient."""
 
 
 @pytest.fixture(scope="module")

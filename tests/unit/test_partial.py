@@ -33,7 +33,7 @@ class CountingEngine:
 
 
 @pytest.mark.parametrize("part", [1, 4, 7, 30, None])
-def test_parts_join_to_what_one_call_gives(part: int | None) -> None:
+def test_parts_join_to_the_result_of_one_call(part: int | None) -> None:
     asked = SampleRequest(PROMPT, 3, 5, Sampling(20))
     engine: Any = CountingEngine(21)
     (group,) = generate_in_parts(engine, [asked], part)
@@ -44,7 +44,7 @@ def test_parts_join_to_what_one_call_gives(part: int | None) -> None:
     assert len({r.seed for call in engine.calls for r in call}) == sum(len(call) for call in engine.calls)
 
 
-def test_what_has_stopped_is_not_continued() -> None:
+def test_finished_sequences_are_not_continued() -> None:
     asked = SampleRequest(PROMPT, 2, 5, Sampling(20))
     engine: Any = CountingEngine(4)
     (group,) = generate_in_parts(engine, [asked], 4)

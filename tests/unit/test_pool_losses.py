@@ -79,7 +79,7 @@ def test_a_worker_that_starts_loads_the_newest_snapshot_before_its_first_group()
             await asyncio.sleep(0.05)
 
         async def forward(self, snapshot: Any) -> SyncReport:
-            await asyncio.sleep(0.02)  # long enough for a newer snapshot to be published meanwhile, now and then
+            await asyncio.sleep(0.02)  # long enough that a newer snapshot is sometimes published meanwhile
             return await super().forward(snapshot)
 
     made = [MortalWorker("crash", lambda: 0.002, lambda p: [0.0, 1.0]), FakeWorker(lambda: 0.002), Late(), Late()]

@@ -1,4 +1,4 @@
-"""The pool of a run that was interrupted or that goes back to a checkpoint."""
+"""The pool in a run that was interrupted or that goes back to a checkpoint."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_under_random_latencies(bound: int) -> None:
             worst = max(worst, batch.metrics["staleness/max"])
             assert sum(len(m.lengths_B) for m in batch.micro_batches) == 4 * 2, "dropped groups are refilled"
             rollouts.publish(make_snapshot(step + 1))
-        assert worst == bound, "it runs ahead as far as it may"
+        assert worst == bound, "it runs as far ahead as allowed"
         assert rollouts.evaluate().accuracy == pytest.approx(2 / 5)
         state = rollouts.state()
         ids = [i for w in workers for i in w.prompt_ids]
@@ -46,7 +46,7 @@ def test_under_random_latencies(bound: int) -> None:
 
 
 class InFlightWorker(FakeWorker):
-    """Its tokens belong to every version that it was given while sampling them."""
+    """Its rollouts have tokens of every version that arrives while they are sampled."""
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
         began = self.version

@@ -246,7 +246,7 @@ def test_build_refuses(components: list[dict], reason: str):
 
 
 @pytest.mark.parametrize("library", [pickle, cloudpickle])
-def test_a_rewarder_travels(library):
+def test_a_rewarder_can_be_pickled(library):
     built = build_rewarder([{"_component_": f"{R}.length", "target": 5}, {"_component_": f"{R}.math_answer"}])
-    travelled = pickle.loads(library.dumps(built))
-    assert score(travelled, TEXT, [r"\boxed{2}"]) == score(built, TEXT, [r"\boxed{2}"])
+    copy = pickle.loads(library.dumps(built))
+    assert score(copy, TEXT, [r"\boxed{2}"]) == score(built, TEXT, [r"\boxed{2}"])

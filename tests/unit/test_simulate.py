@@ -29,7 +29,7 @@ def test_staleness_keeps_the_bound_when_latencies_vary(bound: int) -> None:
     assert measured.num_groups == 24 * 20
 
 
-def test_a_slow_learner_is_never_waiting() -> None:
+def test_a_slow_learner_never_waits() -> None:
     measured = simulate(Scenario(8, gen_latency=0.02, learn_latency=0.2, jitter=0.2, num_steps=5), 1)
     assert 5 * 0.2 <= measured.seconds < 5 * 0.2 * 1.3
 
@@ -41,7 +41,7 @@ def test_impossible_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_bars_at_256_workers() -> None:
+def test_speedup_and_overhead_at_256_workers() -> None:
     scenario = Scenario(256, gen_latency=1.0, learn_latency=1.0, jitter=0.0, num_steps=10)
     ratio = simulate(scenario, 1).groups_per_s / simulate(scenario, 0).groups_per_s
     assert ratio >= 1.8

@@ -27,9 +27,9 @@ from tora.types import Group, TrainBatch
 LOSS = {"_component_": "learner.loss.GRPOLoss", "importance_correction": "none"}
 KL = {**LOSS, "kl_coeff": 0.05}
 TOWER_LINEARS = 3 * 4 + 2 * 3
-"""Four in each of three blocks, two in each of three mergers."""
+"""Four linear layers in each of three blocks, two in each of three mergers."""
 TOWER_TENSORS = 2 * TOWER_LINEARS + 3 * 4 + 3 * 2 + 3
-"""Weights and biases of the linear layers, the norms and the patch embedding, and the position embedding."""
+"""Weights and biases of the linear layers, norms and patch embedding, and the position embedding."""
 
 
 @pytest.fixture(scope="module")

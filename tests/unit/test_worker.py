@@ -51,7 +51,7 @@ def make_worker() -> RolloutWorker:
     )
 
 
-def test_an_answer_holds_nothing_of_its_prompt() -> None:
+def test_a_result_contains_nothing_of_its_prompt() -> None:
     worker = make_worker()
     answers: list[GroupResult] = [worker.run_group(PROMPT), *worker.run_groups([PROMPT]), *worker.evaluate([PROMPT])]
     assert [len(answer.rollouts) for answer in answers] == [3, 3, 1]
@@ -61,7 +61,7 @@ def test_an_answer_holds_nothing_of_its_prompt() -> None:
         assert held_back not in sent
 
 
-def test_the_asking_side_attaches_the_prompt() -> None:
+def test_the_pool_attaches_the_prompt() -> None:
     result = make_worker().run_group(PROMPT)
     group = result.with_prompt(PROMPT)
     assert (group.prompt, group.rollouts, group.failures) == (PROMPT, result.rollouts, ())
