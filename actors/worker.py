@@ -23,6 +23,7 @@ from tora.types import (
     Rollout,
     SampleRequest,
     Sampling,
+    StopReason,
     SyncReport,
 )
 
@@ -101,9 +102,10 @@ class RolloutWorker:
         rollouts = tuple(
             Rollout(
                 token_ids=completion.token_ids,
+                sampled=np.ones(len(completion.token_ids), dtype=bool),
                 actor_logprobs=completion.logprobs,
                 versions=completion.versions,
-                stopped=completion.stopped,
+                stop_reason=StopReason.STOP if completion.stopped else StopReason.LENGTH,
                 text=text,
                 reward=self._rewarder.total(parts),
                 reward_parts=parts,

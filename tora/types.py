@@ -3,14 +3,16 @@
 Prompt -> SampleRequest -> Completion -> Rollout -> GroupResult -> Group -> MicroBatch -> TrainBatch -> StepResult
 -> PolicySnapshot -> SyncReport.
 
-Shape letters: P prompts, G group, B = P·G sequences, L tokens of one sequence, T packed tokens, N response tokens,
-I images. Arrays are numpy: Ray moves them without pickling tensors, and this module imports without torch.
+Shape letters: P prompts, G group, B = P·G sequences, L tokens of one sequence, S sampled ones among them, T packed
+tokens, N response tokens, I images. Arrays are numpy: Ray moves them without pickling tensors, and
+this module imports without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -110,18 +112,33 @@ class Completion:
     """Whether it ended with a stop token; False if it reached `max_tokens`."""
 
 
+class StopReason(StrEnum):
+    """Why a rollout ended."""
+
+    STOP = "stop"
+    """The policy drew a stop token, and called no tool before it."""
+    LENGTH = "length"
+    """It reached its token limit, or a tool's answer would have exceeded it."""
+    TOOL_LIMIT = "tool_limit"
+    """The policy called a tool once more than it may."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled and scored completion."""
+    """One scored completion: S sampled tokens and, in an episode with an environment, the environment's between them.
+
+    Only sampled tokens have a log-prob and a version, and only they are trained on.
+    """
 
     token_ids: np.ndarray
-    """[L] int64, exactly as the engine returned them."""
+    """[L] int64: the sampled tokens exactly as the engine returned them, and the environment's."""
+    sampled: np.ndarray
+    """[L] bool: which tokens the policy sampled. At least one; S in number."""
     actor_logprobs: np.ndarray
-    """[L] float32, from the engine that sampled them; see `Completion.logprobs`."""
+    """[S] float32, from the engine that sampled them; see `Completion.logprobs`."""
     versions: np.ndarray
-    """[L] int64, the policy version that sampled each token."""
-    stopped: bool
-    """See `Completion.stopped`."""
+    """[S] int64, the policy version that sampled each token."""
+    stop_reason: StopReason
     text: str
     """Decoded, without special tokens."""
     reward: float
@@ -131,6 +148,11 @@ class Rollout:
     kept_mass: float = 1.0
     """Mean over tokens of the policy's probability divided by the one drawn with. Under truncation alone this is the
     policy's probability of the kept tokens."""
+
+    @property
+    def num_sampled(self) -> int:
+        """S: the tokens that are trained on."""
+        return len(self.versions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +192,8 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens of all rollouts."""
-        return sum(len(r.token_ids) for r in self.rollouts)
+        """Sampled tokens of all rollouts."""
+        return sum(r.num_sampled for r in self.rollouts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +230,9 @@ class MicroBatch:
     """int64 in [0, P): the shared prompt of each sequence; empty if no prompt is shared."""
     response_N: np.ndarray
     """int64 indices into T: for each response token, the position whose logits predict it. The last position of a
-    shared prompt predicts the first token of several sequences."""
+    shared prompt predicts the first token of several sequences. An environment's tokens are no response tokens."""
     targets_N: np.ndarray
-    """int64: the response tokens."""
+    """int64: the response tokens, which are those that were sampled."""
     sequence_N: np.ndarray
     """int64 in [0, B): the sequence of each response token."""
     actor_logprobs_N: np.ndarray

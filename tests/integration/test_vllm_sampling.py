@@ -12,13 +12,13 @@ import torch
 from adapters import shake
 from decoders import packed_logits
 from distributions import SETTINGS, expected
-from fakes import make_prompt
+from fakes import make_prompt, make_rollout
 from learners import config, make_batch
 from peft_reference import LONG_PROMPT, PROMPT, start_engine
 from tiny import make_text_model
 
 from learner.learner import Learner
-from tora.types import Completion, Group, Rollout, SampleRequest, Sampling
+from tora.types import Completion, Group, SampleRequest, Sampling
 
 pytest.importorskip("vllm")
 PROMPTS = (PROMPT, LONG_PROMPT)
@@ -71,7 +71,7 @@ def test_equal_policies_have_ratio_one(
         Group(
             replace(make_prompt(i), token_ids=ids),
             tuple(
-                Rollout(c.token_ids, c.logprobs, c.versions, False, "", g % 2, {"r": g % 2})
+                replace(make_rollout(c.token_ids, g % 2), actor_logprobs=c.logprobs, versions=c.versions)
                 for g, c in enumerate(group)
             ),
         )

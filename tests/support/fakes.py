@@ -8,20 +8,38 @@ from typing import Any
 
 import numpy as np
 
-from tora.types import Group, GroupResult, LogprobRequest, Occupancy, Prompt, Rollout, SnapshotRef, SyncReport
+from tora.types import (
+    Group,
+    GroupResult,
+    LogprobRequest,
+    Occupancy,
+    Prompt,
+    Rollout,
+    SnapshotRef,
+    StopReason,
+    SyncReport,
+)
 
 
 def make_prompt(prompt_id: int, length: int = 3) -> Prompt:
     return Prompt(prompt_id, tuple(range(3, 3 + length)), f"question {prompt_id}", {"answer": str(prompt_id)})
 
 
-def make_rollout(tokens: Sequence[int], reward: float, version: int = 0, logprob: float = -1.0) -> Rollout:
-    count = len(tokens)
+def make_rollout(
+    tokens: Sequence[int] | np.ndarray,
+    reward: float,
+    version: int = 0,
+    logprob: float = -1.0,
+    sampled: Sequence[bool] | None = None,
+) -> Rollout:
+    """`sampled`: which tokens the policy sampled; all of them if it is None."""
+    drawn = np.ones(len(tokens), dtype=bool) if sampled is None else np.asarray(sampled)
     return Rollout(
         token_ids=np.asarray(tokens, dtype=np.int64),
-        actor_logprobs=np.full(count, logprob, dtype=np.float32),
-        versions=np.full(count, version, dtype=np.int64),
-        stopped=True,
+        sampled=drawn,
+        actor_logprobs=np.full(drawn.sum(), logprob, dtype=np.float32),
+        versions=np.full(drawn.sum(), version, dtype=np.int64),
+        stop_reason=StopReason.STOP,
         text=" ".join(map(str, tokens)),
         reward=reward,
         reward_parts={"fake": reward},

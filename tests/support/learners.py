@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch._dynamo
-from fakes import make_prompt
+from fakes import make_prompt, make_rollout
 
 from learner.learner import Learner
 from tora.adapters.inject import trained_parameters
@@ -31,14 +32,17 @@ def config(folder: Path, lora_type: str = "lora", *, quantize_base: bool = False
     )
 
 
-def make_groups(count: int = 3, seed: int = 0, version: int = 0) -> list[Group]:
+def make_groups(count: int = 3, seed: int = 0, version: int = 0, *, episodes: bool = False) -> list[Group]:
+    """`episodes`: about every third token is an environment's, often the first and the last."""
     rng = np.random.default_rng(seed)
 
     def rollout() -> Rollout:
         ids = rng.integers(3, 259, size=rng.integers(2, 20))
         logprobs = -rng.random(len(ids)).astype(np.float32) * 6
         reward = float(rng.random())
-        return Rollout(ids, logprobs, np.full(len(ids), version), True, "", reward, {"fake": reward})
+        sampled = rng.random(len(ids)) < 0.65 if episodes else np.ones(len(ids), dtype=bool)
+        sampled[len(ids) // 2] = True
+        return replace(make_rollout(ids, reward, version, sampled=sampled), actor_logprobs=logprobs[sampled])
 
     return [Group(make_prompt(i, length=4 + i), tuple(rollout() for _ in range(4))) for i in range(count)]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fakes import make_rollout
 from learners import SETTINGS, config
 from tiny import picture
 
@@ -34,7 +36,7 @@ def vision_groups(folder: Path, shown: list[list[tuple[int, int]]] = SHOWN, seed
         ids = rng.integers(10, 260, size=rng.integers(2, 12))
         logprobs = -rng.random(len(ids)).astype(np.float32) * 6
         reward = float(rng.random())
-        return Rollout(ids, logprobs, np.zeros(len(ids), dtype=np.int64), True, "", reward, {"fake": reward})
+        return replace(make_rollout(ids, reward), actor_logprobs=logprobs)
 
     def group(number: int, sizes: list[tuple[int, int]]) -> Group:
         images = tuple(picture(*size, seed=size[0]) for size in sizes)

@@ -10,6 +10,7 @@ from fakes import make_group, make_prompt
 from tora.batching.advantage import advantages_by_group, group_advantages
 from tora.batching.batch import micro_batches, penalize, token_weights
 from tora.batching.packing import bins
+from tora.types import Group, Rollout
 
 
 def test_advantages_by_hand() -> None:
@@ -17,6 +18,40 @@ def test_advantages_by_hand() -> None:
     std = math.sqrt(4 * 0.25 / 3)
     np.testing.assert_allclose(group_advantages([1, 0, 0, 1], normalize=True), np.array([0.5, -0.5, -0.5, 0.5]) / std)
     assert not group_advantages([0.1] * 7, normalize=True).any(), "equal rewards give advantages of zero, not of 1e8"
+
+
+def masked(group: Group, seed: int) -> Group:
+    """The group with some tokens that were not sampled, the first or the last among them."""
+    rng = np.random.default_rng(seed)
+
+    def mask(rollout: Rollout) -> Rollout:
+        sampled = rng.random(len(rollout.token_ids)) < 0.5
+        sampled[1] = True
+        kept = {name: getattr(rollout, name)[sampled] for name in ("actor_logprobs", "versions")}
+        return replace(rollout, sampled=sampled, **kept)
+
+    return replace(group, rollouts=tuple(map(mask, group.rollouts)))
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize("capacity", [12, 30, 1000])
+def test_only_sampled_tokens_are_response_tokens(share_prefix: bool, capacity: int) -> None:
+    """Each is predicted by the position before it, and each sequence weighs what its sampled tokens alone would."""
+    groups = [masked(make_group(make_prompt(i, length=3 + i), [0.0, 1.0, i / 2], length=6), i) for i in range(3)]
+    settings = {"normalize_advantages": False, "normalization": "sequence", "max_generated_tokens": 20}
+    micro = micro_batches(groups, capacity=capacity, share_prefix=share_prefix, **settings)
+    expected = sorted((i, r.reward, tuple(r.token_ids[r.sampled])) for i, g in enumerate(groups) for r in g.rollouts)
+    found = []
+    for x in micro:
+        assert len(x.targets_N) == len(x.actor_logprobs_N) == len(x.versions_N) == len(x.weights_N)
+        for position, target in zip(x.response_N, x.targets_N, strict=True):
+            ends_shared_prompt = position < x.prompt_lengths_P.sum()
+            assert ends_shared_prompt or x.tokens_T[position + 1] == target
+        for b, (group, reward) in enumerate(zip(x.groups_B, x.rewards_B, strict=True)):
+            mine = x.sequence_N == b
+            found.append((group, reward, tuple(x.targets_N[mine])))
+            np.testing.assert_allclose(x.weights_N[mine], 1 / (9 * mine.sum()), rtol=1e-6)
+    assert sorted(found) == expected
 
 
 def make(capacity: int = 1000, normalization="token", groups=None):

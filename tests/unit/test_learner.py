@@ -28,12 +28,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize("episodes", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_the_first_step_equals_a_reference_by_hand(folder: Path, temperature: float) -> None:
-    """Packed and chunked log-probs equal those of transformers, one unpadded sequence at a time."""
+def test_the_first_step_equals_a_reference_by_hand(
+    folder: Path, temperature: float, episodes: bool, share_prefix: bool
+) -> None:
+    """Packed and chunked log-probs equal those of transformers, one unpadded sequence at a time. An environment's
+    tokens are context: they are in no loss, no mean and no log-ratio."""
     learner = Learner(config(folder))
-    groups = make_groups()
-    result = learner.step(make_batch(groups, temperature=temperature))
+    groups = make_groups(episodes=episodes)
+    result = learner.step(make_batch(groups, temperature=temperature, share_prefix=share_prefix))
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total, tokens, k3 = 0.0, 0, 0.0
     for group in groups:
@@ -44,7 +49,7 @@ def test_the_first_step_equals_a_reference_by_hand(folder: Path, temperature: fl
             with torch.no_grad():
                 logits = reference(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1] / temperature
             logprobs = logits.log_softmax(1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
-            d = logprobs - torch.tensor(rollout.actor_logprobs)
+            d = logprobs[torch.tensor(rollout.sampled)] - torch.tensor(rollout.actor_logprobs)
             total -= float((d.exp().clamp_max(2.0) * advantage).sum())
             k3 += float((d.exp() - d - 1).sum())
             tokens += len(d)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,13 +13,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import wandb
+from fakes import make_rollout
 from rich.console import Console
 
 from tora.config.schema import RunConfig
 from tora.reporting.console import duration
 from tora.reporting.metrics import MetricLog, read_rows
 from tora.reporting.summary import print_summary, reward_curve, smooth
-from tora.types import EvalResult, Prompt, Rollout
+from tora.types import EvalResult, Prompt
 
 LOGGERS = "torchtune.training.metric_logging"
 METRICS = {
@@ -63,8 +65,7 @@ def test_console_without_a_terminal_prints_plain_lines(tmp_path: Path):
     log, out = make_log(tmp_path)
     log.step(0, METRICS)
     log.evaluation(1, EvalResult(accuracy=0.75, reward=0.5, num_prompts=4))
-    nothing = np.zeros(0)
-    rollout = Rollout(nothing, nothing, nothing, True, "so [bold]\n<answer>2</answer>", 1.0, {"answer_tag": 1.0})
+    rollout = replace(make_rollout([7], 1.0), text="so [bold]\n<answer>2</answer>")
     log.sample(
         Prompt(0, (1,), [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "1?"}]}], {}), rollout
     )

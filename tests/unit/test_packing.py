@@ -34,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text_model(tmp_path_factory.mktemp("model"), "qwen2")
 
 
-def gradients(kind: type[Learner], folder: Path, lora_type: str, **batch: Any) -> tuple[dict[str, float], Any]:
+def gradients(
+    kind: type[Learner], folder: Path, lora_type: str, *, episodes: bool = False, **batch: Any
+) -> tuple[dict[str, float], Any]:
     """The metrics of a step and its gradients. B starts away from zero, so that A has a gradient too."""
     learner = kind(config(folder, lora_type, **PLAIN))
     torch.manual_seed(1)
@@ -42,16 +44,19 @@ def gradients(kind: type[Learner], folder: Path, lora_type: str, **batch: Any) -
         if name.endswith("lora_b"):
             torch.nn.init.normal_(tensor, std=0.02)
     before = weights(learner)
-    metrics = learner.step(make_batch(make_groups(3), **batch)).metrics
+    metrics = learner.step(make_batch(make_groups(3, episodes=episodes), **batch)).metrics
     return metrics, {name: before[name] - after for name, after in weights(learner).items()}
 
 
-@pytest.mark.parametrize("lora_type", ["full", "lora", "dora", "dora_cache"])
-def test_packed_and_shared_batches_equal_padded_ones(folder: Path, lora_type: str) -> None:
-    padded, expected = gradients(PaddedLearner, folder, lora_type)
+@pytest.mark.parametrize(
+    ("lora_type", "episodes"),
+    [("full", False), ("lora", False), ("lora", True), ("dora", False), ("dora_cache", False)],
+)
+def test_packed_and_shared_batches_equal_padded_ones(folder: Path, lora_type: str, episodes: bool) -> None:
+    padded, expected = gradients(PaddedLearner, folder, lora_type, episodes=episodes)
     assert sum(float(g.abs().sum()) for g in expected.values()) > 0
     for batch in ({}, {"capacity": 60}, {"share_prefix": True}, {"share_prefix": True, "capacity": 45}):
-        metrics, found = gradients(Learner, folder, lora_type, **batch)
+        metrics, found = gradients(Learner, folder, lora_type, episodes=episodes, **batch)
         for name in ("loss/total", "kl/mean", "learner/grad_norm", "policy/entropy", "mismatch_kl"):
             assert metrics[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-6), (name, batch)
         for name, gradient in expected.items():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import FakeWorker, make_group, make_prompt, make_snapshot
+from fakes import FakeWorker, make_group, make_prompt, make_rollout, make_snapshot
 from pools import (
     check_each_prompt_once,
     config,
@@ -17,11 +18,12 @@ from pools import (
     running,
     some_without_signal,
 )
+from safetensors.numpy import load_file, save_file
 
 from actors.buffer import split_by_deadline
 from tora.errors import ConfigError
 from tora.run.group_files import load_groups, save_groups
-from tora.types import Group, RolloutState
+from tora.types import Group, RolloutState, StopReason
 
 
 def test_it_resumes_with_pending_prompts_first() -> None:
@@ -69,6 +71,28 @@ def check_same(a: Sequence[tuple[int, Group]], b: Sequence[tuple[int, Group]]) -
     for (_, one), (_, other) in zip(a, b, strict=True):
         for x, y in zip(one.rollouts, other.rollouts, strict=True):
             assert all(np.array_equal(getattr(x, f.name), getattr(y, f.name)) for f in fields(x))
+
+
+def test_groups_written_before_rollouts_had_a_mask_and_a_stop_reason(tmp_path: Path) -> None:
+    saved = [(0, make_group(make_prompt(3), [0, 1]))]
+    save_groups(tmp_path, saved)
+    arrays = load_file(tmp_path / "groups.safetensors")
+    save_file({k: v for k, v in arrays.items() if not k.endswith("sampled")}, tmp_path / "groups.safetensors")
+    (row,) = json.loads((tmp_path / "groups.json").read_text())
+    for rollout in row["rollouts"]:
+        assert rollout.pop("stop_reason") == "stop"
+        rollout["stopped"] = True
+    (tmp_path / "groups.json").write_text(json.dumps([row]))
+    check_same(saved, load_groups(tmp_path, make_prompt))
+
+
+def test_a_saved_episode_keeps_its_mask_and_stop_reason(tmp_path: Path) -> None:
+    rollouts = [make_rollout(range(5), r, sampled=[False, True, True, False, True]) for r in (0.0, 1.0)]
+    cut = tuple(replace(rollout, stop_reason=StopReason.TOOL_LIMIT) for rollout in rollouts)
+    save_groups(tmp_path, [(0, Group(make_prompt(3), cut))])
+    ((_, group),) = load_groups(tmp_path, make_prompt)
+    assert all(r.stop_reason is StopReason.TOOL_LIMIT and r.num_sampled == 3 for r in group.rollouts)
+    check_same([(0, Group(make_prompt(3), cut))], [(0, group)])
 
 
 def test_groups_of_another_dataset_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from adapters import shake
 from distributions import SETTINGS, expected
-from fakes import make_prompt
+from fakes import make_prompt, make_rollout
 from learners import config, make_batch
 from tiny import make_text_model
 
@@ -42,7 +42,8 @@ def groups_of(completions: list[list[Completion]]) -> list[Group]:
 
 
 def rollout(completion: Completion, reward: float) -> Rollout:
-    return Rollout(completion.token_ids, completion.logprobs, completion.versions, False, "", reward, {"r": reward})
+    made = make_rollout(completion.token_ids, reward)
+    return replace(made, actor_logprobs=completion.logprobs, versions=completion.versions)
 
 
 def sampled_step(cfg: RunConfig, setting: str) -> tuple[Learner, TrainBatch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from adapters import shake
 from decoders import CPU
+from fakes import make_rollout
 from tiny import make_vl_model
 from transformers import Qwen3VLForConditionalGeneration
 from vision_inputs import hugging_face_inputs
@@ -22,7 +24,7 @@ from tora.adapters.inject import from_wire, snapshot
 from tora.batching.batch import micro_batches
 from tora.models.load import load_decoder
 from tora.models.vision.processor import ImageProcessor
-from tora.types import Group, LogprobRequest, Prompt, Rollout, SampleRequest, Sampling, TrainBatch
+from tora.types import Group, LogprobRequest, Prompt, SampleRequest, Sampling, TrainBatch
 
 LONG = 150
 """Tokens to generate: enough to make the cache grow."""
@@ -115,7 +117,7 @@ def test_a_copy_serves_the_learners_policy(
 
 def _batch(prompts: list[Prompt], ids: list[np.ndarray], logprobs: list[np.ndarray]) -> Any:
     rollouts = [
-        Rollout(i, lp, np.zeros(len(i), np.int64), True, "", float(n % 2), {})
+        replace(make_rollout(i, float(n % 2)), actor_logprobs=lp)
         for n, (i, lp) in enumerate(zip(ids, logprobs, strict=True))
     ]
     groups = [Group(p, tuple(rollouts[2 * n : 2 * n + 2])) for n, p in enumerate(prompts)]

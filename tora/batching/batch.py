@@ -33,11 +33,11 @@ def token_weights(lengths_B: Sequence[int], normalization: LossNormalization, ma
 def pack(packing: Packing, sequences_B: Sequence[TrainSequence], weights_B: Sequence[float]) -> MicroBatch:
     """One micro-batch of the given sequences, whose response tokens have the weights `weights_B`."""
     _, rollouts, advantages, groups = zip(*sequences_B, strict=True)
-    counts = [len(rollout.token_ids) for rollout in rollouts]
+    counts = [rollout.num_sampled for rollout in rollouts]
     images, image_I = distinct([image for prompt in packing.prompts(sequences_B) for image in prompt.images])
     return MicroBatch(
         **packing.lay_out(sequences_B),
-        targets_N=np.concatenate([r.token_ids for r in rollouts]).astype(np.int64),
+        targets_N=np.concatenate([r.token_ids[r.sampled] for r in rollouts]).astype(np.int64),
         sequence_N=np.repeat(np.arange(len(counts)), counts).astype(np.int64),
         actor_logprobs_N=np.concatenate([r.actor_logprobs for r in rollouts]).astype(np.float32),
         versions_N=np.concatenate([r.versions for r in rollouts]).astype(np.int64),
@@ -74,7 +74,7 @@ def micro_batches(
             sequences += [(group.prompt, rollout, float(advantage), number) for rollout, advantage in pairs]
     if not sequences:
         return ()
-    weights = token_weights([len(r.token_ids) for _, r, _, _ in sequences], normalization, max_generated_tokens)
+    weights = token_weights([r.num_sampled for _, r, _, _ in sequences], normalization, max_generated_tokens)
     return tuple(
         pack(packing, [sequences[i] for i in indices], [weights[i] for i in indices])
         for indices in packing.bins(sequences, capacity, num_ranks)

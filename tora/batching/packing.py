@@ -48,7 +48,10 @@ class OwnPrompts:
         lengths = np.add(prompt_lengths, counts)
         starts = np.cumsum(lengths) - lengths
         # a response token is predicted at the position before it
-        response = [s + n - 1 + np.arange(c) for s, n, c in zip(starts, prompt_lengths, counts, strict=True)]
+        response = [
+            start + length - 1 + np.flatnonzero(rollout.sampled)
+            for start, length, (_, rollout, _, _) in zip(starts, prompt_lengths, sequences_B, strict=True)
+        ]
         return _integers(
             tokens_T=[ids for prompt, rollout, _, _ in sequences_B for ids in (prompt.token_ids, rollout.token_ids)],
             positions_T=[np.arange(n) for n in lengths],
@@ -99,8 +102,8 @@ class SharedPrompts:
         prompt_ends, ends = np.cumsum(prompt_lengths), prompt_lengths.sum() + np.cumsum(counts)
         # a prompt's last position predicts the first token of each of its completions
         response = [
-            np.concatenate([[prompt_ends[p] - 1], np.arange(end - count, end - 1)])
-            for p, end, count in zip(prompt_B, ends, counts, strict=True)
+            np.concatenate([[prompt_ends[p] - 1], np.arange(end - count, end - 1)])[rollout.sampled]
+            for p, end, count, (_, rollout, _, _) in zip(prompt_B, ends, counts, sequences_B, strict=True)
         ]
         offsets = prompt_lengths[prompt_B]
         return _integers(

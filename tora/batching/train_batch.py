@@ -9,7 +9,7 @@ import numpy as np
 
 from tora.batching.batch import micro_batches
 from tora.config.schema import RunConfig
-from tora.types import Group, Metrics, TrainBatch
+from tora.types import Group, Metrics, StopReason, TrainBatch
 
 
 def make_batch(
@@ -32,10 +32,10 @@ def make_batch(
         "rollout/signal_share": float(np.mean([g.has_signal for g in measured])),
         "rollout/groups_dropped": float(drops),
         "rollout/tokens_per_s": sum(g.num_tokens for g in generated) / max(seconds, 1e-9),
-        "rollout/length_mean": float(np.mean([len(r.token_ids) for r in rollouts])),
+        "rollout/length_mean": float(np.mean([r.num_sampled for r in rollouts])),
         "rollout/mixed_share": float(np.mean([r.versions[0] != r.versions[-1] for r in rollouts])),
         "rollout/kept_mass": float(np.mean([r.kept_mass for r in rollouts])),
-        "rollout/stopped_share": float(np.mean([r.stopped for r in rollouts])),
+        "rollout/stopped_share": float(np.mean([r.stop_reason is StopReason.STOP for r in rollouts])),
         "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }
     failures = [failure for group in generated for failure in group.failures]

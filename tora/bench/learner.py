@@ -20,7 +20,7 @@ from tora.config.schema import ModelConfig, RunConfig
 from tora.errors import ConfigError
 from tora.launch.engines import shared_torch_engine
 from tora.models.vision.qwen3_vl import Qwen3VL
-from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, TrainBatch
+from tora.types import Group, Prompt, Rollout, SampleRequest, Sampling, StopReason, TrainBatch
 
 Dtype = Literal["bf16", "fp32"]
 
@@ -83,7 +83,8 @@ def make_batch(workload: Workload, prompt: Prompt, vocab_size: int) -> TrainBatc
     def rollout() -> Rollout:
         ids = rng.integers(0, vocab_size, length)
         logprobs, reward = np.full(length, -np.log(vocab_size), dtype=np.float32), float(rng.random())
-        return Rollout(ids, logprobs, np.zeros(length, dtype=np.int64), True, "", reward, {"random": reward})
+        versions, sampled = np.zeros(length, dtype=np.int64), np.ones(length, dtype=bool)
+        return Rollout(ids, sampled, logprobs, versions, StopReason.STOP, "", reward, {"random": reward})
 
     group = Group(prompt, tuple(rollout() for _ in range(count)))
     micro = micro_batches(

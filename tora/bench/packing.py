@@ -26,7 +26,7 @@ from tora.bench.rows import Setting, ratio
 from tora.bench.shapes import write_random_model
 from tora.models.attention import LayerAttention, PackedAttention
 from tora.models.decoder import Decoder
-from tora.types import Group, Prompt, Rollout, TrainBatch
+from tora.types import Group, Prompt, Rollout, StopReason, TrainBatch
 
 
 class Causal:
@@ -64,7 +64,8 @@ def make_group(prompt_tokens: int, completion_tokens: Sequence[int], vocab_size:
     def rollout(length: int) -> Rollout:
         ids, reward = rng.integers(0, vocab_size, length), float(rng.random())
         logprobs = np.full(length, -np.log(vocab_size), dtype=np.float32)
-        return Rollout(ids, logprobs, np.zeros(length, dtype=np.int64), True, "", reward, {"random": reward})
+        versions, sampled = np.zeros(length, dtype=np.int64), np.ones(length, dtype=bool)
+        return Rollout(ids, sampled, logprobs, versions, StopReason.STOP, "", reward, {"random": reward})
 
     prompt = Prompt(0, tuple(rng.integers(0, vocab_size, prompt_tokens).tolist()), "", {})
     return Group(prompt, tuple(rollout(length) for length in completion_tokens))

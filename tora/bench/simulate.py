@@ -42,6 +42,7 @@ from tora.types import (
     Prompt,
     Rollout,
     StepResult,
+    StopReason,
     SyncReport,
     TrainBatch,
 )
@@ -152,9 +153,10 @@ class SleepingLearner:
 def _rollout(reward: float, version: int) -> Rollout:
     return Rollout(
         token_ids=np.arange(_TOKENS),
+        sampled=np.ones(_TOKENS, bool),
         actor_logprobs=np.zeros(_TOKENS, np.float32),
         versions=np.full(_TOKENS, version),
-        stopped=True,
+        stop_reason=StopReason.STOP,
         text="",
         reward=reward,
         reward_parts={"simulated": reward},

@@ -31,7 +31,7 @@ from tora.models.decoder import Decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.tasks.tokenizer import load_tokenizer
-from tora.types import LogprobRequest, Prompt, Rollout, SampleRequest, Sampling
+from tora.types import LogprobRequest, Prompt, Rollout, SampleRequest, Sampling, StopReason
 
 _TEXTS = ("The capital of France is", "def add(a, b):\n", "Once upon a time", "2 + 2 =")
 _IMAGES = ((), ((96, 64),), ((64, 128), (96, 64)))
@@ -153,7 +153,7 @@ def _row(cfg: RunConfig, version: int, learner: Any, engine: Engine, prompts: Se
     sampled = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
     asked = [LogprobRequest(p.token_ids, tuple(c.token_ids.tolist()), p.images) for p, c in sampled]
     sequences = [
-        (p, Rollout(c.token_ids, c.logprobs, c.versions, c.stopped, "", 0.0, {}), 0.0, i)
+        (p, Rollout(c.token_ids, c.versions >= 0, c.logprobs, c.versions, StopReason.LENGTH, "", 0.0, {}), 0.0, i)
         for i, (p, c) in enumerate(sampled)
     ]
     batch = pack(OwnPrompts(), sequences, [1.0] * len(sequences))

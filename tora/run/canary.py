@@ -18,7 +18,7 @@ from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
 from tora.config.schema import RunConfig
 from tora.errors import SyncError
-from tora.types import LogprobRequest, Metrics, MicroBatch, Prompt, Rollout
+from tora.types import LogprobRequest, Metrics, MicroBatch, Prompt, Rollout, StopReason
 
 NUM_PROBES = 4
 _PROBE_TOKENS = 32
@@ -163,9 +163,10 @@ def _unsampled_rollout(token_ids: Sequence[int]) -> Rollout:
     count = len(token_ids)
     return Rollout(
         token_ids=np.asarray(token_ids, np.int64),
+        sampled=np.ones(count, bool),  # the learner returns log-probs of sampled tokens only
         actor_logprobs=np.zeros(count, np.float32),
         versions=np.zeros(count, np.int64),
-        stopped=False,
+        stop_reason=StopReason.LENGTH,
         text="",
         reward=0.0,
         reward_parts={},

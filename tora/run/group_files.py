@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tora.errors import ConfigError
-from tora.types import Group, Prompt, Rollout
+from tora.types import Group, Prompt, Rollout, StopReason
 
 _ARRAYS, _VALUES = "groups.safetensors", "groups.json"
 
@@ -61,4 +61,9 @@ def _rollout(values: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str)
     array_values: dict[str, Any] = {
         f.name: arrays[prefix + f.name] for f in fields(Rollout) if prefix + f.name in arrays
     }
+    values = dict(values)
+    if "stopped" in values:  # written before rollouts knew their stop reason and which tokens were sampled
+        values["stop_reason"] = StopReason.STOP if values.pop("stopped") else StopReason.LENGTH
+        array_values["sampled"] = np.ones(len(array_values["token_ids"]), dtype=bool)
+    values["stop_reason"] = StopReason(values["stop_reason"])
     return Rollout(**values, **array_values)
