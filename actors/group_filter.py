@@ -36,7 +36,7 @@ class SignalFilter:
         return False
 
     def drain(self) -> tuple[list[Group], int]:
-        """Groups generated, and how many were dropped for want of a signal, since the last call."""
+        """Groups generated since the last call, and how many of them were dropped because their rewards were equal."""
         generated, drops = self._generated, self._drops
         self._generated, self._drops = [], 0
         return generated, drops
@@ -50,7 +50,7 @@ class FailedRewards:
         self._warned: set[str] = set()
 
     def add(self, group: Group) -> None:
-        """Raises RolloutError once more than `max_share` of the recent rollouts failed."""
+        """Raises RolloutError if more than `max_share` of the recent rollouts have failed."""
         self._recent.append((len(group.failures), len(group.failures) + len(group.rollouts)))
         for failure in group.failures:
             self._last = failure

@@ -87,12 +87,12 @@ class RayWorker:
 
 
 async def _result(ref: Awaitable[T]) -> T:
-    """Raises WorkerLost if the actor is dead or unreachable, and what its method raised as itself."""
+    """The answer. Raises WorkerLost if the actor is dead or unreachable, else whatever its method raised."""
     try:
         return await ref
     except RayTaskError as error:
         if isinstance(error.cause, Exception):
-            raise error.cause from error  # which holds the actor's traceback
+            raise error.cause from error  # `error` holds the actor's traceback
         raise
     except RayError as error:
         reason = str(error).strip().splitlines()

@@ -97,7 +97,7 @@ class Seat:
         self.report: SyncReport | None = None
         """The worker's answer to the last snapshot."""
         self.limit = cfg.concurrency
-        """Groups in flight at most; see `actors.concurrency`."""
+        """Maximum number of groups in flight; see `actors.concurrency`."""
         self.slots: set[Slot] = set()
         """Groups in flight here."""
         self.outstanding_tokens = 0.0

@@ -39,7 +39,7 @@ TRAIN, EVAL = 0, 1
 
 
 def verify_install(snapshot: PolicySnapshot, report: SyncReport) -> None:
-    """Raises SyncError unless the engine holds every tensor as sent, rounded to its own dtype."""
+    """Raises SyncError if the engine does not hold every tensor as sent, rounded to its own dtype."""
     expected = engine_digest(snapshot, report.dtype)
     if report.sha256 != expected:
         raise SyncError(

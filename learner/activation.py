@@ -24,10 +24,10 @@ def checkpoint_layers(model: Decoder, kind: ActivationCheckpointing, *, offload:
     Call after `compile_layers` and before FSDP2 wraps the layers: recomputation then runs the compiled graph, inside
     FSDP2's hooks, which have gathered the weights by then.
 
-    Raises ConfigError for `offload` without a GPU.
+    Raises ConfigError if `offload` is set without a GPU.
     """
     if offload and device.type != "cuda":
-        raise ConfigError("activation_offloading=true moves activations off a GPU, and the learner runs on a CPU.")
+        raise ConfigError("activation_offloading=true moves activations off a GPU, but the learner runs on a CPU.")
     if kind == "none":
         return
     offload_context = OffloadActivations() if offload else nullcontext()

@@ -39,7 +39,7 @@ class _Arrays:
 
 @dataclass(frozen=True, slots=True)
 class Inputs(_Arrays):
-    """One micro-batch as the model and the loss take it."""
+    """One micro-batch in the form that the model and the loss take."""
 
     positions: torch.Tensor
     """int64 [1, T], or with images [3, 1, T]: time, row, column."""

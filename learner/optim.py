@@ -12,7 +12,7 @@ from tora.config.schema import Component
 
 
 def build_optimizer(component: Component, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Raises ConfigError if the component cannot be built."""
+    """The optimizer. Raises ConfigError if the component cannot be built."""
     return instantiate(component, list(parameters))
 
 

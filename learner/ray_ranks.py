@@ -92,8 +92,8 @@ class LearnerGroup:
         return self._get([getattr(rank, method).remote(*args) for rank in self._ranks])
 
     def _get(self, answers: Sequence[Any]) -> list[Any]:
-        """The ranks' answers. Raises LearnerLost if a rank died, after killing the others; an exception that a rank
-        raised is raised here as itself."""
+        """The ranks' answers. Raises LearnerLost if a rank died, after killing the others; re-raises what a rank
+        raised."""
         waiting = list(answers)
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)

@@ -55,7 +55,7 @@ def load_training_state(
 ) -> int:
     """Restore everything in place and return the policy version.
 
-    Raises ValueError if the checkpoint holds other parameters than the run trains.
+    Raises ValueError if the run trains other parameters than those in the checkpoint.
     """
     document = json.loads((folder / _STATE).read_text())
     weights = load_file(folder / _WEIGHTS)

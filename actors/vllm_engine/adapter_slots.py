@@ -29,8 +29,10 @@ class Place:
 
 
 def find_places(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
-    """By Hugging Face name. Raises SyncError if a module has no LoRA layer in this engine, or shares its place with
-    another."""
+    """The modules' places by Hugging Face name.
+
+    Raises SyncError if a module has no LoRA layer in this engine, or shares its place with another.
+    """
     places, rename = _places(manager), _renamer(manager.model)
     found: dict[str, Place] = {}
     for name in modules:

@@ -1,4 +1,4 @@
-"""From an `EngineConfig` to vLLM 0.32's engine arguments."""
+"""vLLM 0.32's engine arguments for an `EngineConfig`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def engine_rank(rank: int) -> int:
 
 
 def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
-    """Raises ValueError if an argument is impossible."""
+    """The arguments. Raises ValueError if one is impossible."""
     if not Path(config.model_path, "config.json").is_file():
         raise ValueError(f"{config.model_path} is not a Hugging Face model folder: it has no config.json")
     from vllm.engine.arg_utils import EngineArgs

@@ -1,4 +1,4 @@
-"""What a `VLLMEngine` is built from. Imports neither vLLM nor torch."""
+"""The settings of a `VLLMEngine`. Imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """One vLLM generator. What happens to running requests at a sync is a `WeightUpdate`'s decision, not set here.
+    """One vLLM generator. A `WeightUpdate`, not this config, decides what happens to running requests at a sync.
 
     Example:
         EngineConfig(
@@ -27,7 +27,7 @@ class EngineConfig:
     model_path: str
     """Folder of a Hugging Face model."""
     dtype: Literal["bf16", "fp32"]
-    """Of the weights, the KV cache and the adapter slots' A and B."""
+    """Precision of the weights, the KV cache and the adapter slots' A and B."""
     max_model_len: int | None
     """Tokens of prompt and completion together; None for the model's own limit."""
     lora_rank: int

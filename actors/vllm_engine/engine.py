@@ -101,8 +101,8 @@ class VLLMEngine:
     def generate(self, requests: Sequence[SampleRequest], *, adapter: bool = True) -> list[list[Completion]]:
         """See `Engine`; `adapter=False` generates with the base model.
 
-        Raises ValueError if vLLM would reject a request, and RolloutError before the first snapshot and once the engine
-        has failed or is closed.
+        Raises ValueError if vLLM would reject a request, and RolloutError if there is no snapshot yet or the engine has
+        failed or is closed.
         """
         for request in requests:
             self._check_tokens(request.token_ids, request.sampling.max_tokens)
@@ -132,7 +132,8 @@ class VLLMEngine:
         """Blocks until the snapshot is written, between two steps, and read back; see `WeightUpdate.must_wait`.
 
         Requests that arrive meanwhile run under the new version. A snapshot that its slot already holds is not written
-        again. Raises SyncError, keeping the previous version, and RolloutError as `generate` does.
+        again. Raises SyncError if it cannot be installed, keeping the previous version, and RolloutError as `generate`
+        does.
         """
         start = time.perf_counter()
         with self._wake:
@@ -156,7 +157,7 @@ class VLLMEngine:
         )
 
     def occupancy(self) -> Occupancy:
-        """See `Engine`. Raises RolloutError once the engine has failed or is closed."""
+        """See `Engine`. Raises RolloutError if the engine has failed or is closed."""
         with self._wake:
             self._check_alive()
             llm = self._llm

@@ -27,8 +27,8 @@ from tora.models.load import is_derived, read_config, shard_files
 def replace_weights(worker: Any, tensors: Mapping[str, torch.Tensor]) -> SlotContents:
     """Loads the tensors one at a time, so that only one is copied at once.
 
-    Raises SyncError, with nothing replaced, unless the tensors are the whole model's, or the model's without its vision
-    tower.
+    Raises SyncError, with nothing replaced, if the tensors are not those of the whole model. The vision tower's may be
+    absent.
     """
     _check_complete(tensors, Path(worker.model_config.model))
     dtype, sha = worker.model_config.dtype, hashlib.sha256()

@@ -60,7 +60,7 @@ class Environment:
 
 
 def build(args: EngineArgs) -> LLMEngine:
-    """Start vLLM in this process. Raises ValueError if vLLM rejects the arguments, and whatever it raises otherwise."""
+    """Start vLLM in this process. Raises ValueError if vLLM rejects the arguments; its other errors pass through."""
     import pydantic
     from vllm.model_executor.models import registry
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -101,7 +101,7 @@ def _children_import_tora() -> Iterator[None]:
 
 
 def rendezvous_address(llm: LLMEngine) -> str:
-    """See `SnapshotExtension`."""
+    """Where vLLM's processes met; see `SnapshotExtension.rendezvous_address`."""
     return llm.collective_rpc("rendezvous_address")[0]
 
 

@@ -1,4 +1,4 @@
-"""Between Tora's types and vLLM 0.32's requests and outputs."""
+"""Conversions between Tora's types and vLLM 0.32's requests and outputs."""
 
 from __future__ import annotations
 

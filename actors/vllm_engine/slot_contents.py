@@ -1,4 +1,4 @@
-"""What vLLM's workers answer to a snapshot. Imports neither vLLM nor torch."""
+"""The answers of vLLM's workers to a snapshot. Imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SlotContents:
     sha256: str
     """`snapshot.digest` of the tensors as read back from the adapter slot, or as handed to vLLM for whole weights."""
     dtype: str
-    """Of every tensor except gains, which are float32."""
+    """torch's name for the dtype of every tensor except gains, which are float32."""
     num_modules: int
 
 

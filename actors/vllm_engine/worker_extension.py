@@ -104,8 +104,10 @@ def _receive(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
 
 
 def _modules(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """By Hugging Face module name. Raises SyncError for an unknown suffix, half an adapter or a dtype other than
-    float32."""
+    """The tensors by Hugging Face module name and suffix.
+
+    Raises SyncError if a suffix is unknown, a module has half an adapter, or a tensor is not float32.
+    """
     try:
         modules = split_by_module(tensors)
     except ValueError as error:

@@ -51,8 +51,10 @@ DEPLOYMENTS = [Deployment(ranks, is_async) for is_async in (False, True) for ran
 
 
 def accuracies(config: str, deployment: Deployment, overrides: list[str]) -> tuple[float, float, float]:
-    """Held-out accuracy before the first step and after the last, and the run's seconds. Raises RuntimeError with the
-    end of its stderr if the run fails."""
+    """Held-out accuracy before the first step and after the last, and the run's seconds.
+
+    Raises RuntimeError if the run fails, with the end of its stderr.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tora-accuracy-") as scratch:
         output = Path(scratch) / "run"

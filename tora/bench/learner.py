@@ -144,7 +144,7 @@ def run(
     interleave: bool,
 ) -> list[Row]:
     """`interleave`: load all models and measure them in turn, which is fair on a machine whose speed drifts. Otherwise
-    load and measure one model after the other, if only one fits into memory.
+    load and measure one model after the other, for models that do not fit into memory together.
 
     Raises ConfigError if the workload has an image and the model takes none.
     """

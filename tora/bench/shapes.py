@@ -80,7 +80,7 @@ def shape_names() -> list[str]:
 def write_random_model(name: str, folder: Path, *, dtype: str, seed: int = 0) -> Path:
     """Write a loadable Hugging Face folder with random weights: no tokenizer, but an image processor for vision models.
 
-    Raises ConfigError for an unknown name.
+    Raises ConfigError if the name is unknown.
     """
     if name not in _TABLE:
         raise ConfigError(f"There are no shapes named {name}{nearest(name, list(_TABLE))}.")

@@ -164,7 +164,7 @@ def _rollout(reward: float, version: int) -> Rollout:
 
 
 def _versions(micro: MicroBatch) -> np.ndarray:
-    """The oldest token's version of each group, as in the run's own `staleness/max`."""
+    """The version of each group's oldest token, as in a run's `staleness/max`."""
     oldest_P = np.full(micro.groups_B.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(oldest_P, micro.groups_B[micro.sequence_N], micro.versions_N)
     return oldest_P[np.unique(micro.groups_B)]
@@ -233,7 +233,7 @@ def _prompt(prompt_id: int) -> Prompt:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command. Raises ConfigError if an argument is out of range."""
+    """Run the command. Raises ConfigError if an argument is out of range."""
     for name, minimum in {
         "actors": 1,
         "steps": 1,

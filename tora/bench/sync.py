@@ -1,4 +1,4 @@
-"""What it costs to send an adapter to vLLM, and to decode with it."""
+"""The cost of sending an adapter to vLLM, and of decoding with it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SyncRow:
     stall_ms: tuple[float, float]
     """Median and 99th percentile of the time that decoding stalled, as measured by the engine."""
     copy_ms: tuple[float, float]
-    """The same for copying as many bytes in memory, alternating with the syncs."""
+    """The same for copies of as many bytes in memory, alternating with the syncs."""
     install_ms: float
     """Median wall time of an install: reading, hashing, writing and reading back."""
     tokens_per_s: float
@@ -56,7 +56,7 @@ class SpeedRow:
     batch: int
     tokens_per_s: float
     ratio: float
-    """To the same engine's base: the median over rounds that alternate between the two."""
+    """Speed relative to the base model in the same engine: the median over rounds that alternate between the two."""
 
 
 Row = SyncRow | SpeedRow

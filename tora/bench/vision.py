@@ -1,4 +1,4 @@
-"""For benchmarks of vision models with random weights: config, image processor, and a prompt with an image."""
+"""Vision models with random weights for benchmarks: config, image processor, and a prompt with an image."""
 
 from __future__ import annotations
 

@@ -40,9 +40,9 @@ def overview() -> str:
 
 
 def explain(key: str) -> str:
-    """The entry of a key, or a section's entries. Arguments of a component lead to the component.
+    """The entry of a key, or all entries of a section. An argument of a component gives the component's entry.
 
-    Raises `ConfigError` for an unknown key, with the nearest one.
+    Raises ConfigError if the key is unknown, naming the nearest one.
     """
     from tora.config.reference import entries, nearest_key, sections
 

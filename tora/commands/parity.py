@@ -72,7 +72,7 @@ class ParityRow:
 def parity(model: str, *, as_json: bool = False) -> int:
     """Prints a row for each method and dtype. Returns 0 if all of them hold, else 1.
 
-    Raises `ConfigError` if vLLM is not installed or the folder does not hold a model.
+    Raises ConfigError if vLLM is not installed or the folder does not hold a model.
     """
     if find_spec("vllm") is None:
         raise ConfigError(f"--parity needs vLLM: {INSTALL}.")

@@ -12,7 +12,7 @@ RECIPES = (
     "lora_grpo_distributed",
 )
 NO_RECIPE = "(tora run CONFIG)"
-"""What `ls` prints in place of a recipe for configs that belong to none."""
+"""Printed by `ls` in place of a recipe, for configs that belong to none."""
 
 
 def program() -> str:

@@ -57,7 +57,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _check_recipe(recipe: str, cfg: RunConfig) -> None:
-    """Raises `ConfigError` if the config trains something else, or on more devices, than the recipe's name says."""
+    """Raises ConfigError if the config trains something else, or on more devices, than the recipe's name says."""
     if recipe not in RECIPES:
         raise ConfigError(f"There is no recipe {recipe}{nearest(recipe, RECIPES)}.")
     lora_type = cfg.model.lora_type
@@ -70,7 +70,7 @@ def _check_recipe(recipe: str, cfg: RunConfig) -> None:
 
 
 def _check_ranks(learner_ranks: int) -> None:
-    """For a run that was itself started under torchrun. Raises `ConfigError` if the number of ranks differs."""
+    """Raises ConfigError if torchrun started this process with another number of ranks."""
     world = os.environ.get("WORLD_SIZE")
     if world != str(learner_ranks):
         raise ConfigError(f"learner_ranks={learner_ranks} must equal the {world} ranks that torchrun started.")

@@ -112,7 +112,7 @@ def _weight_update(cfg: RunConfig) -> WeightUpdate:
 
 
 def make_torch_engine(cfg: RunConfig) -> Engine:
-    """With its own copy of the learner's model."""
+    """A torch engine with its own copy of the learner's model."""
     from actors.torch_engine.engine import TorchEngine
     from learner.compile import compile_layers
     from learner.policy import build_policy, device_of
@@ -132,7 +132,7 @@ def make_torch_engine(cfg: RunConfig) -> Engine:
 
 
 def shared_torch_engine(cfg: RunConfig, learner: Rank) -> Engine:
-    """With the learner's own model."""
+    """A torch engine that generates with the learner's own model."""
     from actors.torch_engine.engine import TorchEngine
     from learner.fsdp import unsharded
 

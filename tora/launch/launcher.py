@@ -27,8 +27,8 @@ from tora.tasks.prompts import RunPrompts
 def run(cfg: RunConfig) -> bool:
     """Train, evaluate, export and report; False if a signal stopped the run before its last step.
 
-    Under torchrun every rank calls this; only rank 0 writes and reports. Raises ConfigError for mistakes that show only
-    once data and model are opened.
+    Under torchrun every rank calls this; only rank 0 writes and reports. Raises ConfigError if opening the
+    data or the model reveals a mistake in the config.
     """
     cfg = with_engine(cfg)
     folder = output_folder(cfg.output_dir)

@@ -49,7 +49,7 @@ class MetricLog:
     def __init__(self, cfg: RunConfig, folder: Path, first_step: int = 0, console: Console | None = None) -> None:
         """Writes into `folder`. Rows of `first_step` and later, which a resumed run writes again, are removed.
 
-        Raises `ConfigError` if a `metric_logger` cannot be built.
+        Raises ConfigError if a `metric_logger` cannot be built.
         """
         self.path = folder / "metrics.jsonl"
         self._loggers = [build_logger(component, folder) for component in cfg.metric_logger]

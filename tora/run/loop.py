@@ -18,7 +18,7 @@ class Outcome:
     after: EvalResult | None
     bytes_per_sync: int
     seconds: float
-    """Training time, that before a resume included."""
+    """Training time, including that before a resume."""
 
 
 def train(run: Run) -> Outcome:

@@ -6,7 +6,7 @@ holds their policies, they would be newer than the learner, and their version nu
 So the rollout side goes back to c too: to the checkpoint's prompt cursor, its finished groups, and the prompts that
 were in flight then. Later groups are dropped and generated again, so each prompt is trained on once in the history that
 survives. The effect is that of resuming the run from c, except that the rollout workers stay up. Rows of
-`metrics.jsonl` after c are cut; other loggers keep theirs.
+`metrics.jsonl` after c are removed; other loggers keep theirs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 def train_and_export(run: Run) -> Outcome:
     """`train`, then export the policy into `run.adapter_folder`.
 
-    Raises LearnerLost once a learner is lost after `max_learner_restarts` restarts; `run.state` is then that of the
+    Raises LearnerLost if a learner is lost after `max_learner_restarts` restarts; `run.state` is then that of the
     newest checkpoint.
     """
     limit = run.cfg.max_learner_restarts

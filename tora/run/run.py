@@ -57,7 +57,7 @@ class Run:
     def publish(self, version: int) -> Metrics:
         """Send the learner's policy to every engine and prove that they serve it. `version` is the learner's.
 
-        Raises SyncError if an engine does not.
+        Raises SyncError if an engine does not serve it.
         """
         metrics = self.rollouts.publish(self.learner.snapshot())
         return {**metrics, **self.canary.check(version, self.learner, self.rollouts)}
