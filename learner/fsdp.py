@@ -83,6 +83,16 @@ def unsharded(model: Decoder, *, reshard_after_forward: bool) -> Iterator[None]:
             module.reshard()
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop the full weights that FSDP2 may still hold after a forward pass, so that the next one gathers them anew.
+
+    Call before and after changing sharded weights outside the optimizer.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def share_micro_batches(micro_batches: Sequence[MicroBatch], rank: int, size: int) -> list[MicroBatch]:
     """A rank's share, dealt round robin. All shares are equally long, because every forward and backward is collective:
     a rank that would have one fewer gets a copy of the first micro-batch, with weights of zero."""

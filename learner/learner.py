@@ -24,7 +24,8 @@ from learner.loss.kl import kind_of
 from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
 from learner.optim import build_optimizer, build_schedule
-from learner.policy import DTYPES, device_of, empty_policy, fill_policy, trains_full_weights
+from learner.policy import DTYPES, device_of, empty_policy, fill_policy, load_adapter, trains_full_weights
+from learner.reference import Reference, adapted_reference, base_reference
 from learner.reward_kl import with_reward_kl
 from learner.training_state import load_training_state, save_training_state
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
@@ -51,10 +52,10 @@ class Learner:
         join(self.world, self.device, alone=trains_full_weights(cfg) and self._compute != torch.float32)
         self.loss: Loss = build_loss(cfg.loss)
         self.model = self._build()
+        self._reference = self._load_start()
         self._parameters = trained_parameters(self.model)
         self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
-        self._reference = self._build_reference()
         processor = partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
         self._build_inputs = InputBuilder(self.model, processor, self.device)
 
@@ -73,14 +74,17 @@ class Learner:
         fill_policy(model, self.cfg, self.device, shard)
         return model
 
-    def _build_reference(self) -> Decoder | None:
-        """The reference policy of a full-weight run with a KL term: a frozen copy of the initial model.
-
-        None without a KL term, and for adapters, whose reference is the same model with adapters off.
-        """
-        if self.loss.kl_coeff == 0 or adapter_layers(self.model):
+    def _load_start(self) -> Reference | None:
+        """Load `model.adapter_path`, if there is one. Returns the reference policy, None without a KL term."""
+        if self.loss.kl_coeff == 0:
+            load_adapter(self.model, self.cfg)
             return None
-        return self._build(frozen=True)
+        if not adapter_layers(self.model):
+            return Reference(self._build(frozen=True), {})
+        base = base_reference(self.model)
+        load_adapter(self.model, self.cfg)
+        from_adapter = self.cfg.model.adapter_path is not None and self.loss.reference == "initial"
+        return adapted_reference(self.model) if from_adapter else base
 
     def _logprobs(self, model: Decoder, x: Inputs, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [N] float32 each, in nats."""
@@ -91,14 +95,12 @@ class Learner:
 
         return forward(model, x, response_logprobs)
 
-    @torch.no_grad()
-    def _ref_logprobs(self, x: Inputs, temperature: float) -> torch.Tensor | None:
-        if self.loss.kl_coeff == 0:
-            return None
-        if self._reference is not None:
-            return self._logprobs(self._reference, x, temperature)[0]
-        with adapters_off(self.model):
-            return self._logprobs(self.model, x, temperature)[0]
+    def _ref_logprobs(self, inputs: Sequence[Inputs], temperature: float) -> list[torch.Tensor | None]:
+        """Log-probs of the response tokens under the reference policy, [N] each; None without a KL term."""
+        if self._reference is None:
+            return [None] * len(inputs)
+        with self._reference.policy() as model:
+            return [self._logprobs(model, x, temperature)[0] for x in inputs]
 
     def _to_inputs(self, share: Sequence[MicroBatch], step_batches: Sequence[MicroBatch]) -> list[Inputs]:
         """This rank's `share` of `step_batches` on the device."""
@@ -113,7 +115,7 @@ class Learner:
         share = share_micro_batches(batch.micro_batches, self.world.rank, self.world.size)
         inputs = self._to_inputs(share, batch.micro_batches)
         metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
-        ref = [self._ref_logprobs(x, batch.temperature) for x in inputs]
+        ref = self._ref_logprobs(inputs, batch.temperature)
         if inputs and self.loss.kl_coeff > 0 and self.loss.kl_in == "reward":
             inputs = with_reward_kl(
                 inputs,
@@ -214,10 +216,14 @@ class Learner:
             schedule=self._schedule,
             is_writer=self.world.rank == 0,
         )
+        if self._reference is not None:
+            self._reference.save(folder, is_writer=self.world.rank == 0)
 
     def restore(self, folder: Path) -> None:
         """Continue from what `save` wrote, on any number of ranks. Raises ValueError if other parameters were trained
         there."""
+        if self._reference is not None:
+            self._reference = self._reference.restored(folder)
         self.version = load_training_state(
             folder, parameters=self._parameters, optimizer=self._optimizer, schedule=self._schedule
         )

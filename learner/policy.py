@@ -77,10 +77,10 @@ def _to_float32(model: Decoder, name: str | None) -> None:
 def fill_policy(
     model: Decoder, cfg: RunConfig, device: torch.device, shard: Callable[[nn.Module], None] = lambda unit: None
 ) -> None:
-    """Load the base's weights, and initialise the adapters from `cfg.seed` or load them from `model.adapter_path`.
+    """Load the base's weights, and initialise new adapters from `cfg.seed`.
 
     `shard` is called with each layer once its weights are loaded, and finally with the model. Raises ConfigError if
-    base or adapter do not fit the config.
+    the base does not fit the config.
     """
     torch.manual_seed(cfg.seed)
 
@@ -90,12 +90,18 @@ def fill_policy(
         shard(unit)
 
     fill_decoder(model, Path(cfg.model.path), device=device, quantize_base=cfg.model.quantize_base, on_loaded=on_loaded)
+
+
+def load_adapter(model: Decoder, cfg: RunConfig) -> None:
+    """Load `model.adapter_path`, if there is one, into the adapters. Collective. Raises ConfigError if it does not fit
+    the config."""
     if cfg.model.adapter_path:
         load_peft(model, cfg.model, Path(cfg.model.adapter_path))
 
 
 def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
-    """`empty_policy` and `fill_policy` in one: an unsharded policy on `device`."""
+    """`empty_policy`, `fill_policy` and `load_adapter` in one: an unsharded policy on `device`."""
     model = empty_policy(cfg, device)
     fill_policy(model, cfg, device)
+    load_adapter(model, cfg)
     return model

@@ -14,7 +14,7 @@ import torch
 from learner.loss.correction import BOUNDS, Correction, importance_weights
 from learner.loss.inputs import LossInputs
 from learner.loss.kl import KLPlace, KLType, kind_of, kl_estimate
-from learner.loss.protocol import LossOutput, Proximal
+from learner.loss.protocol import LossOutput, Proximal, ReferenceKind
 from learner.loss.ratio import bounded_exp
 from tora.errors import ConfigError, nearest
 
@@ -36,6 +36,9 @@ class Terms:
     """The KL estimator; null means k3 in the loss and k1 in the reward."""
     kl_in: KLPlace = "loss"
     """`reward`: β Σ_t KL_t is subtracted from a sequence's reward before its group's advantages are computed."""
+    reference: ReferenceKind = "initial"
+    """The policy that the KL term pulls to. `initial`: the policy as training began, with the adapter of
+    `model.adapter_path`; `base`: the base model without one. They differ only in runs that start from an adapter."""
     proximal: Proximal = "learner"
     """The policy to clip around. `learner`: the policy at the start of the step, with the importance correction
     accounting for its distance from the actor's; the decoupled objective (Hilton et al. 2021, arXiv:2110.00641; Fu et
@@ -105,6 +108,7 @@ def _check(terms: Terms) -> None:
     """Raises ConfigError if a setting is out of range or contradicts another."""
     _one_of("kl_type", terms.kl_type, (None, *get_args(KLType)))
     _one_of("kl_in", terms.kl_in, get_args(KLPlace))
+    _one_of("reference", terms.reference, get_args(ReferenceKind))
     _one_of("proximal", terms.proximal, get_args(Proximal))
     _one_of("importance_correction", terms.importance_correction, get_args(Correction))
     low, high = terms.importance_low, terms.importance_high

@@ -13,12 +13,13 @@ from tora.config.schema import Component
 from tora.errors import ConfigError
 
 Proximal = Literal["learner", "actor"]
+ReferenceKind = Literal["initial", "base"]
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """The loss of one micro-batch, a scalar that carries the gradient, and detached scalar metrics by name."""
 
 
 class Loss(Protocol):
-    """An objective on flat response tokens, as a callable with four attributes that the learner reads.
+    """An objective on flat response tokens, as a callable with five attributes that the learner reads.
 
     Both outputs must be additive over micro-batches: the learner calls the loss once per micro-batch and rank, calls
     `backward` on each result, and sums losses, gradients and metrics over all of them. So a loss sums over tokens,
@@ -56,6 +57,12 @@ class Loss(Protocol):
         ...
 
     @property
+    def reference(self) -> ReferenceKind:
+        """The policy behind `x.ref_logprobs_N`: the policy as training began (`initial`), or the base model without an
+        adapter (`base`)."""
+        ...
+
+    @property
     def proximal(self) -> Proximal:
         """The policy whose log-probs the learner passes as `x.proximal_logprobs_N`: its own at the start of the step
         (`learner`), or those of the engine that sampled the tokens (`actor`)."""
@@ -66,7 +73,7 @@ class Loss(Protocol):
         ...
 
 
-_MEMBERS = ("kl_coeff", "kl_type", "kl_in", "proximal", "__call__")
+_MEMBERS = ("kl_coeff", "kl_type", "kl_in", "reference", "proximal", "__call__")
 
 
 def build_loss(component: Component) -> Loss:

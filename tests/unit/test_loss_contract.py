@@ -47,7 +47,7 @@ class Bare:
 
 
 class NotCallable:
-    kl_coeff, kl_type, kl_in, proximal = 0.0, None, "loss", "learner"
+    kl_coeff, kl_type, kl_in, reference, proximal = 0.0, None, "loss", "initial", "learner"
 """
 
 
@@ -94,10 +94,11 @@ def test_a_loss_of_a_users_module_needs_no_declaration(mine: str) -> None:
         overrides = [f"loss._component_={mine}.Reinforce", "loss.kl_coeff=0.1", f"loss_normalization={normalization}"]
         loss = build_loss(load_config("quickstart", overrides).loss)
         assert (loss.kl_coeff, loss.kl_type, loss.kl_in, loss.proximal) == (0.1, None, "loss", "learner")
+        assert loss.reference == "initial"
 
 
 def test_components_that_are_not_losses_are_refused(mine: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{mine}\.Bare lacks kl_type, kl_in, proximal; .*Loss documents what"):
+    with pytest.raises(ConfigError, match=rf"{mine}\.Bare lacks kl_type, kl_in, reference, proximal; .*documents what"):
         build_loss({"_component_": f"{mine}.Bare"})
     with pytest.raises(ConfigError, match=rf"{mine}\.NotCallable lacks __call__;"):
         build_loss({"_component_": f"{mine}.NotCallable"})

@@ -86,6 +86,11 @@ def refresh(model: Decoder) -> None:
         cached[name].norm.copy_(norm_O)
 
 
+def row_norm_caches(model: Decoder) -> list[str]:
+    """Names of the buffers that `refresh` computes."""
+    return [f"{name}.norm" for name, module in model.named_modules() if isinstance(module, CachedDoRALinear)]
+
+
 @contextmanager
 def adapters_off(model: Decoder) -> Iterator[None]:
     """Within the context the model computes its base alone, without DoRA's magnitudes."""

@@ -264,8 +264,9 @@ class RunConfig:
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
     """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss` or `CISPOLoss`. The files
     `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml` and `cispo.yaml` set the other keys that each objective needs.
-    Arguments: `clip_low` and `clip_high`, the clip bounds; `kl_coeff`, the weight of the KL penalty against the initial
-    policy, 0 for none; `kl_type`, its estimator (`k1`, `k2`, `k3`); `kl_in`, whether it is part of the `loss` or the
+    Arguments: `clip_low` and `clip_high`, the clip bounds; `kl_coeff`, the weight of the KL penalty, 0 for none;
+    `reference`, the policy that it pulls to (`initial`: the one that training began with, `base`: the base model
+    without an adapter); `kl_type`, its estimator (`k1`, `k2`, `k3`); `kl_in`, whether it is part of the `loss` or the
     `reward`; `proximal`, the policy that the clip is centered on (`learner`: the one at the start of the step, `actor`:
     the one that sampled); `importance_correction` between learner and actor (`token_tis`, `token_mask`,
     `sequence_mask`, `none`) with its bounds `importance_low` and `importance_high`."""
