@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ def sharder(
     """
     if world.size == 1 and compute == torch.float32:
         return lambda unit: None
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh = cache(partial(init_device_mesh, device.type, (world.size,)))  # one rank that shards nothing has no group
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
 
     cast = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -41,7 +42,7 @@ def sharder(
             return
         module = fully_shard(
             unit,
-            mesh=mesh,
+            mesh=mesh(),
             reshard_after_forward=reshard_after_forward,
             mp_policy=cast if trains_whole else MixedPrecisionPolicy(),
             offload_policy=offload,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vision_learners import batch_of, vision_groups, vl_config
 
 from learner.learner import Learner
 from tora.config.schema import RunConfig
+from tora.distributed.process_group import leave
 from tora.errors import ConfigError
 
 BASE = {**KL, "reference": "base"}
@@ -32,6 +34,13 @@ def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """For each adapter type, a PEFT folder whose B is not zero."""
     out = tmp_path_factory.mktemp("adapters")
     return {kind: write_adapter(config(folder, kind), out / kind) for kind in TYPES}
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    """A learner in bf16 that trains whole weights joins a process group of its own."""
+    yield
+    leave()
 
 
 def starting_from(adapter: Path, cfg: RunConfig, **changes: Any) -> RunConfig:
