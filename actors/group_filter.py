@@ -51,12 +51,14 @@ class FailedRewards:
 
     def add(self, group: Group) -> None:
         """Raises RolloutError if more than `max_share` of the recent rollouts have failed."""
-        self._recent.append((len(group.failures), len(group.failures) + len(group.rollouts)))
+        self._recent.append((len(group.failures), group.num_left_out + len(group.rollouts)))
         for failure in group.failures:
             self._last = failure
             if failure.name not in self._warned:
                 self._warned.add(failure.name)
-                _log.warning("reward %s %s, for a rollout of prompt %d", failure.name, failure.reason, group.prompt.id)
+                scores = "" if failure.parts is None else f", and scores {failure.parts.get(failure.name, 0.0):g}"
+                what = "reward %s %s, for a rollout of prompt %d%s"
+                _log.warning(what, failure.name, failure.reason, group.prompt.id, scores)
         failed, total = (sum(column) for column in zip(*self._recent, strict=True))
         if len(self._recent) == self._recent.maxlen and failed > self._max_share * total:
             raise RolloutError(

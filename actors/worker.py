@@ -95,10 +95,11 @@ class RolloutWorker:
     def _score(
         self, prompt: Prompt, completions_G: Sequence[Completion]
     ) -> tuple[tuple[Rollout, ...], tuple[FailedReward, ...]]:
-        """The rollouts that have a reward, and a failure for each that has none."""
+        """The rollouts that have a reward, and the failures, also of rollouts that have one all the same."""
         ids_G = [c.token_ids.tolist() for c in completions_G]
         texts_G = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_G]
-        parts_G = self._rewarder(prompt, texts_G, ids_G)
+        scored_G = self._rewarder(prompt, texts_G, ids_G)
+        parts_G = [scored.parts if isinstance(scored, FailedReward) else scored for scored in scored_G]
         rollouts = tuple(
             Rollout(
                 token_ids=completion.token_ids,
@@ -112,9 +113,9 @@ class RolloutWorker:
                 kept_mass=float(np.exp(completion.logprobs - completion.sampling_logprobs).mean()),
             )
             for completion, text, parts in zip(completions_G, texts_G, parts_G, strict=True)
-            if not isinstance(parts, FailedReward)
+            if parts is not None
         )
-        return rollouts, tuple(parts for parts in parts_G if isinstance(parts, FailedReward))
+        return rollouts, tuple(scored for scored in scored_G if isinstance(scored, FailedReward))
 
     def forward(self, snapshot: PolicySnapshot) -> SyncReport:
         """Install the snapshot and verify it. Raises SyncError if the engine does not hold what the learner sent."""

@@ -10,7 +10,7 @@ The training loop, in outline:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,13 +75,14 @@ class Rewarder(Protocol):
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
     ) -> list[dict[str, float] | FailedReward]:
-        """One entry per completion: its unweighted reward parts, in the config's order, or the failure.
+        """One entry per completion: its unweighted reward parts, in the config's order, or the failure, which may have
+        parts too.
 
         Each completion is given as text, without special tokens, and as the token ids that the engine returned.
         """
         ...
 
-    def total(self, parts: dict[str, float]) -> float:
+    def total(self, parts: Mapping[str, float]) -> float:
         """The weighted sum of the parts: the reward."""
         ...
 

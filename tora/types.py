@@ -157,20 +157,23 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class FailedReward:
-    """Stands in for a rollout whose reward function failed."""
+    """Why a rollout has no reward from one of the functions."""
 
     name: str
     """The reward function's."""
     reason: str
     """A clause with the function as its subject: `returned nan`."""
+    parts: Mapping[str, float] | None = None
+    """The rollout's unweighted scores if it stays in its group all the same, as one that took too long does; None if it
+    is left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """The scored rollouts of one prompt.
 
-    Rollouts whose reward failed are left out, and advantages are computed from the remaining rewards. A group with
-    fewer than two rollouts is not trained on.
+    Rollouts whose reward failed are left out, except those that took too long; advantages are computed from the rewards
+    that there are. A group with fewer than two rollouts is not trained on.
     """
 
     prompt: Prompt
@@ -178,7 +181,12 @@ class Group:
     seconds: float = 0.0
     """Wall time of the engine call that sampled it, possibly together with other groups."""
     failures: tuple[FailedReward, ...] = ()
-    """One per rollout left out."""
+    """One per failed reward, of rollouts left out and of those that stay."""
+
+    @property
+    def num_left_out(self) -> int:
+        """Rollouts without a reward, which are not among `rollouts`."""
+        return sum(failure.parts is None for failure in self.failures)
 
     @property
     def has_signal(self) -> bool:
@@ -205,7 +213,7 @@ class GroupResult:
 
     rollouts: tuple[Rollout, ...]
     failures: tuple[FailedReward, ...] = ()
-    """One per rollout left out."""
+    """See `Group.failures`."""
     seconds: float = 0.0
     """Wall time of the engine call that sampled it, possibly together with other groups."""
 

@@ -17,6 +17,7 @@ from pools import config, next_batch, running
 from actors.group_filter import SignalFilter
 from actors.rollout_metrics import summarize_evaluation
 from actors.worker import RolloutWorker
+from tora.batching.train_batch import make_batch
 from tora.errors import ConfigError, RolloutError
 from tora.rewards.processes import RewardProcesses
 from tora.types import FailedReward, Group, GroupResult, Prompt
@@ -38,6 +39,7 @@ def dies(completions, **columns): return _each(completions, "bad", lambda: os._e
 def nan(completions, **columns): return [float("nan") if c == "bad" else 1.0 for c in completions]
 def forgets(completions, **columns): return None
 def too_few(completions, **columns): return [float(len(c)) for c in completions][: 1 if "bad" in completions else None]
+def half_a_second_each(completions, **columns): time.sleep(0.5 * len(completions)); return [1.0] * len(completions)
 def slow(completions, **columns): time.sleep(0.3); return [1.0] * len(completions)
 def pid(completions, **columns): return [float(os.getpid())] * len(completions)
 """
@@ -73,17 +75,19 @@ def ask(rewarder: RewardProcesses, texts: list[str]) -> list:
     ("function", "reason"),
     [
         ("raises", "raised ZeroDivisionError: division by zero"),
-        ("hangs", "took longer than"),
-        ("holds_the_lock", "took longer than"),
+        ("hangs", "took longer than 2 s"),
+        ("holds_the_lock", "took longer than 2 s"),
         ("dies", "ended its process"),
         ("nan", "returned nan"),
     ],
 )
 def test_a_bad_completion_costs_only_itself(make, function: str, reason: str) -> None:
-    rewarder = make("good", function)
+    rewarder = make("good", function, timeout_s=2)
     rows = ask(rewarder, ["a", "bad", "abc"])
     assert isinstance(rows[1], FailedReward)
     assert (rows[1].name, rows[1].reason[: len(reason)]) == (function, reason)
+    stays = reason == "took longer than 2 s"
+    assert rows[1].parts == ({"good": 1.0, function: 0.0} if stays else None)
     assert [rows[i][function] for i in (0, 2)] == ([1, 1] if function == "nan" else [1, 3])
     assert ask(rewarder, ["ab"])[0]["good"] == 1, "the next group is scored"
 
@@ -100,12 +104,43 @@ def test_a_wrong_result(make, function: str, reason: str) -> None:
         assert rows == [{"too_few": 3.0}, {"too_few": 1.0}], "correct when called for one completion"
 
 
-def test_a_hanging_function_delays_a_group_by_at_most_twice_its_limit(make) -> None:
-    rewarder = make("hangs", timeout_s=0.5)
+def test_each_answer_has_the_whole_limit(make) -> None:
+    assert ask(make("half_a_second_each", timeout_s=1.0), ["a"] * 4) == [{"half_a_second_each": 1.0}] * 4
+
+
+def test_answers_that_hang_are_scored_side_by_side(make) -> None:
+    rewarder = make("hangs", timeout_s=1.0, num_processes=4)
     start = time.perf_counter()
-    rows = ask(rewarder, ["bad"] * 16)
-    assert all(isinstance(row, FailedReward) for row in rows)
-    assert time.perf_counter() - start < 60, "includes starting new processes"
+    rows = ask(rewarder, ["bad"] * 4)
+    assert [row.parts for row in rows] == [{"hangs": 0.0}] * 4
+    assert time.perf_counter() - start < 4, "one limit for the group and one for its answers; 5 s one after another"
+
+
+def test_the_score_of_an_answer_that_hangs_is_the_configs(modules: None) -> None:
+    components = [{"_component_": "odd_rewards.hangs", "timeout_score": -1, "weight": 2}]
+    rewarder = RewardProcesses(components, timeout_s=0.5, num_processes=1)
+    good, bad = ask(rewarder, ["a", "bad"])
+    assert (good, bad.parts) == ({"hangs": 1.0}, {"hangs": -1.0})
+    assert rewarder.total(bad.parts) == -2
+    rewarder.close()
+
+
+def test_no_process_starts_after_close(make) -> None:
+    rewarder = make("hangs", timeout_s=60)
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            ask(rewarder, ["bad", "a"])
+        except RolloutError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(0.3)
+    rewarder.close()
+    thread.join(timeout=30)
+    assert "closed" in str(errors[0])
 
 
 def test_a_config_that_names_no_function_is_refused_at_once(modules: None) -> None:
@@ -195,12 +230,13 @@ class Decoder:
         return next(self.texts)
 
 
-def test_a_worker_drops_the_rollouts_whose_reward_failed(make) -> None:
+@pytest.mark.parametrize("function", ["raises", "hangs"])
+def test_a_worker_drops_the_rollouts_whose_reward_failed_and_keeps_those_that_hang(make, function: str) -> None:
     from tora.types import Sampling
 
     worker = RolloutWorker(
         Engine,  # type: ignore[arg-type]
-        lambda: make("raises"),
+        lambda: make(function, timeout_s=0.5, num_processes=2),
         Decoder(),
         sampling=Sampling(1),
         eval_sampling=Sampling(1),
@@ -208,8 +244,10 @@ def test_a_worker_drops_the_rollouts_whose_reward_failed(make) -> None:
         seed=0,
     )
     group = worker.run_group(PROMPT)
-    assert [(r.text, r.reward) for r in group.rollouts] == [("a", 1.0), ("abc", 3.0)]
-    assert [f.name for f in group.failures] == ["raises"] * 2
+    hung = [("bad", 0.0)] if function == "hangs" else []
+    assert [(r.text, r.reward) for r in group.rollouts] == [("a", 1.0), *hung, ("abc", 3.0), *hung]
+    assert [f.name for f in group.failures] == [function] * 2
+    assert group.with_prompt(PROMPT).num_left_out == (0 if hung else 2)
     worker.close()
 
 
@@ -234,6 +272,29 @@ class Failing(FakeWorker):
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
         return failing(await super().run_group(prompt), round(4 * self.share))
+
+
+def hanging(group: Group, number: int) -> Group:
+    """The reward of `number` of its rollouts took too long."""
+    return replace(group, failures=(FailedReward("mine", "took longer than 1 s", {"mine": 0.0}),) * number)
+
+
+def test_answers_that_hang_are_counted_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    signal = SignalFilter(config(0))
+    groups = [hanging(make_group(make_prompt(i), [0, 0, 1, 1]), 1) for i in range(3)]
+    assert all(signal.admit(group) for group in groups)
+    batch = make_batch(config(0), groups, *signal.drain(), 0, 1.0)
+    assert batch.metrics["reward/failed_share"] == 0.25
+    assert batch.metrics["reward/failed/mine"] == 3
+    assert sum(len(m.lengths_B) for m in batch.micro_batches) == 3 * 4
+    assert caplog.messages == ["reward mine took longer than 1 s, for a rollout of prompt 0, and scores 0"]
+
+
+def test_answers_that_all_hang_end_the_run() -> None:
+    signal = SignalFilter(config(0))
+    with pytest.raises(RolloutError, match=r"failed for .* the last: mine took longer"):
+        for i in range(100):
+            signal.admit(hanging(make_group(make_prompt(i), [0, 0, 0, 0]), 4))
 
 
 def test_failures_are_counted_and_too_many_end_the_run(caplog: pytest.LogCaptureFixture) -> None:

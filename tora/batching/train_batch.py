@@ -39,7 +39,7 @@ def make_batch(
         "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }
     failures = [failure for group in generated for failure in group.failures]
-    metrics["reward/failed_share"] = len(failures) / (len(failures) + sum(len(g.rollouts) for g in generated) or 1)
+    metrics["reward/failed_share"] = len(failures) / (sum(g.num_left_out + len(g.rollouts) for g in generated) or 1)
     for name, number in Counter(failure.name for failure in failures).items():
         metrics[f"reward/failed/{name}"] = float(number)
     for part in rollouts[0].reward_parts:

@@ -24,7 +24,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 _OWN = ("tora", "actors", "learner")
 _FORMER = {"tora.tasks.rewards": "tora.rewards"}
 """Former module names that configs may still use, with the present ones."""
-_Definition = ast.FunctionDef | ast.ClassDef | None
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Definition = _Function | ast.ClassDef | None
 """None: the name is bound in a way that does not show its arguments, such as an assignment."""
 _Bindings = dict[str, "_Definition | str"]
 """Names bound at a module's top level. One imported from our own packages maps to its dotted path."""
@@ -85,14 +86,17 @@ def check_component(component: Component, key: str) -> None:
 
 
 def check_reward(component: Component, key: str) -> None:
-    """`check_component` for a reward function, whose config may set its keyword-only parameters, `name` and `weight`.
+    """`check_component` for a reward function.
 
-    Its other parameters, including `**columns`, receive the dataset's columns. Raises `ConfigError`.
+    The config may set its keyword-only parameters, `name`, `weight` and `timeout_score`. Its other
+    parameters, including `**columns`, receive the dataset's columns. Raises `ConfigError`.
     """
     path, definition, _ = _definition_of(component, key)
-    if isinstance(definition, ast.FunctionDef) and not definition.decorator_list:
+    if isinstance(definition, _Function) and not definition.decorator_list:
         own = {name: value for name, value in component.items() if name != "_component_"}
-        _refuse_unknown(path, own, ["name", "weight", *(arg.arg for arg in definition.args.kwonlyargs)], key)
+        _refuse_unknown(
+            path, own, ["name", "weight", "timeout_score", *(arg.arg for arg in definition.args.kwonlyargs)], key
+        )
 
 
 def class_literal(component: Component, key: str, name: str, *, default: Any) -> Any:
@@ -207,7 +211,7 @@ def _source_of(path: str) -> tuple[Path, list[str]]:
 def _bindings(file: Path) -> _Bindings:
     bound: _Bindings = {}
     for node in ast.parse(file.read_text()).body if file.is_file() else ():
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, _Function | ast.ClassDef):
             bound[node.name] = node
         elif isinstance(node, ast.ImportFrom):
             ours = node.level == 0 and (node.module or "").split(".")[0] in _OWN

@@ -43,11 +43,13 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
 def _broken_workers(cfg: RunConfig) -> Iterator[str]:
     if cfg.rollout.num_workers > 1 and not cfg.async_rl:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
-    rewards_s = 2 * cfg.reward_timeout_s * len(cfg.rewards)
+    rounds = 1 + math.ceil(cfg.grpo_samples / cfg.reward_processes)
+    rewards_s = rounds * cfg.reward_timeout_s * len(cfg.rewards)
     if cfg.rollout.group_timeout_s <= rewards_s:
         yield (
             f"rollout.group_timeout_s={cfg.rollout.group_timeout_s:g} must be greater than the {rewards_s:g} s that a "
-            "group's rewards may take: 2 * reward_timeout_s for each."
+            f"group's rewards may take: {rounds} * reward_timeout_s for each, once for the whole group and once for "
+            "each rollout, of which reward_processes are scored at a time."
         )
     if cfg.rollout.max_workers is not None:
         if not cfg.async_rl:
@@ -130,9 +132,10 @@ def _broken_components(cfg: RunConfig) -> Iterator[str]:
     if not cfg.rewards:
         yield "rewards=[] must name at least one reward."
     weights = [reward.get("weight", 1.0) for reward in cfg.rewards]
-    for i, weight in enumerate(weights):
-        if not _is_number(weight):
-            yield f"rewards.{i}.weight={show(weight)} must be a finite number."
+    for i, reward in enumerate(cfg.rewards):
+        for key in ("weight", "timeout_score"):
+            if key in reward and not _is_number(reward[key]):
+                yield f"rewards.{i}.{key}={show(reward[key])} must be a finite number."
     names = [str(reward.get("name") or reward.get("_component_")).rpartition(".")[2] for reward in cfg.rewards]
     for i, name in enumerate(names):
         if name in names[:i]:

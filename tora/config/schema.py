@@ -66,7 +66,8 @@ class RolloutConfig:
     its KV cache is nearly full."""
     group_timeout_s: Annotated[float, Above(0)] = 1800.0
     """Seconds that a worker of an asynchronous run may take for one group or to load one snapshot. A slower worker is
-    considered hung and is replaced. Must exceed `2 * reward_timeout_s` times the number of rewards."""
+    considered hung and is replaced. Must exceed the seconds that the rewards of a group may take: for each of them
+    `1 + grpo_samples / reward_processes` times `reward_timeout_s`."""
     heartbeat_s: Annotated[float, Above(0)] = 60.0
     """Seconds that a worker of an asynchronous run may take to answer a heartbeat. A slower worker is considered hung
     and is replaced."""
@@ -247,20 +248,22 @@ class RunConfig:
     `hub_dataset` for your own data."""
     rewards: list[Component]
     """Reward functions with TRL's signature, at least one. Built in: `tora.rewards.math_answer`, `answer_tag`,
-    `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight` (default 1)
-    and `name` (default: the function's name). A rollout's reward is the weighted sum; accuracy is the share of rollouts
+    `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight` (default 1),
+    `name` (default: the function's name), and `timeout_score` (default 0), the score of a completion on which the
+    function takes too long. A rollout's reward is the weighted sum; accuracy is the share of rollouts
     that score at least 1 in the first one."""
     reward_timeout_s: Annotated[float, Above(0)] = 30.0
     """Seconds that one reward function may take for a group. A slower call is stopped. If a call fails as a whole, each
-    completion is tried again alone, and one that fails again has a failed reward."""
+    completion is tried again alone and may take as long, `reward_processes` at a time. One that fails again has a
+    failed reward; one that takes too long again stays in its group and scores the `timeout_score` of that reward."""
     reward_processes: Annotated[int, AtLeast(1)] = 4
     """Maximum number of processes per rollout worker that run reward functions. Another one starts only when all are
     busy."""
     max_failed_rewards: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
     """The run ends if more than this fraction of the rollouts in the last `batch_size` groups has a failed reward. A
     reward fails if its function raises, exceeds `reward_timeout_s`, or returns NaN, infinity or the wrong number of
-    scores, or if every function returns None. The rollout is dropped from its group; a group with fewer than two
-    rollouts left is replaced."""
+    scores, or if every function returns None. The rollout is dropped from its group, unless its reward took too long; a
+    group with fewer than two rollouts left is replaced."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
     """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss` or `CISPOLoss`. The files
     `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml` and `cispo.yaml` set the other keys that each objective needs.

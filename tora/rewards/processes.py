@@ -4,8 +4,12 @@ A function may wait forever for the network, or compute inside one C call that h
 its process ends it. Each child therefore runs one call at a time. If a call takes too long, its child is killed and a
 new one starts. State that functions keep in their modules is separate in each child.
 
-A call covers a group. If it fails as a whole, it is repeated for each completion alone, so that one bad completion does
-not cost the others their scores; each repeat gets an equal share of the time limit.
+A call covers a group. If it fails as a whole, it is repeated for each completion alone, under the same limit, so that
+one bad completion does not cost the others their scores. A completion that takes too long even then scores the
+function's `timeout_score` and is reported as a failure.
+
+Functions that are `async def` share a child and run there concurrently, those of one group together; a limit cancels
+the call and leaves the child.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -25,11 +30,22 @@ from typing import Any
 
 from tora.config.schema import Component
 from tora.errors import RolloutError
-from tora.rewards.rewarder import Column, build_rewarder, combine, names_and_weights, total
+from tora.rewards.rewarder import (
+    Call,
+    Column,
+    Unanswered,
+    build_rewarder,
+    combine,
+    setting_by_name,
+    took_longer,
+    total,
+)
 from tora.types import FailedReward, Prompt
 
 _START_S = 300.0
 """Time limit for a child to start and import the functions."""
+_CANCEL_S = 2.0
+"""Seconds that async functions may take to end once their limit has cancelled them."""
 _MAIN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tora.rewards import processes; processes.serve()"
 
 
@@ -42,47 +58,80 @@ class RewardProcesses:
         Raises `ConfigError` as `build_rewarder` does, what a reward function's module raises when it is imported, and
         `RolloutError` if the child does not start.
         """
-        self._components, self._timeout_s = components, timeout_s
+        self._components, self._timeout_s, self._num_processes = components, timeout_s, num_processes
         self._free = threading.BoundedSemaphore(num_processes)
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
         self._all: set[_Child] = set()
-        self._idle.append(self._start())
-        self._names, self._weights = names_and_weights(components)
+        self._closed = False
+        first = self._start()
+        self._idle.append(first)
+        self._is_async = first.is_async
+        self._weights = setting_by_name(components, "weight", 1.0)
+        self._timeout_scores = setting_by_name(components, "timeout_score", 0.0)
+        self._names = list(self._weights)
 
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
     ) -> list[dict[str, float] | FailedReward]:
         """See `Rewarder`. Raises `RolloutError` if a new child does not start."""
         bare = replace(prompt, images=())
-        return combine([self._column(index, bare, texts, token_ids) for index in range(len(self._names))], self._names)
+        calls = [Call(index, texts, token_ids) for index in range(len(self._names))]
+        together = [call for call in calls if self._is_async[call.index]]
+        answers = {call.index: self._ask(bare, [call])[0] for call in calls if call not in together}
+        if together:
+            answers |= zip((call.index for call in together), self._ask(bare, together), strict=True)
+        return combine([self._complete(bare, call, answers[call.index]) for call in calls], self._names)
 
-    def total(self, parts: dict[str, float]) -> float:
+    def total(self, parts: Mapping[str, float]) -> float:
         return total(parts, self._weights)
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             for child in self._all:
-                child.kill()
+                child.kill() if child in self._idle else child.end()
             self._all.clear()
             self._idle.clear()
 
-    def _column(self, index: int, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> Column:
-        """The scores of one function."""
-        whole = self._ask(self._timeout_s, index, prompt, texts, token_ids)
-        if len(texts) == 1 or not all(isinstance(score, FailedReward) for score in whole):
-            return whole
-        limit_s, pairs = self._timeout_s / len(texts), zip(texts, token_ids, strict=True)
-        return [score for text, ids in pairs for score in self._ask(limit_s, index, prompt, [text], [ids])]
+    def _complete(self, prompt: Prompt, call: Call, answer: Column | Unanswered) -> Column:
+        """The call's column; repeated for each completion alone if `answer` has no score for any."""
+        is_lost = isinstance(answer, Unanswered) or all(isinstance(score, FailedReward) for score in answer)
+        if len(call.texts) > 1 and is_lost:
+            pairs = zip(call.texts, call.token_ids, strict=True)
+            alone = [Call(call.index, [text], [ids]) for text, ids in pairs]
+            return [
+                score for each in self._ask_each(prompt, alone, answer) for score in self._settled(call.index, each)
+            ]
+        return self._settled(call.index, answer, len(call.texts))
 
-    def _ask(
-        self, limit_s: float, index: int, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
-    ) -> Column:
+    def _ask_each(
+        self, prompt: Prompt, alone: Sequence[Call], before: Column | Unanswered
+    ) -> list[Column | Unanswered]:
+        """The answers to calls for one completion each. `before`: the answer when they were one call."""
+        if self._is_async[alone[0].index]:
+            answers = self._ask(prompt, alone)
+            if not all(isinstance(answer, Unanswered) for answer in answers):
+                return answers
+            before = answers[0]  # all timed out, or one of them blocked the event loop
+        if not isinstance(before, Unanswered):
+            return [self._ask(prompt, [call])[0] for call in alone]
+        with ThreadPoolExecutor(self._num_processes) as pool:
+            return list(pool.map(lambda call: self._ask(prompt, [call])[0], alone))
+
+    def _settled(self, index: int, answer: Column | Unanswered, count: int = 1) -> Column:
+        if not isinstance(answer, Unanswered):
+            return answer
+        name = self._names[index]
+        parts = {name: self._timeout_scores[name]} if answer.is_timeout else None
+        return [FailedReward(name, answer.reason, parts)] * count
+
+    def _ask(self, prompt: Prompt, calls: Sequence[Call]) -> list[Column | Unanswered]:
+        """One child's answers. More than one call must be of async functions."""
+        extra_s = _CANCEL_S if self._is_async[calls[0].index] else 0.0
         with self._child() as child:
-            answer = child.ask((index, prompt, texts, token_ids), limit_s)
-        if isinstance(answer, str):
-            return [FailedReward(self._names[index], answer)] * len(texts)
-        return answer
+            answer = child.ask((prompt, calls), self._timeout_s, extra_s)
+        return [answer] * len(calls) if isinstance(answer, Unanswered) else answer
 
     @contextmanager
     def _child(self):
@@ -102,8 +151,11 @@ class RewardProcesses:
     def _start(self) -> _Child:
         child = _Child(self._components, self._timeout_s)
         with self._lock:
-            self._all.add(child)
-        return child
+            if not self._closed:
+                self._all.add(child)
+                return child
+        child.kill()
+        raise RolloutError("the processes for reward functions are closed")
 
 
 class _Child:
@@ -118,24 +170,32 @@ class _Child:
         if isinstance(answer, Exception):
             self.kill()
             raise answer
-        if answer is not None:
-            raise RolloutError(f"a process for reward functions did not start: {answer}")
+        if isinstance(answer, Unanswered):
+            raise RolloutError(f"a process for reward functions did not start: it {answer.reason}")
+        self.is_async: list[bool] = answer
+        """For each function."""
 
     @property
     def alive(self) -> bool:
         return not self._connection.closed
 
-    def ask(self, question: Any, limit_s: float) -> Any:
-        """The child's answer. If there is none within `limit_s`, kills the child and returns the reason, a string."""
+    def ask(self, question: Any, limit_s: float, extra_s: float = 0.0) -> Any:
+        """The child's answer. If there is none within `limit_s + extra_s`, kills the child and says that it took longer
+        than `limit_s`."""
         try:
             self._connection.send(question)
-            if self._connection.poll(limit_s):
+            if self._connection.poll(limit_s + extra_s):
                 return self._connection.recv()
-            reason = f"took longer than {limit_s:.3g} s"
+            unanswered = Unanswered(took_longer(limit_s), is_timeout=True)
         except (EOFError, OSError):
-            reason = "ended its process"
+            unanswered = Unanswered("ended its process", is_timeout=False)
         self.kill()
-        return reason
+        return unanswered
+
+    def end(self) -> None:
+        """Ends the process, from another thread than that which waits for its answer, and which will see it end."""
+        self._process.kill()
+        self._process.wait()
 
     def kill(self) -> None:
         self._process.kill()
@@ -157,17 +217,17 @@ def serve() -> None:
     except Exception as error:  # a mistake in the config, or an error in a user's module
         connection.send(error)
         return
-    connection.send(None)
+    connection.send([rewarder.is_async(index) for index in range(len(rewarder.rewards))])
     # If a function holds the interpreter lock forever and the parent is gone, only the kernel can end it.
     most_s, hard = int(timeout_s * (os.cpu_count() or 1)) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]
     while True:
         try:
-            index, prompt, texts, token_ids = connection.recv()
+            prompt, calls = connection.recv()
         except EOFError:
             return
         if hard == resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + most_s, hard))
-        connection.send(rewarder.column(index, prompt, texts, token_ids))
+        connection.send(rewarder.columns(prompt, calls, timeout_s))
 
 
 def _end_with_parent(parent: int) -> None:

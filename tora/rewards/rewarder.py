@@ -1,12 +1,18 @@
-"""Build reward functions from a config's `rewards`, call them as TRL does, and reject invalid scores."""
+"""Build reward functions from a config's `rewards`, call them as TRL does, and reject invalid scores.
+
+Functions that are `async def` run concurrently, on one event loop that lasts as long as the process: clients that a
+module keeps, such as HTTP sessions, stay usable from call to call.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from numbers import Real
 from typing import Any
 
@@ -17,9 +23,29 @@ from tora.types import FailedReward, Prompt
 
 Column = list[float | FailedReward | None]
 """A reward function's scores, one for each completion."""
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Any]
+"""Returns a sequence of numbers and None, or an awaitable of one."""
 _ARGUMENTS = ("prompts", "completions", "completion_ids")
-_OWN_KEYS = ("_component_", "name", "weight")
+_OWN_KEYS = ("_component_", "name", "weight", "timeout_score")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of one function."""
+
+    index: int
+    """The function's place in the config's list."""
+    texts: Sequence[str]
+    token_ids: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """Stands in for the column of a call that did not return."""
+
+    reason: str
+    """A clause with the function as its subject."""
+    is_timeout: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +58,56 @@ class FunctionRewarder:
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
     ) -> list[dict[str, float] | FailedReward]:
-        """See `combine`."""
-        columns = [self.column(index, prompt, texts, token_ids) for index in range(len(self.rewards))]
+        """See `combine`. Without a time limit."""
+        calls = [Call(index, texts, token_ids) for index in range(len(self.rewards))]
+        answers = self.columns(prompt, calls)
+        columns = [answer for answer in answers if not isinstance(answer, Unanswered)]
         return combine(columns, [name for name, _, _ in self.rewards])
 
-    def column(self, index: int, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> Column:
-        """The scores of one function. All fail if it raises or returns the wrong number of scores."""
-        name, function, _ = self.rewards[index]
-        try:
-            return [_score(name, score) for score in _scores(function, prompt, texts, token_ids)]
-        except Exception as error:  # a user's code may raise anything; the rollouts are lost and the reason is reported
-            reason = str(error) if isinstance(error, _BadResult) else f"raised {type(error).__name__}: {error}"
-            return [FailedReward(name, reason)] * len(texts)
+    def is_async(self, index: int) -> bool:
+        """Whether a function is `async def`, or an object whose `__call__` is."""
+        function = self.rewards[index][1]
+        target = function.func if isinstance(function, partial) else function
+        return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(target.__call__)
 
-    def total(self, parts: dict[str, float]) -> float:
+    def columns(self, prompt: Prompt, calls: Sequence[Call], limit_s: float | None = None) -> list[Column | Unanswered]:
+        """The scores of each call. All scores of a call fail if it raises or returns the wrong number of them.
+
+        Calls of async functions run concurrently, each for at most `limit_s` seconds, while the others run in order.
+        """
+        started = {
+            place: asyncio.run_coroutine_threadsafe(self._await_column(prompt, call, limit_s), _event_loop())
+            for place, call in enumerate(calls)
+            if self.is_async(call.index)
+        }
+        return [
+            started[place].result() if place in started else self._column(prompt, call)
+            for place, call in enumerate(calls)
+        ]
+
+    def _column(self, prompt: Prompt, call: Call) -> Column:
+        name, function, _ = self.rewards[call.index]
+        try:
+            scores = function(**_arguments(function, prompt, call))
+            if inspect.isawaitable(scores):
+                scores = asyncio.run_coroutine_threadsafe(_result(scores), _event_loop()).result()
+            return _checked(name, scores, len(call.texts))
+        except Exception as error:  # a user's code may raise anything; the rollouts are lost and the reason is reported
+            return _failed(name, error, len(call.texts))
+
+    async def _await_column(self, prompt: Prompt, call: Call, limit_s: float | None) -> Column | Unanswered:
+        name, function, _ = self.rewards[call.index]
+        limit = asyncio.timeout(limit_s)
+        try:
+            async with limit:
+                scores = await function(**_arguments(function, prompt, call))
+            return _checked(name, scores, len(call.texts))
+        except (Exception, asyncio.CancelledError) as error:
+            if limit.expired() and limit_s is not None:
+                return Unanswered(took_longer(limit_s), is_timeout=True)
+            return _failed(name, error, len(call.texts))
+
+    def total(self, parts: Mapping[str, float]) -> float:
         return total(parts, {name: weight for name, _, weight in self.rewards})
 
     def close(self) -> None:
@@ -56,27 +118,36 @@ def combine(columns: Sequence[Column], names: Sequence[str]) -> list[dict[str, f
     """For each completion a dict with the unweighted score of each function, or its first failure.
 
     As in TRL, a score of None means that the function does not apply, and counts as 0. A completion fails if every
-    function returns None for it.
+    function returns None for it. A failure that has `parts` gets those of the other functions too, unless one of these
+    fails without any.
     """
-    rows: list[dict[str, float] | FailedReward] = []
-    for scores in zip(*columns, strict=True):
-        failed = next((score for score in scores if isinstance(score, FailedReward)), None)
-        if failed is None and all(score is None for score in scores):
-            failed = FailedReward(", ".join(names), "returned None")
-        rows.append(failed or {name: score or 0.0 for name, score in zip(names, scores, strict=True)})
-    return rows
+    return [_row(scores, names) for scores in zip(*columns, strict=True)]
 
 
-def total(parts: dict[str, float], weights: Mapping[str, float]) -> float:
+def _row(scores: Sequence[float | FailedReward | None], names: Sequence[str]) -> dict[str, float] | FailedReward:
+    failures = [score for score in scores if isinstance(score, FailedReward)]
+    for failure in failures:
+        if failure.parts is None:
+            return failure
+    if all(score is None for score in scores):
+        return FailedReward(", ".join(names), "returned None")
+    parts: dict[str, float] = {}
+    for name, score in zip(names, scores, strict=True):
+        parts |= score.parts or {} if isinstance(score, FailedReward) else {name: score or 0.0}
+    return replace(failures[0], parts=parts) if failures else parts
+
+
+def total(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """The weighted sum of a completion's scores."""
     return sum(weight * parts[name] for name, weight in weights.items())
 
 
 def build_rewarder(components: Sequence[Component]) -> FunctionRewarder:
-    """Each component has a function's dotted path and optionally `weight` (default 1) and `name` (the function's name).
+    """Each component has a function's dotted path, and optionally `weight` (default 1), `timeout_score` (default 0) and
+    `name` (the function's name).
 
     Its other keys are bound as arguments. Raises `ConfigError` if there are no components, a path does not exist, the
-    function does not name an argument, a weight is not a finite number, or a name is used twice.
+    function does not name an argument, a weight or timeout_score is not a finite number, or a name is used twice.
     """
     if not components:
         raise ConfigError("rewards is empty, expected at least one reward function")
@@ -88,11 +159,16 @@ def build_rewarder(components: Sequence[Component]) -> FunctionRewarder:
     return FunctionRewarder(rewards)
 
 
-def names_and_weights(components: Sequence[Component]) -> tuple[list[str], dict[str, float]]:
-    """Names and weights of components that `build_rewarder` accepts, without importing their functions."""
-    names = [_name(component) for component in components]
-    weights = [float(component.get("weight", 1.0)) for component in components]
-    return names, dict(zip(names, weights, strict=True))
+def setting_by_name(components: Sequence[Component], key: str, default: float) -> dict[str, float]:
+    """`weight` or `timeout_score` of each component, by name, in order. Imports nothing.
+
+    The components must be such as `build_rewarder` accepts.
+    """
+    return {_name(component): float(component.get(key, default)) for component in components}
+
+
+def took_longer(limit_s: float) -> str:
+    return f"took longer than {limit_s:.3g} s"
 
 
 def _name(component: Component) -> str:
@@ -103,38 +179,61 @@ def _build(component: Component) -> tuple[str, RewardFunction, float]:
     path = component.get("_component_")
     if not isinstance(path, str):
         raise ConfigError(f"rewards: {component} lacks _component_, the dotted path of a reward function")
-    function, weight = locate(path), component.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-        raise ConfigError(f"rewards: the weight of {path} is {weight!r}, expected a finite number")
+    function = locate(path)
+    for key in ("weight", "timeout_score"):
+        value = component.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ConfigError(f"rewards: the {key} of {path} is {value!r}, expected a finite number")
     bound = {key: value for key, value in component.items() if key not in _OWN_KEYS}
     # A function with **kwargs for the dataset's columns would silently accept a misspelled argument.
     named = [p for p in inspect.signature(function).parameters if p not in _ARGUMENTS]
     for key in bound:
         if key not in named:
             raise ConfigError(f"rewards: {path} has no argument {key!r}{nearest(key, named)}")
-    return _name(component), partial(function, **bound) if bound else function, float(weight)
+    return _name(component), partial(function, **bound) if bound else function, float(component.get("weight", 1.0))
 
 
 class _BadResult(Exception):
     """A function did not return a list with one score per completion."""
 
 
-def _scores(
-    function: RewardFunction, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
-) -> Sequence[Any]:
+def _arguments(function: RewardFunction, prompt: Prompt, call: Call) -> dict[str, Any]:
     chat = not isinstance(prompt.source, str)
     bound = function.keywords if isinstance(function, partial) else {}
-    columns = {key: [value] * len(texts) for key, value in prompt.columns.items() if key not in bound}
+    columns = {key: [value] * len(call.texts) for key, value in prompt.columns.items() if key not in bound}
     if "completion_ids" in inspect.signature(function).parameters:
-        columns["completion_ids"] = [list(ids) for ids in token_ids]
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
-    scores = function(prompts=[prompt.source] * len(texts), completions=completions, **columns)
-    if not isinstance(scores, Sequence) and hasattr(scores, "tolist"):
+        columns["completion_ids"] = [list(ids) for ids in call.token_ids]
+    completions = [[{"role": "assistant", "content": text}] for text in call.texts] if chat else list(call.texts)
+    return {"prompts": [prompt.source] * len(call.texts), "completions": completions, **columns}
+
+
+def _checked(name: str, scores: Any, count: int) -> Column:
+    """The column of what a function returned. Raises `_BadResult` for anything but `count` scores."""
+    if isinstance(scores, Iterator):
+        scores = list(scores)
+    elif not isinstance(scores, Sequence) and hasattr(scores, "tolist"):
         scores = scores.tolist()  # an array or a tensor
-    if not isinstance(scores, Sequence) or len(scores) != len(texts):
+    if not isinstance(scores, Sequence) or len(scores) != count:
         found = f"{len(scores)} scores" if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
-        raise _BadResult(f"returned {found} for {len(texts)} completions")
-    return scores
+        raise _BadResult(f"returned {found} for {count} completions")
+    return [_score(name, score) for score in scores]
+
+
+def _failed(name: str, error: BaseException, count: int) -> Column:
+    reason = str(error) if isinstance(error, _BadResult) else f"raised {type(error).__name__}: {error}"
+    return [FailedReward(name, reason)] * count
+
+
+async def _result(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """This process's loop for reward functions, in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
 
 
 def _score(name: str, score: Any) -> float | FailedReward | None:
