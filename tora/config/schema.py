@@ -97,7 +97,8 @@ class RolloutConfig:
     interrupted."""
     max_model_len: Annotated[int, AtLeast(1)] | None = None
     """Longest sequence in tokens, prompt and completion together, that vLLM accepts; it needs a KV cache of at least
-    that size. At least `max_prompt_tokens + max_generated_tokens`. null: the model's own limit."""
+    that size. At least `max_prompt_tokens + max_generated_tokens`. null: exactly that, or the model's own limit where
+    that is lower or where the model takes images."""
     max_pixels: Annotated[int, AtLeast(1)] | None = None
     """Maximum number of pixels per image. Larger images are scaled down, identically in the engine and the learner.
     Only for models that take images. null: the limit of the model's image processor."""
@@ -243,13 +244,13 @@ class RunConfig:
     """The model and which of its weights are trained."""
     dataset: Component
     """Training prompts: a callable that returns a dataset, anything with `len` and `[i]` whose rows have a `prompt`.
-    Built in: `tora.tasks.gsm8k.gsm8k`, `tora.tasks.chain_sum.chain_sum`, `tora.tasks.digits.digits`,
-    `tora.tasks.clevr.clevr`, `tora.tasks.geometry3k.geometry3k`, and `tora.tasks.dataset.file_dataset` and
-    `hub_dataset` for your own data."""
+    Built in: `tora.tasks.gsm8k.gsm8k`, `tora.tasks.sums.sums`, `tora.tasks.chain_sum.chain_sum`,
+    `tora.tasks.digits.digits`, `tora.tasks.clevr.clevr`, `tora.tasks.geometry3k.geometry3k`, and
+    `tora.tasks.dataset.file_dataset` and `hub_dataset` for your own data."""
     rewards: list[Component]
     """Reward functions with TRL's signature, at least one. Built in: `tora.rewards.math_answer`, `answer_tag`,
-    `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight` (default 1),
-    `name` (default: the function's name), and `timeout_score` (default 0), the score of a completion on which the
+    `last_number`, `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight`
+    (default 1), `name` (default: the function's name), and `timeout_score` (default 0), the score of a completion on which the
     function takes too long. A rollout's reward is the weighted sum; accuracy is the share of rollouts
     that score at least 1 in the first one."""
     reward_timeout_s: Annotated[float, Above(0)] = 30.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tora.config.rules import check
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
-from tora.models.vision.processor import ImageProcessor
+from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.tasks.prompts import RunPrompts
 
@@ -87,7 +87,7 @@ def make_vllm_engine(cfg: RunConfig) -> Engine:
     config = EngineConfig(
         model_path=_rollout_base(cfg, resources),
         dtype=cfg.rollout.dtype or cfg.dtype,
-        max_model_len=cfg.rollout.max_model_len,
+        max_model_len=longest_sequence(cfg),
         lora_rank=cfg.model.lora_rank,
         lora_targets=tuple(cfg.model.lora_targets),
         adapt_vision=cfg.model.train_vision == "lora",
@@ -99,6 +99,22 @@ def make_vllm_engine(cfg: RunConfig) -> Engine:
         tensor_parallel=cfg.rollout.tensor_parallel,
     )
     return VLLMEngine(config, update=_weight_update(cfg), resources=resources)
+
+
+def longest_sequence(cfg: RunConfig) -> int | None:
+    """Tokens that vLLM must have room for; None for the model's own limit.
+
+    That limit is often 131,072 tokens and more, for which vLLM wants a KV cache that no small machine has. A model that
+    takes images keeps it nevertheless: vLLM wants room for the largest image.
+    """
+    if cfg.rollout.max_model_len is not None:
+        return cfg.rollout.max_model_len
+    from tora.models.load import read_config
+
+    model = Path(cfg.model.path)
+    longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
+    fits = longest <= read_config(model).get_text_config().max_position_embeddings
+    return longest if fits and not has_image_processor(model) else None
 
 
 def _weight_update(cfg: RunConfig) -> WeightUpdate:
