@@ -1,4 +1,4 @@
-"""Jobs on a real Ray head with token authentication, submitted as the README says."""
+"""Jobs on a real Ray head with token authentication, submitted as docs/cluster.md says."""
 
 from __future__ import annotations
 

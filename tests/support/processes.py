@@ -14,16 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runs import SHORT
+_OVERRIDES = ["batch_size=4", "grpo_samples=4", "eval=null", "dtype=fp32"]
 
 
 @contextmanager
 def tora_run(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
     """`tora run quickstart` as a terminal would start it; its output goes to `folder` with the suffix `.log`.
 
-    Ends the run if it is still going. Raises AssertionError if it leaves temporary files.
+    It has no evaluations, so each row of its metrics is a training step. Ends the run if it is still going. Raises
+    AssertionError if it leaves temporary files.
     """
-    words = [*SHORT, f"output_dir={folder}", *overrides]
+    words = [*_OVERRIDES, f"output_dir={folder}", *overrides]
     scratch = tempfile.mkdtemp(dir="/tmp")  # short: Ray puts sockets below it, and their paths are limited
     with (folder.parent / f"{folder.name}.log").open("wb") as log:
         child = subprocess.Popen(

@@ -293,30 +293,35 @@ main(["download", "Qwen/Qwen3-VL-2B-Instruct", "--output-dir", {str(tmp_path / "
 
 
 PROBE = """
-import json, sys
-from tora import compat
-fixed = any(type(finder).__module__ == compat.__name__ for finder in sys.meta_path)
-import os
+import json, os, sys
+tora = "tora" in sys.modules
+import torchtune.modules  # fails without the fixes
 with open(f"seen{os.environ.get('RANK', '')}.json", "w") as file:
-    json.dump([__name__, fixed, sys.argv[1:]], file)
+    json.dump([__name__, tora, sys.argv[1:]], file)
 """
 
 
-@pytest.mark.parametrize(("how", "target"), [("path", "probe.py"), ("module", "probe")])
-def test_a_rank_has_the_fixes_before_its_recipe_starts(how: str, target: str, tmp_path: Path) -> None:
-    (tmp_path / "probe.py").write_text(PROBE.replace("from tora import compat", "compat = sys.modules['tora.compat']"))
-    subprocess.run([sys.executable, "-m", "tora.commands.torchtune", how, target, "a=1"], cwd=tmp_path, check=True)
-    assert json.loads((tmp_path / "seen.json").read_text()) == ["__main__", True, ["a=1"]]
+@pytest.fixture
+def probe(tmp_path: Path) -> Path:
+    """A folder with a recipe that writes down what it sees."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [["probe.py"], ["-m", "probe"]])
+def test_a_program_that_does_not_import_tora_has_the_fixes(words: list[str], probe: Path) -> None:
+    """torchrun starts the ranks of torchtune's recipes as such programs."""
+    subprocess.run([sys.executable, *words, "a=1"], cwd=probe, check=True)
+    assert json.loads((probe / "seen.json").read_text()) == ["__main__", False, ["a=1"]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--nproc_per_node", "2"]])
-def test_torchtune_runs_a_recipe_with_the_fixes(options: list[str], tmp_path: Path) -> None:
-    (tmp_path / "probe.py").write_text(PROBE + "import torchtune.modules\n")
-    (tmp_path / "c.yaml").write_text("a: 1\n")
+def test_torchtune_runs_a_recipe_with_the_fixes(options: list[str], probe: Path) -> None:
+    (probe / "c.yaml").write_text("a: 1\n")
     command = [sys.executable, "-m", "tora", "run", *options, "probe.py", "--config", "c.yaml", "a=2"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    seen = sorted(tmp_path.glob("seen*.json"))
+    subprocess.run(command, cwd=probe, check=True)
+    seen = sorted(probe.glob("seen*.json"))
     assert len(seen) == (2 if options else 1)
     for file in seen:
-        assert json.loads(file.read_text()) == ["__main__", True, ["--config", "c.yaml", "a=2"]]
+        assert json.loads(file.read_text()) == ["__main__", not options, ["--config", "c.yaml", "a=2"]]

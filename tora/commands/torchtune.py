@@ -1,8 +1,4 @@
-"""torchtune's own commands and recipes, with Tora's compatibility fixes in every process that they start.
-
-`python -m tora.commands.torchtune path|module TARGET [ARGS]` is what each torchrun rank runs: importing `tora` installs
-the fixes, then the recipe runs.
-"""
+"""torchtune's own commands and recipes. The processes they start have the import fixes: see `tora.compat`."""
 
 from __future__ import annotations
 
@@ -10,10 +6,8 @@ import importlib.machinery
 import re
 import runpy
 import sys
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tora.commands.recipes import RECIPES
 from tora.errors import ConfigError, nearest
@@ -36,7 +30,7 @@ def owns_config(path: Path) -> bool:
 def is_torchtunes(argv: Sequence[str]) -> bool:
     """Whether torchtune's own program handles this command line.
 
-    Raises `ConfigError` for a recipe, or a config to copy, that neither Tora nor torchtune has.
+    Raises ConfigError if neither Tora nor torchtune has the recipe, or the config to copy.
     """
     match argv:
         case ["download" | "cat", *_]:
@@ -51,7 +45,7 @@ def is_torchtunes(argv: Sequence[str]) -> bool:
 
 
 def _runs_their_recipe(words: Sequence[str]) -> bool:
-    """`words`: those before `--config` that are no options; the last is the recipe, or a file or module of the user."""
+    """`words`: those before `--config` except options. The last one is a recipe, or the user's own file or module."""
     names, known = [word for word in words if "=" not in word], recipes()
     if not names or names[-1] in known or "." in names[-1] or Path(f"{names[-1]}.py").exists():
         return True
@@ -73,26 +67,7 @@ def _copies_their_config(name: str) -> bool:
 
 def delegate(argv: Sequence[str]) -> None:
     """Run a command line with torchtune's own program."""
-    from torchtune._cli import run, tune
+    from torchtune._cli import tune
 
-    run.run = _through_here(run.run)
     sys.argv = ["tune", *argv]  # torchtune reads its arguments from there, several times
     tune.main()
-
-
-def _through_here(torchrun: Callable[[Namespace], Any]) -> Callable[[Namespace], Any]:
-    """`torchrun`, but each rank runs this module first: ranks are new interpreters that have not imported `tora`."""
-
-    def run(args: Namespace) -> Any:
-        how = "module" if args.module else "path"
-        args.training_script_args = [how, str(args.training_script), *args.training_script_args]
-        args.training_script, args.module = "tora.commands.torchtune", True
-        return torchrun(args)
-
-    return run
-
-
-if __name__ == "__main__":
-    _, how, target, *rest = sys.argv
-    sys.argv = [target, *rest]
-    (runpy.run_module if how == "module" else runpy.run_path)(target, run_name="__main__")
