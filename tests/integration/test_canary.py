@@ -21,7 +21,7 @@ from tora.run.canary import Canary, ProbeLogprobs, find_disagreement
 
 pytest.importorskip("vllm")
 
-from peft_reference import start_engine
+from vllm_engines import start_engine
 
 from actors.vllm_engine import adapter_slots
 from actors.vllm_engine.weight_updates import BetweenRollouts

@@ -12,7 +12,7 @@ from tiny import make_text_model
 pytest.importorskip("vllm")
 
 from canaries import Run
-from peft_reference import LONG_PROMPT, request, start_engine
+from vllm_engines import LONG_PROMPT, request, start_engine
 
 from actors.vllm_engine.weight_updates import BetweenRollouts, InFlight
 

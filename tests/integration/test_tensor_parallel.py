@@ -14,7 +14,8 @@ from tiny import make_text_model
 
 pytest.importorskip("vllm")
 
-from peft_reference import PROMPT, TOLERANCE, Reference, request, start_engine
+from peft_reference import TOLERANCE, Reference
+from vllm_engines import PROMPT, request, start_engine
 
 from actors.vllm_engine.slot_contents import Refusal, SlotContents, consensus
 from tora.errors import SyncError

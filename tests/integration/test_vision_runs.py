@@ -77,8 +77,8 @@ def test_asynchronous(tmp_path: Path) -> None:
         for file in sorted(Path(__file__).parents[2].glob("configs/qwen3_vl/*.yaml"))
     ],
 )
-def test_configs_of_qwen3_vl_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+@pytest.mark.usefixtures("datasets_cache")
+def test_configs_of_qwen3_vl_on_a_tiny_model(tmp_path: Path, name: str) -> None:
     folder = make_vl_model(tmp_path / "model", tied=not name.startswith("8B"), max_position_embeddings=4096)
     rows = [
         {"image": {"bytes": picture(96, 64, seed=i)}, "problem": "How many?", "solution": f"<answer> {i} </answer>"}

@@ -17,7 +17,8 @@ from tiny import LINEARS, make_text_model
 
 pytest.importorskip("vllm")
 
-from peft_reference import LONG_PROMPT, PROMPT, RANK, TOLERANCE, Reference, Tensors, request, start_engine, wait_until
+from peft_reference import RANK, TOLERANCE, Reference, Tensors
+from vllm_engines import LONG_PROMPT, PROMPT, request, start_engine, wait_until
 
 from actors.vllm_engine.engine import VLLMEngine
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack

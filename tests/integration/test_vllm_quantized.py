@@ -11,9 +11,9 @@ import pytest
 import torch
 from adapters import TYPES, build, model_config, shake
 from decoders import CPU, packed_logits
-from peft_reference import PROMPT, start_engine
-from peft_reference import request as sample_request
 from tiny import make_text_model
+from vllm_engines import PROMPT, start_engine
+from vllm_engines import request as sample_request
 
 from tora.adapters.inject import snapshot
 from tora.models.dequantized import dequantized_folder, in_use

@@ -14,8 +14,8 @@ from decoders import packed_logits
 from distributions import SETTINGS, expected
 from fakes import make_prompt, make_rollout
 from learners import config, make_batch
-from peft_reference import LONG_PROMPT, PROMPT, start_engine
 from tiny import make_text_model
+from vllm_engines import LONG_PROMPT, PROMPT, start_engine
 
 from learner.learner import Learner
 from tora.types import Completion, Group, SampleRequest, Sampling

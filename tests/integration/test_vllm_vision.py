@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft_reference import TOLERANCE, VisionReference, start_engine, wait_until
+from peft_reference import TOLERANCE, VisionReference
 from stepped import StepGate
 from tiny import LINEARS, make_text_model, make_vl_model, picture
+from vllm_engines import start_engine, wait_until
 
 pytest.importorskip("vllm")
 

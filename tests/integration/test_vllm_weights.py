@@ -12,7 +12,8 @@ from tiny import make_text_model, make_vl_model, picture
 
 pytest.importorskip("vllm")
 
-from peft_reference import LONG_PROMPT, TOLERANCE, Reference, VisionReference, request, start_engine
+from peft_reference import TOLERANCE, Reference, VisionReference
+from vllm_engines import LONG_PROMPT, request, start_engine
 
 from actors.vllm_engine.engine import VLLMEngine
 from actors.vllm_engine.weight_updates import WholeWeights

@@ -13,7 +13,8 @@ from tiny import make_text_model
 
 pytest.importorskip("vllm")
 
-from peft_reference import LONG_PROMPT, TOLERANCE, Reference, request, start_engine, wait_until
+from peft_reference import TOLERANCE, Reference
+from vllm_engines import LONG_PROMPT, request, start_engine, wait_until
 
 from actors.vllm_engine.engine import VLLMEngine
 from actors.vllm_engine.weight_updates import InFlight

@@ -19,16 +19,12 @@ from tora.tasks.dataset import file_dataset
 from tora.tasks.image_rows import encoded, take_images
 from tora.tasks.prompts import PromptStream
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASE = CONFIGS / "bases" / "digits"
 SIZES = [(64, 100), (300, 500), (20, 33)]
 TEXT = {"type": "text", "text": "What is it?"}
 BARE = {"type": "image"}
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,9 @@ from tora.tasks.encode import encode_prompt
 from tora.tasks.gsm8k import gsm8k
 from tora.tasks.prompts import PromptStream
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 BASE = Path(__file__).parents[2] / "configs" / "bases" / "chain_sum"
 ROWS = [{"prompt": f"{i} + {i} =", "answer": str(2 * i), "level": i % 3} for i in range(7)]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

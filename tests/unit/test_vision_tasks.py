@@ -19,12 +19,8 @@ from tora.tasks.digits import digits, picture, pictures_of, values
 from tora.tasks.geometry3k import geometry3k
 from tora.tasks.image_rows import encoded, take_images
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 BASE = Path(__file__).parents[2] / "configs" / "bases" / "digits"
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def parquet(path: Path, rows: list[dict[str, Any]], **images: Any) -> str:
