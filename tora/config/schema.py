@@ -250,9 +250,9 @@ class RunConfig:
     rewards: list[Component]
     """Reward functions with TRL's signature, at least one. Built in: `tora.rewards.math_answer`, `answer_tag`,
     `last_number`, `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight`
-    (default 1), `name` (default: the function's name), and `timeout_score` (default 0), the score of a completion on which the
-    function takes too long. A rollout's reward is the weighted sum; accuracy is the share of rollouts
-    that score at least 1 in the first one."""
+    (default 1), `name` (default: the function's name), and `timeout_score` (default 0), the score of a completion on
+    which the function takes too long. A rollout's reward is the weighted sum; accuracy is the share of rollouts that
+    score at least 1 in the first one."""
     reward_timeout_s: Annotated[float, Above(0)] = 30.0
     """Seconds that one reward function may take for a group. A slower call is stopped. If a call fails as a whole, each
     completion is tried again alone and may take as long, `reward_processes` at a time. One that fails again has a
