@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from learner.activation import checkpoint_layers
+from learner.bad_values import check_weights, not_finite, suspects
 from learner.compile import compile_layers
 from learner.device_batch import InputBuilder, Inputs, forward
 from learner.export import export_policy
@@ -110,7 +111,10 @@ class Learner:
     def step(self, batch: TrainBatch) -> StepResult:
         """`ppo_epochs` optimizer updates on one batch, which all ranks receive and share among them.
 
-        An empty batch advances only the version and the learning-rate schedule.
+        An update whose loss or gradient norm is not finite on some rank is left out on all: it changes neither weights
+        nor optimizer state, and ends the step. An empty batch and a step without any update advance only the version
+        and the learning-rate schedule, which is a function of the step. Raises TrainingError if an update makes a
+        weight that is not finite.
         """
         share = share_micro_batches(batch.micro_batches, self.world.rank, self.world.size)
         inputs = self._to_inputs(share, batch.micro_batches)
@@ -126,19 +130,32 @@ class Learner:
                 kl_type=kind_of(self.loss.kl_type, self.loss.kl_in),
                 normalize_advantages=self.cfg.normalize_advantages,
             )
-        total_weight = sum(float(m.weights_N.sum(dtype="float64")) for m in batch.micro_batches)
+        total_weight = sum(float(m.weights_N.sum(dtype="float64")) for m in batch.micro_batches) or 1.0
         proximal: list[torch.Tensor | None] = [None] * len(inputs)
         if self.cfg.ppo_epochs > 1:
             with torch.no_grad():
                 proximal = [self._logprobs(self.model, x, batch.temperature)[0] for x in inputs]
+        bad = ""
         for epoch in range(self.cfg.ppo_epochs if inputs else 0):
-            update, before = self._update(inputs, ref, proximal, batch.temperature, total_weight)
+            update, before, bad = self._update(inputs, ref, proximal, batch.temperature, total_weight)
             if epoch == 0:
                 metrics |= self._mismatch(inputs, before)
             metrics |= update
+            if bad:
+                values = {
+                    "actor's log-probs": [x.actor_logprobs_N for x in inputs],
+                    "learner's log-probs": before,
+                    "reference's log-probs": ref,
+                    "advantages": [x.advantages_N for x in inputs],
+                }
+                where = f" in update {epoch + 1} of {self.cfg.ppo_epochs}" if epoch else ""
+                bad = f"{bad}{where}; {suspects(share, values, batch.prompt_ids)}"
+                break
+            check_weights(self._parameters.values(), self.version + 1)
+        metrics["learner/bad_step"] = float(bool(bad))
         self._schedule.step()
         self.version += 1
-        return StepResult(self.version, metrics)
+        return StepResult(self.version, metrics, bad)
 
     def _proximal(self, x: Inputs, at_start_N: torch.Tensor) -> torch.Tensor:
         """Log-probs of the policy that the loss clips around, [N]."""
@@ -151,12 +168,14 @@ class Learner:
         proximal: Sequence[torch.Tensor | None],
         temperature: float,
         total_weight: float,
-    ) -> tuple[Metrics, list[torch.Tensor]]:
-        """One optimizer update over all micro-batches. Returns its metrics, and the log-probs before it, [N] each.
+    ) -> tuple[Metrics, list[torch.Tensor], str]:
+        """One optimizer update over all micro-batches. Returns its metrics, the log-probs before it, [N] each, and why
+        it was left out, empty if it was made.
 
         A `proximal` of None stands for the log-probs that this update computes anyway.
         """
         totals: dict[str, torch.Tensor] = {}
+        total_loss = torch.zeros((), device=self.device)
         before = []
         for x, ref_N, proximal_N in zip(inputs, ref, proximal, strict=True):
             logprobs_N, entropy_N = self._logprobs(self.model, x, temperature)
@@ -174,16 +193,20 @@ class Learner:
             )
             loss, parts = self.loss(loss_inputs)
             loss.backward()
+            total_loss += loss.detach()
             parts["policy/entropy"] = (loss_inputs.shares_N * entropy_N).sum()
             for name, value in parts.items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value
         limit = self.cfg.clip_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), torch.inf if limit is None else limit)
-        self._optimizer.step()
+        grad_norm = full_tensor(norm).item()
+        loss_sum, *sums = sum_over_ranks(torch.stack([total_loss, *totals.values()]).double()).tolist()
+        bad = not_finite(loss=loss_sum, gradient_norm=grad_norm)  # both are sums over ranks, so all ranks agree
+        if not bad:
+            self._optimizer.step()
+            refresh(self.model)
         self._optimizer.zero_grad(set_to_none=True)
-        refresh(self.model)
-        sums = sum_over_ranks(torch.stack(list(totals.values())).double()).tolist()
-        return {**dict(zip(totals, sums, strict=True)), "learner/grad_norm": full_tensor(norm).item()}, before
+        return {**dict(zip(totals, sums, strict=True)), "learner/grad_norm": grad_norm}, before, bad
 
     def _mismatch(self, inputs: Sequence[Inputs], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
         """`mismatch` over the tokens of all ranks."""

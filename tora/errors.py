@@ -24,6 +24,10 @@ class WorkerLost(RolloutError):
     """A rollout worker died, hung or broke; another worker has to repeat its work."""
 
 
+class TrainingError(ToraError, RuntimeError):
+    """Training cannot go on: its values are no longer finite."""
+
+
 class LearnerLost(ToraError, RuntimeError):
     """A learner rank died, which stops all ranks; the run may continue from a checkpoint."""
 

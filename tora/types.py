@@ -281,6 +281,8 @@ class StepResult:
     version: int
     """Policy version after the step."""
     metrics: Metrics
+    bad: str = ""
+    """Why an update was left out: a clause that names the values that are not finite. Empty if none was."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fakes import make_prompt, make_snapshot
+from fakes import make_group, make_prompt, make_snapshot
 
+from tora.batching.batch import micro_batches
 from tora.config.schema import CheckpointConfig, ModelConfig, RunConfig, SyncConfig
-from tora.errors import LearnerLost
+from tora.errors import LearnerLost, TrainingError
 from tora.reporting.metrics import NoLog
+from tora.run.bad_steps import BadSteps
 from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.loop import train
@@ -29,18 +32,22 @@ from tora.types import (
     TrainBatch,
 )
 
+SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token", "max_generated_tokens": 9}
+MICRO_BATCHES = micro_batches([make_group(make_prompt(0), [0.0, 1.0])], capacity=99, **SETTINGS)
+
 
 class FakeLearner:
-    """Counts versions; is lost in step `dies_in`."""
+    """Counts versions; is lost in step `dies_in`; leaves the steps `bad` out."""
 
-    def __init__(self, dies_in: int | None = None) -> None:
-        self.version, self._dies_in = 0, dies_in
+    def __init__(self, dies_in: int | None = None, bad: Sequence[int] = ()) -> None:
+        self.version, self._dies_in, self._bad = 0, dies_in, bad
+        self.saved: list[int] = []
 
     def step(self, batch: TrainBatch) -> StepResult:
         if self.version == self._dies_in:
             raise LearnerLost("the learner is lost")
         self.version += 1
-        return StepResult(self.version, {})
+        return StepResult(self.version, {}, "loss is nan" if self.version - 1 in self._bad else "")
 
     def snapshot(self) -> SnapshotRef:
         return make_snapshot(self.version)
@@ -50,6 +57,7 @@ class FakeLearner:
 
     def save(self, folder: Path) -> None:
         (folder / "version").write_text(str(self.version))
+        self.saved.append(self.version)
 
     def restore(self, folder: Path) -> None:
         self.version = int((folder / "version").read_text())
@@ -68,7 +76,7 @@ class FakeRollouts:
         if stop_requested():
             return None
         self.cursor += 1
-        return TrainBatch((), 1.0, prompt_ids=(self.cursor,))
+        return TrainBatch(MICRO_BATCHES, 1.0, prompt_ids=(self.cursor,))
 
     def publish(self, snapshot: Any) -> Metrics:
         self.events.append(f"publish {snapshot.version}")
@@ -168,3 +176,61 @@ def test_a_stop_saves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
     seconds = state.seconds
     outcome = train(resumed)
     assert resumed.state.step == 5 and outcome.seconds > seconds > 0
+
+
+class Warnings(NoLog):
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def warning(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+
+
+def names(folder: Path) -> list[str]:
+    return [f.name for f in sorted((folder / "checkpoints").iterdir())]
+
+
+def test_too_many_bad_steps_end_the_run_and_keep_the_last_good_checkpoints(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [FakeLearner(bad=(2, 3, 4))])
+    run.cfg, run.log = dataclasses.replace(run.cfg, checkpoint=CheckpointConfig(every=1)), Warnings()
+    with pytest.raises(TrainingError) as error:
+        train(run)
+    assert str(error.value) == (
+        "3 bad steps in a row end the run (max_bad_steps=3), the last being step 5: loss is nan; "
+        "resume_from_checkpoint=true continues from step_000002."
+    )
+    assert run.log.sentences == [f"step {n} is left out: loss is nan" for n in (3, 4, 5)]
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+    assert run.rollouts.events[-1] == "publish 5", "versions go on, since every later step counts on them"
+
+
+def test_a_checkpoint_that_is_due_waits_for_a_good_step(tmp_path: Path) -> None:
+    learner = FakeLearner(bad=(1,))
+    train(make_run(tmp_path, [learner]))
+    assert learner.saved == [3, 4, 5], "due after 2 and 4, and at the end"
+
+
+def test_a_stop_after_a_bad_step_saves_and_deletes_nothing(tmp_path: Path) -> None:
+    answers = iter([False] * 8 + [True])
+    run = make_run(tmp_path, [FakeLearner(bad=(3,))], stop_requested=lambda: next(answers))
+    run.cfg = dataclasses.replace(run.cfg, checkpoint=CheckpointConfig(every=1))
+    train(run)
+    assert names(tmp_path) == ["step_000002", "step_000003", "step_000004"]
+
+
+def test_bad_steps_are_counted_in_a_row() -> None:
+    bad, good = StepResult(1, {}, "loss is nan"), StepResult(1, {})
+    batch, empty = TrainBatch(MICRO_BATCHES, 1.0), TrainBatch((), 1.0)
+
+    def count(limit: int, *steps: tuple[TrainBatch, StepResult]) -> int:
+        counter = BadSteps(limit)
+        for number, step in enumerate(steps, 1):
+            counter.add(number, *step)
+            counter.check(None)
+        return counter.in_a_row
+
+    assert count(2, (batch, bad), (batch, good), (batch, bad)) == 1
+    assert count(0, *[(batch, bad)] * 99) == 99, "0: no limit"
+    assert count(3, (batch, bad), (empty, good), (batch, bad)) == 2, "a step without anything to train says nothing"
+    with pytest.raises(TrainingError, match=r"max_bad_steps=1\), the last being step 1: .*; no checkpoint yet\.$"):
+        count(1, (batch, bad))

@@ -239,6 +239,10 @@ class RunConfig:
     `max_generated_tokens`."""
     clip_grad_norm: Annotated[float, Above(0)] | None = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
+    max_bad_steps: Annotated[int, AtLeast(0)] = 3
+    """The run ends after this many bad steps in a row. A step is bad if its loss or the norm of its gradient is not
+    finite; it is left out, so that weights and optimizer state stay as they were, and no checkpoint is written until a
+    good step follows. 0: bad steps never end the run."""
 
     model: ModelConfig
     """The model and which of its weights are trained."""

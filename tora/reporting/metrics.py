@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from tora.config.components import instantiate, locate
 from tora.config.schema import Component, RunConfig
 from tora.reporting.console import ConsoleLog
 from tora.types import EvalResult, Metrics, Prompt, Rollout
+
+_log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
@@ -37,6 +40,8 @@ class NoLog:
     def evaluation(self, step: int, result: EvalResult) -> None: ...
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None: ...
+
+    def warning(self, sentence: str) -> None: ...
 
     def rewind(self, step: int) -> None: ...
 
@@ -73,6 +78,9 @@ class MetricLog:
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None:
         self._console.sample(prompt, rollout)
+
+    def warning(self, sentence: str) -> None:
+        _log.warning(sentence)
 
     def close(self) -> None:
         """Flushes and closes every logger and restores the terminal."""

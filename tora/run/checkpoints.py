@@ -41,7 +41,8 @@ class Checkpoints:
         found = sorted(self._folder.glob("step_??????"))
         return found[-1] if found else None
 
-    def save(self, state: RunState, learner: Learner) -> None:
+    def save(self, state: RunState, learner: Learner, *, replaces: bool = True) -> None:
+        """`replaces`: it takes the place of the oldest one kept. False deletes none."""
         final = self._folder / f"step_{state.step:06d}"
         temporary = self._folder / f".{final.name}"
         if not self._is_writer:
@@ -60,7 +61,7 @@ class Checkpoints:
         (temporary / _STATE).write_text(json.dumps(document))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        for old in sorted(self._folder.glob("step_??????"))[: -self._keep]:
+        for old in sorted(self._folder.glob("step_??????"))[: -self._keep] if replaces else ():
             shutil.rmtree(old)
 
     @staticmethod

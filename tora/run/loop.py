@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from tora.run.bad_steps import BadSteps
 from tora.run.run import Run
 from tora.types import EvalResult
 
@@ -25,18 +26,20 @@ def train(run: Run) -> Outcome:
     """Train from `run.state.step` to `run.cfg.num_steps`, or until a stop is requested.
 
     Step k trains policy version k and produces version k + 1. A stop ends the loop after the current step, or at once
-    while it waits for rollouts; either way a checkpoint is saved.
+    while it waits for rollouts; either way a checkpoint is saved. After a bad step a checkpoint that is due waits for
+    the next good step. Raises TrainingError after `max_bad_steps` bad steps in a row.
     """
     cfg, state = run.cfg, run.state
     start = time.perf_counter() - state.seconds
     sync = run.publish(state.step)
     bytes_per_sync = int(sync["sync/bytes"])
     before = after = run.evaluate()
+    bad_steps, saved = BadSteps(cfg.max_bad_steps), state.step
     for step in range(state.step, cfg.num_steps):
         began = time.perf_counter()
         batch = run.rollouts.next_batch(step, run.stop_requested)
         if batch is None:
-            run.save(time.perf_counter() - start)
+            run.save(time.perf_counter() - start, replaces=not bad_steps.in_a_row)
             break
         generated = time.perf_counter()
         result = run.learner.step(batch)
@@ -50,12 +53,17 @@ def train(run: Run) -> Outcome:
         }
         metrics = {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **times}
         run.log.step(step, metrics, batch.prompt_ids)
+        if sentence := bad_steps.add(step + 1, batch, result):
+            run.log.warning(sentence)
+            bad_steps.check(run.checkpoints.newest())
         stop = run.stop_requested()
         last = stop or state.step == cfg.num_steps
         if cfg.eval and not stop and (last or state.step % cfg.eval.every == 0):
             after = run.evaluate()
-        if last or state.step % cfg.checkpoint.every == 0:
-            run.save(time.perf_counter() - start)
+        is_due = state.step // cfg.checkpoint.every > saved // cfg.checkpoint.every
+        if last or (is_due and not bad_steps.in_a_row):
+            run.save(time.perf_counter() - start, replaces=not bad_steps.in_a_row)
+            saved = state.step
         if stop:
             break
     return Outcome(before, after, bytes_per_sync, time.perf_counter() - start)

@@ -23,6 +23,10 @@ class Log(Protocol):
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None: ...
 
+    def warning(self, sentence: str) -> None:
+        """Tell the user; not a row."""
+        ...
+
     def rewind(self, step: int) -> None:
         """Drop what was logged from this step on; the run repeats it."""
         ...
@@ -72,7 +76,7 @@ class Run:
             self.log.sample(*result.sample)
         return result
 
-    def save(self, seconds: float) -> None:
-        """Write a checkpoint. `seconds`: training time so far."""
+    def save(self, seconds: float, *, replaces: bool) -> None:
+        """Write a checkpoint. `seconds`: training time so far. `replaces`: see `Checkpoints.save`."""
         self.state.rollouts, self.state.seconds = self.rollouts.state(), seconds
-        self.checkpoints.save(self.state, self.learner)
+        self.checkpoints.save(self.state, self.learner, replaces=replaces)
