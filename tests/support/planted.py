@@ -31,7 +31,7 @@ class PlantedLoss(GRPOLoss):
         if not (self.first <= next(self.calls) <= self.last and here):
             return loss, metrics
         if self.plant == "loss":
-            return loss + torch.nan, metrics
+            return loss + torch.nan, {**metrics, "loss/total": loss.detach() + torch.nan}
         zero_N = x.learner_logprobs_N - x.learner_logprobs_N.detach()
         return loss + zero_N.sqrt().sum(), metrics
 
