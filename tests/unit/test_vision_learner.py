@@ -167,5 +167,5 @@ def test_a_text_model_has_no_tower_to_train(tmp_path: Path, folder: Path) -> Non
     text = make_text_model(tmp_path)
     with pytest.raises(ConfigError, match=r"train_vision=lora, but .* no vision tower"):
         Learner(vl_config(text, "lora", "lora"))
-    with pytest.raises(ValueError, match="prompts have images, and the model takes none"):
+    with pytest.raises(ValueError, match="prompts have images, but the model takes none"):
         Learner(config(text)).step(batch_of(vision_groups(folder)))

@@ -142,7 +142,7 @@ def num_trained_modules(model: Decoder) -> int:
 def from_wire(model: Decoder, tensors: Mapping[str, torch.Tensor]) -> int:
     """The inverse of `snapshot`, for a model that is not sharded. Returns the number of modules written.
 
-    Raises ValueError unless the tensors match the model's trained parameters one to one.
+    Raises ValueError if the tensors do not match the model's trained parameters one to one.
     """
     layers, parameters = adapter_layers(model), full_weight_parameters(model)
     given = {name: t for name, t in tensors.items() if name in parameters or not layers}

@@ -1,6 +1,6 @@
 """A frozen linear layer with a low-rank update: y = W x + s·B A x + b (LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-s is `scaling_of`'s. Shape letters: R rank, I inputs, O outputs.
+s is the factor that `scaling_of` returns. Shape letters: R rank, I inputs, O outputs.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def engine_digest(snapshot: PolicySnapshot, dtype: str) -> str:
 
 
 def split_by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """`{module: {LORA_A: ..., LORA_B: ..., GAIN: ...}}`. Raises ValueError for a name without a known suffix."""
+    """`{module: {LORA_A: ..., LORA_B: ..., GAIN: ...}}`. Raises ValueError if a name has no known suffix."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         suffix = next((s for s in (LORA_A, LORA_B, GAIN) if name.endswith(s)), None)

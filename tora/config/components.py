@@ -35,7 +35,7 @@ def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
     """Call the component's callable with `args` and the component's own arguments.
 
     An `offered` argument is passed only if the callable has a parameter of that name and the component does not set it,
-    so that callables with and without that parameter can be called alike. Raises `ConfigError` if the path does not
+    so that callables with and without that parameter can be called alike. Raises ConfigError if the path does not
     exist or an argument is unknown or missing. What the callable itself raises passes through.
     """
     path = _path_of(component, "")
@@ -56,7 +56,7 @@ def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
 def locate(path: str) -> Callable[..., Any]:
     """The callable at a dotted path, which may be a former one; modules in the working directory count.
 
-    Raises `ConfigError` if there is none. What a module raises when it is imported passes through.
+    Raises ConfigError if there is none. What a module raises when it is imported passes through.
     """
     path = _present(path)
     if os.getcwd() not in sys.path:
@@ -76,7 +76,7 @@ def locate(path: str) -> Callable[..., Any]:
 def check_component(component: Component, key: str) -> None:
     """Check that `_component_` is given and, for our own packages, that the callable and its arguments exist.
 
-    Imports nothing. `key` is the component's dotted path in the config. Raises `ConfigError`.
+    Imports nothing. `key` is the component's dotted path in the config. Raises ConfigError if they do not.
     """
     path, definition, bound = _definition_of(component, key)
     names = _parameters(definition, bound)
@@ -88,8 +88,8 @@ def check_component(component: Component, key: str) -> None:
 def check_reward(component: Component, key: str) -> None:
     """`check_component` for a reward function.
 
-    The config may set its keyword-only parameters, `name`, `weight` and `timeout_score`. Its other
-    parameters, including `**columns`, receive the dataset's columns. Raises `ConfigError`.
+    The config may set its keyword-only parameters, `name`, `weight` and `timeout_score`. Its other parameters,
+    including `**columns`, receive the dataset's columns. Raises ConfigError as `check_component` does.
     """
     path, definition, _ = _definition_of(component, key)
     if isinstance(definition, _Function) and not definition.decorator_list:
@@ -175,7 +175,7 @@ def _call(
 def _find(path: str, key: str) -> tuple[_Definition, _Bindings]:
     """The definition behind a dotted path into our own packages, and the names bound in its module.
 
-    Raises `ConfigError` if there is none; `key` names the path in the message.
+    Raises ConfigError if there is none; `key` names the path in the message.
     """
     file, names = _source_of(path)
     if not names:

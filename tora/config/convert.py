@@ -14,7 +14,7 @@ from tora.config.schema import RunConfig
 from tora.errors import ConfigError, nearest
 
 SCALARS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-"""What a value of each type is called in messages and in the reference."""
+"""Names of the types in messages and in the reference."""
 
 
 def defaults(schema: type) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def defaults(schema: type) -> dict[str, Any]:
 def build(schema: type, tree: Any, key: str) -> Any:
     """An instance of the dataclass `schema`. `key` is the dotted path of `tree`, empty at the top.
 
-    Raises `ConfigError` for an unknown or missing key or a value of the wrong type.
+    Raises ConfigError if a key is unknown or missing, or a value has the wrong type.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{key}={show(tree)} must hold keys and values.")

@@ -39,7 +39,7 @@ def config_names() -> list[str]:
 
 
 def config_file(name_or_path: str) -> Path:
-    """The file for a path to a YAML file or a name in `configs/`. Raises `ConfigError` if there is none."""
+    """The file for a path to a YAML file or a name in `configs/`. Raises ConfigError if there is none."""
     path = Path(name_or_path).expanduser()
     is_path = path.suffix in (".yaml", ".yml")
     for candidate in (path, configs_dir() / path) if is_path else (configs_dir() / f"{path}.yaml",):
@@ -49,7 +49,7 @@ def config_file(name_or_path: str) -> Path:
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, merge, interpolate and check a config. Raises `ConfigError`."""
+    """Read, merge, interpolate and check a config. Raises ConfigError if it has a mistake."""
     tree = _merge(_read(config_file(name_or_path), ()), _parse_overrides(overrides), "")
     try:
         tree = OmegaConf.create(_merge(defaults(RunConfig), tree, ""))

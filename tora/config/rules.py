@@ -13,11 +13,11 @@ from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 
 _NO_ADAPTER = ("lm_head", "embed_tokens")
-"""A tied model shares them, and the rollout engine has no adapters for them."""
+"""A tied model shares the weights of the two, and rollout engines cannot serve adapters on them."""
 
 
 def check(cfg: RunConfig) -> None:
-    """Raises `ConfigError` for the first rule that the config breaks."""
+    """Raises ConfigError if the config breaks a rule, and reports the first."""
     for sentence in _broken(cfg):
         raise ConfigError(sentence)
 

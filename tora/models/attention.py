@@ -83,9 +83,9 @@ class PrefillAttention(PackedAttention):
 
 
 _GROWTH = 8 * 17
-"""The number of slots is a multiple of this, and a full cache grows by it. Kernels like multiples of 8. 17 divides no
-model's width: otherwise the compiler could assume that width and cache length are related, and recompile when the cache
-grows."""
+"""The number of slots is a multiple of this, and a full cache grows by it. Kernels prefer multiples of 8. No model's
+width is a multiple of 17: otherwise the compiler could assume that width and cache length are related, and recompile
+when the cache grows."""
 
 
 class CachedAttention:

@@ -60,7 +60,7 @@ class RotaryTable(nn.Module):
     def reset(self) -> None:
         """Compute the frequencies on the default device; call again after building on the meta device.
 
-        Raises ConfigError for an unsupported `rope_type`.
+        Raises ConfigError if `rope_type` is not supported.
         """
         parameters = self.config.rope_parameters
         kind = parameters.get("rope_type", "default")
@@ -174,7 +174,7 @@ class Decoder(TransformerDecoder):
 
 
 def _check_supported(config: Any) -> None:
-    """Raises ConfigError for an architecture that this decoder does not implement."""
+    """Raises ConfigError if this decoder does not implement the architecture."""
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         raise ConfigError("config.json asks for sliding-window attention, which is not supported")
     if config.hidden_act != "silu":

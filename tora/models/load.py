@@ -42,7 +42,7 @@ def shard_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    raise ConfigError(f"model.path {str(folder)!r} holds no safetensors file; other formats are not read")
+    raise ConfigError(f"model.path {str(folder)!r} holds no safetensors file, the only format that Tora reads")
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -81,7 +81,7 @@ def check_shards(model: nn.Module, num_ranks: int) -> None:
         if rows % num_ranks or rows // num_ranks * columns % (BLOCK_SIZE * weight.scaler_block_size):
             raise ConfigError(
                 f"learner_ranks={num_ranks} cannot share {name}, an NF4 matrix of {rows} x {columns}, in whole blocks; "
-                f"1, 2, 4 and 8 suit every released model."
+                f"1, 2, 4 and 8 work for every released model."
             )
 
 

@@ -71,7 +71,7 @@ def _unwrapped(text: str | None) -> str | None:
 def accepted(gold: Any) -> list[str]:
     """The texts that an answer key accepts: itself, the final answer that it contains, or each of a list's items.
 
-    Raises ValueError for a key that holds no answer: None, NaN, a dict, or an empty list.
+    Raises ValueError if the key holds no answer: None, NaN, a dict, or an empty list.
     """
     if isinstance(gold, list | tuple):
         texts = [text for each in gold for text in accepted(each)]

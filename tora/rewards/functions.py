@@ -91,7 +91,7 @@ def length(
 ) -> list[float]:
     """1 up to `target` characters, then falling linearly to 0 at `limit` characters (default: twice `target`).
 
-    Raises `ValueError` unless 0 < target < limit.
+    Raises ValueError if not 0 < target < limit.
     """
     limit = 2 * target if limit is None else limit
     if not 0 < target < limit:
@@ -112,7 +112,7 @@ def overlong(
     """0 up to `max_tokens - buffer` tokens, then falling linearly to -1 at `max_tokens`, and -1 beyond.
 
     DAPO's soft overlong punishment (Yu et al. 2025, arXiv:2503.14476, eq. 13), to be added to a task's other rewards.
-    Raises `ValueError` unless 0 < buffer <= max_tokens.
+    Raises ValueError if not 0 < buffer <= max_tokens.
     """
     if not 0 < buffer <= max_tokens:
         raise ValueError(f"overlong: max_tokens={max_tokens} and buffer={buffer}, expected 0 < buffer <= max_tokens")

@@ -33,7 +33,7 @@ class MathJudge:
     def equal(self, gold: str, answer: str) -> bool:
         """False if they differ, if either cannot be parsed, or if the question kills the child.
 
-        Raises `RuntimeError` if the child does not start.
+        Raises RuntimeError if the child does not start.
         """
         with self._lock:
             child = self._child or self._start()

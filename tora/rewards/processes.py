@@ -55,8 +55,8 @@ class RewardProcesses:
     def __init__(self, components: Sequence[Component], *, timeout_s: float, num_processes: int) -> None:
         """Starts one child; while all children are busy, more are started, up to `num_processes`.
 
-        Raises `ConfigError` as `build_rewarder` does, what a reward function's module raises when it is imported, and
-        `RolloutError` if the child does not start.
+        Raises ConfigError as `build_rewarder` does, what a reward function's module raises when it is imported, and
+        RolloutError if the child does not start.
         """
         self._components, self._timeout_s, self._num_processes = components, timeout_s, num_processes
         self._free = threading.BoundedSemaphore(num_processes)
@@ -74,7 +74,7 @@ class RewardProcesses:
     def __call__(
         self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
     ) -> list[dict[str, float] | FailedReward]:
-        """See `Rewarder`. Raises `RolloutError` if a new child does not start."""
+        """See `Rewarder`. Raises RolloutError if a new child does not start."""
         bare = replace(prompt, images=())
         calls = [Call(index, texts, token_ids) for index in range(len(self._names))]
         together = [call for call in calls if self._is_async[call.index]]
@@ -160,7 +160,7 @@ class RewardProcesses:
 
 class _Child:
     def __init__(self, components: Sequence[Component], timeout_s: float) -> None:
-        """Raises what `build_rewarder` raises in the child, and `RolloutError` if the child does not start."""
+        """Raises what `build_rewarder` raises in the child, and RolloutError if the child does not start."""
         self._connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()

@@ -146,7 +146,7 @@ def build_rewarder(components: Sequence[Component]) -> FunctionRewarder:
     """Each component has a function's dotted path, and optionally `weight` (default 1), `timeout_score` (default 0) and
     `name` (the function's name).
 
-    Its other keys are bound as arguments. Raises `ConfigError` if there are no components, a path does not exist, the
+    Its other keys are bound as arguments. Raises ConfigError if there are no components, a path does not exist, the
     function does not name an argument, a weight or timeout_score is not a finite number, or a name is used twice.
     """
     if not components:

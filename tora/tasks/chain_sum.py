@@ -62,7 +62,7 @@ def chain_sum(
 ) -> list[dict[str, Any]]:
     """Rows `{prompt, answer}`, drawn independently, so short problems may repeat. Score them with `answer_tag`.
 
-    Raises `ConfigError` for an unknown split, no rows, or fewer than two terms.
+    Raises ConfigError if the split is unknown, there are no rows, or problems have fewer than two terms.
     """
     if split not in _SPLITS:
         raise ConfigError(f"chain_sum: split is {split!r}, expected one of {', '.join(_SPLITS)}")

@@ -22,7 +22,7 @@ def clevr(
     """Rows `{prompt, images, answer}`; the answer is the text inside the tags of `solution`. Score with `math_answer`.
 
     `path` is a hub dataset, or a local file or folder with the columns `image`, `problem` and `solution`. The hub
-    dataset has only one split: hold out part of it, as with `train[:-512]` and `train[-512:]`. Raises `ConfigError` if
+    dataset has only one split: hold out part of it, as with `train[:-512]` and `train[-512:]`. Raises ConfigError if
     the dataset cannot be loaded or lacks a column.
     """
 

@@ -36,7 +36,7 @@ class Rows:
         """`source` names the table in messages. `answer_key` is None for a table without answers.
 
         `system_prompt` is put before each prompt as a system message; a string prompt becomes a user message after it.
-        Raises `ConfigError` if the table is empty or lacks a column.
+        Raises ConfigError if the table is empty or lacks a column.
         """
         if len(table) == 0:
             raise ConfigError(f"{source} has no rows")
@@ -72,7 +72,7 @@ def file_dataset(
     """A JSONL, JSON or Parquet file, or a folder of them.
 
     `split` is as in the `datasets` library: all rows of a single file are `train`, `train[:90%]` selects a part, and
-    files in a folder belong to the split that their names contain. Raises `ConfigError` if the file cannot be loaded,
+    files in a folder belong to the split that their names contain. Raises ConfigError if the file cannot be loaded,
     is empty or lacks a column.
     """
     return Rows(load_files(path, split), path, prompt_key, answer_key, system_prompt)
@@ -88,7 +88,7 @@ def hub_dataset(
 ) -> Rows:
     """A dataset on the Hugging Face hub.
 
-    Raises `ConfigError` if it, its subset or its split cannot be loaded, or if it is empty or lacks a column.
+    Raises ConfigError if it, its subset or its split cannot be loaded, or if it is empty or lacks a column.
     """
     return Rows(load_hub(name, subset, split), name, prompt_key, answer_key, system_prompt)
 

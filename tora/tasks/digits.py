@@ -40,7 +40,7 @@ class Digits:
 def digits(split: str = "train", num_rows: int = 4096, count: int = 2, seed: int = 0) -> Digits:
     """`count` digits side by side: one to read, or two to add. Score with `answer_tag`.
 
-    Raises `ConfigError` for an unknown split, no rows, or a count other than 1 or 2.
+    Raises ConfigError if the split is unknown, there are no rows, or `count` is neither 1 nor 2.
     """
     if split not in _SPLITS:
         raise ConfigError(f"digits: split is {split!r}, expected one of {', '.join(_SPLITS)}")

@@ -8,9 +8,9 @@ from tora.errors import ConfigError
 
 
 def as_messages(source: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The prompt as chat messages; a string is one user message. Raises `ConfigError` if it is neither."""
+    """The prompt as chat messages; a string is one user message. Raises ConfigError if it is neither."""
     if not isinstance(source, str | list):
-        raise ConfigError(f"a prompt is a {type(source).__name__}, expected a string or a list of chat messages")
+        raise ConfigError(f"a prompt has type {type(source).__name__}, expected a string or a list of chat messages")
     return [{"role": "user", "content": source}] if isinstance(source, str) else source
 
 
@@ -18,7 +18,7 @@ def encode_prompt(tokenizer: Any, source: str | list[dict[str, Any]]) -> tuple[i
     """Token ids of a prompt, with the template's generation prompt at the end.
 
     A string is one user message if the tokenizer has a chat template, and plain text if it has none. Raises
-    `ConfigError` for chat messages if there is no template, and for a prompt that is neither string nor messages.
+    ConfigError if messages have no chat template, or the prompt is neither a string nor a list of messages.
     """
     messages = as_messages(source)
     if tokenizer.chat_template is None:

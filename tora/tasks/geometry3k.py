@@ -19,7 +19,7 @@ def geometry3k(
     """Rows `{prompt, images, answer}`. Score with `math_answer`.
 
     `path` is a hub dataset, or a local file or folder with the columns `images`, `problem` and `answer`. Raises
-    `ConfigError` if it cannot be loaded or lacks a column, and for a row whose marks and images differ in number.
+    ConfigError if it cannot be loaded or lacks a column, or a row has more or fewer marks than images.
     """
 
     def make(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ def gsm8k(
 ) -> TaskRows:
     """Rows `{prompt, answer}`: question with instruction, and the bare number. Score with `math_answer`.
 
-    `path` is a hub dataset, or a local file or folder with the columns `question` and `answer`. Raises `ConfigError` if
-    it cannot be loaded or lacks a column, and for an answer without `####`.
+    `path` is a hub dataset, or a local file or folder with the columns `question` and `answer`. Raises ConfigError if
+    it cannot be loaded or lacks a column, or an answer has no `####`.
     """
 
     def make(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ _VIDEO = "prompts may have text and images, but no videos"
 def take_images(row: dict[str, Any]) -> tuple[str | Messages, tuple[bytes, ...]]:
     """Removes `prompt` and the image columns from a row; returns the prompt with bare placeholders, and its images.
 
-    A prompt without images is returned unchanged. Raises `ConfigError` for a video, an image that cannot be read, a
-    part of an unknown type, and a column whose number of images differs from that of its placeholders.
+    A prompt without images is returned unchanged. Raises ConfigError if there is a video, a part of an unknown type
+    or an image that cannot be read, or if a column has more or fewer images than the prompt has placeholders.
     """
     if row.pop("videos", None) or row.pop("video", None):
         raise ConfigError(f"it has a video; {_VIDEO}")
@@ -51,7 +51,7 @@ def take_images(row: dict[str, Any]) -> tuple[str | Messages, tuple[bytes, ...]]
 def encoded(image: Any) -> bytes:
     """The encoded bytes of an image that is given as bytes, a path, a data URL, a Pillow image or a `datasets` image.
 
-    Raises `ConfigError` for anything else, for a missing file and for a web address.
+    Raises ConfigError if it is anything else, a missing file or a web address.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
@@ -68,7 +68,7 @@ def encoded(image: Any) -> bytes:
         return path.read_bytes()
     if hasattr(image, "convert") and hasattr(image, "save"):
         return _png(image)
-    raise ConfigError(f"an image is a {type(image).__name__}, expected bytes, a path, a data URL or a Pillow image")
+    raise ConfigError(f"an image has type {type(image).__name__}, expected bytes, a path, a data URL or a Pillow image")
 
 
 def _column(row: dict[str, Any]) -> list[Any]:

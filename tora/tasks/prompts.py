@@ -39,7 +39,7 @@ class PromptStream:
     ) -> None:
         """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None for a model that takes no images.
 
-        Raises `ConfigError` if there are no rows.
+        Raises ConfigError if there are no rows.
         """
         if len(rows) == 0:
             raise ConfigError("the dataset has no rows")
@@ -55,7 +55,7 @@ class PromptStream:
     def prompt(self, position: int) -> Prompt:
         """The prompt at a position, whose id is the position.
 
-        Raises `ConfigError` if the row has no usable prompt or a prompt of more than `max_prompt_tokens` tokens.
+        Raises ConfigError if the row has no usable prompt or a prompt of more than `max_prompt_tokens` tokens.
         """
         epoch, place = divmod(position, len(self._rows))
         return self._make(position, int(self._permutation(epoch)[place]))
@@ -63,7 +63,7 @@ class PromptStream:
     def sequential(self, num_prompts: int) -> list[Prompt]:
         """The first rows in order, for evaluation; fewer if the dataset is smaller.
 
-        Their ids start at 2**32, above those of the training prompts. Raises `ConfigError` as `prompt` does.
+        Their ids start at 2**32, above those of the training prompts. Raises ConfigError as `prompt` does.
         """
         count = min(num_prompts, len(self._rows))
         return [self._make(_FIRST_HELD_OUT_ID + index, index) for index in range(count)]
@@ -98,7 +98,7 @@ class RunPrompts:
     """Tokenizer, training prompts, evaluation prompts and sampling settings of a run."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        """Raises `ConfigError` if the tokenizer, the image processor or a dataset cannot be loaded."""
+        """Raises ConfigError if the tokenizer, the image processor or a dataset cannot be loaded."""
         model = Path(cfg.model.path)
         self.tokenizer = load_tokenizer(model)
         images = _image_processor(model, cfg.rollout.max_pixels)
@@ -132,7 +132,7 @@ def _sampling(cfg: RunConfig | EvalConfig, max_tokens: int, stop: tuple[int, ...
 
 
 def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:
-    """None for a text model. Raises `ConfigError` if a text model is given `max_pixels`."""
+    """None for a text model. Raises ConfigError if a text model is given `max_pixels`."""
     if has_image_processor(model):
         return ImageProcessor(model, max_pixels)
     if max_pixels is not None:

@@ -15,7 +15,7 @@ def sums(split: str = "train") -> list[dict[str, str]]:
     """Rows `{prompt, answer}`: 60 of the 100 ordered pairs of digits to train on, the other 40 to test with. Score them
     with `last_number`.
 
-    A pair's mirror image may be in the other split. Raises `ConfigError` for an unknown split.
+    A pair's mirror image may be in the other split. Raises ConfigError if the split is unknown.
     """
     if split not in _SPLITS:
         raise ConfigError(f"sums: split is {split!r}, expected one of {', '.join(_SPLITS)}")

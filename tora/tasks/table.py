@@ -37,7 +37,7 @@ class Table:
 
 
 def load_files(path: str, split: str) -> Table:
-    """A local file or folder. Raises `ConfigError` if it does not exist, is empty or cannot be read."""
+    """A local file or folder. Raises ConfigError if it does not exist, is empty or cannot be read."""
     location = Path(path).expanduser()
     if not location.exists():
         raise ConfigError(f"dataset path {path!r} does not exist")
@@ -52,7 +52,7 @@ def load_files(path: str, split: str) -> Table:
 
 
 def load_hub(name: str, subset: str | None, split: str) -> Table:
-    """A hub dataset. Raises `ConfigError` if it cannot be loaded."""
+    """A hub dataset. Raises ConfigError if it cannot be loaded."""
     return _load(name, name, subset, split=split)
 
 
@@ -73,7 +73,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_task(path: str, split: str, subset: str | None = None) -> Table:
-    """A local file or folder if `path` exists, otherwise a hub dataset. Raises `ConfigError`."""
+    """A local file or folder if `path` exists, otherwise a hub dataset. Raises ConfigError if it cannot be loaded."""
     return load_files(path, split) if Path(path).exists() else load_hub(path, subset, split)
 
 
@@ -81,9 +81,9 @@ class TaskRows:
     """A table whose rows are converted to a task's rows as they are read."""
 
     def __init__(self, table: Table, source: str, columns: set[str], make: Callable[[dict[str, Any]], dict[str, Any]]):
-        """`make` converts a row and may raise `ConfigError` for it; `source` names the table in messages.
+        """`make` converts a row and may raise ConfigError for it; `source` names the table in messages.
 
-        Raises `ConfigError` if the table lacks one of `columns`.
+        Raises ConfigError if the table lacks one of `columns`.
         """
         missing = columns - set(table.column_names)
         if missing:

@@ -10,7 +10,7 @@ from tora.errors import ConfigError
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The Hugging Face tokenizer with its chat template. Raises `ConfigError` if the folder has no tokenizer."""
+    """The Hugging Face tokenizer with its chat template. Raises ConfigError if the folder has no tokenizer."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"model.path {str(folder)!r} holds no tokenizer")
     from transformers import AutoTokenizer

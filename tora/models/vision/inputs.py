@@ -30,7 +30,7 @@ class ImageReader:
         """`image_inputs` for distinct encoded images; `tokens` are its keyword arguments. Raises ValueError as it does,
         and if the model takes no images."""
         if not isinstance(self._model, Qwen3VL) or self._load is None:
-            raise ValueError("prompts have images, and the model takes none")
+            raise ValueError("prompts have images, but the model takes none")
         if self._processor is None:
             self._processor = self._load()
         return image_inputs(self._model, self._processor.pixels(images), device=self._device, **tokens)
@@ -51,15 +51,17 @@ def image_inputs(
 
     `tokens_T`, `positions_T` and `image_I` as in `MicroBatch`; `document_T` as in `multimodal_positions`;
     `in_prompt_T`, bool: only there does a placeholder stand for an image. Raises ValueError if placeholders and images
-    do not match, and for video placeholders.
+    do not match, or there are video placeholders.
     """
     if (tokens_T[in_prompt_T] == model.video_token).any():
-        raise ValueError("a prompt has video placeholders, and Tora trains on text and images only")
+        raise ValueError("a prompt has video placeholders, but Tora trains on text and images only")
     sizes_I2 = pixels.grid_IT[:, 1:][image_I] // model.visual.merge
     counts_I = sizes_I2.prod(1)
     index_M = np.flatnonzero(in_prompt_T & (tokens_T == model.image_token))
     if len(index_M) != counts_I.sum():
-        raise ValueError(f"prompts hold {len(index_M)} image placeholders, their images have {counts_I.sum()} features")
+        raise ValueError(
+            f"prompts hold {len(index_M)} image placeholders, but their images have {counts_I.sum()} features"
+        )
     starts_I = index_M[np.cumsum(counts_I) - counts_I]
     ends_I = index_M[np.cumsum(counts_I) - 1]
     if (ends_I - starts_I + 1 != counts_I).any():

@@ -58,8 +58,8 @@ class ImageProcessor:
         self._size = dict(zip(_SIZE_KEYS, (least, max_pixels or most), strict=True))
 
     def pixels(self, images: Sequence[bytes]) -> Pixels:
-        """The pixels of one or more encoded image files. Raises ValueError for a file that is no image or whose aspect
-        ratio the processor rejects."""
+        """The pixels of one or more encoded image files. Raises ValueError if a file is not an image or the
+        processor rejects its aspect ratio."""
         output = self._processor(images=[decode(image) for image in images], size=self._size, return_tensors="pt")
         return Pixels(output["pixel_values"].numpy(), output["image_grid_thw"].numpy())
 
@@ -74,8 +74,8 @@ class ImageProcessor:
         """Token ids of chat messages in which the parts `{"type": "image"}` stand for `images`, in order.
 
         Includes the generation prompt; each placeholder is repeated to its image's number of tokens.
-        Raises ConfigError if there is no chat template, if the numbers of placeholders and images differ, or for video;
-        ValueError as `pixels` does.
+        Raises ConfigError if there is no chat template, the numbers of placeholders and images differ, or there is a
+        video; ValueError as `pixels` does.
         """
         if self._template is None:
             raise ConfigError("a vision model's prompts are chat messages, but its folder has no chat template")
@@ -84,10 +84,10 @@ class ImageProcessor:
         )
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._video_token_id in ids:
-            raise ConfigError("its prompt has a video placeholder; text and images are supported, no videos")
+            raise ConfigError("its prompt has a video placeholder; only text and images are supported")
         found = ids.count(self.image_token_id)
         if found != len(images):
-            raise ConfigError(f"its prompt has {found} image placeholders, and there are {len(images)} images")
+            raise ConfigError(f"its prompt has {found} image placeholders, but there are {len(images)} images")
         counts = (self.num_tokens(image) for image in images)
         return tuple(token for t in ids for token in ([t] * next(counts) if t == self.image_token_id else [t]))
 

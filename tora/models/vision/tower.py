@@ -92,7 +92,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: Any) -> None:
         """`config`: transformers' config of the vision part. Builds on the default device, weights uninitialised.
 
-        Raises ConfigError for an unsupported activation function.
+        Raises ConfigError if the activation function is not supported.
         """
         super().__init__()
         if config.hidden_act != "gelu_pytorch_tanh":
