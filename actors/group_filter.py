@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 
+from tora.batching.signal import has_signal
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError
 from tora.types import Group
@@ -13,12 +14,13 @@ _log = logging.getLogger(__name__)
 
 
 class SignalFilter:
-    """Drops groups whose rewards are all equal, up to a limit per step, and records every group generated.
+    """Drops groups without a signal, up to a limit per step, and records every group generated.
 
     A group left with fewer than two rollouts by failed rewards is always dropped and does not count towards the limit.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
+        self._cfg = cfg
         self._max_drops = int(cfg.rollout.max_refills * cfg.batch_size)
         self._failed = FailedRewards(cfg.max_failed_rewards, window=cfg.batch_size)
         self._drops = 0
@@ -30,7 +32,7 @@ class SignalFilter:
         self._failed.add(group)
         if len(group.rollouts) < 2:
             return False
-        if group.has_signal or self._drops >= self._max_drops:
+        if has_signal(group, self._cfg) or self._drops >= self._max_drops:
             return True
         self._drops += 1
         return False

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -94,11 +95,30 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def shares(micro_batches: Sequence[MicroBatch], size: int) -> list[list[tuple[int, bool]]]:
+    """What each rank runs: the index of each of its micro-batches, and whether it counts.
+
+    Each mini-batch is dealt round robin. All ranks get equally many of it, because every forward and backward is
+    collective: a rank that would have one fewer repeats the mini-batch's first, which does not count.
+    """
+    result: list[list[tuple[int, bool]]] = [[] for _ in range(size)]
+    for _, members in groupby(range(len(micro_batches)), key=lambda i: micro_batches[i].mini_batch):
+        indices = list(members)
+        dealt = [(i, True) for i in indices] + [(indices[0], False)] * (-len(indices) % size)
+        for rank in range(size):
+            result[rank] += dealt[rank::size]
+    return result
+
+
 def share_micro_batches(micro_batches: Sequence[MicroBatch], rank: int, size: int) -> list[MicroBatch]:
-    """A rank's share, dealt round robin. All shares are equally long, because every forward and backward is collective:
-    a rank that would have one fewer gets a copy of the first micro-batch, with weights of zero."""
-    if not micro_batches:
-        return []
-    missing = -len(micro_batches) % size
-    idle = replace(micro_batches[0], weights_N=micro_batches[0].weights_N * 0)
-    return [*micro_batches, *[idle] * missing][rank::size]
+    """A rank's micro-batches by `shares`. One that does not count has weights of zero."""
+    return [
+        micro_batches[i] if counts else replace(micro_batches[i], weights_N=micro_batches[i].weights_N * 0)
+        for i, counts in shares(micro_batches, size)[rank]
+    ]
+
+
+def mini_batch_slices(share: Sequence[MicroBatch]) -> dict[int, slice]:
+    """Where each mini-batch is in a rank's share, by its number."""
+    bounds = [(n, [i for i, _ in members]) for n, members in groupby(enumerate(share), key=lambda m: m[1].mini_batch)]
+    return {number: slice(indices[0], indices[-1] + 1) for number, indices in bounds}

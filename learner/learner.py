@@ -18,7 +18,7 @@ from learner.bad_values import check_weights, not_finite, suspects
 from learner.compile import compile_layers
 from learner.device_batch import InputBuilder, Inputs, forward
 from learner.export import export_policy
-from learner.fsdp import sharder, share_micro_batches
+from learner.fsdp import mini_batch_slices, sharder, share_micro_batches
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
 from learner.loss.kl import kind_of
@@ -109,12 +109,13 @@ class Learner:
         return [self._build_inputs(batch, other_ranks_have_images=others_have_images) for batch in share]
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """`ppo_epochs` optimizer updates on one batch, which all ranks receive and share among them.
+        """Optimizer updates on one batch, which all ranks receive and share among them: one for each of its
+        mini-batches, `ppo_epochs` times over.
 
         An update whose loss or gradient norm is not finite on some rank is left out on all: it changes neither weights
         nor optimizer state, and ends the step. An empty batch and a step without any update advance only the version
-        and the learning-rate schedule, which is a function of the step. Raises TrainingError if an update makes a
-        weight that is not finite.
+        and the learning-rate schedule, which is a function of the step. Metrics of updates are means over the last
+        pass. Raises TrainingError if an update makes a weight that is not finite.
         """
         share = share_micro_batches(batch.micro_batches, self.world.rank, self.world.size)
         inputs = self._to_inputs(share, batch.micro_batches)
@@ -128,31 +129,41 @@ class Learner:
                 self.world,
                 kl_coeff=self.loss.kl_coeff,
                 kl_type=kind_of(self.loss.kl_type, self.loss.kl_in),
+                advantage=self.cfg.advantage,
                 normalize_advantages=self.cfg.normalize_advantages,
             )
-        total_weight = sum(float(m.weights_N.sum(dtype="float64")) for m in batch.micro_batches) or 1.0
-        proximal: list[torch.Tensor | None] = [None] * len(inputs)
-        if self.cfg.ppo_epochs > 1:
+        parts = mini_batch_slices(share)
+        planned = [*parts.items()] * self.cfg.ppo_epochs
+        at_start: list[torch.Tensor] | None = None
+        if len(planned) > 1:
             with torch.no_grad():
-                proximal = [self._logprobs(self.model, x, batch.temperature)[0] for x in inputs]
+                at_start = [self._logprobs(self.model, x, batch.temperature)[0] for x in inputs]
+        updates: list[Metrics] = []
         bad = ""
-        for epoch in range(self.cfg.ppo_epochs if inputs else 0):
-            update, before, bad = self._update(inputs, ref, proximal, batch.temperature, total_weight)
-            if epoch == 0:
-                metrics |= self._mismatch(inputs, before)
-            metrics |= update
+        for number, part in planned:
+            own = [m.weights_N for m in batch.micro_batches if m.mini_batch == number]
+            total_weight = sum(float(weights_N.sum(dtype="float64")) for weights_N in own) or 1.0
+            proximal = None if at_start is None else at_start[part]
+            update, before, bad = self._update(inputs[part], ref[part], proximal, batch.temperature, total_weight)
+            if not updates:
+                metrics |= self._mismatch(inputs, before if at_start is None else at_start)
+            updates.append(update)
             if bad:
                 values = {
-                    "actor's log-probs": [x.actor_logprobs_N for x in inputs],
+                    "actor's log-probs": [x.actor_logprobs_N for x in inputs[part]],
                     "learner's log-probs": before,
-                    "reference's log-probs": ref,
-                    "advantages": [x.advantages_N for x in inputs],
+                    "reference's log-probs": ref[part],
+                    "advantages": [x.advantages_N for x in inputs[part]],
                 }
-                where = f" in update {epoch + 1} of {self.cfg.ppo_epochs}" if epoch else ""
-                bad = f"{bad}{where}; {suspects(share, values, batch.prompt_ids)}"
+                where = f" in update {len(updates)} of {len(planned)}" if len(updates) > 1 else ""
+                bad = f"{bad}{where}; {suspects(share[part], values, batch.prompt_ids)}"
                 break
             check_weights(self._parameters.values(), self.version + 1)
+        if updates:
+            last_pass = updates[(len(updates) - 1) // len(parts) * len(parts) :]
+            metrics |= {name: float(np.mean([update[name] for update in last_pass])) for name in last_pass[0]}
         metrics["learner/bad_step"] = float(bool(bad))
+        metrics["learner/updates"] = float(len(updates) - bool(bad))
         self._schedule.step()
         self.version += 1
         return StepResult(self.version, metrics, bad)
@@ -165,24 +176,24 @@ class Learner:
         self,
         inputs: Sequence[Inputs],
         ref: Sequence[torch.Tensor | None],
-        proximal: Sequence[torch.Tensor | None],
+        proximal: Sequence[torch.Tensor] | None,
         temperature: float,
         total_weight: float,
     ) -> tuple[Metrics, list[torch.Tensor], str]:
         """One optimizer update over all micro-batches. Returns its metrics, the log-probs before it, [N] each, and why
         it was left out, empty if it was made.
 
-        A `proximal` of None stands for the log-probs that this update computes anyway.
+        `proximal`: log-probs of the policy before the step, [N] each; None if those are what this update computes.
         """
         totals: dict[str, torch.Tensor] = {}
         total_loss = torch.zeros((), device=self.device)
         before = []
-        for x, ref_N, proximal_N in zip(inputs, ref, proximal, strict=True):
+        for i, (x, ref_N) in enumerate(zip(inputs, ref, strict=True)):
             logprobs_N, entropy_N = self._logprobs(self.model, x, temperature)
             before.append(logprobs_N.detach())
             loss_inputs = LossInputs(
                 learner_logprobs_N=logprobs_N,
-                proximal_logprobs_N=self._proximal(x, before[-1] if proximal_N is None else proximal_N),
+                proximal_logprobs_N=self._proximal(x, before[i] if proximal is None else proximal[i]),
                 actor_logprobs_N=x.actor_logprobs_N,
                 ref_logprobs_N=ref_N,
                 advantages_N=x.advantages_N,

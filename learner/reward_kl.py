@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 
 from learner.device_batch import Inputs
-from learner.fsdp import share_micro_batches
+from learner.fsdp import share_micro_batches, shares
 from learner.loss.kl import KLType, sequence_kl
 from tora.batching.batch import penalize
+from tora.config.schema import Advantage
 from tora.distributed.process_group import World, sum_over_ranks
 from tora.types import MicroBatch
 
@@ -26,6 +27,7 @@ def with_reward_kl(
     *,
     kl_coeff: float,
     kl_type: KLType,
+    advantage: Advantage,
     normalize_advantages: bool,
 ) -> list[Inputs]:
     """This rank's `inputs`, with penalized advantages. Collective.
@@ -35,12 +37,13 @@ def with_reward_kl(
     """
     sizes = [len(batch.lengths_B) for batch in step_batches]
     kl_B = torch.zeros(sum(sizes), dtype=torch.float64, device=inputs[0].lengths_B.device)
-    # an idle rank's micro-batch is a copy of another rank's, beyond this slice, and must not count twice
-    own_parts = world.share(kl_B.split(sizes))
-    for part_B, x, ref_N in zip(own_parts, inputs, ref_logprobs, strict=False):
-        part_B.copy_(sequence_kl(x.actor_logprobs_N, ref_N, x.sequence_N, len(x.lengths_B), kl_type))
+    parts = kl_B.split(sizes)
+    own = shares(step_batches, world.size)[world.rank]
+    for (index, counts), x, ref_N in zip(own, inputs, ref_logprobs, strict=True):
+        if counts:  # an idle rank's micro-batch is a copy of another rank's
+            parts[index].copy_(sequence_kl(x.actor_logprobs_N, ref_N, x.sequence_N, len(x.lengths_B), kl_type))
     penalties_B = (kl_coeff * sum_over_ranks(kl_B)).cpu().numpy()
-    penalized = penalize(step_batches, penalties_B, normalize_advantages)
+    penalized = penalize(step_batches, penalties_B, advantage, normalize_advantages)
     return [
         replace(x, advantages_N=torch.tensor(batch.advantages_N, device=kl_B.device))
         for x, batch in zip(inputs, share_micro_batches(penalized, world.rank, world.size), strict=True)

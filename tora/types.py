@@ -150,6 +150,11 @@ class Rollout:
     policy's probability of the kept tokens."""
 
     @property
+    def truncated(self) -> bool:
+        """Whether it was cut off by a token limit."""
+        return self.stop_reason is StopReason.LENGTH
+
+    @property
     def num_sampled(self) -> int:
         """S: the tokens that are trained on."""
         return len(self.versions)
@@ -187,11 +192,6 @@ class Group:
     def num_left_out(self) -> int:
         """Rollouts without a reward, which are not among `rollouts`."""
         return sum(failure.parts is None for failure in self.failures)
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether rewards differ. A group whose rewards are all equal has no gradient."""
-        return len({r.reward for r in self.rollouts}) > 1
 
     @property
     def version(self) -> int:
@@ -260,6 +260,8 @@ class MicroBatch:
     `tokens_T`. A placeholder that was sampled stands for no image."""
     images: tuple[bytes, ...]
     """Encoded images without duplicates, however many sequences show the same one."""
+    mini_batch: int = 0
+    """The optimizer update of the step that it belongs to, counted from 0; all micro-batches of one come in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,7 @@ class TrainBatch:
     """Sampling temperature; the learner's log-probs use the same."""
     metrics: Metrics = field(default_factory=dict)
     prompt_ids: tuple[int, ...] = ()
-    """Prompts of all the step's groups, including groups without a signal."""
+    """Prompts of all the step's groups, also of those that no micro-batch has: groups without a signal."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,21 +31,23 @@ LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 SETTINGS: dict[str, Any] = {**ONE_RANK, "num_ranks": RANKS}
 SMOOTH = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "eps": 1e-4}
 """With its default eps, Adam would turn a gradient of pure rounding noise into a whole step."""
+SAME_UPDATES = ("dtype", "loss", "ppo_epochs", "num_mini_batches", "quantize_base")
+"""Keys that change what is computed, not only where."""
 
 
-def batches() -> list[TrainBatch]:
+def batches(num_mini_batches: int = 1) -> list[TrainBatch]:
     """Batches of one, several and an odd number of micro-batches."""
     groups = [make_groups(3, seed=i) for i in range(3)]
     halved = [
-        TrainBatch(micro_batches(g, capacity=capacity, **SETTINGS), 1.0)
+        TrainBatch(micro_batches(g, capacity=capacity, num_mini_batches=num_mini_batches, **SETTINGS), 1.0)
         for g, capacity in zip(groups[:2], (10_000, 50), strict=True)
     ]
-    return [*halved, make_batch(groups[2], capacity=100)]
+    return [*halved, make_batch(groups[2], capacity=100, num_mini_batches=num_mini_batches)]
 
 
 def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, Any]) -> None:
     learner = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **changes}))
-    results = [learner.step(batch) for batch in batches()]
+    results = [learner.step(batch) for batch in batches(learner.cfg.num_mini_batches)]
     snapshot = learner.snapshot()
     if learner.world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -65,6 +67,7 @@ def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, A
         pytest.param("dora_cache", {"compile": True}, marks=pytest.mark.slow),
         ("full", {"activation_checkpointing": "full"}),
         ("dora", {"loss": {**LOSS, "kl_in": "reward"}}),
+        ("lora", {"loss": {**LOSS, "kl_in": "reward"}, "num_mini_batches": 2, "ppo_epochs": 2}),
         ("lora", {"quantize_base": True}),
         ("dora_cache", {"quantize_base": True}),
     ],
@@ -73,7 +76,7 @@ def test_two_ranks_train_like_one(
     tmp_path: Path, on_ranks: RankProcesses, lora_type: str, changes: dict[str, Any]
 ) -> None:
     folder = make_text_model(tmp_path / "model", "qwen2")
-    alone = {key: value for key, value in changes.items() if key in ("dtype", "loss", "ppo_epochs", "quantize_base")}
+    alone = {key: value for key, value in changes.items() if key in SAME_UPDATES}
     train_and_save(folder, tmp_path / "one", lora_type, alone)
     on_ranks(train_and_save, folder, tmp_path / "two", lora_type, {**changes, "learner_ranks": RANKS})
     one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))

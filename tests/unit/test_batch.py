@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fakes import make_group, make_prompt
 
-from tora.batching.advantage import advantages_by_group, group_advantages
+from tora.batching.advantage import advantages, group_advantages
 from tora.batching.batch import micro_batches, penalize, token_weights
 from tora.batching.packing import bins
 from tora.types import Group, Rollout
@@ -113,11 +113,9 @@ def test_sequences_know_their_reward_and_group_however_the_batch_is_split() -> N
 @pytest.mark.parametrize("normalize", [True, False])
 def test_advantages_by_group_separate_the_groups(normalize) -> None:
     rewards, groups = np.array([1.0, 5.0, 0.0, 5.0, 0.5, 3.0]), np.array([7, 2, 7, 2, 7, 2])
-    advantages = advantages_by_group(rewards, groups, normalize)
+    found = advantages(rewards, groups, np.ones(6), "grpo", normalize)
     for group in (2, 7):
-        np.testing.assert_array_equal(
-            advantages[groups == group], group_advantages(rewards[groups == group], normalize)
-        )
+        np.testing.assert_array_equal(found[groups == group], group_advantages(rewards[groups == group], normalize))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -127,11 +125,11 @@ def test_a_penalty_comes_off_the_reward_before_the_advantages(capacity, normaliz
     groups = make()[0]
     micro = micro_batches(groups, capacity=capacity, **settings)
     count = sum(len(x.lengths_B) for x in micro)
-    for before, after in zip(micro, penalize(micro, np.zeros(count), normalize), strict=True):
+    for before, after in zip(micro, penalize(micro, np.zeros(count), "grpo", normalize), strict=True):
         np.testing.assert_array_equal(before.advantages_N, after.advantages_N, strict=True)
 
     penalties = np.random.default_rng(0).random(count)
-    after = penalize(micro, penalties, normalize)
+    after = penalize(micro, penalties, "grpo", normalize)
     members: dict[int, list[tuple[float, float]]] = {}
     places = [(x, b) for x in after for b in range(len(x.lengths_B))]
     for (x, b), penalty in zip(places, penalties, strict=True):

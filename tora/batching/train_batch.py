@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tora.batching.batch import micro_batches
+from tora.batching.batch import Regularizer, micro_batches
+from tora.batching.signal import has_signal
 from tora.config.schema import RunConfig
 from tora.types import Group, Metrics, StopReason, TrainBatch
 
@@ -29,7 +30,7 @@ def make_batch(
     metrics: Metrics = {
         "staleness/mean": float(np.mean(staleness_P)),
         "staleness/max": float(max(staleness_P)),
-        "rollout/signal_share": float(np.mean([g.has_signal for g in measured])),
+        "rollout/signal_share": float(np.mean([has_signal(g, cfg) for g in measured])),
         "rollout/groups_dropped": float(drops),
         "rollout/tokens_per_s": sum(g.num_tokens for g in generated) / max(seconds, 1e-9),
         "rollout/length_mean": float(np.mean([r.num_sampled for r in rollouts])),
@@ -52,6 +53,19 @@ def make_batch(
         capacity=cfg.micro_batch_tokens,
         num_ranks=cfg.learner_ranks,
         share_prefix=cfg.share_prefix,
+        advantage=cfg.advantage,
+        asked=cfg.batch_size * cfg.grpo_samples,
+        regularizer=_regularizer(cfg),
+        mask_truncated=cfg.mask_truncated,
+        num_mini_batches=cfg.num_mini_batches,
+        seed=(cfg.seed, version),
     )
     metrics["learner/tokens"] = float(sum(len(m.tokens_T) for m in micro))
     return TrainBatch(micro, cfg.temperature, metrics, tuple(group.prompt.id for group in groups_P))
+
+
+def _regularizer(cfg: RunConfig) -> Regularizer:
+    """By the config's keys: a loss of one's own whose class has a KL term by default must name `kl_coeff` there."""
+    if cfg.loss.get("kl_coeff"):
+        return cfg.loss.get("kl_in", "loss")
+    return "loss" if cfg.loss.get("entropy_coeff") else "none"

@@ -10,7 +10,7 @@ from tora.config.bounds import out_of_bounds
 from tora.config.components import class_literal
 from tora.config.convert import show
 from tora.config.schema import RunConfig
-from tora.errors import ConfigError
+from tora.errors import ConfigError, nearest
 
 _NO_ADAPTER = ("lm_head", "embed_tokens")
 """A tied model shares the weights of the two, and rollout engines cannot serve adapters on them."""
@@ -75,6 +75,10 @@ def _broken_base(cfg: RunConfig) -> Iterator[str]:
 def _broken_learner(cfg: RunConfig) -> Iterator[str]:
     if cfg.activation_offloading and cfg.activation_checkpointing == "none":
         yield "activation_offloading=true needs activation_checkpointing=full or selective."
+    if cfg.num_mini_batches > cfg.batch_size:
+        yield f"num_mini_batches={cfg.num_mini_batches} must be at most batch_size, which is {cfg.batch_size}."
+    if cfg.advantage == "rloo" and cfg.normalize_advantages:
+        yield "advantage=rloo needs normalize_advantages=false."
     if cfg.learner_ranks == 1 and cfg.fsdp_cpu_offload:
         yield "fsdp_cpu_offload=true needs learner_ranks of at least 2."
 
@@ -140,6 +144,9 @@ def _broken_components(cfg: RunConfig) -> Iterator[str]:
     for i, name in enumerate(names):
         if name in names[:i]:
             yield f"rewards.{i}.name={name} is already used by an earlier reward."
+    by = cfg.rollout.refill_by
+    if by is not None and by not in names:
+        yield f"rollout.refill_by={by} is not one of the rewards, which are {', '.join(names)}{nearest(by, names)}."
     if cfg.rewards and not any(weights):
         yield "rewards must have at least one weight other than 0."
 

@@ -13,6 +13,7 @@ from tora.config.bounds import Above, AtLeast, AtMost
 
 Component = dict[str, Any]
 LossNormalization = Literal["token", "sequence", "constant"]
+Advantage = Literal["grpo", "rloo", "reinforce++"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
 
@@ -109,8 +110,12 @@ class RolloutConfig:
     enforce_eager: bool = False
     """Generate without CUDA graphs: less memory and a faster start, but slower decoding. No effect on a CPU."""
     max_refills: Annotated[float, AtLeast(0)] = 3.0
-    """How many groups without a training signal (all rewards equal) a step may drop and replace, as a multiple of
-    `batch_size`. Beyond that they are kept and contribute no gradient. 0: none is replaced."""
+    """How many groups without a training signal (all rewards equal, to within a millionth) a step may drop and replace,
+    as a multiple of `batch_size`. Beyond that they are kept; their advantages are 0, so that only a KL or entropy term
+    acts on them. 0: none is replaced."""
+    refill_by: str | None = None
+    """Name of one of `rewards`: a group whose rollouts all have the same score in it has no training signal either,
+    even if their totals differ. DAPO filters by accuracy. null: only the total counts."""
 
 
 @dataclass(kw_only=True)
@@ -223,20 +228,31 @@ class RunConfig:
     repetition_penalty: Annotated[float, Above(0)] = 1.0
     """Above 1: tokens that the prompt or the completion already contains become less likely. 1: off."""
     ppo_epochs: Annotated[int, AtLeast(1)] = 1
-    """Passes over each step's batch. Each pass is one optimizer update."""
+    """Passes over each step's batch. Each pass makes one optimizer update per mini-batch."""
+    num_mini_batches: Annotated[int, AtLeast(1)] = 1
+    """Parts into which each step's batch is cut, with an optimizer update for each. All ratios are to the policy before
+    the first update, so the loss's clip acts from the second on. Whole groups are dealt to them at random, reproducibly
+    by `seed`. At most `batch_size`."""
     micro_batch_tokens: Annotated[int, AtLeast(1)] = 8192
     """Tokens that are packed into one forward and backward pass, prompts included. It bounds the learner's memory and
     does not change the result. A sequence longer than this gets a pass to itself."""
     share_prefix: bool = False
     """Run a group's prompt through the learner once instead of once per completion. The result is the same. It saves
     more time the longer prompts are relative to completions."""
+    advantage: Advantage = "grpo"
+    """What a rollout's reward is compared with. `grpo`: its group's mean, see `normalize_advantages`. `rloo`: the mean
+    of the other rollouts of its group (leave one out); needs `normalize_advantages=false`. `reinforce++`: its group's
+    mean; the result is normalized by mean and standard deviation over the tokens of the whole batch."""
     normalize_advantages: bool = True
     """Divide each group's advantages (reward minus the group's mean) by the standard deviation of its rewards. Dr. GRPO
-    sets it to false."""
+    sets it to false. Ignored with `advantage=reinforce++`, which always normalizes."""
+    mask_truncated: bool = False
+    """Leave completions that were cut off, at `max_generated_tokens` for instance, out of the loss. Their rewards still
+    count in their group's mean and standard deviation."""
     loss_normalization: LossNormalization = "token"
     """How token losses are averaged. `token`: mean over all response tokens. `sequence`: mean over sequences of each
-    sequence's token mean. `constant`: mean over sequences of each sequence's token sum divided by
-    `max_generated_tokens`."""
+    sequence's token mean. `constant`: sum over all response tokens, divided by what the config asks for:
+    `batch_size * grpo_samples * max_generated_tokens`, whatever was kept (by a mini-batch's share of it)."""
     clip_grad_norm: Annotated[float, Above(0)] | None = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
     max_bad_steps: Annotated[int, AtLeast(0)] = 3
