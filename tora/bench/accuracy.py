@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tora.reporting.strict_json import to_json
+
 METHODS = {
     "full": ("model.lora_type=full", "optimizer.lr=1e-4"),
     "lora": ("model.lora_type=lora",),
@@ -92,7 +94,7 @@ def main() -> int:
             )
             cells.append(f"{before:.3f} -> {after:.3f}")
             if args.json:
-                Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+                Path(args.json).write_text(to_json(rows, indent=2) + "\n")
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
     return int(failed)
 

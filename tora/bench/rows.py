@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,8 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+
+from tora.reporting.strict_json import to_json
 
 LoraType = Literal["full", "lora", "dora", "dora_cache"]
 
@@ -110,4 +111,4 @@ def _number(value: float | None, template: str) -> str:
 
 
 def write_json(rows: Sequence[object], file: Path) -> None:
-    file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")  # pyright: ignore[reportArgumentType]
+    file.write_text(to_json([asdict(row) for row in rows], indent=2) + "\n")  # pyright: ignore[reportArgumentType]

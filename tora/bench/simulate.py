@@ -243,7 +243,7 @@ def run(args: argparse.Namespace) -> int:
         "jitter": 0,
     }.items():
         value = getattr(args, name)
-        if value is not None and value < minimum:
+        if value is not None and not minimum <= value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {minimum}.")
     scenario = Scenario(args.actors, args.gen_latency, args.learn_latency, args.jitter, args.steps)
     asynchronous = simulate(scenario, args.staleness)

@@ -8,7 +8,6 @@ two images, and the vision tower and its mergers have adapters too.
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +29,7 @@ from tora.launch.engines import INSTALL, make_vllm_engine
 from tora.models.decoder import Decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
+from tora.reporting.strict_json import to_json
 from tora.tasks.tokenizer import load_tokenizer
 from tora.types import LogprobRequest, Prompt, Rollout, SampleRequest, Sampling, StopReason
 
@@ -65,8 +65,8 @@ class ParityRow:
 
     @property
     def holds(self) -> bool:
-        worst = max(self.sampled_mean, self.on_mean, self.off_mean)
-        return worst <= _MAX_GAP[self.dtype] and self.effect > 0
+        gaps = (self.sampled_mean, self.on_mean, self.off_mean)  # max() of these might pass over a nan
+        return all(gap <= _MAX_GAP[self.dtype] for gap in gaps) and self.effect > 0
 
 
 def parity(model: str, *, as_json: bool = False) -> int:
@@ -81,7 +81,7 @@ def parity(model: str, *, as_json: bool = False) -> int:
     with tempfile.TemporaryDirectory(prefix="tora-parity-") as scratch:
         rows = list(_rows(Path(model).absolute(), Path(scratch)))
     if as_json:
-        print(json.dumps([{**asdict(row), "holds": row.holds} for row in rows], indent=2))
+        print(to_json([{**asdict(row), "holds": row.holds} for row in rows], indent=2))
     else:
         _print(rows)
     return 0 if all(row.holds for row in rows) else 1

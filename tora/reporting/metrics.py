@@ -19,6 +19,7 @@ from rich.console import Console
 from tora.config.components import instantiate, locate
 from tora.config.schema import Component, RunConfig
 from tora.reporting.console import ConsoleLog
+from tora.reporting.strict_json import to_json
 from tora.types import EvalResult, Metrics, Prompt, Rollout
 
 _log = logging.getLogger(__name__)
@@ -96,12 +97,11 @@ class MetricLog:
         self._file = self.path.open("a")
 
     def _write(self, step: int, metrics: Metrics, **extra: Any) -> None:
-        # JSON has no NaN; null keeps the row readable by every parser.
-        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}, **extra}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_json({"step": step, **metrics, **extra}) + "\n")
         self._file.flush()
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for logger in self._loggers:
-            logger.log_dict(metrics, step)
+            logger.log_dict(finite, step)
 
 
 def build_logger(component: Component, folder: Path) -> Logger:
@@ -127,5 +127,5 @@ def cut(metrics_jsonl: Path, first_step: int) -> None:
     """Removes rows of `first_step` and later. Writes a new file and renames it, so that a crash loses no other rows."""
     kept = [row for row in read_rows(metrics_jsonl) if row["step"] < first_step]
     aside = metrics_jsonl.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    aside.write_text("".join(to_json(row) + "\n" for row in kept))
     os.replace(aside, metrics_jsonl)

@@ -62,18 +62,18 @@ def find_disagreement(learner: ProbeLogprobs, engine: ProbeLogprobs, max_gap: fl
     """How the engine's log-probs disagree with the learner's, as a clause; None if they agree.
 
     The mean gap must not exceed `max_gap`. With an adapter it must not exceed a quarter of the adapter's effect plus
-    the base's noise either, so that an adapter that has learned little yet is still checked.
+    the base's noise either, so that an adapter that has learned little yet is still checked. A gap of nan disagrees.
     """
     gap = mean_gap(learner.on_N, engine.on_N)
     if learner.off_N is None or engine.off_N is None:
-        return f"differ by {gap:.2g} a token, more than {max_gap:.2g}" if gap > max_gap else None
+        return None if gap <= max_gap else f"differ by {gap:.2g} a token, more than {max_gap:.2g}"
     base = mean_gap(learner.off_N, engine.off_N)
-    if base > max_gap:
+    if not base <= max_gap:
         return f"differ by {base:.2g} a token without the adapter, more than {max_gap:.2g}: the bases are not the same"
     noise = max(3 * base, max_gap / 10)
-    if learner.effect > noise and not (engine.on_N != engine.off_N).any():
+    if not learner.effect <= noise and not (engine.on_N != engine.off_N).any():
         return f"are the base's in the engine, and the adapter moves the learner's by {learner.effect:.2g}"
-    if gap > min(max_gap, noise + learner.effect / 4):
+    if not (gap <= max_gap and gap <= noise + learner.effect / 4):
         return (
             f"differ by {gap:.2g} a token with the adapter and by {base:.2g} without it, and it moves the learner's by "
             f"{learner.effect:.2g}: it was applied in part, wrongly, or to another slot"
