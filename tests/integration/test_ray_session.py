@@ -6,10 +6,15 @@ import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from learners import config
 
+from tora.config.schema import RolloutConfig
+from tora.errors import ConfigError
+from tora.launch.on_ray import OnRay
 from tora.launch.ray_cluster import gpus_per_device, output_folder, ray_session, role_resources
 
 
@@ -52,6 +57,9 @@ def http_status(url: str) -> int | None:
         (8, 3, "auto", 1.0),
         (1, 2, "auto", 0.5),
         (1, 2, "cuda", 0.5),
+        (2, 3, "auto", 0.5),
+        (3, 4, "auto", 0.5),
+        (2, 5, "auto", 1 / 3),
         (0, 2, "auto", 0.0),
         (0, 2, "cuda", 1.0),
         (8, 2, "cpu", 0.0),
@@ -60,6 +68,26 @@ def http_status(url: str) -> int | None:
 def test_gpus_each(total: int, num_actors: int, device: str, each: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, **({"GPU": float(total)} if total else {})})
     assert gpus_per_device(num_actors, device) == each
+
+
+@pytest.mark.parametrize("total", range(1, 9))
+def test_shares_of_gpus_can_be_placed(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": float(total)})
+    for wanted in range(1, 25):
+        share = gpus_per_device(wanted, "auto")
+        on_each = round(1 / share)
+        assert share == 1 / on_each, "a GPU holds a whole number of devices"
+        assert on_each * total >= wanted, "all of them find a place"
+
+
+@pytest.mark.parametrize("change", [{"learner_ranks": 2}, {"rollout": RolloutConfig(tensor_parallel=2)}])
+def test_what_needs_whole_gpus_is_refused_on_shares(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(Path("model"), async_rl=True, **change)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 3.0})
+    OnRay(cfg)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0})
+    with pytest.raises(ConfigError, match="needs whole GPUs"):
+        OnRay(cfg)
 
 
 def test_actors_use_nodes_that_are_marked_for_their_role(monkeypatch: pytest.MonkeyPatch) -> None:

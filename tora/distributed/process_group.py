@@ -51,17 +51,28 @@ class World:
 def join(world: World, device: torch.device, *, alone: bool = False) -> None:
     """Join the process group at MASTER_ADDR:MASTER_PORT, unless this process already has.
 
-    A world of one rank has none; with `alone` it gets a group of its own, which opens no connection.
+    A world of one rank has none; with `alone` it gets a group of its own, which opens no connection. A GPU `device`
+    becomes the process's current one, in a world of one rank too.
     """
+    if device.type == "cuda":
+        # NCCL and FSDP2 use the current device, which is the first GPU until it is set
+        torch.cuda.set_device(device)
     if dist.is_initialized() or (world.size == 1 and not alone):
         return
-    # gloo beside NCCL, for tensors offloaded to the CPU
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    options = group_options(device)
     if world.size == 1:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(**options, store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(**options)
+
+
+def group_options(device: torch.device) -> dict[str, Any]:
+    """Arguments of `init_process_group` for a rank on this device."""
+    if device.type != "cuda":
+        return {"backend": "gloo"}
+    # gloo beside NCCL, for tensors offloaded to the CPU; device_id binds NCCL to this rank's GPU
+    return {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
 
 
 def leave() -> None:

@@ -28,6 +28,12 @@ class OnRay:
                 f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} the run needs {_num_devices(cfg)}, "
                 "but the cluster has fewer."
             )
+        if cfg.learner_ranks > 1 and 0 < self._gpus < 1:
+            raise ConfigError(
+                f"learner_ranks={cfg.learner_ranks} needs whole GPUs: with rollout.num_workers="
+                f"{cfg.rollout.num_workers} the run needs {_num_devices(cfg)}, but the cluster has fewer. NCCL refuses "
+                "two ranks on one GPU; use learner_ranks=1 or fewer workers."
+            )
 
     def learner(self) -> Learner:
         from learner.ray_ranks import LearnerGroup

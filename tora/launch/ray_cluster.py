@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -70,15 +71,16 @@ def ray_session(num_cpus: int, *, big_objects: bool = False) -> Iterator[None]:
 def gpus_per_device(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> float:
     """The number of GPUs for each of the `num_wanted` devices that a run needs.
 
-    1 if the cluster has enough, an equal fraction if it has fewer, and 0 if it has none or `device` is `cpu`. With
-    `cuda` and no GPU yet it is 1: the cluster may still be adding nodes.
+    1 if the cluster has enough, 1/n with n devices on a GPU if it has fewer, and 0 if it has none or `device` is `cpu`.
+    With `cuda` and no GPU yet it is 1: the cluster may still be adding nodes.
     """
     import ray
 
     total = ray.cluster_resources().get("GPU", 0.0)
     if device == "cpu" or (total == 0 and device == "auto"):
         return 0.0
-    return total / num_wanted if 0 < total < num_wanted else 1.0
+    # A device cannot span two GPUs, so that a share must fit a whole number of times into one.
+    return 1 / math.ceil(num_wanted / total) if 0 < total < num_wanted else 1.0
 
 
 Role = Literal["learner", "rollout"]
