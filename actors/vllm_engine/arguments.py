@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from actors.vllm_engine.weight_updates import WeightUpdate
 
 
+_BATCHED_TOKENS = 8192
+"""Tokens that a step on a GPU computes at most, over all sequences."""
+
+
 def engine_rank(rank: int) -> int:
     """The smallest rank vLLM supports that is at least `rank`. Raises ValueError if there is none."""
     from vllm.config.lora import MaxLoRARanks
@@ -34,6 +38,8 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
     device: dict[str, Any] = {
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
+        # vLLM's default for an engine in a process is 2,048, too few to keep a GPU busy with prompts
+        "max_num_batched_tokens": max(_BATCHED_TOKENS, config.max_num_seqs),
     }
     if current_platform.is_cpu():
         # Prefixes are shared in whole blocks, and 32 is the smallest block the CPU kernels support. Chunked prefill is
@@ -61,6 +67,7 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
         model=config.model_path,
         dtype="float32" if config.dtype == "fp32" else "bfloat16",
         max_model_len=config.max_model_len,  # pyright: ignore[reportArgumentType]  None is vLLM's default
+        max_num_seqs=config.max_num_seqs,
         seed=config.seed,
         tensor_parallel_size=config.tensor_parallel,
         # Explicit, because in a placement group vLLM would choose Ray, which needs a bundle for each of its ranks.

@@ -46,5 +46,7 @@ class EngineConfig:
     """Size of the KV cache in GiB on a CPU; ignored on a GPU."""
     enforce_eager: bool
     """Run without CUDA graphs and compilation; always so on a CPU."""
+    max_num_seqs: int = 256
+    """Sequences that run at once; further ones wait."""
     tensor_parallel: int = 1
     """Processes that share the weights, one per GPU. Above 1, generation stalls for a whole sync, not just its copy."""

@@ -98,13 +98,14 @@ class RolloutConfig:
     interrupted."""
     max_model_len: Annotated[int, AtLeast(1)] | None = None
     """Longest sequence in tokens, prompt and completion together, that vLLM accepts; it needs a KV cache of at least
-    that size. At least `max_prompt_tokens + max_generated_tokens`. null: exactly that, or the model's own limit where
-    that is lower or where the model takes images."""
+    that size. At least `max_prompt_tokens + max_generated_tokens`. null: that sum, or the model's own limit if it is
+    lower."""
     max_pixels: Annotated[int, AtLeast(1)] | None = None
     """Maximum number of pixels per image. Larger images are scaled down, identically in the engine and the learner.
     Only for models that take images. null: the limit of the model's image processor."""
-    gpu_memory_utilization: Annotated[float, Above(0), AtMost(1)] = 0.5
-    """Fraction of the GPU's memory that vLLM may use for weights and KV cache. No effect on a CPU."""
+    gpu_memory_utilization: Annotated[float, Above(0), AtMost(1)] | None = None
+    """Fraction of the GPU's memory that vLLM may use for weights and KV cache. null: 0.9 where an engine has a GPU to
+    itself, 0.45 where it shares one with the learner, and less with more engines on it. No effect on a CPU."""
     kv_cache_gib: Annotated[float, Above(0)] = 0.25
     """Size of vLLM's KV cache on a CPU, in GiB. No effect on a GPU."""
     enforce_eager: bool = False

@@ -10,10 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.vllm_engine.config import EngineConfig
 from tora.config.rules import check
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
-from tora.models.vision.processor import ImageProcessor, has_image_processor
+from tora.models.limits import max_positions
+from tora.models.vision.processor import ImageProcessor
 from tora.protocols import Engine
 from tora.tasks.prompts import RunPrompts
 
@@ -59,6 +61,10 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     }
 
 
+_MEMORY = 0.9
+"""Of its share of a GPU, what vLLM takes by default. The rest is for CUDA's context and what vLLM does not count."""
+_MIN_SEQS = 128
+"""vLLM's own default, for evaluations of a run with few rollouts in flight."""
 ROLLOUT_BASE = "rollout_base"
 """A folder in `output_dir` that lasts as long as the run, on every machine that has its own `output_dir`."""
 
@@ -79,26 +85,32 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
     return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device))
 
 
-def make_vllm_engine(cfg: RunConfig) -> Engine:
-    from actors.vllm_engine.config import EngineConfig
+def make_vllm_engine(cfg: RunConfig, gpu_share: float = 1.0) -> Engine:
+    """`gpu_share`: the share of a GPU that the engine has to itself, 0 to 1."""
     from actors.vllm_engine.engine import VLLMEngine
 
     resources = ExitStack()
-    config = EngineConfig(
-        model_path=_rollout_base(cfg, resources),
+    config = engine_config(cfg, _rollout_base(cfg, resources), gpu_share)
+    return VLLMEngine(config, update=_weight_update(cfg), resources=resources)
+
+
+def engine_config(cfg: RunConfig, model_path: str, gpu_share: float) -> EngineConfig:
+    """`model_path`: the folder that vLLM loads. `gpu_share`: see `make_vllm_engine`."""
+    return EngineConfig(
+        model_path=model_path,
         dtype=cfg.rollout.dtype or cfg.dtype,
-        max_model_len=longest_sequence(cfg),
+        max_model_len=_max_model_len(cfg),
+        max_num_seqs=max(_max_rows(cfg), _MIN_SEQS),
         lora_rank=cfg.model.lora_rank,
         lora_targets=tuple(cfg.model.lora_targets),
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
         seed=cfg.seed,
-        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
+        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization or _MEMORY * gpu_share,
         kv_cache_gib=cfg.rollout.kv_cache_gib,
         enforce_eager=cfg.rollout.enforce_eager,
         tensor_parallel=cfg.rollout.tensor_parallel,
     )
-    return VLLMEngine(config, update=_weight_update(cfg), resources=resources)
 
 
 def longest_sequence(cfg: RunConfig) -> int | None:

@@ -13,6 +13,9 @@ from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
 
+_GPU_SHARE = 0.5
+"""Of a GPU, for the engine: the learner uses the same one."""
+
 
 class InProcess:
     """Learner and rollouts of this process. Call `learner` before `rollouts`: the torch engine shares its model."""
@@ -32,7 +35,9 @@ class InProcess:
 
         vllm = self._cfg.rollout.engine == "vllm"
         make_engine = (
-            partial(make_vllm_engine, self._cfg) if vllm else partial(shared_torch_engine, self._cfg, self._learner)
+            partial(make_vllm_engine, self._cfg, _GPU_SHARE)
+            if vllm
+            else partial(shared_torch_engine, self._cfg, self._learner)
         )
         worker = RolloutWorker(make_engine, **worker_arguments(self._cfg, prompts))
         return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts, self.world)

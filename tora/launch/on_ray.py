@@ -44,7 +44,9 @@ class OnRay:
         from actors.pool import AsyncRollouts
         from actors.ray_worker import RayWorker
 
-        make = make_vllm_engine if self._cfg.rollout.engine == "vllm" else make_torch_engine
+        vllm = self._cfg.rollout.engine == "vllm"
+        # a whole GPU or none, without which the share has no effect, is 1
+        make = partial(make_vllm_engine, gpu_share=self._gpus or 1.0) if vllm else make_torch_engine
         arguments = {"make_engine": partial(make, self._cfg), **worker_arguments(self._cfg, prompts)}
         options = {
             "num_cpus": self._cfg.rollout.tensor_parallel,
