@@ -48,5 +48,7 @@ class EngineConfig:
     """Run without CUDA graphs and compilation; always so on a CPU."""
     max_num_seqs: int = 256
     """Sequences that run at once; further ones wait."""
+    gpu: int = 0
+    """Index of the engine's GPU among those this process sees; ignored with `tensor_parallel` and on a CPU."""
     tensor_parallel: int = 1
     """Processes that share the weights, one per GPU. Above 1, generation stalls for a whole sync, not just its copy."""

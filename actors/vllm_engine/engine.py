@@ -68,7 +68,7 @@ class VLLMEngine:
         Raises ValueError if an argument is impossible and RolloutError if vLLM does not start.
         """
         self._resources = resources or ExitStack()
-        self._update, self._step = update, step
+        self._update, self._step, self._gpu = update, step, config.gpu
         # Tensor-parallel workers are processes that only one thread may talk to, and whole weights have no slot to
         # stage for: either way the engine's thread makes the whole install in one call between two steps.
         self._one_call_installs = config.tensor_parallel > 1 or update.num_slots == 0
@@ -208,7 +208,7 @@ class VLLMEngine:
     def _main(self, args: EngineArgs, started: Future[None]) -> None:
         llm, address, owns_group = None, "", not torch.distributed.is_initialized()
         try:
-            llm = self._llm = build(args)
+            llm = self._llm = build(args, self._gpu)
             address = rendezvous_address(llm)
             self._max_model_len: int = llm.model_config.max_model_len
             self._vocab_size: int = llm.model_config.get_vocab_size()

@@ -9,9 +9,12 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tora.types import Occupancy
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -59,20 +62,39 @@ class Environment:
                 del os.environ[name]
 
 
-def build(args: EngineArgs) -> LLMEngine:
-    """Start vLLM in this process. Raises ValueError if vLLM rejects the arguments; its other errors pass through."""
+def build(args: EngineArgs, gpu: int) -> LLMEngine:
+    """Start vLLM in this process. `gpu`: see `EngineConfig`.
+
+    Raises ValueError if vLLM rejects the arguments; its other errors pass through.
+    """
     import pydantic
     from vllm.model_executor.models import registry
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
 
     # vLLM 0.32 inspects the model's class in a new Python process, to keep CUDA out of a process that will fork. This
     # process does not fork, and the new one would take seconds and lack the import fixes of `tora.compat`.
     registry._run_in_subprocess = lambda inspect: inspect()
     try:
         with _children_import_tora():
-            return LLMEngine.from_engine_args(args)
+            config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            place(config, gpu)
+            return LLMEngine(
+                vllm_config=config,
+                executor_class=Executor.get_class(config),
+                log_stats=not args.disable_log_stats,
+                usage_context=UsageContext.ENGINE_CONTEXT,
+            )
     except pydantic.ValidationError as error:  # a ValueError with many lines
         raise ValueError("; ".join(e["msg"] for e in error.errors())) from error
+
+
+def place(config: VllmConfig, gpu: int) -> None:
+    """Have vLLM 0.32's in-process executor use this GPU. It takes the index from the device that its config names, and
+    the first GPU if that has none; no engine argument sets it."""
+    if config.device_config.device_type == "cuda":
+        config.device_config.device = torch.device("cuda", gpu)
 
 
 def engine_occupancy(llm: LLMEngine) -> Occupancy:
@@ -133,7 +155,6 @@ def _remove_rendezvous(address: str) -> None:
 
 
 def _free_own_groups() -> None:
-    import torch.distributed
     from vllm.distributed.parallel_state import destroy_model_parallel
 
     if torch.distributed.is_initialized():  # the learner may have left it first

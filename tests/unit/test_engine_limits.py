@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from actors.vllm_engine.config import EngineConfig
 from tora.config.schema import ModelConfig, RolloutConfig, RunConfig
@@ -51,3 +53,25 @@ def test_every_rollout_in_flight_runs_at_once(tmp_path: Path) -> None:
     model = write_config(tmp_path)
     assert config_for(model, RolloutConfig(concurrency=64), grpo_samples=16).max_num_seqs == 1024
     assert config_for(model, RolloutConfig(concurrency=1), grpo_samples=2).max_num_seqs == 128
+
+
+@pytest.mark.parametrize(("device_type", "local_rank"), [("cuda", 3), ("cpu", 0)])
+def test_under_torchrun_vllm_runs_on_the_ranks_own_gpu(device_type: str, local_rank: int) -> None:
+    pytest.importorskip("vllm")
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    from actors.vllm_engine.process import place
+
+    config: Any = SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device_type, device=torch.device(device_type))
+    )
+    place(config, 3)
+    executor: Any = SimpleNamespace(vllm_config=config)
+    assert UniProcExecutor._distributed_args(executor)[2] == local_rank
+
+
+def test_the_engine_of_a_rank_is_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_config(tmp_path)
+    assert config_for(model).gpu == 0
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert config_for(model).gpu == 2

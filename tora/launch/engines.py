@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from actors.vllm_engine.config import EngineConfig
 from tora.config.rules import check
 from tora.config.schema import RunConfig
+from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.models.limits import max_positions
 from tora.models.vision.processor import ImageProcessor
@@ -77,7 +78,6 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
     from learner.policy import DTYPES, device_of
-    from tora.distributed.process_group import World
     from tora.models.dequantized import dequantized_folder, in_use
 
     cache, device = Path(cfg.output_dir) / ROLLOUT_BASE, device_of(cfg, World.from_environment().local_rank)
@@ -109,6 +109,7 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float) -> EngineCo
         gpu_memory_utilization=cfg.rollout.gpu_memory_utilization or _MEMORY * gpu_share,
         kv_cache_gib=cfg.rollout.kv_cache_gib,
         enforce_eager=cfg.rollout.enforce_eager,
+        gpu=World.from_environment().local_rank,  # under torchrun; a Ray actor sees only its own
         tensor_parallel=cfg.rollout.tensor_parallel,
     )
 
