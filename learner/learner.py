@@ -25,13 +25,13 @@ from learner.loss.kl import kind_of
 from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
 from learner.optim import build_optimizer, build_schedule
-from learner.policy import DTYPES, device_of, empty_policy, fill_policy, load_adapter, trains_full_weights
-from learner.reference import Reference, adapted_reference, base_reference
+from learner.policy import DTYPES, empty_policy, fill_policy, trains_full_weights
 from learner.reward_kl import with_reward_kl
 from learner.training_state import load_training_state, save_training_state
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.snapshot import pack
 from tora.config.schema import RunConfig
+from tora.distributed.device import device_for
 from tora.distributed.process_group import World, gather_objects, join, sum_over_ranks
 from tora.distributed.sharding import full_tensor
 from tora.models.decoder import Decoder
@@ -48,7 +48,7 @@ class Learner:
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.cfg, self.world, self.version = cfg, World.from_environment(), 0
-        self.device = device_of(cfg, self.world.local_rank)
+        self.device = device_for(cfg.device, self.world.local_rank)
         self._compute = DTYPES[cfg.dtype]
         join(self.world, self.device, alone=trains_full_weights(cfg) and self._compute != torch.float32)
         self.loss: Loss = build_loss(cfg.loss)

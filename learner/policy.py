@@ -20,12 +20,6 @@ from tora.models.vision.qwen3_vl import Qwen3VL
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def device_of(cfg: RunConfig, local_rank: int = 0) -> torch.device:
-    """The device of the rank with this LOCAL_RANK. `auto` is the GPU if there is one."""
-    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
-
-
 def trains_full_weights(cfg: RunConfig) -> bool:
     """Whether any parameter of the model itself is trained, not through an adapter."""
     return cfg.model.lora_type == "full" or cfg.model.train_vision == "full"

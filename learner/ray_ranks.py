@@ -87,6 +87,10 @@ class LearnerGroup:
             for rank, variables in zip(self._ranks, torchrun_variables(locations), strict=True)
         ]
 
+    def wait_until_loaded(self) -> None:
+        """Block until every rank holds its model. Raises as the other methods do."""
+        self._get(self._booted)
+
     def _call_all(self, method: str, *args: Any) -> list[Any]:
         self._get(self._booted)
         return self._get([getattr(rank, method).remote(*args) for rank in self._ranks])

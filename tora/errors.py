@@ -1,6 +1,7 @@
 """The error hierarchy. Every error pickles, so that it keeps its type across processes."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -38,3 +39,12 @@ def nearest(word: str, options: Iterable[str]) -> str:
     by_case = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.0)
     return f"; the nearest is {by_case[close[0]]}" if close else ""
+
+
+def described(error: BaseException) -> str:
+    """The error's message, or its type and place if it has none, like the assertions of other libraries."""
+    if str(error):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" in {frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return f"{type(error).__name__}{place}"

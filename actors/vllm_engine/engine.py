@@ -35,7 +35,7 @@ from actors.vllm_engine.requests import (
 )
 from actors.vllm_engine.slot_contents import SlotContents, consensus
 from actors.vllm_engine.weight_updates import WeightUpdate
-from tora.errors import RolloutError, SyncError
+from tora.errors import RolloutError, SyncError, described
 from tora.types import Completion, LogprobRequest, Occupancy, PolicySnapshot, SampleRequest, SyncReport
 
 if TYPE_CHECKING:
@@ -223,7 +223,9 @@ class VLLMEngine:
         except BaseException as error:  # whatever it is, every pending call must fail
             if not started.done():
                 is_rejection = isinstance(error, ValueError)
-                started.set_exception(error if is_rejection else RolloutError(f"vLLM did not start: {error}"))
+                started.set_exception(
+                    error if is_rejection else RolloutError(f"vLLM did not start: {described(error)}")
+                )
             self._fail_all(error)
         if llm is not None:
             shut_down(llm, owns_group, address)

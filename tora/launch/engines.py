@@ -77,10 +77,11 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
     """
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
-    from learner.policy import DTYPES, device_of
+    from learner.policy import DTYPES
+    from tora.distributed.device import device_for
     from tora.models.dequantized import dequantized_folder, in_use
 
-    cache, device = Path(cfg.output_dir) / ROLLOUT_BASE, device_of(cfg, World.from_environment().local_rank)
+    cache, device = Path(cfg.output_dir) / ROLLOUT_BASE, device_for(cfg.device, World.from_environment().local_rank)
     resources.enter_context(in_use(cache))
     return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device))
 
@@ -144,9 +145,10 @@ def make_torch_engine(cfg: RunConfig) -> Engine:
     """A torch engine with its own copy of the learner's model."""
     from actors.torch_engine.engine import TorchEngine
     from learner.compile import compile_layers
-    from learner.policy import build_policy, device_of
+    from learner.policy import build_policy
+    from tora.distributed.device import device_for
 
-    device = device_of(cfg)
+    device = device_for(cfg.device)
     model = build_policy(cfg, device)
     if cfg.compile:
         compile_layers(model)

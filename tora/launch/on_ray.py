@@ -38,7 +38,11 @@ class OnRay:
     def learner(self) -> Learner:
         from learner.ray_ranks import LearnerGroup
 
-        return LearnerGroup(self._cfg, self._gpus, role_resources("learner"))
+        group = LearnerGroup(self._cfg, self._gpus, role_resources("learner"))
+        if 0 < self._gpus < 1:
+            # vLLM counts memory that others take while it starts as its own
+            group.wait_until_loaded()
+        return group
 
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
         from actors.pool import AsyncRollouts
