@@ -25,7 +25,8 @@ from learner.loss.kl import kind_of
 from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
 from learner.optim import build_optimizer, build_schedule
-from learner.policy import DTYPES, empty_policy, fill_policy, trains_full_weights
+from learner.policy import DTYPES, empty_policy, fill_policy, load_adapter, trains_full_weights
+from learner.reference import Reference, adapted_reference, base_reference
 from learner.reward_kl import with_reward_kl
 from learner.training_state import load_training_state, save_training_state
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters

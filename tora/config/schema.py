@@ -98,8 +98,8 @@ class RolloutConfig:
     interrupted."""
     max_model_len: Annotated[int, AtLeast(1)] | None = None
     """Longest sequence in tokens, prompt and completion together, that vLLM accepts; it needs a KV cache of at least
-    that size. At least `max_prompt_tokens + max_generated_tokens`. null: that sum, or the model's own limit if it is
-    lower."""
+    that size. At least `max_prompt_tokens + max_generated_tokens`. null: exactly that, or the model's own limit where
+    that is lower or where the model takes images."""
     max_pixels: Annotated[int, AtLeast(1)] | None = None
     """Maximum number of pixels per image. Larger images are scaled down, identically in the engine and the learner.
     Only for models that take images. null: the limit of the model's image processor."""

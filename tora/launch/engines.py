@@ -15,8 +15,7 @@ from tora.config.rules import check
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
-from tora.models.limits import max_positions
-from tora.models.vision.processor import ImageProcessor
+from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.tasks.prompts import RunPrompts
 
@@ -100,7 +99,7 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float) -> EngineCo
     return EngineConfig(
         model_path=model_path,
         dtype=cfg.rollout.dtype or cfg.dtype,
-        max_model_len=_max_model_len(cfg),
+        max_model_len=longest_sequence(cfg),
         max_num_seqs=max(_max_rows(cfg), _MIN_SEQS),
         lora_rank=cfg.model.lora_rank,
         lora_targets=tuple(cfg.model.lora_targets),
