@@ -94,7 +94,8 @@ def test_resuming_without_a_checkpoint_is_an_error_and_writes_nothing(tmp_path: 
 
 def test_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "precious").write_text("kept")
+    for name in ("precious", "config.yaml", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_text("kept")
     train(tmp_path / "run", *HERE, "num_steps=1", "eval=null")
     assert (tmp_path / "run.1" / "precious").read_text() == "kept"
     assert not (tmp_path / "run" / "precious").exists()

@@ -164,7 +164,8 @@ class RunConfig:
     output_dir: str = "outputs/${name}"
     """Folder for config, metrics, checkpoints, adapter and reward curve. A relative path starts at `TORA_OUTPUT_ROOT`
     if that is set, otherwise at the working directory, or at the home folder in a submitted Ray job. A folder left by
-    an earlier run is renamed, not overwritten, unless the run resumes from it."""
+    an earlier run is renamed, not overwritten, unless the run resumes from it; one that holds anything else, or that
+    another run is using, is an error."""
     seed: Annotated[int, AtLeast(0)] = 0
     """Seed of the adapter's initial weights, the order of prompts and the sampling of rollouts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

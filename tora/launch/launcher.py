@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from tora.config.load import dump_yaml
 from tora.config.schema import RunConfig
+from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.launch.engines import ROLLOUT_BASE, with_engine
 from tora.launch.in_process import in_process
@@ -18,6 +20,7 @@ from tora.reporting.metrics import MetricLog, NoLog
 from tora.reporting.summary import print_summary, reward_curve
 from tora.run.canary import NUM_PROBES, Canary
 from tora.run.checkpoints import Checkpoints, RunState
+from tora.run.folder import RunFolder, held
 from tora.run.loop import Outcome
 from tora.run.recovery import train_and_export
 from tora.run.run import Run
@@ -33,7 +36,11 @@ def run(cfg: RunConfig) -> bool:
     cfg = with_engine(cfg)
     folder = output_folder(cfg.output_dir)
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
-    with (on_ray if cfg.async_rl else in_process)(cfg) as site, stop_signals() as stop_requested:
+    with (
+        _held(cfg, folder) as claim,
+        (on_ray if cfg.async_rl else in_process)(cfg) as site,
+        stop_signals() as stop_requested,
+    ):
         world = site.world
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=world.rank == 0)
         resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
@@ -45,7 +52,7 @@ def run(cfg: RunConfig) -> bool:
         if resume is not None:
             learner.restore(resume)
             state = checkpoints.read(resume, prompts.at)
-        log = _open(cfg, folder, state, resumes=resume is not None) if world.rank == 0 else NoLog()
+        log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
         world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
         probes = [prompts.at(i) for i in range(NUM_PROBES)]
@@ -73,17 +80,19 @@ def run(cfg: RunConfig) -> bool:
     return state.step == cfg.num_steps
 
 
-def _open(cfg: RunConfig, folder: Path, state: RunState, *, resumes: bool) -> MetricLog:
-    """Create the run's folder and open its log. Unless the run is resumed, an existing folder is renamed to the first
-    free `FOLDER.1`, `FOLDER.2`, ..."""
-    if not resumes and folder.exists() and any(folder.iterdir()):
-        number = 1
-        while (renamed := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        folder.rename(renamed)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_yaml(cfg))
-    return MetricLog(cfg, folder, first_step=state.step)
+def _held(cfg: RunConfig, folder: Path) -> AbstractContextManager[RunFolder | None]:
+    """The run's folder, held by rank 0; None on other ranks."""
+    if World.from_environment().rank > 0:
+        return nullcontext()
+    return held(folder, resumes=cfg.resume_from_checkpoint)
+
+
+def _open(cfg: RunConfig, folder: RunFolder, state: RunState, *, resumes: bool) -> MetricLog:
+    """Write the config and open the log. Unless the run is resumed, an earlier run in the folder is renamed."""
+    if not resumes:
+        folder.start_over()
+    (folder.path / "config.yaml").write_text(dump_yaml(cfg))
+    return MetricLog(cfg, folder.path, first_step=state.step)
 
 
 def _report(finished: Run, outcome: Outcome) -> None:

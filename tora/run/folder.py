@@ -1,0 +1,93 @@
+"""The run's output folder: held by one run at a time, and never taken from anything but an earlier run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tora.errors import ConfigError
+
+LOCK = ".tora.lock"
+"""Exists in every run's folder; locked for as long as the run lives, on the machine of its driver."""
+
+
+class RunFolder:
+    """An output folder that this process holds. Build it with `held`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: FileLock | None = None
+
+    def lock(self) -> None:
+        """Raises ConfigError if another run holds the folder, or if no folder can be made there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / LOCK, timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"output_dir={str(self.path)!r} is in use by another run. Wait for it or choose another folder."
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"output_dir={str(self.path)!r} cannot be written to: {error}.") from error
+        self._lock = lock
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def check_may_start(self) -> None:
+        """Raises ConfigError if a fresh run cannot start here: the folder holds something that is not a run."""
+        if not self._contents() or self._is_run():
+            return
+        odd = sorted(path.name for path in self._contents())[0]
+        raise ConfigError(
+            f"output_dir={str(self.path)!r} holds files that no run of Tora wrote, such as {odd!r}. Choose an empty or "
+            "a new folder."
+        )
+
+    def start_over(self) -> None:
+        """Rename the folder to the first free `FOLDER.1`, `FOLDER.2`, ... if it holds a run, and hold a new one."""
+        if not self._contents():
+            return
+        self.check_may_start()
+        number = 1
+        while (renamed := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.path.rename(renamed)
+        self.release()
+        self.lock()
+
+    def _contents(self) -> list[Path]:
+        if not self.path.exists():
+            return []
+        if not self.path.is_dir():
+            raise ConfigError(f"output_dir={str(self.path)!r} is a file. Choose a folder.")
+        return [path for path in self.path.iterdir() if path.name != LOCK]
+
+    def _is_run(self) -> bool:
+        return all((self.path / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+
+
+@contextmanager
+def held(path: Path, *, resumes: bool) -> Iterator[RunFolder]:
+    """Holds the folder until the end, and removes it if it was made here and nothing was written into it.
+
+    Raises ConfigError as `RunFolder.lock` does and, unless the run resumes, as `check_may_start` does.
+    """
+    is_new = not path.exists()
+    folder = RunFolder(path)
+    if not resumes:
+        folder.check_may_start()
+    folder.lock()
+    try:
+        yield folder
+    finally:
+        folder.release()
+        if is_new and [p.name for p in path.iterdir()] == [LOCK]:
+            (path / LOCK).unlink()
+            path.rmdir()
