@@ -21,6 +21,7 @@ from pages import (
 
 from tora import cli
 from tora.bench.shapes import shape_names
+from tora.commands.help import explain
 from tora.commands.recipes import RECIPES
 from tora.commands.run import _check_recipe
 from tora.config.load import config_file, load_config
@@ -75,6 +76,8 @@ def check_tora(words: list[str]) -> None:
             load_config(name)
     elif words[0] == "cp":
         config_file(args.name)
+    elif words[0] == "help" and args.key:
+        explain(args.key)
     elif words[0] == "bench" and args.config:
         assert args.config in shape_names()
     elif words[0] == "doctor" and args.parity:
