@@ -17,9 +17,13 @@ from tora.models.decoder import Decoder
 _STRIDE = {"full": 1, "selective": 2}
 
 
-def checkpoint_layers(model: Decoder, kind: ActivationCheckpointing, *, offload: bool, device: torch.device) -> None:
+def checkpoint_layers(
+    model: Decoder, kind: ActivationCheckpointing, *, offload: bool, device: torch.device, draws: bool = False
+) -> None:
     """Checkpoint layers in place: of a checkpointed layer only the input is stored. `selective` checkpoints every other
     layer, starting with the first. `offload` stores those inputs in pinned CPU memory and prefetches them.
+
+    `draws`: layers draw random numbers, which recomputation must draw again.
 
     Call after `compile_layers` and before FSDP2 wraps the layers: recomputation then runs the compiled graph, inside
     FSDP2's hooks, which have gathered the weights by then.
@@ -33,15 +37,14 @@ def checkpoint_layers(model: Decoder, kind: ActivationCheckpointing, *, offload:
     offload_context = OffloadActivations() if offload else nullcontext()
     for stack in model.stacks():
         for layer in stack[:: _STRIDE[kind]]:
-            layer.forward = _checkpointed(layer.forward, offload_context)
+            layer.forward = _checkpointed(layer.forward, offload_context, draws)
 
 
 def _checkpointed(
-    forward: Callable[..., torch.Tensor], offload_context: AbstractContextManager[Any]
+    forward: Callable[..., torch.Tensor], offload_context: AbstractContextManager[Any], draws: bool
 ) -> Callable[..., Any]:
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         with offload_context:
-            # layers draw no random numbers, so there is no RNG state to preserve
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
 
     return checkpointed_forward

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tora.adapters.inject import adapter_layers
-from tora.adapters.peft_format import peft_tensors, save_peft
+from tora.adapters.peft_format import peft_config, peft_tensors, save_peft
 from tora.config.schema import ModelConfig
 from tora.distributed.sharding import gather
 from tora.models.decoder import Decoder
@@ -24,7 +24,7 @@ def export_policy(model: Decoder, cfg: ModelConfig, folder: Path, dtype: torch.d
     if adapter_layers(model):
         tensors = gather(peft_tensors(model))
         if is_writer:
-            save_peft(tensors, cfg, folder)
+            save_peft(tensors, peft_config(model, cfg), folder)
         return
     weights = gather(dict(model.named_parameters()))  # all of them: a frozen vision tower belongs to the model too
     if not is_writer:

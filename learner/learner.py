@@ -17,6 +17,7 @@ from learner.activation import checkpoint_layers
 from learner.bad_values import check_weights, not_finite, suspects
 from learner.compile import compile_layers
 from learner.device_batch import InputBuilder, Inputs, forward
+from learner.dropout import AdapterDropout
 from learner.export import export_policy
 from learner.fsdp import mini_batch_slices, sharder, share_micro_batches
 from learner.logprobs import token_logprobs
@@ -55,6 +56,8 @@ class Learner:
         self.loss: Loss = build_loss(cfg.loss)
         self.model = self._build()
         self._reference = self._load_start()
+        rate = cfg.model.lora_dropout if adapter_layers(self.model) else 0.0
+        self._dropout = AdapterDropout(self.model, rate, seed=cfg.seed, world=self.world, device=self.device)
         self._parameters = trained_parameters(self.model)
         self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
@@ -68,7 +71,8 @@ class Learner:
         if self.cfg.compile:
             compile_layers(model)
         kind, offload_activations = self.cfg.activation_checkpointing, self.cfg.activation_offloading
-        checkpoint_layers(model, kind, offload=offload_activations, device=self.device)
+        draws = self.cfg.model.lora_dropout > 0
+        checkpoint_layers(model, kind, offload=offload_activations, device=self.device, draws=draws)
         cpu_offload, reshard = self.cfg.fsdp_cpu_offload, self.cfg.fsdp_reshard_after_forward
         shard = sharder(
             self.world, self.device, compute=self._compute, reshard_after_forward=reshard, cpu_offload=cpu_offload
@@ -82,7 +86,7 @@ class Learner:
             load_adapter(self.model, self.cfg)
             return None
         if not adapter_layers(self.model):
-            return Reference(self._build(frozen=True), {})
+            return Reference(self._build(frozen=True))
         base = base_reference(self.model)
         load_adapter(self.model, self.cfg)
         from_adapter = self.cfg.model.adapter_path is not None and self.loss.reference == "initial"
@@ -118,6 +122,7 @@ class Learner:
         and the learning-rate schedule, which is a function of the step. Metrics of updates are means over the last
         pass. Raises TrainingError if an update makes a weight that is not finite.
         """
+        self._dropout.begin(self.version)
         share = share_micro_batches(batch.micro_batches, self.world.rank, self.world.size)
         inputs = self._to_inputs(share, batch.micro_batches)
         metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
@@ -136,7 +141,7 @@ class Learner:
         parts = mini_batch_slices(share)
         planned = [*parts.items()] * self.cfg.ppo_epochs
         at_start: list[torch.Tensor] | None = None
-        if len(planned) > 1:
+        if len(planned) > 1 or self._dropout.is_on:
             with torch.no_grad():
                 at_start = [self._logprobs(self.model, x, batch.temperature)[0] for x in inputs]
         updates: list[Metrics] = []
@@ -189,7 +194,7 @@ class Learner:
         totals: dict[str, torch.Tensor] = {}
         total_loss = torch.zeros((), device=self.device)
         before = []
-        for i, (x, ref_N) in enumerate(zip(inputs, ref, strict=True)):
+        for i, (x, ref_N) in enumerate(self._dropout.passes(zip(inputs, ref, strict=True))):
             logprobs_N, entropy_N = self._logprobs(self.model, x, temperature)
             before.append(logprobs_N.detach())
             loss_inputs = LossInputs(
@@ -258,7 +263,7 @@ class Learner:
         """Continue from what `save` wrote, on any number of ranks. Raises ValueError if other parameters were trained
         there."""
         if self._reference is not None:
-            self._reference = self._reference.restored(folder)
+            self._reference.restore(folder)
         self.version = load_training_state(
             folder, parameters=self._parameters, optimizer=self._optimizer, schedule=self._schedule
         )

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tora.adapters.inject import full_weight_parameters, inject, reset_adapters, scaling_of
+from tora.adapters.inject import full_weight_parameters, inject, reset_adapters
+from tora.adapters.peft_config import read_peft_config
 from tora.adapters.peft_format import load_peft
+from tora.adapters.targets import adapter_shapes
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
@@ -26,12 +28,14 @@ def trains_full_weights(cfg: RunConfig) -> bool:
 
 
 def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False) -> Decoder:
-    """The model with its adapters, on the meta device. Exactly the trained parameters require gradients.
+    """The model with its adapters, on the meta device. Exactly the trained parameters require gradients. It is not in
+    training mode, so its adapters' inputs are not dropped.
 
     `masters`: hold full-weight parameters in float32 whatever `cfg.dtype` is; `fsdp.sharder` casts them for the
     forward pass.
 
-    Raises ConfigError if the model is not supported, a LoRA target matches no layer, or `train_vision` is set for a
+    Raises ConfigError if the model is not supported, a LoRA target matches no layer, the folder of `adapter_path` holds
+    an adapter that Tora does not support, or `train_vision` is set for a
     model without a vision tower.
     """
     model = empty_decoder(
@@ -45,20 +49,15 @@ def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False)
     if cfg.model.lora_type == "full":
         model.requires_grad_(True)
     else:
-        inject(
-            model,
-            cfg.model.lora_type,
-            rank=cfg.model.lora_rank,
-            scaling=scaling_of(cfg.model.lora_rank, cfg.model.lora_alpha, cfg.model.use_rslora),
-            targets=cfg.model.lora_targets,
-            tower=cfg.model.train_vision == "lora",
-        )
+        start = read_peft_config(Path(cfg.model.adapter_path)) if cfg.model.adapter_path else None
+        shapes = adapter_shapes(model, cfg.model, start)
+        inject(model, cfg.model.lora_type, shapes, dropout=cfg.model.lora_dropout)
     if tower is not None and cfg.model.train_vision != "lora":
         tower.requires_grad_(cfg.model.train_vision == "full")
     if masters:
         for name in full_weight_parameters(model):
             _to_float32(model, model.names.parameter_from_hf(name))
-    return model
+    return model.eval()
 
 
 def _to_float32(model: Decoder, name: str | None) -> None:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from learner.fsdp import reshard
 from tora.adapters.inject import adapters_off, full_weight_parameters, refresh, row_norm_caches, trained_parameters
@@ -30,16 +32,26 @@ class Reference:
     """A model, with some of its tensors replaced and its adapters on or off while the reference is computed."""
 
     def __init__(
-        self,
-        model: Decoder,
-        frozen: Mapping[str, torch.Tensor],
-        *,
-        adapters: bool = True,
-        in_checkpoints: bool = False,
+        self, model: Decoder, names: Iterable[str] = (), *, adapters: bool = True, in_checkpoints: bool = False
     ) -> None:
-        """`frozen`: this rank's rows of the replaced parameters and buffers, by the model's own names.
-        `in_checkpoints`: checkpoints hold them, because the files that they were read from may change."""
-        self._model, self._frozen, self._adapters, self._in_checkpoints = model, frozen, adapters, in_checkpoints
+        """`names`: parameters and buffers that the reference has as they are now. `in_checkpoints`: checkpoints hold
+        them, because the files that they were read from may change."""
+        self._model, self._adapters, self._in_checkpoints = model, adapters, in_checkpoints
+        state = dict[str, torch.Tensor](chain(model.named_parameters(), model.named_buffers()))
+        # kept, because after a forward pass FSDP2 may show the model's full weights in place of its rows
+        self._live = {name: state[name] for name in names}
+        self._frozen = self._copy()
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        """This rank's rows of the tensors, as they are now."""
+        return {name: local(tensor.detach()).clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def _set(self, rows: Mapping[str, torch.Tensor]) -> None:
+        """In place, so that compiled code sees it, and FSDP2, which may hold weights gathered before."""
+        reshard(self._model)
+        for name, tensor in self._live.items():
+            local(tensor).copy_(rows[name])
 
     @contextmanager
     def policy(self) -> Iterator[Decoder]:
@@ -47,75 +59,53 @@ class Reference:
 
         Collective under FSDP2, and not for passes that need a gradient.
         """
+        current = self._copy()
         off = nullcontext() if self._adapters else adapters_off(self._model)
-        with torch.no_grad(), off, _replaced(self._model, self._frozen):
-            yield self._model
+        with torch.no_grad(), off:
+            if current:
+                self._set(self._frozen)
+            try:
+                yield self._model
+            finally:
+                if current:
+                    self._set(current)
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in self._live.items() if isinstance(tensor, nn.Parameter)}
 
     def save(self, folder: Path, *, is_writer: bool) -> None:
-        """Write what `restored` needs into an existing folder. Collective; the rank with `is_writer` writes."""
+        """Write what `restore` needs into an existing folder. Collective; the rank with `is_writer` writes."""
         if not self._in_checkpoints:
             return
-        parameters = dict(self._model.named_parameters())
-        frozen = {name: rows for name, rows in self._frozen.items() if name in parameters}
-        full = gather({name: from_local_rows(rows, parameters[name]) for name, rows in frozen.items()})
+        full = gather({name: from_local_rows(self._frozen[name], p) for name, p in self._parameters().items()})
         if is_writer:
             save_file({name: tensor.cpu().contiguous() for name, tensor in full.items()}, folder / _FILE)
 
     @torch.no_grad()
-    def restored(self, folder: Path) -> Reference:
-        """The reference of the run that wrote the checkpoint, whatever its files have become since.
+    def restore(self, folder: Path) -> None:
+        """Become the reference of the run that wrote the checkpoint, whatever its files have become since.
 
         Leaves the model's trained weights undefined; collective. Raises ConfigError if other parameters were trained
         there.
         """
         if not self._in_checkpoints or not (folder / _FILE).is_file():
-            return self
-        parameters, saved = trained_parameters(self._model), load_file(folder / _FILE)
+            return
+        parameters, saved = self._parameters(), load_file(folder / _FILE)
         if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in saved.items()}:
             raise ConfigError(f"the KL reference in checkpoint {str(folder)!r} does not fit this run's parameters")
+        reshard(self._model)
         for name, parameter in parameters.items():
             copy_full(parameter, saved[name])
         refresh(self._model)
-        return adapted_reference(self._model)
+        self._frozen = self._copy()
 
 
 def base_reference(model: Decoder) -> Reference:
     """The base, of which the model has not been changed yet: adapters off, whatever is trained whole copied."""
     whole = {model.names.parameter_from_hf(name) for name in full_weight_parameters(model)}
-    return Reference(model, _copies(model, trained_parameters(model).keys() & whole), adapters=False)
+    return Reference(model, trained_parameters(model).keys() & whole, adapters=False)
 
 
 def adapted_reference(model: Decoder) -> Reference:
     """The model as it is now, adapters included."""
-    frozen = _copies(model, [*trained_parameters(model), *row_norm_caches(model)])
-    return Reference(model, frozen, in_checkpoints=True)
-
-
-def _tensors(model: Decoder) -> dict[str, torch.Tensor]:
-    """This rank's rows of all parameters and buffers; writing to them changes the model."""
-    return {name: local(t.detach()) for name, t in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _copies(model: Decoder, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    tensors = _tensors(model)
-    return {name: tensors[name].clone() for name in names}
-
-
-@contextmanager
-def _replaced(model: Decoder, frozen: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within the context the model has the frozen tensors. Swapped in place, so that compiled code and FSDP2 see them;
-    FSDP2 may hold full weights gathered from the previous values, hence `reshard`."""
-    if not frozen:
-        yield
-        return
-    reshard(model)
-    tensors, current = _tensors(model), _copies(model, frozen)
-    for name, value in frozen.items():
-        tensors[name].copy_(value)
-    try:
-        yield
-    finally:
-        reshard(model)
-        tensors = _tensors(model)
-        for name, value in current.items():
-            tensors[name].copy_(value)
+    return Reference(model, [*trained_parameters(model), *row_norm_caches(model)], in_checkpoints=True)

@@ -62,7 +62,7 @@ class Served:
         return groups
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "patterns"])
 def test_successive_syncs_serve_the_policy_that_was_sent(served: Served, kind: str) -> None:
     for seed in (1, 2):
         served.install(kind, seed)

@@ -13,10 +13,11 @@ from tora.adapters.inject import (
     adapter_layers,
     inject,
     refresh,
-    scaling_of,
     trained_parameters,
 )
-from tora.adapters.peft_format import peft_tensors, save_peft
+from tora.adapters.peft_config import read_peft_config
+from tora.adapters.peft_format import load_peft, peft_config, peft_tensors, save_peft
+from tora.adapters.targets import adapter_shapes
 from tora.config.schema import ModelConfig
 from tora.models.load import load_decoder
 
@@ -30,11 +31,13 @@ def model_config(folder: Path, lora_type: str, **changes: Any) -> ModelConfig:
     return ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=RANK, lora_alpha=ALPHA, **changes)
 
 
-def build(cfg: ModelConfig) -> Any:
+def build(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
     cpu, path = torch.device("cpu"), Path(cfg.path)
-    model = load_decoder(path, dtype=torch.float32, device=cpu, quantize_base=cfg.quantize_base)
-    scaling = scaling_of(cfg.lora_rank, cfg.lora_alpha, cfg.use_rslora)
-    inject(model, cfg.lora_type, rank=cfg.lora_rank, scaling=scaling, targets=cfg.lora_targets)
+    model = load_decoder(path, dtype=dtype, device=cpu, quantize_base=cfg.quantize_base)
+    start = read_peft_config(Path(cfg.adapter_path)) if cfg.adapter_path else None
+    inject(model, cfg.lora_type, adapter_shapes(model, cfg, start))
+    if cfg.adapter_path:
+        load_peft(model, cfg, Path(cfg.adapter_path))
     return model
 
 
@@ -55,7 +58,7 @@ def check_against_peft(cfg: ModelConfig, base_folder: Path, adapter_folder: Path
     """Raises AssertionError unless outputs and gradients equal those of PEFT over the base in `base_folder`."""
     ours = build(cfg)
     shake(ours)
-    save_peft(peft_tensors(ours), cfg, adapter_folder)
+    save_peft(peft_tensors(ours), peft_config(ours, cfg), adapter_folder)
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True)
     sequences = random_sequences(9, 21)

@@ -29,10 +29,11 @@ class Reference:
         self._models: dict[tuple[str, int], Any] = {}
 
     def model(self, kind: str, seed: int = 0) -> Any:
-        """`kind`: base, lora or dora. Each seed is a different adapter."""
+        """`kind`: base, lora, dora, or `patterns`, LoRA whose layers differ in rank and alpha. Each seed is a different
+        adapter."""
         if (kind, seed) not in self._models:
             base = self._load()
-            adapted = base if kind == "base" else _with_adapter(base, kind == "dora", seed, self._targets)
+            adapted = base if kind == "base" else _with_adapter(base, kind, seed, self._targets)
             self._models[kind, seed] = adapted
         return self._models[kind, seed]
 
@@ -102,10 +103,12 @@ class VisionReference(Reference):
         return model(**hugging_face_inputs(self.processor, torch.tensor([ids]), images)).logits[0]
 
 
-def _with_adapter(base: Any, dora: bool, seed: int, targets: str | list[str]) -> Any:
+def _with_adapter(base: Any, kind: str, seed: int, targets: str | list[str]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, use_dora=dora)
+    patterns: Any = {"rank_pattern": {"v_proj": 7, "layers.0.mlp.up_proj": 1}, "alpha_pattern": {"o_proj": RANK}}
+    own = patterns if kind == "patterns" else {"use_dora": kind == "dora"}
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, **own)
     model = get_peft_model(base, config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -22,7 +22,8 @@ AT_LEAST = {
     "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
     2: "grpo_samples",
     0: "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
-    "rollout.max_restarts max_learner_restarts max_failed_rewards max_bad_steps min_p eval.top_k eval.min_p",
+    "rollout.max_restarts max_learner_restarts max_failed_rewards max_bad_steps min_p eval.top_k eval.min_p "
+    "model.lora_dropout",
 }
 ABOVE_0 = (
     "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
@@ -33,6 +34,7 @@ AT_MOST_1 = "top_p min_p eval.top_p eval.min_p rollout.gpu_memory_utilization ma
 CASES = [(key, bound - 1, f"at least {bound}") for bound, keys in AT_LEAST.items() for key in keys.split()]
 CASES += [(key, 0, "greater than 0") for key in ABOVE_0.split()]
 CASES += [(key, 1.5, "at most 1") for key in AT_MOST_1.split()]
+CASES += [("model.lora_dropout", 1, "less than 1")]
 
 
 def numbers(config: Any, prefix: str = "") -> dict[str, str]:

@@ -43,8 +43,8 @@ class DoRALinear(LoRALinear):
     squared_norm: torch.Tensor
     """‖W‖² by row, [O] float32."""
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
-        super().__init__(base, rank, scaling)
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(base, rank, scaling, dropout)
         device = base.weight.device
         self.magnitude = nn.Parameter(torch.empty(base.out_features, dtype=torch.float32, device=device))
         self.register_buffer("squared_norm", torch.empty_like(self.magnitude), persistent=False)
@@ -81,9 +81,22 @@ class DoRALinear(LoRALinear):
             return frozen_linear(x, self.weight, self.bias)
         base, norm_O = self._base_and_norm(x)
         gain_O = self.magnitude / norm_O
+        if self.training and self.dropout > 0:
+            return self._with_dropout(x, base, gain_O)
         # g ⊙ (B z) = (g ⊙ B) z: no more passes over the outputs than LoRA makes
         update = F.linear(self._down(x), (gain_O[:, None] * self.lora_b).to(x.dtype), self.bias)
         return torch.addcmul(update, base, gain_O.to(x.dtype))
+
+    def _with_dropout(self, x: torch.Tensor, base: torch.Tensor, gain_O: torch.Tensor) -> torch.Tensor:
+        """W x + b + (g - 1) ⊙ W d + g ⊙ s·B A d, with d the inputs after dropout.
+
+        As in PEFT, the base's output sees all inputs, and the adapter's change of it only those that are kept.
+        """
+        kept = self._dropped(x)
+        update = F.linear(self._down(kept), self.lora_b.to(x.dtype)).float()
+        change = (gain_O - 1) * frozen_linear(kept, self.weight).float() + gain_O * update
+        y = base.float() + change
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def to_wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
         assert norm_O is not None
@@ -102,8 +115,8 @@ class CachedDoRALinear(DoRALinear):
     norm: torch.Tensor
     """‖W + s·B A‖ by row, [O] float32."""
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
-        super().__init__(base, rank, scaling)
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(base, rank, scaling, dropout)
         self.register_buffer("norm", torch.empty_like(self.magnitude), persistent=False)
 
     @torch.no_grad()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,45 +11,30 @@ from torch import nn
 from tora.adapters.dora import CachedDoRALinear, DoRALinear
 from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import pack, split_by_module
+from tora.adapters.targets import AdapterShape
 from tora.distributed.sharding import from_local_rows, gather
-from tora.errors import ConfigError
 from tora.models.decoder import Decoder
-from tora.models.names import TOWER
 from tora.types import PolicySnapshot
 
 LAYERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear, "dora_cache": CachedDoRALinear}
 
 
-def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
-    """The factor s of B A: alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
-    return alpha / (math.sqrt(rank) if use_rslora else rank)
+def inject(model: Decoder, lora_type: str, shapes: Mapping[str, AdapterShape], *, dropout: float = 0.0) -> None:
+    """Replace the linear layers that `adapter_shapes` names by layers with an adapter. Freezes the base.
 
-
-def inject(
-    model: Decoder, lora_type: str, *, rank: int, scaling: float, targets: Sequence[str], tower: bool = False
-) -> None:
-    """Replace each linear layer of the decoder whose Hugging Face name ends in a target, and with `tower` all linear
-    layers of the vision tower and its mergers. Freezes the base.
+    `dropout`: of the adapters' inputs, in training mode.
 
     If the model is on the meta device, call `reset_adapters` after loading its weights.
-    Raises ConfigError if a target matches no layer.
     """
-    all_linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears = {name: module for name, module in all_linears.items() if name.startswith("layers.")}
-    leaves = {name: model.names.module_to_hf(name).rpartition(".")[2] for name in linears}
-    for target in targets:
-        if target not in leaves.values():
-            known = sorted(set(leaves.values()))
-            near = difflib.get_close_matches(target, known, 1, cutoff=0) or known
-            raise ConfigError(f"model.lora_targets: {target!r} matches no linear layer; the nearest is {near[0]!r}")
     model.requires_grad_(False)
-    for name, linear in all_linears.items():
-        if leaves.get(name) in targets or (tower and name.startswith(TOWER)):
-            layer = LAYERS[lora_type](linear, rank, scaling)
-            if not linear.weight.is_meta:
-                layer.reset_adapter()
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+    for name, shape in shapes.items():
+        parent, _, leaf = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layer = LAYERS[lora_type](linear, shape.rank, shape.scaling, dropout)
+        if not linear.weight.is_meta:
+            layer.reset_adapter()
+        setattr(model.get_submodule(parent), leaf, layer)
 
 
 def reset_adapters(unit: nn.Module) -> None:

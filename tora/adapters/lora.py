@@ -21,14 +21,20 @@ class LoRALinear(nn.Module):
 
     use_dora = False
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        """`dropout`: the share of inputs that the low-rank update does not see in training mode."""
         super().__init__()
         self.in_features, self.out_features, self.scaling = base.in_features, base.out_features, scaling
+        self.dropout = dropout
         self.weight, self.bias = base.weight, base.bias
         self.enabled = True
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_b = nn.Parameter(torch.empty(base.out_features, rank, dtype=torch.float32, device=device))
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
@@ -54,10 +60,14 @@ class LoRALinear(nn.Module):
         """s·A x, [..., R] in x's dtype. The scaling is applied here because this is the smallest tensor."""
         return self.scaling * F.linear(x, self.lora_a.to(x.dtype))
 
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x after dropout, which is x itself outside training mode."""
+        return F.dropout(x, self.dropout, self.training)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O], in x's dtype. Disabled, the layer computes its base alone."""
         y = frozen_linear(x, self.weight, self.bias)
-        return y + F.linear(self._down(x), self.lora_b.to(x.dtype)) if self.enabled else y
+        return y + F.linear(self._down(self._dropped(x)), self.lora_b.to(x.dtype)) if self.enabled else y
 
     def to_wire(self, adapter: Mapping[str, torch.Tensor], norm_O: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """This layer's tensors of a snapshot, by suffix, with the scaling folded into B.

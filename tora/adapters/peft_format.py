@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tora.adapters.inject import adapter_layers, full_weight_parameters, refresh
+from tora.adapters.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
+from tora.adapters.targets import alpha_of
 from tora.config.schema import ModelConfig
 from tora.distributed.sharding import copy_full
 from tora.errors import ConfigError
@@ -21,7 +24,11 @@ _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "l
 _TOWER_LINEARS = ("attn.qkv", "attn.proj", "linear_fc1", "linear_fc2")
 """PEFT targets that match exactly the linear layers of a vision tower and its mergers. A bare `proj` would match the
 patch embedding too, a convolution."""
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TOWER_MODULE = "visual"
+_WEIGHTS = "adapter_model.safetensors"
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+"""What torch.compile, FSDP, checkpointing and DDP put into names; some trainers save them."""
+_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?!weight$)[^.]+(?=\.weight$|$)")
 
 
 def peft_tensors(model: Decoder) -> dict[str, torch.Tensor]:
@@ -34,8 +41,11 @@ def peft_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     return {**adapters, **{f"{_PREFIX}{name}": p for name, p in full_weight_parameters(model).items()}}
 
 
-def peft_config(cfg: ModelConfig) -> dict[str, Any]:
+def peft_config(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
     """The contents of adapter_config.json."""
+    layers = adapter_layers(model)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: alpha_of(layer.rank, layer.scaling, cfg.use_rslora) for name, layer in layers.items()}
     tower = _TOWER_LINEARS if cfg.train_vision == "lora" else ()
     return {
         "peft_type": "LORA",
@@ -43,49 +53,101 @@ def peft_config(cfg: ModelConfig) -> dict[str, Any]:
         "base_model_name_or_path": cfg.path,
         "r": cfg.lora_rank,
         "lora_alpha": cfg.lora_alpha,
+        "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != cfg.lora_rank},
+        "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != cfg.lora_alpha},
         "use_rslora": cfg.use_rslora,
         "use_dora": cfg.lora_type != "lora",
-        "target_modules": [*cfg.lora_targets, *tower],
-        "modules_to_save": ["visual"] if cfg.train_vision == "full" else None,
-        "lora_dropout": 0.0,
+        "target_modules": list(layers) if isinstance(cfg.lora_targets, str) else [*cfg.lora_targets, *tower],
+        "modules_to_save": [_TOWER_MODULE] if cfg.train_vision == "full" else None,
+        "lora_dropout": cfg.lora_dropout,
         "bias": "none",
         "inference_mode": True,
     }
 
 
-def save_peft(tensors: Mapping[str, torch.Tensor], cfg: ModelConfig, folder: Path) -> None:
-    """Write a PEFT folder. `tensors` are those of `peft_tensors`, gathered."""
+def save_peft(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], folder: Path) -> None:
+    """Write a PEFT folder. `tensors` are those of `peft_tensors`, gathered; `config` is that of `peft_config`."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
     save_file(plain, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(peft_config(cfg), indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
 def load_peft(model: Decoder, cfg: ModelConfig, folder: Path) -> None:
-    """Load a PEFT adapter into the model's adapters.
+    """Load a PEFT adapter into the model's adapters, whose shapes `adapter_shapes` has taken from the same folder.
 
-    Raises ConfigError if the folder holds none, or one of another type, rank, scaling or set of modules.
+    Afterwards the model computes what PEFT does with that folder. Raises ConfigError if the folder holds no adapter,
+    one of another type, rank, scaling or set of modules, or one that Tora would compute otherwise.
     """
-    if not (folder / _CONFIG).is_file():
-        raise ConfigError(f"model.adapter_path {str(folder)!r} holds no {_CONFIG}")
-    theirs = json.loads((folder / _CONFIG).read_text())
-    ours = peft_config(cfg)
-    for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
-        if theirs.get(key, False) != ours[key]:
-            raise ConfigError(
-                f"the adapter in {str(folder)!r} has {key}={theirs.get(key)!r}, this run has {ours[key]!r}"
-            )
-    parameters, tensors = peft_tensors(model), load_file(folder / _WEIGHTS)
-    if parameters.keys() != tensors.keys():
-        odd = sorted(parameters.keys() ^ tensors.keys())
-        raise ConfigError(
-            f"the adapter in {str(folder)!r} and model.lora_targets differ in {len(odd)} tensors, e.g. {odd[0]!r}"
-        )
+    theirs = read_peft_config(folder)
+    _check_settings(theirs, cfg, folder)
+    parameters, tensors = peft_tensors(model), _read_tensors(folder)
+    _check_modules(theirs, model, parameters, tensors, folder)
     for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
+        tensor = tensors[name]
+        if parameter.shape != tensor.shape:
             raise ConfigError(
-                f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, the model's {tuple(parameter.shape)}"
+                f"adapter tensor {name!r} in {str(folder)!r} has shape {tuple(tensor.shape)}, and its rank and layer "
+                f"ask for {tuple(parameter.shape)}"
             )
-        copy_full(parameter, tensors[name])
+        if not tensor.isfinite().all():
+            raise ConfigError(f"adapter tensor {name!r} in {str(folder)!r} holds values that are not finite")
+        copy_full(parameter, tensor)
     refresh(model)
+
+
+def _check_settings(theirs: PeftConfig, cfg: ModelConfig, folder: Path) -> None:
+    ours = {
+        "r": ("model.lora_rank", theirs.r, cfg.lora_rank),
+        "lora_alpha": ("model.lora_alpha", theirs.lora_alpha, cfg.lora_alpha),
+        "use_rslora": ("model.use_rslora", theirs.use_rslora, cfg.use_rslora),
+        "use_dora": ("model.lora_type", theirs.use_dora, cfg.lora_type != "lora"),
+    }
+    for field, (key, their_value, our_value) in ours.items():
+        if their_value != our_value:
+            raise ConfigError(
+                f"the adapter in {str(folder)!r} has {field}={their_value}, and {key} makes it {our_value} in this run"
+            )
+    expected = [_TOWER_MODULE] if cfg.train_vision == "full" else []
+    if list(theirs.modules_to_save) != expected:
+        raise ConfigError(
+            f"the adapter in {str(folder)!r} has modules_to_save={list(theirs.modules_to_save)}, and a run with "
+            f"model.train_vision={cfg.train_vision} starts from {expected} alone"
+        )
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The folder's tensors by the names of `peft_tensors`, without what wrappers and adapter names add to them."""
+    if not (folder / _WEIGHTS).is_file():
+        raise ConfigError(f"model.adapter_path {str(folder)!r} holds no {_WEIGHTS}; other formats are not read")
+    tensors: dict[str, torch.Tensor] = {}
+    for stored, tensor in load_file(folder / _WEIGHTS).items():
+        name = _ADAPTER_NAME.sub(r".\1", _WRAPPERS.sub("", stored))
+        name = name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+        name = name if name.startswith(_PREFIX) else f"{_PREFIX}{name}"
+        if name in tensors:
+            raise ConfigError(f"the adapter in {str(folder)!r} holds {name!r} twice")
+        tensors[name] = tensor
+    return tensors
+
+
+def _check_modules(
+    theirs: PeftConfig,
+    model: Decoder,
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+) -> None:
+    """Raises ConfigError unless the folder's tensors are the model's, and its config gives each module an adapter."""
+    if odd := sorted(parameters.keys() ^ tensors.keys()):
+        owner = "the adapter" if odd[0] in tensors else "this run"
+        raise ConfigError(
+            f"the adapter in {str(folder)!r} and model.lora_targets differ in {len(odd)} tensors, e.g. {odd[0]!r}, "
+            f"which only {owner} has"
+        )
+    for module in adapter_layers(model):
+        if not theirs.adapts(module):
+            raise ConfigError(
+                f"the adapter in {str(folder)!r} has tensors for {module}, which its own target_modules leave out"
+            )

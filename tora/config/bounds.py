@@ -42,7 +42,18 @@ class AtMost:
         return f"at most {self.value}"
 
 
-Bound = AtLeast | Above | AtMost
+@dataclass(frozen=True, slots=True)
+class Below:
+    value: float
+
+    def holds(self, number: float) -> bool:
+        return number < self.value
+
+    def __str__(self) -> str:
+        return f"less than {self.value}"
+
+
+Bound = AtLeast | Above | AtMost | Below
 
 
 @cache

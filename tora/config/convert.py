@@ -15,6 +15,7 @@ from tora.errors import ConfigError, nearest
 
 SCALARS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 """Names of the types in messages and in the reference."""
+_UNIONS = (Union, types.UnionType)
 
 
 def defaults(schema: type) -> dict[str, Any]:
@@ -54,6 +55,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     """The value, checked against its field's type; whole numbers become floats where a float is asked for."""
     if value is None and _inner(hint) is not hint:
         return None
+    if isinstance(value, str) and get_origin(hint) in _UNIONS and str in get_args(hint):
+        return value
     hint = _inner(hint)
     origin, args = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -87,8 +90,8 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
 
 
 def _inner(hint: Any) -> Any:
-    """`T` of `T | None`; any other hint as it is."""
-    if get_origin(hint) in (Union, types.UnionType):
+    """`T` of `T | None` and of `T | str`; any other hint as it is."""
+    if get_origin(hint) in _UNIONS:
         return next(arg for arg in get_args(hint) if arg is not type(None))
     return hint
 

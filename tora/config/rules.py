@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from tora.config.bounds import out_of_bounds
 from tora.config.components import class_literal
 from tora.config.convert import show
-from tora.config.schema import RunConfig
+from tora.config.schema import ALL_LINEAR, RunConfig
 from tora.errors import ConfigError, nearest
 
 _NO_ADAPTER = ("lm_head", "embed_tokens")
@@ -119,10 +120,31 @@ def _broken_model(cfg: RunConfig) -> Iterator[str]:
             "rollout.engine=torch or model.lora_type=full."
         )
     if not model.lora_targets:
-        yield "model.lora_targets=[] must name at least one linear layer."
+        yield f"model.lora_targets={show(model.lora_targets)} must name at least one linear layer."
+    if isinstance(model.lora_targets, str):
+        yield from _broken_pattern(model.lora_targets)
+        return
     for target in model.lora_targets:
         if target in _NO_ADAPTER or target.endswith(tuple(f".{name}" for name in _NO_ADAPTER)):
             yield f"model.lora_targets must not name {target}, which cannot have an adapter."
+
+
+def _broken_pattern(targets: str) -> Iterator[str]:
+    if targets == ALL_LINEAR:
+        return
+    if targets.isidentifier():
+        yield (
+            f"model.lora_targets={targets} is text, and so a regular expression that must match a layer's whole name; "
+            f"[{targets}] selects the layers whose names end in it."
+        )
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        yield f"model.lora_targets={targets} is no regular expression: {error}."
+        return
+    for name in ("lm_head", "model.embed_tokens", "model.language_model.embed_tokens"):
+        if pattern.fullmatch(name):
+            yield f"model.lora_targets={targets} must not match {name}, which cannot have an adapter."
 
 
 def _broken_components(cfg: RunConfig) -> Iterator[str]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tora.config.bounds import Above, AtLeast, AtMost
+from tora.config.bounds import Above, AtLeast, AtMost, Below
 
 Component = dict[str, Any]
+ALL_LINEAR = "all-linear"
+"""As `lora_targets`: every linear layer of the decoder."""
 LossNormalization = Literal["token", "sequence", "constant"]
 Advantage = Literal["grpo", "rloo", "reinforce++"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
@@ -36,14 +38,21 @@ class ModelConfig:
     `lora_type=full`."""
     use_rslora: bool = False
     """Rank-stabilized LoRA: scale by `lora_alpha / sqrt(lora_rank)` instead of `lora_alpha / lora_rank`."""
-    lora_targets: list[str] = field(
+    lora_dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
+    """Share of an adapter's inputs that each training pass leaves out, at random. Rollouts, evaluation, the KL
+    reference and the log-probs that the clip is centered on see all of them. Dropout costs each step a pass for those
+    log-probs. Ignored with `lora_type=full`."""
+    lora_targets: list[str] | str = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    """Linear layers of the decoder that get an adapter, by their names in the Hugging Face model. `lm_head` and
-    `embed_tokens` cannot have one. Ignored with `lora_type=full`."""
+    """Linear layers of the decoder that get an adapter. A list: by the last parts of their names in the Hugging Face
+    model, such as `q_proj` or `mlp.up_proj`. Text: `all-linear` for all of them, or a regular expression that matches
+    the whole names, such as `.*layers\\.[0-7]\\..*_proj`. `lm_head` and `embed_tokens` cannot have one. Ignored with
+    `lora_type=full`."""
     adapter_path: str | None = None
     """Folder of a PEFT adapter to start from, looked up as `path` is. Its type, rank, alpha and target layers must be
-    those of this config. null: a new adapter, which leaves the base's outputs unchanged."""
+    those of this config; what its `rank_pattern` and `alpha_pattern` say of single layers holds too. null: a new
+    adapter, which leaves the base's outputs unchanged."""
     quantize_base: bool = False
     """Keep the frozen base in NF4, about 4.13 bits per weight: QLoRA, or QDoRA with `lora_type=dora` or `dora_cache`.
     Needs an adapter. See `rollout.base` for the weights that vLLM serves."""

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.vllm_engine.config import EngineConfig
+from tora.adapters.peft_config import read_peft_config
 from tora.config.rules import check
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
+from tora.models.names import LINEARS
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.tasks.prompts import RunPrompts
@@ -101,8 +103,8 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float) -> EngineCo
         dtype=cfg.rollout.dtype or cfg.dtype,
         max_model_len=longest_sequence(cfg),
         max_num_seqs=max(_max_rows(cfg), _MIN_SEQS),
-        lora_rank=cfg.model.lora_rank,
-        lora_targets=tuple(cfg.model.lora_targets),
+        lora_rank=_max_rank(cfg),
+        lora_targets=_target_leaves(cfg),
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
         seed=cfg.seed,
@@ -128,6 +130,18 @@ def longest_sequence(cfg: RunConfig) -> int | None:
     longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
     fits = longest <= read_config(model).get_text_config().max_position_embeddings
     return longest if fits and not has_image_processor(model) else None
+
+
+def _max_rank(cfg: RunConfig) -> int:
+    """The largest rank of any adapter in the run. Raises ConfigError as `read_peft_config` does."""
+    start = cfg.model.adapter_path
+    return max(cfg.model.lora_rank, read_peft_config(Path(start)).max_rank if start else 0)
+
+
+def _target_leaves(cfg: RunConfig) -> tuple[str, ...]:
+    """Last names of the linear layers that may get an adapter: all of them where a pattern selects them."""
+    targets = cfg.model.lora_targets
+    return LINEARS if isinstance(targets, str) else tuple(dict.fromkeys(t.rpartition(".")[2] for t in targets))
 
 
 def _weight_update(cfg: RunConfig) -> WeightUpdate:
