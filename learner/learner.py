@@ -25,7 +25,7 @@ from learner.loss import LossInputs
 from learner.loss.kl import kind_of
 from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
-from learner.optim import build_optimizer, build_schedule
+from learner.optim import OptimizerSettings, build_optimizer, build_schedule
 from learner.policy import DTYPES, empty_policy, fill_policy, load_adapter, trains_full_weights
 from learner.reference import Reference, adapted_reference, base_reference
 from learner.reward_kl import with_reward_kl
@@ -125,7 +125,7 @@ class Learner:
         self._dropout.begin(self.version)
         share = share_micro_batches(batch.micro_batches, self.world.rank, self.world.size)
         inputs = self._to_inputs(share, batch.micro_batches)
-        metrics: Metrics = {"learner/lr": self._schedule.get_last_lr()[0]}
+        metrics: Metrics = {"learner/lr": float(self._schedule.get_last_lr()[0])}
         ref = self._ref_logprobs(inputs, batch.temperature)
         if inputs and self.loss.kl_coeff > 0 and self.loss.kl_in == "reward":
             inputs = with_reward_kl(
@@ -254,18 +254,25 @@ class Learner:
             parameters=self._parameters,
             optimizer=self._optimizer,
             schedule=self._schedule,
+            settings=OptimizerSettings.from_config(self.cfg),
             is_writer=self.world.rank == 0,
         )
         if self._reference is not None:
             self._reference.save(folder, is_writer=self.world.rank == 0)
 
     def restore(self, folder: Path) -> None:
-        """Continue from what `save` wrote, on any number of ranks. Raises ValueError if other parameters were trained
-        there."""
+        """Continue from what `save` wrote, on any number of ranks; before the first step only.
+
+        Raises ConfigError if other parameters were trained there, or by another optimizer.
+        """
         if self._reference is not None:
             self._reference.restore(folder)
         self.version = load_training_state(
-            folder, parameters=self._parameters, optimizer=self._optimizer, schedule=self._schedule
+            folder,
+            parameters=self._parameters,
+            optimizer=self._optimizer,
+            schedule=self._schedule,
+            settings=OptimizerSettings.from_config(self.cfg),
         )
         refresh(self.model)
 

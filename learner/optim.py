@@ -1,21 +1,117 @@
-"""Optimizer and learning-rate schedule from the config's components."""
+"""Optimizer and learning-rate schedule from the config's components, and how a checkpoint restores their settings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tora.config.components import instantiate
-from tora.config.schema import Component
+from tora.config.schema import Component, RunConfig
+from tora.errors import ConfigError
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """What a config says of optimizer and schedule; a checkpoint keeps it, to tell what a resumed run changes."""
+
+    optimizer: Component
+    lr_scheduler: Component
+    num_steps: int
+
+    @classmethod
+    def from_config(cls, cfg: RunConfig) -> OptimizerSettings:
+        return cls(cfg.optimizer, cfg.lr_scheduler, cfg.num_steps)
 
 
 def build_optimizer(component: Component, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer. Raises ConfigError if the component cannot be built."""
-    return instantiate(component, list(parameters))
+    """Raises ConfigError if the component cannot be built, or if it cannot train weights sharded over ranks and these
+    are."""
+    trained = list(parameters)
+    sharded = next((p for p in trained if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        _check_sharded(component, sharded)
+    return instantiate(component, trained)
+
+
+def _check_sharded(component: Component, like: DTensor) -> None:
+    mesh = like.device_mesh
+    full = torch.zeros(2 * mesh.size(), 2, dtype=like.dtype, device=like.device)
+    probe = torch.nn.Parameter(distribute_tensor(full, mesh, [Shard(0)]))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            instantiate(component, [probe]).step()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"optimizer._component_={component['_component_']} cannot train weights that are sharded over ranks: "
+            f"{str(error).splitlines()[0]} Whole weights in bf16 are sharded on one rank too. Use another optimizer."
+        ) from error
 
 
 def build_schedule(component: Component, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
     """A schedule to advance once a step. If its constructor takes `num_training_steps`, it receives `num_steps`."""
     return instantiate(component, optimizer, num_training_steps=num_steps)
+
+
+def plain(value: Any) -> Any:
+    """The value for JSON: tensors of one element, such as torchao's learning rates, become numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def restore_settings(
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    saved_groups: Sequence[Group],
+    saved_schedule: Mapping[str, Any],
+    *,
+    before: OptimizerSettings | None,
+    now: OptimizerSettings,
+    version: int,
+) -> None:
+    """Restore the optimizer's groups and the schedule, both newly built, as of policy version `version`.
+
+    What the config has changed since `before` (None: nothing) keeps the config's value. If the learning rate or its
+    schedule has changed, the schedule is advanced from its start, and so continues as if it had been this one always.
+    """
+    fresh = [_copy(group) for group in optimizer.param_groups]
+    changed: set[str] = set()
+    new_schedule = False
+    if before is not None:
+        names = before.optimizer.keys() | now.optimizer.keys()
+        changed = {name for name in names if before.optimizer.get(name) != now.optimizer.get(name)}
+        new_schedule = "lr" in changed or (before.lr_scheduler, before.num_steps) != (now.lr_scheduler, now.num_steps)
+    if new_schedule:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's steps
+            for _ in range(version):
+                schedule.step()
+    else:
+        schedule.load_state_dict({**schedule.state_dict(), **saved_schedule})
+    for group, start, saved in zip(optimizer.param_groups, fresh, saved_groups, strict=True):
+        scheduled = {"lr", "initial_lr", *(key for key in start if group[key] != start[key])} if new_schedule else set()
+        for key, value in saved.items():
+            if key != "params" and key not in changed | scheduled:
+                _assign(group, key, value)
+
+
+def _copy(group: Group) -> Group:
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+
+
+def _assign(group: Group, key: str, value: Any) -> None:
+    """As the optimizer holds it: a tensor keeps its place, and a tuple stays one."""
+    if isinstance(group.get(key), torch.Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = tuple(value) if isinstance(group.get(key), tuple) else value

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 
-from tora.distributed.sharding import copy_full, from_local_rows, gather, local_rows
+from learner.optim import OptimizerSettings, plain, restore_settings
+from learner.optimizer_state import OptimizerState, full_state, restore_state
+from tora.distributed.sharding import copy_full, gather
+from tora.errors import ConfigError
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "learner.json"
 
@@ -23,20 +26,21 @@ def save_training_state(
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     schedule: Any,
+    settings: OptimizerSettings,
     is_writer: bool,
 ) -> None:
     """Collective; the rank with `is_writer` writes full tensors, so that any number of ranks can resume from them."""
-    state = optimizer.state_dict()
-    slots = {f"{index}.{key}": value for index, slot in state["state"].items() for key, value in slot.items()}
-    weights, moments = _on_cpu(gather(parameters)), _on_cpu(gather(slots))
+    state, weights = full_state(optimizer), _on_cpu(gather(parameters))
     if not is_writer:
         return
     save_file(weights, folder / _WEIGHTS)
-    save_file({**moments, "rng": torch.get_rng_state()}, folder / _OPTIMIZER)
+    save_file({**_on_cpu(state.tensors), "rng": torch.get_rng_state()}, folder / _OPTIMIZER)
     document = {
         "version": version,
-        "param_groups": state["param_groups"],
-        "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
+        "param_groups": plain(optimizer.state_dict()["param_groups"]),
+        "optimizer_values": state.values,
+        "schedule": {k: v for k, v in plain(schedule.state_dict()).items() if k != "lr_lambdas"},
+        "settings": asdict(settings),
     }
     (folder / _STATE).write_text(json.dumps(document))
 
@@ -52,29 +56,46 @@ def load_training_state(
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     schedule: Any,
+    settings: OptimizerSettings,
 ) -> int:
-    """Restore everything in place and return the policy version.
+    """Restore everything in place, optimizer and schedule being newly built, and return the policy version. Collective.
 
-    Raises ValueError if the run trains other parameters than those in the checkpoint.
+    Raises ConfigError if the run trains other parameters, or with another optimizer, than those of the checkpoint.
     """
     document = json.loads((folder / _STATE).read_text())
-    weights = load_file(folder / _WEIGHTS)
-    if weights.keys() != parameters.keys():
-        odd = sorted(weights.keys() ^ parameters.keys())
-        raise ValueError(f"checkpoint {folder} and this run train different parameters, e.g. {odd[0]!r}")
+    weights, tensors = load_file(folder / _WEIGHTS), load_file(folder / _OPTIMIZER)
+    _check_parameters(folder, weights, parameters)
+    before = OptimizerSettings(**document["settings"]) if "settings" in document else None
+    if before is not None and before.optimizer["_component_"] != settings.optimizer["_component_"]:
+        was, now = before.optimizer["_component_"], settings.optimizer["_component_"]
+        raise ConfigError(f"optimizer._component_={now} cannot continue from checkpoint {folder}, written with {was}.")
+    rng = tensors.pop("rng")
+    try:
+        restore_state(optimizer, OptimizerState(tensors, document.get("optimizer_values", {})))
+    except ValueError as error:
+        raise ConfigError(f"checkpoint {folder} cannot restore this run's optimizer: {error}.") from error
+    restore_settings(
+        optimizer,
+        schedule,
+        document["param_groups"],
+        document["schedule"],
+        before=before,
+        now=settings,
+        version=document["version"],
+    )
     for name, parameter in parameters.items():
         copy_full(parameter, weights[name])
-    tensors = load_file(folder / _OPTIMIZER)
-    torch.set_rng_state(tensors.pop("rng"))
-    trained = list(parameters.values())
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        parameter = trained[int(index)]
-        # a moment is sharded like its parameter; a step count is a scalar
-        sharded = tensor.ndim > 0 and isinstance(parameter, DTensor)
-        part = from_local_rows(local_rows(tensor, parameter), parameter) if sharded else tensor
-        slots.setdefault(int(index), {})[key] = part
-    optimizer.load_state_dict({"state": slots, "param_groups": document["param_groups"]})
-    schedule.load_state_dict({**schedule.state_dict(), **document["schedule"]})
+    torch.set_rng_state(rng)
     return int(document["version"])
+
+
+def _check_parameters(
+    folder: Path, weights: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
+) -> None:
+    if weights.keys() != parameters.keys():
+        odd = sorted(weights.keys() ^ parameters.keys())
+        raise ConfigError(f"checkpoint {folder} and this run train different parameters, e.g. {odd[0]!r}.")
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            was, now = (tuple(tensor.shape) for tensor in (weights[name], parameter))
+            raise ConfigError(f"checkpoint {folder} has {name} in the shape {was}, and this run trains it in {now}.")
