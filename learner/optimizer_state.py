@@ -44,7 +44,8 @@ def full_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
     rows: dict[str, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     values: Slots = {}
-    slots = optimizer.state_dict()["state"]
+    # not `state_dict`, in which bitsandbytes nests a part of its state
+    slots = {i: optimizer.state[p] for i, p in enumerate(_parameters(optimizer)) if p in optimizer.state}
     quantised = _quantised_names(slots)
     for index, slot in slots.items():
         for key, value in slot.items():
@@ -69,8 +70,7 @@ def restore_state(optimizer: torch.optim.Optimizer, saved: OptimizerState) -> No
     slots = _slots(saved)
     if slots:
         _take_empty_step(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
+    for index, parameter in enumerate(_parameters(optimizer)):
         slot = slots.get(str(index))
         if slot is None:
             optimizer.state.pop(parameter, None)  # it has not had a gradient yet
@@ -85,10 +85,13 @@ def restore_state(optimizer: torch.optim.Optimizer, saved: OptimizerState) -> No
                 state[key] = value
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _take_empty_step(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter in _parameters(optimizer):
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
