@@ -1,4 +1,4 @@
-"""Which groups are trained on: those with a signal. Too many failed rewards end the run."""
+"""Which groups are trained on: those with a signal. Too many failed rollouts end the run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _log = logging.getLogger(__name__)
 class SignalFilter:
     """Drops groups without a signal, up to a limit per step, and records every group generated.
 
-    A group left with fewer than two rollouts by failed rewards is always dropped and does not count towards the limit.
+    A group left with fewer than two rollouts is always dropped and does not count towards the limit.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
         self._cfg = cfg
         self._max_drops = int(cfg.rollout.max_refills * cfg.batch_size)
-        self._failed = FailedRewards(cfg.max_failed_rewards, window=cfg.batch_size)
+        self._failed = FailedRollouts(cfg.max_failed_rewards, window=cfg.batch_size)
         self._drops = 0
         self._generated: list[Group] = []
 
     def admit(self, group: Group) -> bool:
-        """Whether the group is trained on. Raises RolloutError if too many rewards have failed."""
+        """Whether the group is trained on. Raises RolloutError if too many rollouts have failed."""
         self._generated.append(group)
         self._failed.add(group)
         if len(group.rollouts) < 2:
@@ -44,26 +44,34 @@ class SignalFilter:
         return generated, drops
 
 
-class FailedRewards:
+class FailedRollouts:
+    """Those whose reward failed, and those with a log-prob that is not finite."""
+
     def __init__(self, max_share: float, window: int) -> None:
         """`window`: the number of most recent groups to average over. A window that is not yet full never raises."""
         self._max_share = max_share
         self._recent: deque[tuple[int, int]] = deque(maxlen=window)
-        self._warned: set[str] = set()
+        self._warned: set[str | None] = set()
+        """Names of rewards, and None for the engine."""
 
     def add(self, group: Group) -> None:
         """Raises RolloutError if more than `max_share` of the recent rollouts have failed."""
-        self._recent.append((len(group.failures), group.num_left_out + len(group.rollouts)))
+        failed = len(group.failures) + len(group.bad_logprobs)
+        self._recent.append((failed, group.num_left_out + len(group.rollouts)))
+        for bad in group.bad_logprobs:
+            self._last = f"the engine's log-prob of token {bad.index} is {bad.value} under policy version {bad.version}"
+            if None not in self._warned:
+                self._warned.add(None)
+                _log.warning("%s, for a rollout of prompt %d, which is left out", self._last, group.prompt.id)
         for failure in group.failures:
-            self._last = failure
+            self._last = f"reward {failure.name} {failure.reason}"
             if failure.name not in self._warned:
                 self._warned.add(failure.name)
                 scores = "" if failure.parts is None else f", and scores {failure.parts.get(failure.name, 0.0):g}"
-                what = "reward %s %s, for a rollout of prompt %d%s"
-                _log.warning(what, failure.name, failure.reason, group.prompt.id, scores)
+                _log.warning("%s, for a rollout of prompt %d%s", self._last, group.prompt.id, scores)
         failed, total = (sum(column) for column in zip(*self._recent, strict=True))
         if len(self._recent) == self._recent.maxlen and failed > self._max_share * total:
             raise RolloutError(
-                f"rewards failed for {failed} of the last {total} rollouts, more than "
-                f"max_failed_rewards={self._max_share:g}; the last: {self._last.name} {self._last.reason}"
+                f"{failed} of the last {total} rollouts failed, more than max_failed_rewards={self._max_share:g}; the "
+                f"last: {self._last}"
             )

@@ -8,7 +8,7 @@ from tora.types import EvalResult, Group, Metrics, SyncReport
 
 
 def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
-    """One rollout per prompt. Accuracy: share that earns 1 in the first reward part. A failed reward counts as 0."""
+    """One rollout per prompt. Accuracy: share that earns 1 in the first reward part. A rollout left out counts as 0."""
     answered = [(group.prompt, rollout) for group in groups_P for rollout in group.rollouts]
     correct = [next(iter(rollout.reward_parts.values())) >= 1 for _, rollout in answered]
     return EvalResult(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.continuation import generate_in_parts
+from actors.finite import check_total, split_by_logprobs
 from tora.adapters.snapshot import engine_digest
 from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
@@ -89,8 +90,12 @@ class RolloutWorker:
         part_tokens = self._part_tokens if purpose == TRAIN else None
         completions = generate_in_parts(self._engine, requests, part_tokens)
         seconds = time.perf_counter() - start
-        scored = [self._score(p, c) for p, c in zip(prompts_P, completions, strict=True)]
-        return [GroupResult(rollouts, failures, seconds) for rollouts, failures in scored]
+        results = []
+        for prompt, completions_G in zip(prompts_P, completions, strict=True):
+            sound, bad_logprobs = split_by_logprobs(completions_G)
+            rollouts, failures = self._score(prompt, sound) if sound else ((), ())
+            results.append(GroupResult(rollouts, failures, seconds, bad_logprobs))
+        return results
 
     def _score(
         self, prompt: Prompt, completions_G: Sequence[Completion]
@@ -98,7 +103,7 @@ class RolloutWorker:
         """The rollouts that have a reward, and the failures, also of rollouts that have one all the same."""
         ids_G = [c.token_ids.tolist() for c in completions_G]
         texts_G = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_G]
-        scored_G = self._rewarder(prompt, texts_G, ids_G)
+        scored_G = [self._with_total(scored) for scored in self._rewarder(prompt, texts_G, ids_G)]
         parts_G = [scored.parts if isinstance(scored, FailedReward) else scored for scored in scored_G]
         rollouts = tuple(
             Rollout(
@@ -116,6 +121,11 @@ class RolloutWorker:
             if parts is not None
         )
         return rollouts, tuple(scored for scored in scored_G if isinstance(scored, FailedReward))
+
+    def _with_total(self, scored: dict[str, float] | FailedReward) -> dict[str, float] | FailedReward:
+        """`scored`, or the failure of its weighted sum."""
+        parts = scored.parts if isinstance(scored, FailedReward) else scored
+        return scored if parts is None else check_total(parts, self._rewarder.total(parts)) or scored
 
     def forward(self, snapshot: PolicySnapshot) -> SyncReport:
         """Install the snapshot and verify it. Raises SyncError if the engine does not hold what the learner sent."""

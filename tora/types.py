@@ -174,11 +174,22 @@ class FailedReward:
 
 
 @dataclass(frozen=True, slots=True)
+class BadLogprob:
+    """Why a rollout is left out: the engine's log-prob of a token is not finite. The first such token is described."""
+
+    index: int
+    """Of the token among those sampled."""
+    value: float
+    version: int
+    """The policy version that sampled the token."""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """The scored rollouts of one prompt.
 
-    Rollouts whose reward failed are left out, except those that took too long; advantages are computed from the rewards
-    that there are. A group with fewer than two rollouts is not trained on.
+    Rollouts whose reward failed are left out, except those that took too long, and so are rollouts with a bad log-prob;
+    advantages are computed from the rewards that there are. A group with fewer than two rollouts is not trained on.
     """
 
     prompt: Prompt
@@ -187,11 +198,13 @@ class Group:
     """Wall time of the engine call that sampled it, possibly together with other groups."""
     failures: tuple[FailedReward, ...] = ()
     """One per failed reward, of rollouts left out and of those that stay."""
+    bad_logprobs: tuple[BadLogprob, ...] = ()
+    """One per rollout left out for it."""
 
     @property
     def num_left_out(self) -> int:
-        """Rollouts without a reward, which are not among `rollouts`."""
-        return sum(failure.parts is None for failure in self.failures)
+        """Rollouts without a reward or with a bad log-prob, which are not among `rollouts`."""
+        return sum(failure.parts is None for failure in self.failures) + len(self.bad_logprobs)
 
     @property
     def version(self) -> int:
@@ -216,9 +229,11 @@ class GroupResult:
     """See `Group.failures`."""
     seconds: float = 0.0
     """Wall time of the engine call that sampled it, possibly together with other groups."""
+    bad_logprobs: tuple[BadLogprob, ...] = ()
+    """See `Group.bad_logprobs`."""
 
     def with_prompt(self, prompt: Prompt) -> Group:
-        return Group(prompt, self.rollouts, self.seconds, self.failures)
+        return Group(prompt, self.rollouts, self.seconds, self.failures, self.bad_logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +385,7 @@ class RolloutState:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Held-out scores of one policy version, with one rollout per prompt. A rollout whose reward failed counts as 0."""
+    """Held-out scores of one policy version, with one rollout per prompt. A rollout that is left out counts as 0."""
 
     accuracy: float
     """Share of rollouts that earn 1 in the first of the run's rewards."""

@@ -18,6 +18,7 @@ from actors.torch_engine.engine import TorchEngine
 from tora.adapters.snapshot import LORA_B
 from tora.errors import SyncError
 from tora.run.canary import Canary, ProbeLogprobs, find_disagreement
+from tora.types import LogprobRequest
 
 pytest.importorskip("vllm")
 
@@ -25,6 +26,8 @@ from vllm_engines import start_engine
 
 from actors.vllm_engine import adapter_slots
 from actors.vllm_engine.weight_updates import BetweenRollouts
+
+REQUESTS = [LogprobRequest(probe.token_ids[:20], probe.token_ids[20:]) for probe in PROBES]
 
 
 def score(effect: float, noise: float, *, off_noise: float | None = None) -> tuple[ProbeLogprobs, ProbeLogprobs]:
@@ -69,6 +72,32 @@ def test_a_good_sync_passes(run: Run) -> None:
         assert report.num_modules == 2 * len(LINEARS)
         assert run.metrics["canary/gap_max"] < 1e-4
         assert run.metrics["canary/effect"] > 0.1
+
+
+def poisoned_and_healed(run: Run) -> None:
+    """One weight of nan: no rollout can be used, the canary stops the run, and nothing of it stays in the engine."""
+    before = run.worker.logprobs(REQUESTS, adapter=False)
+    first = next(iter(run.learner._parameters.values()))
+    sound = first.detach().clone()
+    with torch.no_grad():
+        first[0] = torch.nan
+    run.change(0.0)
+    with pytest.raises(SyncError, match="by nan"):
+        run.sync()
+    (result,) = run.worker.run_groups(PROBES[:1])
+    assert result.rollouts == () and len(result.bad_logprobs) == 2
+    assert result.bad_logprobs[0].version == run.learner.version
+    with torch.no_grad():
+        first.copy_(sound)
+    run.change(0.0)
+    run.sync()
+    assert run.metrics["canary/gap_max"] < 1e-4
+    for a, b in zip(before, run.worker.logprobs(REQUESTS, adapter=False), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_nan_weights_are_noticed_and_leave_nothing_in_vllm(run: Run) -> None:
+    poisoned_and_healed(run)
 
 
 def drop(placed: adapter_slots.Placed) -> adapter_slots.Placed:
@@ -182,10 +211,11 @@ def test_the_torch_engine(tmp_path: Path, shared: bool) -> None:
     run.serve(lambda: TorchEngine(model, device=torch.device("cpu"), shared=shared, max_rows=8))
     run.sync()
     assert run.metrics["canary/gap_max"] < 1e-4 and run.metrics["canary/effect"] > 0.1
+    poisoned_and_healed(run)
     run.change(0.1)
     canary = Canary(PROBES, every=1, max_gap=1e-4, has_adapter=True)
     if not shared:
-        with pytest.raises(SyncError, match="does not serve policy version 2"):
+        with pytest.raises(SyncError, match="does not serve policy version 4"):
             canary.check(run.learner.version, run.learner, Workers(run.worker))
 
 

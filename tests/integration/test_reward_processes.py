@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from actors.worker import RolloutWorker
 from tora.batching.train_batch import make_batch
 from tora.errors import ConfigError, RolloutError
 from tora.rewards.processes import RewardProcesses
-from tora.types import FailedReward, Group, GroupResult, Prompt
+from tora.types import BadLogprob, FailedReward, Group, GroupResult, Prompt
 
 SOURCE = """
 import os, re, time
@@ -292,9 +293,30 @@ def test_answers_that_hang_are_counted_and_named_once(caplog: pytest.LogCaptureF
 
 def test_answers_that_all_hang_end_the_run() -> None:
     signal = SignalFilter(config(0))
-    with pytest.raises(RolloutError, match=r"failed for .* the last: mine took longer"):
+    with pytest.raises(RolloutError, match=r"rollouts failed, .* the last: reward mine took longer"):
         for i in range(100):
             signal.admit(hanging(make_group(make_prompt(i), [0, 0, 0, 0]), 4))
+
+
+def badly_scored(group: Group, number: int) -> Group:
+    """The engine returned nan as a log-prob in `number` of its rollouts."""
+    bad = (BadLogprob(3, math.nan, 5),) * number
+    return replace(group, rollouts=group.rollouts[number:], bad_logprobs=bad)
+
+
+def test_bad_logprobs_are_counted_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    signal = SignalFilter(config(0))
+    groups = [badly_scored(make_group(make_prompt(i), [0, 0, 1, 1]), 1) for i in range(3)]
+    assert all(signal.admit(group) for group in groups)
+    assert not signal.admit(badly_scored(make_group(make_prompt(3), [0, 0, 1, 1]), 3)), "one rollout is left"
+    batch = make_batch(config(0), groups, *signal.drain(), 0, 1.0)
+    assert batch.metrics["rollout/bad_logprobs"] == 6 and batch.metrics["reward/failed_share"] == 0
+    assert sum(len(m.lengths_B) for m in batch.micro_batches) == 3 * 3
+    named = "the engine's log-prob of token 3 is nan under policy version 5"
+    assert caplog.messages == [f"{named}, for a rollout of prompt 0, which is left out"]
+    with pytest.raises(RolloutError, match=f"rollouts failed, more than max_failed_rewards=0.5; the last: {named}$"):
+        for i in range(100):
+            signal.admit(badly_scored(make_group(make_prompt(i), [0, 0, 0, 0]), 4))
 
 
 def test_failures_are_counted_and_too_many_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -311,7 +333,9 @@ def test_failures_are_counted_and_too_many_end_the_run(caplog: pytest.LogCapture
         Failing.share = 1.0
         try:
             rollouts.publish(make_snapshot(1))
-            with pytest.raises(RolloutError, match=r"failed for .* more than max_failed_rewards=0.5; the last: mine"):
+            with pytest.raises(
+                RolloutError, match=r"rollouts failed, more than max_failed_rewards=0.5; the last: reward mine"
+            ):
                 next_batch(rollouts, 1)
         finally:
             Failing.share = 0.25

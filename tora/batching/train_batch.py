@@ -43,6 +43,7 @@ def make_batch(
     metrics["reward/failed_share"] = len(failures) / (sum(g.num_left_out + len(g.rollouts) for g in generated) or 1)
     for name, number in Counter(failure.name for failure in failures).items():
         metrics[f"reward/failed/{name}"] = float(number)
+    metrics["rollout/bad_logprobs"] = float(sum(len(group.bad_logprobs) for group in generated))
     for part in rollouts[0].reward_parts:
         metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
     micro = micro_batches(

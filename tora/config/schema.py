@@ -292,10 +292,11 @@ class RunConfig:
     """Maximum number of processes per rollout worker that run reward functions. Another one starts only when all are
     busy."""
     max_failed_rewards: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
-    """The run ends if more than this fraction of the rollouts in the last `batch_size` groups has a failed reward. A
-    reward fails if its function raises, exceeds `reward_timeout_s`, or returns NaN, infinity or the wrong number of
-    scores, or if every function returns None. The rollout is dropped from its group, unless its reward took too long; a
-    group with fewer than two rollouts left is replaced."""
+    """The run ends if more than this fraction of the rollouts in the last `batch_size` groups has failed. A reward
+    fails if its function raises, exceeds `reward_timeout_s`, or returns NaN, infinity or the wrong number of scores, if
+    every function returns None, or if the weighted sum overflows; a rollout fails too if the engine's log-prob of one
+    of its tokens is not finite. It is dropped from its group, unless its reward took too long; a group with fewer than
+    two rollouts left is replaced."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
     """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss` or `CISPOLoss`. The files
     `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml` and `cispo.yaml` set the other keys that each objective needs.
