@@ -94,14 +94,15 @@ def test_torchtune_loggers_write_files(tmp_path: Path, monkeypatch: pytest.Monke
         {"_component_": f"{LOGGERS}.TensorBoardLogger", "organize_logs": False},
     ]
     log, _ = make_log(tmp_path, loggers=loggers)
-    log.step(0, METRICS)
+    log.step(0, {**METRICS, "kl/mean": math.nan, "policy_kl": math.inf})
     log.evaluation(1, EvalResult(accuracy=0.75, reward=0.5, num_prompts=4))
     log.close()
     wandb.teardown()  # waits for its service process to write the rest of the file
     run = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
     assert b"reward/mean" in run and b"eval/accuracy" in run
+    assert b"kl/mean" not in run and b"policy_kl" not in run, "not finite"
     events = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
-    assert b"reward/mean" in events and b"eval/accuracy" in events
+    assert b"reward/mean" in events and b"eval/accuracy" in events and b"policy_kl" not in events
 
 
 def test_reward_curve_draws_both_series(tmp_path: Path):
