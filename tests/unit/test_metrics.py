@@ -61,6 +61,14 @@ def test_resume_removes_the_rows_of_repeated_steps(tmp_path: Path):
     assert [(row["step"], row["version"]) for row in read_rows(log.path)] == [(0, 0), (1, 1), (2, 20)]
 
 
+def test_the_time_left_is_not_that_of_start_up(tmp_path: Path):
+    log, out = make_log(tmp_path)
+    for step, seconds in enumerate((60.0, 4.0, 5.0)):
+        log.step(step, {**METRICS, "time/step_s": seconds})
+    log.close()
+    assert [line.split("  ")[-1] for line in out.getvalue().splitlines()] == ["3:00 left", "1:04 left", "0:05 left"]
+
+
 def test_console_without_a_terminal_prints_plain_lines(tmp_path: Path):
     log, out = make_log(tmp_path)
     log.step(0, METRICS)

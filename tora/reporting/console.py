@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -27,8 +27,8 @@ class ConsoleLog:
 
     def __init__(self, console: Console, name: str, first_step: int, num_steps: int) -> None:
         self._console = console
-        self._first_step, self._num_steps = first_step, num_steps
-        self._start = time.perf_counter()
+        self._num_steps = num_steps
+        self._step_seconds: list[float] = []
         self._progress = _progress(console) if console.is_terminal else None
         self._task = TaskID(0)
         if self._progress is not None:
@@ -40,8 +40,9 @@ class ConsoleLog:
         if self._progress is not None:
             self._progress.update(self._task, completed=step + 1, numbers=" · ".join(numbers))
             return
-        per_step = (time.perf_counter() - self._start) / (step + 1 - self._first_step)
-        left = duration(per_step * (self._num_steps - step - 1))
+        self._step_seconds.append(metrics.get("time/step_s", 0.0))
+        # the median: a first step with warm-up or compilation is far slower than the rest
+        left = duration(median(self._step_seconds) * (self._num_steps - step - 1))
         self._print(Text("  ".join([f"step {step + 1}/{self._num_steps}", *numbers, f"{left} left"])))
 
     def evaluation(self, step: int, result: EvalResult) -> None:
