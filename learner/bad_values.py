@@ -17,7 +17,7 @@ from tora.errors import TrainingError
 from tora.types import MicroBatch
 
 _NAMED_PROMPTS = 5
-"""Prompts that a sentence lists."""
+"""Maximum number of prompts listed in a message."""
 
 
 def not_finite(**values: float) -> str:

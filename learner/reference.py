@@ -83,7 +83,7 @@ class Reference:
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """Become the reference of the run that wrote the checkpoint, whatever its files have become since.
+        """Become the reference of the run that wrote the checkpoint, even if the files that it came from have changed.
 
         Leaves the model's trained weights undefined; collective. Raises ConfigError if other parameters were trained
         there.
@@ -101,7 +101,7 @@ class Reference:
 
 
 def base_reference(model: Decoder) -> Reference:
-    """The base, of which the model has not been changed yet: adapters off, whatever is trained whole copied."""
+    """The base model: adapters off, and copies of the full-weight parameters. Call before any of them has changed."""
     whole = {model.names.parameter_from_hf(name) for name in full_weight_parameters(model)}
     return Reference(model, trained_parameters(model).keys() & whole, adapters=False)
 

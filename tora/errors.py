@@ -26,7 +26,7 @@ class WorkerLost(RolloutError):
 
 
 class TrainingError(ToraError, RuntimeError):
-    """Training cannot go on: its values are no longer finite."""
+    """Training cannot continue: its values are no longer finite."""
 
 
 class LearnerLost(ToraError, RuntimeError):

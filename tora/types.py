@@ -120,7 +120,7 @@ class StopReason(StrEnum):
     LENGTH = "length"
     """It reached its token limit, or a tool's answer would have exceeded it."""
     TOOL_LIMIT = "tool_limit"
-    """The policy called a tool once more than it may."""
+    """The policy called a tool after it had used up its tool calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class Rollout:
     token_ids: np.ndarray
     """[L] int64: the sampled tokens exactly as the engine returned them, and the environment's."""
     sampled: np.ndarray
-    """[L] bool: which tokens the policy sampled. At least one; S in number."""
+    """[L] bool: which tokens the policy sampled. S of them, at least one."""
     actor_logprobs: np.ndarray
     """[S] float32, from the engine that sampled them; see `Completion.logprobs`."""
     versions: np.ndarray
@@ -276,7 +276,7 @@ class MicroBatch:
     images: tuple[bytes, ...]
     """Encoded images without duplicates, however many sequences show the same one."""
     mini_batch: int = 0
-    """The optimizer update of the step that it belongs to, counted from 0; all micro-batches of one come in a row."""
+    """The index of the optimizer update within the step. Micro-batches of one update are adjacent."""
 
 
 @dataclass(frozen=True, slots=True)

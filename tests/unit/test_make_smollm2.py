@@ -45,4 +45,4 @@ def test_a_file_that_is_not_the_model(tmp_path: Path, there: bool, message: str)
 def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     done = make("--out", str(tmp_path))
-    assert (done.returncode, done.stdout.strip()) == (0, f"{tmp_path} is there already")
+    assert (done.returncode, done.stdout.strip()) == (0, f"{tmp_path} already exists")

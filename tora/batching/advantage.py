@@ -25,7 +25,7 @@ def differ(values: Sequence[float] | np.ndarray) -> bool:
 
 
 def _level(rewards_G: np.ndarray) -> bool:
-    """Whether the rewards are finite and do not `differ`. What is not finite has to show in the advantages."""
+    """Whether the rewards are finite and do not `differ`. Rewards that are not finite must show in the advantages."""
     return bool(np.isfinite(rewards_G).all()) and not differ(rewards_G)
 
 

@@ -14,7 +14,7 @@ from tora.config.schema import Advantage, LossNormalization
 from tora.types import Group, MicroBatch
 
 Regularizer = Literal["none", "loss", "reward"]
-"""What acts on sequences besides their rewards: nothing, a term of the loss, or a penalty on the reward."""
+"""What else acts on sequences besides their rewards: nothing, a term of the loss, or a penalty on the reward."""
 
 
 def token_weights(

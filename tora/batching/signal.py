@@ -1,4 +1,4 @@
-"""Dynamic sampling's question (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 11): can a group teach anything?"""
+"""Whether a group has a training signal: dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 11)."""
 
 from __future__ import annotations
 

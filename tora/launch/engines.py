@@ -64,7 +64,8 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
 
 
 _MEMORY = 0.9
-"""Of its share of a GPU, what vLLM takes by default. The rest is for CUDA's context and what vLLM does not count."""
+"""Default share of an engine's part of a GPU that vLLM takes. The rest is for CUDA's context and what vLLM does not
+count."""
 _MIN_SEQS = 128
 """vLLM's own default, for evaluations of a run with few rollouts in flight."""
 ROLLOUT_BASE = "rollout_base"

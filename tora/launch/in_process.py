@@ -14,7 +14,7 @@ from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
 
 _GPU_SHARE = 0.5
-"""Of a GPU, for the engine: the learner uses the same one."""
+"""The engine's share of a GPU, which the learner uses too."""
 
 
 class InProcess:

@@ -31,8 +31,8 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class RMSNorm(torchtune.modules.RMSNorm):
-    """torchtune's, for a scale in any dtype: sharded masters are cast to the compute dtype, and torch's fused kernel
-    wants the scale in float32, in which it computes."""
+    """torchtune's norm for a scale in any dtype. Sharded masters are cast to the compute dtype, but torch's fused
+    kernel needs the scale in float32, in which it computes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., dim] -> the same shape and dtype."""

@@ -1,4 +1,4 @@
-"""JSON that every parser reads: it has no NaN and no infinity, which Python's own writer adds to it."""
+"""JSON that every parser reads: without the NaN and infinity that Python's own writer emits."""
 
 from __future__ import annotations
 

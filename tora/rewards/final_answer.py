@@ -49,7 +49,7 @@ def _last(matches: Iterator[re.Match[str]]) -> re.Match[str] | None:
 
 
 def _box_content(text: str, box: re.Match[str]) -> str | None:
-    """What the box that opens at `box` holds; without braces, the text up to a space, a dollar sign or the end."""
+    """The content of the box that opens at `box`; without braces, the text up to a space, a dollar sign or the end."""
     if not box[0].endswith("{"):
         return re.split(r"[\s$]", text[box.end() :], maxsplit=1)[0].rstrip(".,;") or None
     depth = 1
@@ -118,7 +118,7 @@ def _bare(text: str) -> str:
 
 
 def _decimal(text: str) -> str:
-    """A number with an exponent as math-verify reads it, without one; other text as it is."""
+    """A number in exponent notation, written out for math-verify; other text as it is."""
     plain = _bare(text)
     is_scientific = "e" in plain.lower() and number(text) is not None
     return format(Decimal(plain.replace(",", "")), "f") if is_scientific else text

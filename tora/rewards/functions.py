@@ -30,8 +30,8 @@ def answer_tag(
 ) -> list[float]:
     """1 if the completion ends in `<answer>X</answer>` and X is the text of the `answer` column, else 0.
 
-    A list in the column holds texts of which each is right, and `3` is the text of 3.0 too. Raises ValueError if the
-    column holds None, NaN, a dict or an empty list.
+    A list in the column holds several right answers, and `3` also equals 3.0. Raises ValueError if the column holds
+    None, NaN, a dict or an empty list.
     """
     matches = [_ANSWER_AT_END.search(text_of(c)) for c in completions]
     golds = [[text.strip() for text in accepted(gold)] for gold in answer]

@@ -19,7 +19,7 @@ def last_number(
 ) -> list[float]:
     """1 if the last number in the completion equals the `answer` column, else 0.
 
-    For models that answer in a sentence, `3 + 4 = 7.`; it is what lm-evaluation-harness calls GSM8K's flexible match.
+    For models that answer in a sentence, `3 + 4 = 7.`; lm-evaluation-harness calls this GSM8K's flexible match.
     Raises ValueError if the column holds no number.
     """
     return [float(_last(text_of(c)) == _gold(gold)) for c, gold in zip(completions, answer, strict=True)]

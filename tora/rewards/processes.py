@@ -127,7 +127,7 @@ class RewardProcesses:
         return [FailedReward(name, answer.reason, parts)] * count
 
     def _ask(self, prompt: Prompt, calls: Sequence[Call]) -> list[Column | Unanswered]:
-        """One child's answers. More than one call must be of async functions."""
+        """One child's answers. If there are several calls, all must be of async functions."""
         extra_s = _CANCEL_S if self._is_async[calls[0].index] else 0.0
         with self._child() as child:
             answer = child.ask((prompt, calls), self._timeout_s, extra_s)
@@ -193,7 +193,7 @@ class _Child:
         return unanswered
 
     def end(self) -> None:
-        """Ends the process, from another thread than that which waits for its answer, and which will see it end."""
+        """Ends the process. Called by another thread than the one that waits for its answer, which notices the end."""
         self._process.kill()
         self._process.wait()
 

@@ -208,7 +208,7 @@ def _arguments(function: RewardFunction, prompt: Prompt, call: Call) -> dict[str
 
 
 def _checked(name: str, scores: Any, count: int) -> Column:
-    """The column of what a function returned. Raises `_BadResult` for anything but `count` scores."""
+    """The column of a function's result. Raises `_BadResult` if it is not a sequence of `count` scores."""
     if isinstance(scores, Iterator):
         scores = list(scores)
     elif not isinstance(scores, Sequence) and hasattr(scores, "tolist"):

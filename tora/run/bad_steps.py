@@ -12,12 +12,12 @@ class BadSteps:
     """Counts bad steps in a row. A step without anything to train on is neither good nor bad."""
 
     def __init__(self, limit: int) -> None:
-        """`limit`: so many in a row are too many; 0 for no limit."""
+        """`limit`: this many in a row end the run; 0 for no limit."""
         self._limit, self._last = limit, ""
         self.in_a_row = 0
 
     def add(self, number: int, batch: TrainBatch, result: StepResult) -> str | None:
-        """A sentence on this step if it was bad. `number`: the step's, from 1."""
+        """A sentence about this step if it was bad. `number`: the step's number, from 1."""
         if not result.bad:
             self.in_a_row = 0 if batch.micro_batches else self.in_a_row
             return None

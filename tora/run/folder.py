@@ -1,4 +1,4 @@
-"""The run's output folder: held by one run at a time, and never taken from anything but an earlier run."""
+"""The run's output folder: held by one run at a time, and only ever taken over from an earlier run."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Log(Protocol):
     def sample(self, prompt: Prompt, rollout: Rollout) -> None: ...
 
     def warning(self, sentence: str) -> None:
-        """Tell the user; not a row."""
+        """Show a message to the user; writes no row."""
         ...
 
     def rewind(self, step: int) -> None:
