@@ -50,9 +50,13 @@ def side_files(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".txt", ".model")]
 
 
+_HEAD = "lm_head.weight"
+_ROWS = 4096
+
+
 def is_derived(hf_name: str, *, tied: bool) -> bool:
     """Whether a tensor, though stored in some folders, is computed from the rest of the model."""
-    return hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight")
+    return hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == _HEAD)
 
 
 def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -123,11 +127,12 @@ def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[
     """For each parameter but the adapters': the open file that holds it, and its name there."""
     parameters = dict(model.named_parameters())
     missing = {name for name in parameters if ".lora_" not in name and not name.endswith(".magnitude")}
-    tied, sources = isinstance(model.output, TiedLinear), {}
+    tied, sources, stored_heads = isinstance(model.output, TiedLinear), {}, []
     for path in shard_files(folder):
         file = files.enter_context(safe_open(path, framework="pt"))
         for hf_name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
             if is_derived(hf_name, tied=tied):
+                stored_heads += [file.get_slice(hf_name)] if hf_name == _HEAD else []
                 continue
             name = model.names.parameter_from_hf(hf_name)
             if name is None or name not in parameters:
@@ -142,9 +147,30 @@ def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[
                 )
             sources[name] = file, hf_name
     missing -= sources.keys()
+    if missing == {"output.weight"}:
+        raise ConfigError(
+            f"config.json of {str(folder)!r} has tie_word_embeddings=false, and its files hold no {_HEAD}; set it to "
+            "true if the head is the embedding"
+        )
     if missing:
-        raise ConfigError(f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {sorted(missing)[0]!r}")
+        first = model.names.parameter_to_hf(sorted(missing)[0])
+        raise ConfigError(f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {first!r}")
+    for head in stored_heads:
+        file, hf_name = sources["tok_embeddings.weight"]
+        if not _equal(head, file.get_slice(hf_name), model.tok_embeddings.weight.dtype):
+            raise ConfigError(
+                f"config.json of {str(folder)!r} has tie_word_embeddings=true, and its files hold a {_HEAD} that "
+                "differs from the embedding; set it to false, so that every library uses that head"
+            )
     return sources
+
+
+def _equal(a: Any, b: Any, dtype: torch.dtype) -> bool:
+    """Whether two matrices in open files are equal once they are cast to `dtype`; reads some rows at a time."""
+    if a.get_shape() != b.get_shape():
+        return False
+    starts = range(0, a.get_shape()[0], _ROWS)
+    return all(torch.equal(*(m[row : row + _ROWS].to(dtype) for m in (a, b))) for row in starts)
 
 
 def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
