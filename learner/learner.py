@@ -202,6 +202,7 @@ class Learner:
                 proximal_logprobs_N=self._proximal(x, before[i] if proximal is None else proximal[i]),
                 actor_logprobs_N=x.actor_logprobs_N,
                 ref_logprobs_N=ref_N,
+                entropy_N=entropy_N,
                 advantages_N=x.advantages_N,
                 weights_N=x.weights_N,
                 shares_N=x.weights_N / total_weight,
@@ -211,7 +212,7 @@ class Learner:
             loss, parts = self.loss(loss_inputs)
             loss.backward()
             total_loss += loss.detach()
-            parts["policy/entropy"] = (loss_inputs.shares_N * entropy_N).sum()
+            parts["policy/entropy"] = (loss_inputs.shares_N * entropy_N.detach()).sum()
             for name, value in parts.items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value
         limit = self.cfg.clip_grad_norm

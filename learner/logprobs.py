@@ -27,7 +27,8 @@ def token_logprobs(
     """log softmax(head · hidden / temperature) at the targets, and the entropy of each distribution; both [N] float32,
     in nats.
 
-    Log-probs carry a gradient to the hidden states and, if it is trained, to the head's weight. Entropies carry none.
+    Both carry a gradient to the hidden states and, if it is trained, to the head's weight. That of entropies costs
+    nothing where a loss does not use them.
     """
     return _TokenLogprobs.apply(hidden_NH, head_VH, targets_N, temperature)  # pyright: ignore[reportReturnType]
 
@@ -57,23 +58,30 @@ class _TokenLogprobs(torch.autograd.Function):
             log_p_CV = logits_CV.sub_(normaliser_N[c, None])
             logprobs_N[c] = log_p_CV.gather(1, targets_N[c, None])[:, 0]
             entropy_N[c] = -log_p_CV.exp().mul_(log_p_CV).sum(1)
-        ctx.save_for_backward(hidden_NH, head_VH, targets_N, normaliser_N)
+        ctx.save_for_backward(hidden_NH, head_VH, targets_N, normaliser_N, entropy_N)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_N)
+        ctx.set_materialize_grads(False)
         return logprobs_N, entropy_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_N: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """With g the gradient of a log-prob, the gradient of its logits is g (onehot - softmax) / temperature."""
-        hidden_NH, head_VH, targets_N, normaliser_N = ctx.saved_tensors
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient_N: torch.Tensor | None, entropy_gradient_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """With g the gradient of a log-prob and h that of an entropy H, the gradient of the logits is
+        (g (onehot - p) - h p (log p + H)) / temperature, p being the softmax."""
+        hidden_NH, head_VH, targets_N, normaliser_N, entropy_N = ctx.saved_tensors
+        gradient_N = torch.zeros_like(normaliser_N) if gradient_N is None else gradient_N
         scale_N1 = gradient_N[:, None] / ctx.temperature
         grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets_N), len(head_VH)):
             logits_CV = _logits(hidden_NH[c], head_VH, ctx.temperature)
-            softmax_CV = logits_CV.sub_(normaliser_N[c, None]).exp_()
-            grad_logits_CV = softmax_CV.mul_(-scale_N1[c]).scatter_add_(1, targets_N[c, None], scale_N1[c])
+            log_p_CV = logits_CV.sub_(normaliser_N[c, None])
+            factors = -scale_N1[c]  # of p in each logit's gradient
+            if entropy_gradient_N is not None:
+                factors = factors - (entropy_N[c, None] + log_p_CV) * (entropy_gradient_N[c, None] / ctx.temperature)
+            grad_logits_CV = log_p_CV.exp_().mul_(factors).scatter_add_(1, targets_N[c, None], scale_N1[c])
             grad_logits_CV = grad_logits_CV.to(head_VH.dtype)
             if grad_hidden is not None:
                 grad_hidden[c] = grad_logits_CV @ head_VH

@@ -56,8 +56,20 @@ def _check_sharded(component: Component, like: DTensor) -> None:
 
 
 def build_schedule(component: Component, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """A schedule to advance once a step. If its constructor takes `num_training_steps`, it receives `num_steps`."""
-    return instantiate(component, optimizer, num_training_steps=num_steps)
+    """A schedule to advance once a step. If its constructor takes `num_training_steps`, it receives `num_steps`.
+
+    A schedule that starts at 0, as a warm-up does, runs one step ahead, and one step longer: a step at learning rate 0
+    would train nothing. So step k of W warm-up steps has (k + 1) / W of the learning rate.
+    """
+    schedule = instantiate(component, optimizer, num_training_steps=num_steps)
+    if any(schedule.get_last_lr()):
+        return schedule
+    for group in optimizer.param_groups:
+        _assign(group, "lr", group["initial_lr"])
+    schedule = instantiate(component, optimizer, num_training_steps=num_steps + 1)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no optimizer step came before
+        schedule.step()
+    return schedule
 
 
 def plain(value: Any) -> Any:

@@ -7,8 +7,10 @@ To add a loss, write one file here with a class that satisfies `Loss`, and list 
 
 from learner.loss.cispo import CISPOLoss as CISPOLoss
 from learner.loss.dapo import DAPOLoss as DAPOLoss
+from learner.loss.dppo import DPPOLoss as DPPOLoss
 from learner.loss.dr_grpo import DrGRPOLoss as DrGRPOLoss
 from learner.loss.grpo import GRPOLoss as GRPOLoss
 from learner.loss.gspo import GSPOLoss as GSPOLoss
 from learner.loss.inputs import LossInputs as LossInputs
 from learner.loss.protocol import Loss as Loss
+from learner.loss.sapo import SAPOLoss as SAPOLoss

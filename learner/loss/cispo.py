@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from learner.loss.inputs import LossInputs
-from learner.loss.objective import Terms, policy_ratio, total
+from learner.loss.objective import Clip, policy_ratio, total
 from learner.loss.protocol import LossOutput
 
 
 @dataclass(frozen=True)
-class CISPOLoss(Terms):
+class CISPOLoss(Clip):
     """A sg(clip(r)) log π_learner: clipping bounds a token's weight but never removes its gradient."""
 
     requires: ClassVar = {"loss_normalization": "token"}

@@ -21,21 +21,26 @@ from tora.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Terms:
-    """Settings that all losses share; a subclass gives the clip bounds defaults. Raises ConfigError if a value is out
-    of range."""
+    """Settings that all losses share. Raises ConfigError if a value is out of range."""
 
     requires: ClassVar[Mapping[str, str | bool]] = {}
     """Config keys, and the only value of each with which a subclass is the objective of its paper. `tora.config.rules`
     reads it from the source without importing the class, so a subclass must assign a literal."""
-    clip_low: float
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
-    clip_high: float
+    corrections: ClassVar[tuple[str, ...]] = get_args(Correction)
+    """The values of `importance_correction` that a subclass can be combined with."""
     kl_coeff: float = 0.0
     """β, the coefficient of the KL term; 0 disables it, and no reference log-probs are computed."""
     kl_type: KLType | None = None
     """The KL estimator; null means k3 in the loss and k1 in the reward."""
     kl_in: KLPlace = "loss"
     """`reward`: β Σ_t KL_t is subtracted from a sequence's reward before its group's advantages are computed."""
+    entropy_coeff: float = 0.0
+    """Coefficient of the entropy bonus: it times the mean entropy, in nats a token, is subtracted from the loss. The
+    mean is over tokens as `loss_normalization` weighs them, so the coefficient means the same with each."""
+    kl_weighted: bool = False
+    """Multiply the KL of each token in the loss by π_learner / π_actor (its part π_proximal / π_actor as the importance
+    correction bounds it), so that its gradient is that of the divergence from the learner's own samples (DeepSeek-AI
+    2025, DeepSeek-V3.2, arXiv:2512.02556, "unbiased KL estimate")."""
     reference: ReferenceKind = "initial"
     """The policy that the KL term pulls to. `initial`: the policy as training began, with the adapter of
     `model.adapter_path`; `base`: the base model without one. They differ only in runs that start from an adapter."""
@@ -55,6 +60,15 @@ class Terms:
         _check(self)
 
 
+@dataclass(frozen=True)
+class Clip(Terms):
+    """Bounds that a loss clips by."""
+
+    clip_low: float = 0.2
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    clip_high: float = 0.2
+
+
 def policy_ratio(x: LossInputs) -> torch.Tensor:
     """π_learner / π_proximal of each token, [N]."""
     return bounded_exp(x.learner_logprobs_N - x.proximal_logprobs_N)
@@ -71,8 +85,8 @@ def clipped_surrogate(
 
 
 def total(terms: Terms, x: LossInputs, objective_N: torch.Tensor, is_clipped_N: torch.Tensor) -> LossOutput:
-    """-Σ w c · objective + β Σ w KL, with token weights w and importance correction c; the KL sum only if `kl_in` is
-    `loss`.
+    """-Σ w c · objective + β Σ w KL - η Σ s H, with token weights w, their shares s, importance correction c, entropies
+    H and η the `entropy_coeff`; the KL sum only if `kl_in` is `loss`, and with w c r for w if `kl_weighted`.
 
     Metrics: `loss/policy` and `loss/total`; `loss/clip_share` and `importance/cut_share`, the shares of tokens that
     are clipped, and that the correction truncates or masks; `kl/mean`, the mean KL a token.
@@ -89,18 +103,31 @@ def total(terms: Terms, x: LossInputs, objective_N: torch.Tensor, is_clipped_N: 
     if x.ref_logprobs_N is not None:
         kl_N = kl_estimate(x.learner_logprobs_N, x.ref_logprobs_N, kind_of(terms.kl_type, terms.kl_in))
         metrics["kl/mean"] = (x.shares_N * kl_N.detach()).sum()
+        if terms.kl_weighted:
+            kl_N = kl_N * correction_N * policy_ratio(x)
         if terms.kl_in == "loss":
             loss = loss + terms.kl_coeff * (x.weights_N * kl_N).sum()
+    if terms.entropy_coeff:
+        loss = loss - terms.entropy_coeff * (x.shares_N * x.entropy_N).sum()
     metrics["loss/total"] = loss.detach()
     return loss, metrics
 
 
 @dataclass(frozen=True)
-class TokenClip(Terms):
+class TokenClip(Clip):
     """PPO's clipped surrogate per token."""
+
+    dual_clip: float | None = None
+    """c > 1: for a negative advantage the surrogate is at least c A, so that a token that has become c times as likely
+    stops pushing (dual clip, Ye et al. 2020, arXiv:1912.09729). verl's `clip_ratio_c`, TRL's `delta`. null:
+    none."""
 
     def __call__(self, x: LossInputs) -> LossOutput:
         objective_N, is_clipped_N = clipped_surrogate(policy_ratio(x), x.advantages_N, self.clip_low, self.clip_high)
+        if self.dual_clip is not None:
+            lowest_N = self.dual_clip * x.advantages_N
+            is_dual_N = (x.advantages_N < 0) & (objective_N < lowest_N)
+            objective_N, is_clipped_N = torch.where(is_dual_N, lowest_N, objective_N), is_clipped_N | is_dual_N
         return total(self, x, objective_N, is_clipped_N)
 
 
@@ -112,11 +139,23 @@ def _check(terms: Terms) -> None:
     _one_of("proximal", terms.proximal, get_args(Proximal))
     _one_of("importance_correction", terms.importance_correction, get_args(Correction))
     low, high = terms.importance_low, terms.importance_high
-    numbers = {"clip_low": terms.clip_low, "clip_high": terms.clip_high, "kl_coeff": terms.kl_coeff}
+    numbers = {
+        name: getattr(terms, name)
+        for name in ("clip_low", "clip_high", "kl_coeff", "entropy_coeff")
+        if hasattr(terms, name)
+    }
     for name, value in (numbers | {"importance_low": low or 0, "importance_high": high or 0}).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ConfigError(f"loss.{name}={value} must be a number of at least 0.")
+    dual_clip = getattr(terms, "dual_clip", None)
+    if dual_clip is not None and not 1 < dual_clip < float("inf"):
+        raise ConfigError(f"loss.dual_clip={dual_clip} must be a number greater than 1.")
+    if terms.kl_weighted and terms.kl_in == "reward":
+        raise ConfigError("loss.kl_weighted=true weighs the KL in the loss, and kl_in is reward.")
     kind = terms.importance_correction
+    if kind not in terms.corrections:
+        options = ", ".join(terms.corrections)
+        raise ConfigError(f"loss.importance_correction={kind} must be one of {options} with {type(terms).__name__}.")
     if low is not None and kind not in ("token_mask", "sequence_mask"):
         raise ConfigError(f"loss.importance_low={low} bounds the masks, and importance_correction is {kind}.")
     if terms.proximal == "actor" and kind != "none":

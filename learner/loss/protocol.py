@@ -31,9 +31,6 @@ class Loss(Protocol):
     Example:
         @dataclass(frozen=True)
         class ReinforceLoss(Terms):
-            clip_low: float = 1.0
-            clip_high: float = 1e9
-
             def __call__(self, x: LossInputs) -> LossOutput:
                 objective_N = x.advantages_N * x.learner_logprobs_N
                 return total(self, x, objective_N, torch.zeros_like(objective_N, dtype=torch.bool))

@@ -67,7 +67,7 @@ def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, A
         pytest.param("dora_cache", {"compile": True}, marks=pytest.mark.slow),
         ("full", {"activation_checkpointing": "full"}),
         ("dora", {"loss": {**LOSS, "kl_in": "reward"}}),
-        ("lora", {"loss": {**LOSS, "kl_in": "reward"}, "num_mini_batches": 2, "ppo_epochs": 2}),
+        ("lora", {"loss": {**LOSS, "kl_in": "reward", "entropy_coeff": 0.01}, "num_mini_batches": 2, "ppo_epochs": 2}),
         ("lora", {"quantize_base": True}),
         ("dora_cache", {"quantize_base": True}),
     ],

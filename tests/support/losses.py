@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from learner.loss import CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, LossInputs
+from learner.loss import (
+    CISPOLoss,
+    DAPOLoss,
+    DPPOLoss,
+    DrGRPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    LossInputs,
+    SAPOLoss,
+)
 from tora.batching.batch import token_weights
 
 LENGTHS = (5, 1, 9, 4, 12, 3)
@@ -18,8 +27,16 @@ LOSSES: dict[Any, str] = {
     DAPOLoss: "token",
     GSPOLoss: "sequence",
     CISPOLoss: "token",
+    DPPOLoss: "token",
+    SAPOLoss: "sequence",
 }
 """Each loss with the normalisation of its paper."""
+CORRECTED = [(loss, correction) for loss in LOSSES for correction in loss.corrections]
+
+
+def corrected(loss_class: Any, correction: str, **settings: Any) -> Any:
+    """The loss with a correction, around the learner's policy: none is needed around the actor's, DPPO's default."""
+    return loss_class(importance_correction=correction, proximal="learner", **settings)
 
 
 def inputs(
@@ -38,10 +55,13 @@ def inputs(
     tensors = {
         "proximal_logprobs_N": learner + draw(1e-3 if loss_class is GSPOLoss else 0.3),
         "actor_logprobs_N": learner + draw(0.5),
+        "entropy_N": -learner,
         "advantages_N": draw(1.0, len(LENGTHS)).repeat_interleave(lengths),
         "weights_N": weights,
         "shares_N": weights / weights.sum(),
     }
+    if loss_class is DPPOLoss:  # the one loss that reads probabilities, which are at most 1
+        tensors["proximal_logprobs_N"] = tensors["proximal_logprobs_N"].clamp_max(-1e-3)
     return LossInputs(
         learner_logprobs_N=learner.to(dtype).clone().requires_grad_(),
         ref_logprobs_N=(learner + draw(0.4)).to(dtype) if with_ref else None,
@@ -60,6 +80,7 @@ def by_hand(
         proximal_logprobs_N=torch.tensor(proximal),
         actor_logprobs_N=torch.tensor(proximal),
         ref_logprobs_N=None,
+        entropy_N=torch.zeros(len(learner)),
         advantages_N=torch.tensor(advantages),
         weights_N=torch.tensor(weights),
         shares_N=torch.tensor(weights),

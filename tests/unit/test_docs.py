@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -30,11 +30,12 @@ from pages import (
     write_files,
 )
 
-from learner.loss.objective import Terms
+import learner.loss
+from learner.loss.correction import Correction
 from learner.mismatch import mismatch
 from tora.config.components import locate
 from tora.config.load import load_config
-from tora.config.schema import RunConfig
+from tora.config.schema import Advantage, RunConfig
 from tora.rewards.rewarder import build_rewarder
 from tora.types import Prompt
 
@@ -114,6 +115,9 @@ def _is_module(dotted: str) -> bool:
         return False
 
 
+LOSSES = {n: v for n, v in vars(learner.loss).items() if n.endswith("Loss") and dataclasses.is_dataclass(v)}
+
+
 def config_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[str]:
     """All dotted keys, including those of our losses and components."""
     for name, hint in get_type_hints(schema).items():
@@ -122,7 +126,7 @@ def config_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[str]:
             if dataclasses.is_dataclass(kind):
                 yield from config_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
     if schema is RunConfig:
-        yield from (f"loss.{field.name}" for field in dataclasses.fields(Terms))
+        yield from (f"loss.{field.name}" for loss in LOSSES.values() for field in dataclasses.fields(loss))
         yield from ("loss._component_", "optimizer.lr", "rewards.0.weight")
 
 
@@ -151,6 +155,25 @@ def test_our_keys_in_tables_of_other_libraries_keys_exist(page: str) -> None:
     for row in tables:
         for key in re.findall(r"`([a-z_.]+)`", row):
             assert key in KEYS or key == "weight", f"{key} in {row}"
+
+
+def test_the_page_on_losses_names_every_loss_and_only_what_exists() -> None:
+    """Its tables: losses and advantages, keys, and ours beside TRL's and verl's."""
+    listed, advantages, keys, theirs = (
+        re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[1:]
+        for table in re.findall(r"(?:^\|.*\n)+", prose(ROOT / "docs/losses.md"), re.MULTILINE)
+    )
+    assert {cell.strip("`").removeprefix("learner.loss.") for cell in listed} == set(LOSSES)
+    assert {cell.strip("`") for cell in advantages} == set(get_args(Advantage))
+    arguments = {key.removeprefix("loss.") for key in KEYS if key.startswith("loss.")}
+    for cell in (*keys, *theirs):
+        for span in re.findall(r"`([^`]+)`", cell):
+            key, _, value = span.partition(": ")
+            assert key in KEYS | arguments | set(LOSSES) | {"kl"}, span
+            if key == "importance_correction":
+                assert value in get_args(Correction), span
+    named = {span for cell in theirs for span in re.findall(r"`(\w+Loss)`", cell)}
+    assert named == set(LOSSES), "each has a row beside TRL's and verl's"
 
 
 def test_quoted_messages_are_what_the_code_says() -> None:

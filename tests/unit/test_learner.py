@@ -16,6 +16,7 @@ from learners import config, make_batch, make_groups, weights
 from tiny import make_text_model
 from transformers import AutoModelForCausalLM
 
+import learner.loss
 from learner.learner import Learner
 from learner.loss import LossInputs
 from learner.mismatch import mismatch
@@ -151,14 +152,18 @@ LOSSES = {
     "DAPOLoss": {},
     "GSPOLoss": {"normalization": "sequence"},
     "CISPOLoss": {},
+    "DPPOLoss": {},
+    "SAPOLoss": {"normalization": "sequence"},
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("correction", ["none", "token_tis", "token_mask", "sequence_mask"])
+@pytest.mark.parametrize(
+    ("name", "correction"), [(name, kind) for name in LOSSES for kind in getattr(learner.loss, name).corrections]
+)
 def test_every_loss_trains(folder: Path, name: str, correction: str) -> None:
     """With wide bounds, since the actor's log-probs are random and a narrow mask could remove every token."""
     loss: dict[str, Any] = {"_component_": f"learner.loss.{name}", "importance_correction": correction}
+    loss["proximal"] = "learner"  # DPPO's is the actor, without a correction
     if correction.endswith("mask"):
         loss |= {"importance_low": 0.01, "importance_high": 100.0}
     learner = Learner(config(folder, "dora_cache", loss=loss, ppo_epochs=2))
@@ -169,6 +174,23 @@ def test_every_loss_trains(folder: Path, name: str, correction: str) -> None:
         assert 0 <= result.metrics["importance/cut_share"] <= 1 and 0 <= result.metrics["loss/clip_share"] <= 1
         assert 3 < result.metrics["policy/entropy"] < 6, "a mean over tokens, whatever the sum of weights"
     assert all(not torch.equal(before[key], tensor) for key, tensor in weights(learner).items())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_entropy_bonus_acts_on_groups_without_signal(folder: Path, dtype: str) -> None:
+    loss = {"_component_": "learner.loss.GRPOLoss", "entropy_coeff": 1.0}
+    cfg = dataclasses.replace(config(folder, loss=loss, optimizer={"_component_": "torch.optim.SGD", "lr": 0.3}))
+    trained = Learner(dataclasses.replace(cfg, dtype=dtype))
+    groups = [
+        dataclasses.replace(g, rollouts=tuple(dataclasses.replace(r, reward=1.0) for r in g.rollouts))
+        for g in make_groups()
+    ]
+    assert not make_batch(groups).micro_batches
+    shake(trained.model)
+    steps = [trained.step(make_batch(groups, regularizer="loss")).metrics for _ in range(4)]
+    entropies = [step["policy/entropy"] for step in steps]
+    assert entropies == sorted(entropies) and entropies[-1] > entropies[0] + 0.01
+    assert [step["loss/total"] for step in steps] == pytest.approx([-entropy for entropy in entropies], rel=1e-5)
 
 
 def test_full_weights_keep_a_frozen_reference(folder: Path) -> None:

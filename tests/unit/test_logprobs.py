@@ -28,18 +28,29 @@ def test_chunks_equal_log_softmax_with_gradients(
     targets, upstream = torch.randint(0, 50, (23,)), torch.randn(23)
     distribution = (hidden.double() @ head.double().T / temperature).log_softmax(1)
     expected = distribution.gather(1, targets[:, None])[:, 0]
-    references = torch.autograd.grad((expected * upstream).sum(), [hidden, head])
     monkeypatch.setattr("learner.logprobs.CHUNK_BYTES", rows * 50 * 4)
     logprobs, entropy = token_logprobs(hidden, head, targets, temperature=temperature)
-    assert logprobs.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
+    assert logprobs.dtype == entropy.dtype == torch.float32
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(logprobs.double(), expected, atol=tolerance, rtol=tolerance)
     exact_entropy = -(distribution.exp() * distribution).sum(1)
     torch.testing.assert_close(entropy.double(), exact_entropy, atol=tolerance, rtol=tolerance)
-    gradients = torch.autograd.grad((logprobs * upstream).sum(), [hidden, head])
-    for ours, reference in zip(gradients, references, strict=True):
-        assert ours.dtype == dtype
-        torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
+    for both in (False, True):
+        ours, theirs = (
+            lp * upstream + (h * upstream.flip(0) if both else 0)
+            for lp, h in ((logprobs, entropy), (expected, exact_entropy))
+        )
+        _assert_same_gradients(ours, theirs, [hidden, head], tolerance)
+    _assert_same_gradients(entropy * upstream, exact_entropy * upstream, [hidden, head], tolerance)
+
+
+def _assert_same_gradients(
+    ours_N: torch.Tensor, theirs_N: torch.Tensor, leaves: list[torch.Tensor], tolerance: float
+) -> None:
+    ours, theirs = (torch.autograd.grad(x_N.sum(), leaves, retain_graph=True) for x_N in (ours_N, theirs_N))
+    for leaf, found, expected in zip(leaves, ours, theirs, strict=True):
+        assert found.dtype == leaf.dtype
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_no_gradient_for_a_frozen_head_and_no_graph_under_no_grad() -> None:
@@ -52,12 +63,12 @@ def test_no_gradient_for_a_frozen_head_and_no_graph_under_no_grad() -> None:
 
 
 def test_full_logits_are_never_saved_for_backward() -> None:
-    """Autograd keeps the inputs and one number per token between forward and backward."""
+    """Autograd keeps the inputs and two numbers per token between forward and backward."""
     head, hidden, targets = torch.randn(5000, 8), torch.randn(64, 8, requires_grad=True), torch.arange(64)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         token_logprobs(hidden, head, targets, temperature=1.0)
-    assert sorted(t.numel() for t in kept) == sorted([head.numel(), hidden.numel(), 64, 64])
+    assert sorted(t.numel() for t in kept) == sorted([head.numel(), hidden.numel(), 64, 64, 64])
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -77,7 +77,7 @@ def test_requirements_of_a_loss_cannot_be_set() -> None:
 
 def test_a_loss_is_refused_where_its_requirements_are_not_met() -> None:
     required = {name: value.requires for name, value in LISTED.items() if value.requires}
-    assert len(required) == 4
+    assert len(required) == 5
     for name, keys in required.items():
         for key in keys:
             others = [f"{k}={str(v).lower()}" for k, v in keys.items() if k != key]

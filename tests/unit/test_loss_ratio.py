@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from losses import LOSSES, by_hand
+from losses import CORRECTED, by_hand, corrected
 
 from learner.loss.kl import kl_estimate, sequence_kl
 from learner.loss.ratio import MAX_LOG_RATIO, bounded_exp, bounded_expm1
@@ -64,14 +64,13 @@ def test_kl_estimates_and_their_gradients_are_finite(kind: Any, d: float) -> Non
 
 
 @pytest.mark.parametrize("weight", [0.25, 0.0])
-@pytest.mark.parametrize("correction", ["none", "token_tis", "token_mask", "sequence_mask"])
-@pytest.mark.parametrize("loss_class", LOSSES)
+@pytest.mark.parametrize(("loss_class", "correction"), CORRECTED)
 def test_losses_are_finite_for_any_log_ratios(loss_class: Any, correction: str, weight: float) -> None:
     """Of learner to proximal, proximal to actor, and reference to learner. A weight of 0: an idle rank's tokens."""
     extremes = [-1e4, -90.0, 90.0, 1e4]
     x = by_hand([-1.0] * 4, [-1.0] * 4, [1.0, -1.0, -1.0, -1.0], [weight] * 4)
     shifted = -1.0 + torch.tensor(extremes)
-    loss_fn = loss_class(importance_correction=correction, kl_coeff=0.1, kl_type="k3")
+    loss_fn = corrected(loss_class, correction, kl_coeff=0.1, kl_type="k3")
     for name in ("proximal_logprobs_N", "actor_logprobs_N", "ref_logprobs_N"):
         for values in (shifted, shifted[3:].repeat(4)):  # GSPO's ratio and one mask are of the mean
             loss, metrics = loss_fn(replace(x, **{"ref_logprobs_N": x.actor_logprobs_N, name: values}))

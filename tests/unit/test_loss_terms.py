@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from losses import LOSSES, by_hand, inputs
+from losses import LOSSES, by_hand, corrected, inputs
 
-from learner.loss import GRPOLoss, LossInputs
-from learner.loss.correction import importance_weights
+from learner.loss import CISPOLoss, DAPOLoss, DPPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, LossInputs, SAPOLoss
+from learner.loss.correction import BOUNDS, importance_weights
 from learner.loss.kl import kl_estimate, sequence_kl
 from tora.errors import ConfigError
 
@@ -33,6 +33,8 @@ def two_sequences(log_ratios: list[float], lengths: list[int]) -> LossInputs:
         ("token_tis", (None, 1.25), [1.25, 0.25, 1, 1.25, 1.25], [1, 0, 0, 1, 1]),
         ("token_mask", (None, None), [4, 0, 1, 1.5, 2], [0, 1, 0, 0, 0]),
         ("token_mask", (0.2, 1.75), [0, 0.25, 1, 1.5, 0], [1, 0, 0, 0, 1]),
+        ("sequence_tis", (None, None), [1, 1, *[3 ** (1 / 3)] * 3], [0, 0, 0, 0, 0]),
+        ("sequence_tis", (None, 1.25), [1, 1, 1.25, 1.25, 1.25], [0, 0, 1, 1, 1]),
         ("sequence_mask", (None, None), [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]),
         ("sequence_mask", (0.5, 2.0), [1, 1, *[3 ** (1 / 3)] * 3], [0, 0, 0, 0, 0]),
     ],
@@ -51,7 +53,7 @@ def test_corrections_equal_the_float64_reference_in_a_loss(loss_class: Any) -> N
     x = inputs(loss_class, with_ref=False)
     weights_N = x.weights_N.clone().requires_grad_()
     x = replace(x, weights_N=weights_N)
-    sequence_N, low, high = x.sequence_N.tolist(), 0.8, 1.3
+    sequence_N, low, high = x.sequence_N.tolist(), 0.8, 1.1
     pairs = zip(x.proximal_logprobs_N.tolist(), x.actor_logprobs_N.tolist(), strict=True)
     ratios = [math.exp(proximal) / math.exp(actor) for proximal, actor in pairs]
     members = [[r for r, b in zip(ratios, sequence_N, strict=True) if b == s] for s in range(x.num_sequences)]
@@ -60,13 +62,15 @@ def test_corrections_equal_the_float64_reference_in_a_loss(loss_class: Any) -> N
     expected = {
         "token_tis": (ratios, [min(r, high) for r in ratios], {"importance_high": high}),
         "token_mask": (ratios, [r * (low <= r <= high) for r in ratios], bounds),
+        "sequence_tis": (means, [min(r, high) for r in means], {"importance_high": high}),
         "sequence_mask": (means, [r * (low <= r <= high) for r in means], bounds),
     }
-    plain, metrics = loss_class(importance_correction="none")(x)
+    plain, metrics = corrected(loss_class, "none")(x)
     (slopes,) = torch.autograd.grad(plain, weights_N)
     assert metrics["importance/cut_share"].item() == 0
-    for kind, (free, weights, settings) in expected.items():
-        loss, metrics = loss_class(importance_correction=kind, **settings)(x)
+    for kind in loss_class.corrections[1:]:
+        free, weights, settings = expected[kind]
+        loss, metrics = corrected(loss_class, kind, **settings)(x)
         (gradient,) = torch.autograd.grad(loss, weights_N)
         torch.testing.assert_close(gradient, slopes * torch.tensor(weights, dtype=torch.float64))
         cut = sum(s for s, r, w in zip(x.shares_N.tolist(), free, weights, strict=True) if r != w)
@@ -76,8 +80,8 @@ def test_corrections_equal_the_float64_reference_in_a_loss(loss_class: Any) -> N
 def test_importance_weights_are_constants_and_survive_extremes() -> None:
     x = two_sequences([200.0, -200.0, 0.0], [1, 2])
     proximal = x.proximal_logprobs_N.clone().requires_grad_()
-    for kind in ("token_tis", "token_mask", "sequence_mask"):
-        weights, _ = importance_weights(replace(x, proximal_logprobs_N=proximal), kind, None, None)
+    for kind in BOUNDS:
+        weights, _ = importance_weights(replace(x, proximal_logprobs_N=proximal), kind, None, None)  # type: ignore[arg-type]
         assert not weights.requires_grad and weights.isfinite().all(), kind
 
 
@@ -141,6 +145,7 @@ def test_a_sequences_kl_is_the_sum_over_its_tokens() -> None:
         ({"kl_in": "rewards"}, "the nearest is reward"),
         ({"importance_correction": "tis"}, "loss.importance_correction=tis must be one of none, token_tis"),
         ({"kl_coeff": -0.1}, "loss.kl_coeff=-0.1 must be a number of at least 0"),
+        ({"entropy_coeff": math.nan}, "loss.entropy_coeff=nan must be a number of at least 0"),
         ({"clip_high": "much"}, "loss.clip_high=much must be a number"),
         ({"importance_low": 0.5}, "importance_low=0.5 bounds the masks"),
         ({"importance_correction": "none", "importance_high": 3}, "importance_correction is none"),
@@ -149,8 +154,78 @@ def test_a_sequences_kl_is_the_sum_over_its_tokens() -> None:
         ({"importance_high": 0}, "must be less than importance_high=0"),
     ],
 )
-@pytest.mark.parametrize("loss_class", LOSSES)
+@pytest.mark.parametrize("loss_class", [GRPOLoss, DrGRPOLoss, DAPOLoss, CISPOLoss])
 def test_invalid_settings_are_refused(loss_class: Any, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         loss_class(**settings)
     assert words in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: GSPOLoss(importance_correction="token_tis"),
+            "loss.importance_correction=token_tis must be one of none, sequence_tis, sequence_mask with GSPOLoss",
+        ),
+        (lambda: DPPOLoss(divergence="js"), "loss.divergence=js must be one of tv, kl"),  # type: ignore[arg-type]
+        (lambda: DPPOLoss(ratio_high=math.nan), "loss.ratio_high=nan must be a number of at least 1"),
+        (lambda: DPPOLoss(importance_correction="token_tis"), "loss.proximal=actor needs importance_correction=none"),
+        (lambda: SAPOLoss(tau_positive=0), "loss.tau_positive=0 must be a number greater than 0"),
+        (lambda: SAPOLoss(tau_negative=math.nan), "loss.tau_negative=nan must be a number greater than 0"),
+        (lambda: GRPOLoss(dual_clip=1.0), "loss.dual_clip=1.0 must be a number greater than 1"),
+        (lambda: GRPOLoss(dual_clip=math.nan), "loss.dual_clip=nan must be a number greater than 1"),
+        (lambda: GRPOLoss(kl_weighted=True, kl_in="reward"), "loss.kl_weighted=true weighs the KL in the loss"),
+    ],
+)
+def test_settings_of_one_loss_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert words in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("proximal", ["learner", "actor"])
+def test_a_weighted_kl_has_the_gradient_of_the_divergence_from_the_learners_samples(proximal: Any) -> None:
+    """A policy of five tokens, all of them sampled by the actor in proportion to its own probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    learner, actor, ref = (torch.randn(5, generator=generator).double().log_softmax(0) for _ in range(3))
+    logits = learner.clone().requires_grad_()
+    logprobs = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits)
+    found = {}
+    for weighted in (True, False):
+        logprobs = logits.log_softmax(0)
+        x = LossInputs(
+            learner_logprobs_N=logprobs,
+            proximal_logprobs_N=actor if proximal == "actor" else learner,
+            actor_logprobs_N=actor,
+            ref_logprobs_N=ref,
+            entropy_N=torch.zeros(5, dtype=torch.float64),
+            advantages_N=torch.zeros(5, dtype=torch.float64),
+            weights_N=actor.exp(),
+            shares_N=actor.exp(),
+            sequence_N=torch.arange(5),
+            num_sequences=5,
+        )
+        correction = {"importance_correction": "none"} if proximal == "actor" else {"importance_high": 1e9}
+        loss, _ = GRPOLoss(kl_coeff=1.0, kl_weighted=weighted, proximal=proximal, **correction)(x)  # type: ignore[arg-type]
+        found[weighted] = torch.autograd.grad(loss, logits)[0]
+    torch.testing.assert_close(found[True], exact)
+    assert not torch.allclose(found[False], exact, rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_an_entropy_bonus_is_the_mean_over_tokens_whatever_the_normalisation(
+    loss_class: Any, dtype: torch.dtype
+) -> None:
+    x = inputs(loss_class, dtype=dtype)
+    entropy_N = x.entropy_N.clone().requires_grad_()
+    x = replace(x, entropy_N=entropy_N)
+    plain, with_bonus = (loss_class(entropy_coeff=coeff)(x) for coeff in (0.0, 0.3))
+    mean = sum(s * h for s, h in zip(x.shares_N.tolist(), entropy_N.tolist(), strict=True))
+    tolerance = 1e-13 if dtype is torch.float64 else 1e-6
+    assert with_bonus[0].item() == pytest.approx(plain[0].item() - 0.3 * mean, abs=tolerance)
+    (gradient,) = torch.autograd.grad(with_bonus[0], entropy_N, retain_graph=True)
+    torch.testing.assert_close(gradient, -0.3 * x.shares_N)
+    assert with_bonus[1]["loss/policy"] == plain[1]["loss/policy"]

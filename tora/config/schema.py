@@ -298,14 +298,16 @@ class RunConfig:
     of its tokens is not finite. It is dropped from its group, unless its reward took too long; a group with fewer than
     two rollouts left is replaced."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
-    """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss` or `CISPOLoss`. The files
-    `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml` and `cispo.yaml` set the other keys that each objective needs.
-    Arguments: `clip_low` and `clip_high`, the clip bounds; `kl_coeff`, the weight of the KL penalty, 0 for none;
-    `reference`, the policy that it pulls to (`initial`: the one that training began with, `base`: the base model
-    without an adapter); `kl_type`, its estimator (`k1`, `k2`, `k3`); `kl_in`, whether it is part of the `loss` or the
-    `reward`; `proximal`, the policy that the clip is centered on (`learner`: the one at the start of the step, `actor`:
-    the one that sampled); `importance_correction` between learner and actor (`token_tis`, `token_mask`,
-    `sequence_mask`, `none`) with its bounds `importance_low` and `importance_high`."""
+    """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss`, `CISPOLoss`, `DPPOLoss` or
+    `SAPOLoss`. The files `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml`, `cispo.yaml`, `dppo.yaml` and `sapo.yaml` set
+    the other keys that each objective needs. Arguments: `clip_low` and `clip_high`, the clip bounds; `dual_clip`, a
+    bound on the push of negative advantages; `entropy_coeff`, the weight of an entropy bonus; `kl_coeff`, the weight of
+    the KL penalty, 0 for none; `reference`, the policy that it pulls to (`initial`: the one that training began with,
+    `base`: the base model without an adapter); `kl_type`, its estimator (`k1`, `k2`, `k3`); `kl_in`, whether it is part
+    of the `loss` or the `reward`; `proximal`, the policy that the clip is centered on (`learner`: the one at the start
+    of the step, `actor`: the one that sampled); `importance_correction` between learner and actor (`token_tis`,
+    `token_mask`, `sequence_tis`, `sequence_mask`, `none`) with its bounds `importance_low` and `importance_high`. The
+    page on losses has the others."""
     optimizer: Component = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-4})
     """The optimizer: a callable that takes the list of trained parameters. `lr`, a number greater than 0, is
     required."""
@@ -313,7 +315,8 @@ class RunConfig:
         default_factory=lambda: {"_component_": "transformers.get_constant_schedule_with_warmup", "num_warmup_steps": 0}
     )
     """Learning-rate schedule: a callable that takes the optimizer, and `num_training_steps` if it has such a parameter.
-    It advances once per step, not once per optimizer update."""
+    It advances once per step, not once per optimizer update. A warm-up starts above 0: step k of W, counted from 1, has
+    k / W of the learning rate."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Generation of rollouts: engine, workers and weight updates."""
     sync: SyncConfig = field(default_factory=SyncConfig)
