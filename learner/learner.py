@@ -25,7 +25,7 @@ from learner.loss import LossInputs
 from learner.loss.kl import kind_of
 from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
-from learner.optim import OptimizerSettings, build_optimizer, build_schedule
+from learner.optim import OptimizerSettings, advance, build_optimizer, build_schedule
 from learner.policy import DTYPES, empty_policy, fill_policy, load_adapter, trains_full_weights
 from learner.reference import Reference, adapted_reference, base_reference
 from learner.reward_kl import with_reward_kl
@@ -170,7 +170,7 @@ class Learner:
             metrics |= {name: float(np.mean([update[name] for update in last_pass])) for name in last_pass[0]}
         metrics["learner/bad_step"] = float(bool(bad))
         metrics["learner/updates"] = float(len(updates) - bool(bad))
-        self._schedule.step()
+        advance(self._schedule)
         self.version += 1
         return StepResult(self.version, metrics, bad)
 

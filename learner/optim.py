@@ -127,3 +127,11 @@ def _assign(group: Group, key: str, value: Any) -> None:
         group[key].fill_(value)
     else:
         group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+
+
+def advance(schedule: Any) -> None:
+    """One step of the schedule. Without torch's warning that the optimizer has not stepped yet: a run's first step may
+    have nothing to train, or be left out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
+        schedule.step()

@@ -35,7 +35,7 @@ def agreed(result: StepResult) -> StepResult:
 SECOND = {"first": len(batch(0).micro_batches) // RANKS, "last": len(batch(0).micro_batches) // RANKS}
 """The first micro-batch of a rank's second step."""
 CASES = [
-    ("full", {}, {**LOSS, **SECOND, "rank": 1}),
+    ("full", {"dtype": "bf16"}, {**LOSS, **SECOND, "rank": 1}),
     ("lora", {"fsdp_reshard_after_forward": False}, {**LOSS, **SECOND, "rank": 0, "plant": "gradient"}),
     ("dora_cache", {"quantize_base": True, "ppo_epochs": 2}, NEVER),
 ]

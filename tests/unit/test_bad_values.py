@@ -20,13 +20,14 @@ from tora.types import TrainBatch
 LOSS = {"_component_": "planted.PlantedLoss", "kl_coeff": 0.05}
 NEVER = {**LOSS, "first": 1_000_000}
 METHODS = [
-    ("full", False, 1),
-    ("lora", False, 1),
-    ("dora", False, 2),
-    ("dora_cache", False, 1),
-    ("dora_cache", True, 1),
+    ("full", False, 1, "fp32"),
+    ("full", False, 1, "bf16"),
+    ("lora", False, 1, "bf16"),
+    ("dora", False, 2, "bf16"),
+    ("dora_cache", False, 1, "fp32"),
+    ("dora_cache", True, 1, "bf16"),
 ]
-"""Method, whether its base is in NF4, and updates a step."""
+"""Method, whether its base is in NF4, passes over a batch, and dtype."""
 SMALL = 60
 """Tokens of a micro-batch, of which a batch then has several."""
 
@@ -54,13 +55,13 @@ def batch(seed: int) -> TrainBatch:
     return TrainBatch(made.micro_batches, 1.0, prompt_ids=(70, 71, 72))
 
 
-@pytest.mark.parametrize(("lora_type", "quantize_base", "ppo_epochs"), METHODS)
+@pytest.mark.parametrize(("lora_type", "quantize_base", "ppo_epochs", "dtype"), METHODS)
 def test_a_bad_step_leaves_everything_as_an_empty_batch_does(
-    folder: Path, tmp_path: Path, lora_type: str, quantize_base: bool, ppo_epochs: int
+    folder: Path, tmp_path: Path, lora_type: str, quantize_base: bool, ppo_epochs: int, dtype: str
 ) -> None:
     """Nor does anything of it remain in the gradients: the next step is the same, bit for bit."""
-    make = lambda: Learner(config(folder, lora_type, quantize_base=quantize_base, loss=NEVER, ppo_epochs=ppo_epochs))  # noqa: E731
-    learner, other = make(), make()
+    cfg = config(folder, lora_type, quantize_base=quantize_base, loss=NEVER, ppo_epochs=ppo_epochs, dtype=dtype)
+    learner, other = Learner(cfg), Learner(cfg)
     for each in (learner, other):
         each.step(batch(0))
     before, sent = state(learner, tmp_path), snapshot(learner.model, 1)
