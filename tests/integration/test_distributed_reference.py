@@ -1,4 +1,4 @@
-"""Two gloo ranks against one, with a KL reference that is no part of the policy any more."""
+"""Two gloo ranks against one: a KL reference that is no part of the policy any more, and dropout."""
 
 from __future__ import annotations
 
@@ -75,3 +75,16 @@ def test_two_ranks_have_one_ranks_reference(
     a, b = (learner.step(batches[0]).metrics for learner in again)
     compare_metrics(a, b)
     assert a["kl/mean"] > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora_cache", marks=pytest.mark.slow)])
+def test_two_ranks_drop_what_one_rank_drops(tmp_path: Path, on_ranks: RankProcesses, kind: str) -> None:
+    cfg = config(make_text_model(tmp_path / "model"), kind, optimizer=SMOOTH, loss=LOSS, ppo_epochs=2)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora_dropout=0.3))
+    batches = [batch_of(make_groups(3, seed=i), capacity=90, num_ranks=RANKS) for i in range(3)]
+    train_and_save(cfg, batches, tmp_path / "one")
+    on_ranks(train_and_save, dataclasses.replace(cfg, learner_ranks=RANKS), batches, tmp_path / "two")
+    one, two = (torch.load(tmp_path / n / "seen.pt") for n in ("one", "two"))
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        compare_metrics(a, b)
+    compare(one["snapshot"], two["snapshot"])

@@ -88,23 +88,24 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
     return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device))
 
 
-def make_vllm_engine(cfg: RunConfig, gpu_share: float = 1.0) -> Engine:
-    """`gpu_share`: the share of a GPU that the engine has to itself, 0 to 1."""
+def make_vllm_engine(cfg: RunConfig, gpu_share: float = 1.0, max_rank: int | None = None) -> Engine:
+    """`gpu_share`: the share of a GPU that the engine has to itself, 0 to 1. `max_rank`: see `largest_rank`; None for
+    `model.lora_rank`."""
     from actors.vllm_engine.engine import VLLMEngine
 
     resources = ExitStack()
-    config = engine_config(cfg, _rollout_base(cfg, resources), gpu_share)
+    config = engine_config(cfg, _rollout_base(cfg, resources), gpu_share, max_rank)
     return VLLMEngine(config, update=_weight_update(cfg), resources=resources)
 
 
-def engine_config(cfg: RunConfig, model_path: str, gpu_share: float) -> EngineConfig:
-    """`model_path`: the folder that vLLM loads. `gpu_share`: see `make_vllm_engine`."""
+def engine_config(cfg: RunConfig, model_path: str, gpu_share: float, max_rank: int | None = None) -> EngineConfig:
+    """`model_path`: the folder that vLLM loads. `gpu_share`, `max_rank`: see `make_vllm_engine`."""
     return EngineConfig(
         model_path=model_path,
         dtype=cfg.rollout.dtype or cfg.dtype,
         max_model_len=longest_sequence(cfg),
         max_num_seqs=max(_max_rows(cfg), _MIN_SEQS),
-        lora_rank=_max_rank(cfg),
+        lora_rank=max_rank or cfg.model.lora_rank,
         lora_targets=_target_leaves(cfg),
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
@@ -133,8 +134,12 @@ def longest_sequence(cfg: RunConfig) -> int | None:
     return longest if fits and not has_image_processor(model) else None
 
 
-def _max_rank(cfg: RunConfig) -> int:
-    """The largest rank of any adapter in the run. Raises ConfigError as `read_peft_config` does."""
+def largest_rank(cfg: RunConfig) -> int:
+    """The largest rank of any adapter in the run.
+
+    Reads the folder that the run starts from, which not every worker's machine has. Raises ConfigError as
+    `read_peft_config` does.
+    """
     start = cfg.model.adapter_path
     return max(cfg.model.lora_rank, read_peft_config(Path(start)).max_rank if start else 0)
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World, leave
-from tora.launch.engines import make_vllm_engine, shared_torch_engine, worker_arguments
+from tora.launch.engines import largest_rank, make_vllm_engine, shared_torch_engine, worker_arguments
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
@@ -35,7 +35,7 @@ class InProcess:
 
         vllm = self._cfg.rollout.engine == "vllm"
         make_engine = (
-            partial(make_vllm_engine, self._cfg, _GPU_SHARE)
+            partial(make_vllm_engine, self._cfg, _GPU_SHARE, largest_rank(self._cfg))
             if vllm
             else partial(shared_torch_engine, self._cfg, self._learner)
         )

@@ -36,6 +36,7 @@ def run(cfg: RunConfig) -> bool:
     cfg = with_engine(cfg)
     folder = output_folder(cfg.output_dir)
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
+    _check_inputs(cfg, folder)
     with (
         _held(cfg, folder) as claim,
         (on_ray if cfg.async_rl else in_process)(cfg) as site,
@@ -85,6 +86,15 @@ def _held(cfg: RunConfig, folder: Path) -> AbstractContextManager[RunFolder | No
     if World.from_environment().rank > 0:
         return nullcontext()
     return held(folder, resumes=cfg.resume_from_checkpoint)
+
+
+def _check_inputs(cfg: RunConfig, folder: Path) -> None:
+    """Raises ConfigError if a new run would rename, with its folder, a folder that it starts from."""
+    if cfg.resume_from_checkpoint:
+        return
+    for key, path in (("model.path", cfg.model.path), ("model.adapter_path", cfg.model.adapter_path)):
+        if path and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{key}={path} is in output_dir={folder}, which a new run renames; move either of them.")
 
 
 def _open(cfg: RunConfig, folder: RunFolder, state: RunState, *, resumes: bool) -> MetricLog:

@@ -9,7 +9,7 @@ from functools import partial
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
-from tora.launch.engines import make_torch_engine, make_vllm_engine, worker_arguments
+from tora.launch.engines import largest_rank, make_torch_engine, make_vllm_engine, worker_arguments
 from tora.launch.ray_cluster import gpus_per_device, ray_session, role_resources
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
@@ -50,7 +50,8 @@ class OnRay:
 
         vllm = self._cfg.rollout.engine == "vllm"
         # a whole GPU or none, without which the share has no effect, is 1
-        make = partial(make_vllm_engine, gpu_share=self._gpus or 1.0) if vllm else make_torch_engine
+        make_vllm = partial(make_vllm_engine, gpu_share=self._gpus or 1.0, max_rank=largest_rank(self._cfg))
+        make = make_vllm if vllm else make_torch_engine
         arguments = {"make_engine": partial(make, self._cfg), **worker_arguments(self._cfg, prompts)}
         options = {
             "num_cpus": self._cfg.rollout.tensor_parallel,
