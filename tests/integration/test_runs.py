@@ -109,7 +109,7 @@ def test_a_synchronous_torch_run_imports_neither_ray_nor_vllm(tmp_path: Path) ->
     assert not {"ray", "vllm"} & set(loaded)
 
 
-def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
+def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "run"
     words = [*SHORT, *HERE, "num_steps=500", "eval=null", f"output_dir={folder}"]
     child = subprocess.Popen([sys.executable, "-m", "tora", "run", "quickstart", *words], stdout=subprocess.DEVNULL)
@@ -121,7 +121,14 @@ def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
     assert child.wait(60) == 130
     done = int(sorted((folder / "checkpoints").iterdir())[-1].name.removeprefix("step_"))
     assert done == len(steps(read(folder)))
-    rows = train(folder, *HERE, "eval=null", "resume_from_checkpoint=true", f"num_steps={done + 1}")
+    rows = train(
+        folder, *HERE, "eval=null", "resume_from_checkpoint=true", f"num_steps={done + 1}", "optimizer.lr=1e-5"
+    )
+    (said,) = (text for text in caplog.messages if text.startswith("resuming with changed settings: "))
+    assert f" -> {done + 1}, " in said and said.endswith("optimizer.lr 0.0006 -> 1e-05"), said
+    assert 0 < steps(rows)[-1]["learner/lr"] <= 1e-5
+    with pytest.raises(ConfigError, match=r"num_steps=1 is less than the \d+ steps of checkpoint"):
+        train(folder, *HERE, "eval=null", "resume_from_checkpoint=true", "num_steps=1")
     assert [row["version"] for row in steps(rows)] == list(range(1, done + 2))
 
 

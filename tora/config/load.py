@@ -84,6 +84,11 @@ def missing_folders(cfg: RunConfig) -> list[str]:
     return [f"{key}={show(path)} is not a folder" for key, path in paths.items() if path and not Path(path).is_dir()]
 
 
+def read_tree(path: Path) -> dict[str, Any]:
+    """A config file as it stands, merged over the files that it extends but not checked. Raises ConfigError."""
+    return _read(path, ())
+
+
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(cfg)
 

@@ -1,7 +1,8 @@
 """The config of a run as dataclasses. Imports without torch, so that a wrong key is reported at once.
 
 The docstring under a field is its documentation: `docs/config.md` and `tora help KEY` are made from it. A `Component`
-is a mapping with `_component_`, the dotted path of a callable, and keyword arguments for that callable.
+is a mapping with `_component_`, the dotted path of a callable, and keyword arguments for that callable. `FIXED` and
+`FREE` say what a changed value does to a resumed run; a key without either is applied, and the change is said.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tora.config.bounds import Above, AtLeast, AtMost, Below
+from tora.config.marks import Resume
 
+FIXED, FIXED_COMPONENT, FREE = Resume.FIXED, Resume.FIXED_COMPONENT, Resume.FREE
 Component = dict[str, Any]
 ALL_LINEAR = "all-linear"
 """As `lora_targets`: every linear layer of the decoder."""
@@ -21,28 +24,28 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    path: str
+    path: Annotated[str, FIXED]
     """Folder of a Hugging Face model: config, safetensors weights and tokenizer. A relative path is looked up in the
     working directory first and then in `configs/`."""
-    lora_type: Literal["full", "lora", "dora", "dora_cache"] = "lora"
+    lora_type: Annotated[Literal["full", "lora", "dora", "dora_cache"], FIXED] = "lora"
     """What is trained. `full`: every weight of the decoder. `lora`, `dora`: an adapter of that kind. `dora_cache`: DoRA
     whose row norms are computed once per optimizer step instead of in every forward pass, which is faster."""
-    train_vision: Literal["none", "lora", "full"] = "none"
+    train_vision: Annotated[Literal["none", "lora", "full"], FIXED] = "none"
     """What is trained in the vision tower and its mergers. `none`: nothing. `lora`: adapters of `lora_type` on all
     their linear layers; `lora_type` must then be an adapter. `full`: all their weights; with `rollout.engine=vllm` this
     needs `lora_type=full`. Only for models that take images."""
-    lora_rank: Annotated[int, AtLeast(1)] = 8
+    lora_rank: Annotated[int, AtLeast(1), FIXED] = 8
     """Rank of the adapter. Ignored with `lora_type=full`."""
-    lora_alpha: Annotated[float, Above(0)] = 32.0
+    lora_alpha: Annotated[float, Above(0), FIXED] = 32.0
     """Scaling of the adapter: its low-rank update is multiplied by `lora_alpha / lora_rank`. Ignored with
     `lora_type=full`."""
-    use_rslora: bool = False
+    use_rslora: Annotated[bool, FIXED] = False
     """Rank-stabilized LoRA: scale by `lora_alpha / sqrt(lora_rank)` instead of `lora_alpha / lora_rank`."""
     lora_dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
     """Share of an adapter's inputs that each training pass leaves out, at random. Rollouts, evaluation, the KL
     reference and the log-probs that the clip is centered on see all of them. Dropout costs each step a pass for those
     log-probs. Ignored with `lora_type=full`."""
-    lora_targets: list[str] | str = field(
+    lora_targets: Annotated[list[str] | str, FIXED] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Linear layers of the decoder that get an adapter. A list: by the last parts of their names in the Hugging Face
@@ -53,7 +56,7 @@ class ModelConfig:
     """Folder of a PEFT adapter to start from, looked up as `path` is. Its type, rank, alpha and target layers must be
     those of this config; what its `rank_pattern` and `alpha_pattern` say of single layers holds too. null: a new
     adapter, which leaves the base's outputs unchanged."""
-    quantize_base: bool = False
+    quantize_base: Annotated[bool, FIXED] = False
     """Keep the frozen base in NF4, about 4.13 bits per weight: QLoRA, or QDoRA with `lora_type=dora` or `dora_cache`.
     Needs an adapter. See `rollout.base` for the weights that vLLM serves."""
 
@@ -64,26 +67,26 @@ class RolloutConfig:
     """What generates. `vllm`: vLLM. `torch`: the built-in engine; in a synchronous run it shares the learner's weights.
     `auto`: vLLM if it is installed, except that it picks torch for a synchronous run with `model.lora_type=full`, and
     for an adapter together with `model.train_vision=full`, which vLLM cannot serve."""
-    num_workers: Annotated[int, AtLeast(1)] = 1
+    num_workers: Annotated[int, AtLeast(1), FREE] = 1
     """Rollout workers at the start of the run. More than one needs `async_rl=true`."""
-    tensor_parallel: Annotated[int, AtLeast(1)] = 1
+    tensor_parallel: Annotated[int, AtLeast(1), FREE] = 1
     """GPUs (or CPUs) of one node that share one worker's weights. More than one needs `async_rl=true` and vLLM."""
-    max_workers: Annotated[int, AtLeast(1)] | None = None
+    max_workers: Annotated[int, AtLeast(1), FREE] | None = None
     """Rollout workers that an asynchronous run may grow to, at least `num_workers`. Workers beyond `num_workers` wait
     until the cluster has room for them; an autoscaler sees them as demand. null: no workers are added."""
-    concurrency: Annotated[int, AtLeast(1)] = 16
+    concurrency: Annotated[int, AtLeast(1), FREE] = 16
     """Maximum number of groups that a worker generates at once. In an asynchronous run a worker is given fewer while
     its KV cache is nearly full."""
-    group_timeout_s: Annotated[float, Above(0)] = 1800.0
+    group_timeout_s: Annotated[float, Above(0), FREE] = 1800.0
     """Seconds that a worker of an asynchronous run may take for one group or to load one snapshot. A slower worker is
     considered hung and is replaced. Must exceed the seconds that the rewards of a group may take: for each of them
     `1 + grpo_samples / reward_processes` times `reward_timeout_s`."""
-    heartbeat_s: Annotated[float, Above(0)] = 60.0
+    heartbeat_s: Annotated[float, Above(0), FREE] = 60.0
     """Seconds that a worker of an asynchronous run may take to answer a heartbeat. A slower worker is considered hung
     and is replaced."""
-    start_timeout_s: Annotated[float, Above(0)] = 1800.0
+    start_timeout_s: Annotated[float, Above(0), FREE] = 1800.0
     """Seconds that a worker of an asynchronous run may take to start, from the time the cluster has room for it."""
-    max_restarts: Annotated[int, AtLeast(0)] = 8
+    max_restarts: Annotated[int, AtLeast(0), FREE] = 8
     """Workers of an asynchronous run that may be lost in a row, with no group finished in between, before the run ends.
     0: the first loss ends it."""
     dtype: Literal["bf16", "fp32"] | None = None
@@ -105,19 +108,19 @@ class RolloutConfig:
     Each token keeps the version and log-prob it was sampled with; a rollout's staleness is that of its oldest token.
     Needs `async_rl=true`, `update=between_rollouts` and `max_staleness` of at least 1. null: rollouts are not
     interrupted."""
-    max_model_len: Annotated[int, AtLeast(1)] | None = None
+    max_model_len: Annotated[int, AtLeast(1), FREE] | None = None
     """Longest sequence in tokens, prompt and completion together, that vLLM accepts; it needs a KV cache of at least
     that size. At least `max_prompt_tokens + max_generated_tokens`. null: exactly that, or the model's own limit where
     that is lower or where the model takes images."""
     max_pixels: Annotated[int, AtLeast(1)] | None = None
     """Maximum number of pixels per image. Larger images are scaled down, identically in the engine and the learner.
     Only for models that take images. null: the limit of the model's image processor."""
-    gpu_memory_utilization: Annotated[float, Above(0), AtMost(1)] | None = None
+    gpu_memory_utilization: Annotated[float, Above(0), AtMost(1), FREE] | None = None
     """Fraction of the GPU's memory that vLLM may use for weights and KV cache. null: 0.9 where an engine has a GPU to
     itself, 0.45 where it shares one with the learner, and less with more engines on it. No effect on a CPU."""
-    kv_cache_gib: Annotated[float, Above(0)] = 0.25
+    kv_cache_gib: Annotated[float, Above(0), FREE] = 0.25
     """Size of vLLM's KV cache on a CPU, in GiB. No effect on a GPU."""
-    enforce_eager: bool = False
+    enforce_eager: Annotated[bool, FREE] = False
     """Generate without CUDA graphs: less memory and a faster start, but slower decoding. No effect on a CPU."""
     max_refills: Annotated[float, AtLeast(0)] = 3.0
     """How many groups without a training signal (all rewards equal, to within a millionth) a step may drop and replace,
@@ -168,40 +171,40 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    name: str
+    name: Annotated[str, FREE]
     """Name of the run, shown on the console and used in the default `output_dir`. Must not be empty."""
-    output_dir: str = "outputs/${name}"
+    output_dir: Annotated[str, FREE] = "outputs/${name}"
     """Folder for config, metrics, checkpoints, adapter and reward curve. A relative path starts at `TORA_OUTPUT_ROOT`
     if that is set, otherwise at the working directory, or at the home folder in a submitted Ray job. A folder left by
     an earlier run is renamed, not overwritten, unless the run resumes from it; one that holds anything else, or that
     another run is using, is an error."""
     seed: Annotated[int, AtLeast(0)] = 0
     """Seed of the adapter's initial weights, the order of prompts and the sampling of rollouts."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
     """Where to run. `auto`: on GPUs if there are any, otherwise on the CPU. With `cuda` a run on a cluster waits for
     GPU nodes that have not joined yet."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the base weights. Adapters and optimizer state are always float32."""
-    num_threads: Annotated[int, AtLeast(0)] = 0
+    num_threads: Annotated[int, AtLeast(0), FREE] = 0
     """CPU threads of each learner process. 0: PyTorch's default."""
 
-    learner_ranks: Annotated[int, AtLeast(1)] = 1
+    learner_ranks: Annotated[int, AtLeast(1), FREE] = 1
     """Learner processes, which share weights and work by FSDP2: under torchrun in a synchronous run, as Ray actors with
     `async_rl=true`. `--nproc_per_node` sets it too."""
-    fsdp_reshard_after_forward: bool = True
+    fsdp_reshard_after_forward: Annotated[bool, FREE] = True
     """With several ranks: free a layer's gathered weights after its forward pass and gather them again for the backward
     pass. false is faster and needs more memory."""
-    fsdp_cpu_offload: bool = False
+    fsdp_cpu_offload: Annotated[bool, FREE] = False
     """With several ranks: keep weights, gradients and optimizer state in CPU memory. Slower, for models that do not fit
     on the GPUs."""
 
-    compile: bool = False
+    compile: Annotated[bool, FREE] = False
     """Run torch.compile on the model's layers, in the learner and in the torch engine. The first steps take minutes
     longer."""
-    activation_checkpointing: ActivationCheckpointing = "none"
+    activation_checkpointing: Annotated[ActivationCheckpointing, FREE] = "none"
     """Which layers keep only their input for the backward pass and recompute the rest: `none`, all (`full`) or every
     other one (`selective`). Saves memory at the cost of a second forward pass through those layers."""
-    activation_offloading: bool = False
+    activation_offloading: Annotated[bool, FREE] = False
     """Keep the inputs of checkpointed layers in CPU memory until the backward pass. Needs a GPU and
     `activation_checkpointing`."""
 
@@ -211,10 +214,10 @@ class RunConfig:
     max_staleness: Annotated[int, AtLeast(0)] = 1
     """With `async_rl`: largest number of policy versions by which a rollout's oldest token may lag behind the learner
     when it is trained on. 0: generation and training alternate, as in a synchronous run."""
-    max_learner_restarts: Annotated[int, AtLeast(0)] = 3
+    max_learner_restarts: Annotated[int, AtLeast(0), FREE] = 3
     """With `async_rl`: how many times the learner is restarted from the newest checkpoint after a rank is lost, before
     the run ends."""
-    resume_from_checkpoint: bool = False
+    resume_from_checkpoint: Annotated[bool, FREE] = False
     """Continue from the newest checkpoint in `output_dir`. It is an error if there is none."""
 
     num_steps: Annotated[int, AtLeast(1)] = 100
@@ -244,10 +247,10 @@ class RunConfig:
     """Parts into which each step's batch is cut, with an optimizer update for each. All ratios are to the policy before
     the first update, so the loss's clip acts from the second on. Whole groups are dealt to them at random, reproducibly
     by `seed`. At most `batch_size`."""
-    micro_batch_tokens: Annotated[int, AtLeast(1)] = 8192
+    micro_batch_tokens: Annotated[int, AtLeast(1), FREE] = 8192
     """Tokens that are packed into one forward and backward pass, prompts included. It bounds the learner's memory and
     does not change the result. A sequence longer than this gets a pass to itself."""
-    share_prefix: bool = False
+    share_prefix: Annotated[bool, FREE] = False
     """Run a group's prompt through the learner once instead of once per completion. The result is the same. It saves
     more time the longer prompts are relative to completions."""
     advantage: Advantage = "grpo"
@@ -266,7 +269,7 @@ class RunConfig:
     `batch_size * grpo_samples * max_generated_tokens`, whatever was kept (by a mini-batch's share of it)."""
     clip_grad_norm: Annotated[float, Above(0)] | None = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
-    max_bad_steps: Annotated[int, AtLeast(0)] = 3
+    max_bad_steps: Annotated[int, AtLeast(0), FREE] = 3
     """The run ends after this many bad steps in a row. A step is bad if its loss or the norm of its gradient is not
     finite; it is left out, so that weights and optimizer state stay as they were, and no checkpoint is written until a
     good step follows. 0: bad steps never end the run."""
@@ -284,14 +287,14 @@ class RunConfig:
     (default 1), `name` (default: the function's name), and `timeout_score` (default 0), the score of a completion on
     which the function takes too long. A rollout's reward is the weighted sum; accuracy is the share of rollouts that
     score at least 1 in the first one."""
-    reward_timeout_s: Annotated[float, Above(0)] = 30.0
+    reward_timeout_s: Annotated[float, Above(0), FREE] = 30.0
     """Seconds that one reward function may take for a group. A slower call is stopped. If a call fails as a whole, each
     completion is tried again alone and may take as long, `reward_processes` at a time. One that fails again has a
     failed reward; one that takes too long again stays in its group and scores the `timeout_score` of that reward."""
-    reward_processes: Annotated[int, AtLeast(1)] = 4
+    reward_processes: Annotated[int, AtLeast(1), FREE] = 4
     """Maximum number of processes per rollout worker that run reward functions. Another one starts only when all are
     busy."""
-    max_failed_rewards: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
+    max_failed_rewards: Annotated[float, AtLeast(0), AtMost(1), FREE] = 0.5
     """The run ends if more than this fraction of the rollouts in the last `batch_size` groups has failed. A reward
     fails if its function raises, exceeds `reward_timeout_s`, or returns NaN, infinity or the wrong number of scores, if
     every function returns None, or if the weighted sum overflows; a rollout fails too if the engine's log-prob of one
@@ -308,7 +311,9 @@ class RunConfig:
     of the step, `actor`: the one that sampled); `importance_correction` between learner and actor (`token_tis`,
     `token_mask`, `sequence_tis`, `sequence_mask`, `none`) with its bounds `importance_low` and `importance_high`. The
     page on losses has the others."""
-    optimizer: Component = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-4})
+    optimizer: Annotated[Component, FIXED_COMPONENT] = field(
+        default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-4}
+    )
     """The optimizer: a callable that takes the list of trained parameters. `lr`, a number greater than 0, is
     required."""
     lr_scheduler: Component = field(
@@ -319,13 +324,13 @@ class RunConfig:
     k / W of the learning rate."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Generation of rollouts: engine, workers and weight updates."""
-    sync: SyncConfig = field(default_factory=SyncConfig)
+    sync: Annotated[SyncConfig, FREE] = field(default_factory=SyncConfig)
     """Checks that the engines serve the policy that the learner sent."""
-    eval: EvalConfig | None = None
+    eval: Annotated[EvalConfig, FREE] | None = None
     """Evaluation on held-out prompts. null: none."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: Annotated[CheckpointConfig, FREE] = field(default_factory=CheckpointConfig)
     """When checkpoints are written and how many are kept."""
-    metric_logger: list[Component] = field(default_factory=list)
+    metric_logger: Annotated[list[Component], FREE] = field(default_factory=list)
     """Metric loggers in addition to the console and `metrics.jsonl`, such as torchtune's
     `torchtune.training.metric_logging.WandBLogger` and `TensorBoardLogger`. A logger with a `log_dir` parameter writes
     to the run's folder unless the config says otherwise."""

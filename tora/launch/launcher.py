@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from tora.config.load import dump_yaml
+from tora.config.resuming import check_resumed
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
@@ -25,6 +27,9 @@ from tora.run.loop import Outcome
 from tora.run.recovery import train_and_export
 from tora.run.run import Run
 from tora.tasks.prompts import RunPrompts
+
+_CONFIG = "config.yaml"
+_log = logging.getLogger(__name__)
 
 
 def run(cfg: RunConfig) -> bool:
@@ -47,12 +52,20 @@ def run(cfg: RunConfig) -> bool:
         resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
         if cfg.resume_from_checkpoint and resume is None:
             raise ConfigError(f"resume_from_checkpoint=true, but {folder / 'checkpoints'} holds no checkpoint")
+        if resume is not None:
+            changed = check_resumed(folder / _CONFIG, cfg)
+            if changed and world.rank == 0:
+                _log.warning("resuming with changed settings: %s", ", ".join(map(str, changed)))
         prompts = RunPrompts(cfg)
         learner = site.learner()
         state = RunState()
         if resume is not None:
             learner.restore(resume)
             state = checkpoints.read(resume, prompts.at)
+            if state.step > cfg.num_steps:
+                raise ConfigError(
+                    f"num_steps={cfg.num_steps} is less than the {state.step} steps of checkpoint {resume}."
+                )
         log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
         world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
@@ -101,7 +114,7 @@ def _open(cfg: RunConfig, folder: RunFolder, state: RunState, *, resumes: bool) 
     """Write the config and open the log. Unless the run is resumed, an earlier run in the folder is renamed."""
     if not resumes:
         folder.start_over()
-    (folder.path / "config.yaml").write_text(dump_yaml(cfg))
+    (folder.path / _CONFIG).write_text(dump_yaml(cfg))
     return MetricLog(cfg, folder.path, first_step=state.step)
 
 
