@@ -116,6 +116,12 @@ def test_size(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= MAX_LINES
 
 
+def test_names_of_test_files_are_unique() -> None:
+    """pytest imports them as top-level modules, so two of one name stop the collection of all tests."""
+    names = [file.name for file in TESTS if file.name != "conftest.py"]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 @pytest.mark.parametrize("file", TESTS, ids=name_of)
 def test_no_test_patches_a_private_name(file: Path) -> None:
     found = private_patches(ast.parse(file.read_text()), PACKAGES)
