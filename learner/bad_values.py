@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from tora.distributed.process_group import gather_objects, sum_over_ranks
 from tora.distributed.sharding import local
@@ -59,9 +60,9 @@ def _prompts(groups: set[int], prompt_ids: Sequence[int]) -> str:
 @torch.no_grad()
 def check_weights(parameters: Iterable[torch.Tensor], version: int) -> None:
     """Raises TrainingError if a trained weight is not finite, on every rank alike. Collective."""
-    flags = torch.stack([local(parameter).isfinite().all() for parameter in parameters])
-    bad = int(sum_over_ranks((~flags).sum()))
-    if bad:
+    # the norm, since `isfinite` takes 40 times as long on a CPU
+    norm = get_total_norm([local(parameter) for parameter in parameters])
+    if not sum_over_ranks(norm).isfinite():
         raise TrainingError(
             f"the optimizer made weights that are not finite, from a loss and a gradient that are, in the step to "
             f"policy version {version}; the newest checkpoint is from before it. Lower optimizer.lr."
