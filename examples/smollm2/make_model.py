@@ -90,9 +90,7 @@ def main() -> None:
             sys.exit(str(error))
         print(f"converting {gguf.name}", flush=True)
         convert(gguf, Path(scratch, NAME))
-        os.rename(
-            Path(scratch, NAME), args.out
-        )  # renamed when complete, so that a partial folder is never taken for a model
+        os.rename(Path(scratch, NAME), args.out)  # only when complete: a partial folder is no model
     print(f"{args.out} made in {time.perf_counter() - start:.0f} s")
 
 

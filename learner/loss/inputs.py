@@ -23,8 +23,7 @@ class LossInputs:
     ref_logprobs_N: torch.Tensor | None
     """Of the reference policy; None if `kl_coeff` is 0."""
     entropy_N: torch.Tensor
-    """Of the distribution that each token was drawn from, under the policy being trained, in nats; carries a gradient
-    too."""
+    """Entropy of the policy being trained at each token's position, in nats; carries a gradient too."""
     advantages_N: torch.Tensor
     weights_N: torch.Tensor
     """Weight of each token in the loss, see `tora.batching.batch.token_weights`."""

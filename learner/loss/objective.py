@@ -35,8 +35,8 @@ class Terms:
     kl_in: KLPlace = "loss"
     """`reward`: β Σ_t KL_t is subtracted from a sequence's reward before its group's advantages are computed."""
     entropy_coeff: float = 0.0
-    """Coefficient of the entropy bonus: it times the mean entropy, in nats a token, is subtracted from the loss. The
-    mean is over tokens as `loss_normalization` weighs them, so the coefficient means the same with each."""
+    """Coefficient of the entropy bonus: the mean entropy, in nats a token, is subtracted from the loss. The mean is
+    weighted by `loss_normalization`, so the coefficient has the same meaning with each."""
     kl_weighted: bool = False
     """Multiply the KL of each token in the loss by π_learner / π_actor (its part π_proximal / π_actor as the importance
     correction bounds it), so that its gradient is that of the divergence from the learner's own samples (DeepSeek-AI
@@ -151,7 +151,7 @@ def _check(terms: Terms) -> None:
     if dual_clip is not None and not 1 < dual_clip < float("inf"):
         raise ConfigError(f"loss.dual_clip={dual_clip} must be a number greater than 1.")
     if terms.kl_weighted and terms.kl_in == "reward":
-        raise ConfigError("loss.kl_weighted=true weighs the KL in the loss, and kl_in is reward.")
+        raise ConfigError("loss.kl_weighted=true weighs the KL in the loss, but kl_in is reward.")
     kind = terms.importance_correction
     if kind not in terms.corrections:
         options = ", ".join(terms.corrections)

@@ -24,7 +24,7 @@ class SAPOLoss(Terms):
     tau_positive: float = 1.0
     """τ of tokens with a positive advantage; defaults are the paper's."""
     tau_negative: float = 1.05
-    """τ of the others, whose updates are less stable: the larger τ, the sooner they fade."""
+    """τ of the other tokens, whose updates are less stable: a larger τ makes them fade sooner."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

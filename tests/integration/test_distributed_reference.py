@@ -1,4 +1,4 @@
-"""Two gloo ranks against one: a KL reference that is no part of the policy any more, and dropout."""
+"""Two gloo ranks against one: a KL reference that is no longer part of the policy, and dropout."""
 
 from __future__ import annotations
 

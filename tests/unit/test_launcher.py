@@ -1,4 +1,4 @@
-"""What a launcher refuses before it starts anything."""
+"""Configs that a launcher rejects before it starts anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tora.launch.launcher import run
 
 @pytest.mark.parametrize("key", ["path", "adapter_path"])
 def test_a_run_does_not_rename_what_it_starts_from(tmp_path: Path, key: str) -> None:
-    """As in a second run into the folder whose adapter it starts from."""
+    """For example, a second run in the folder whose adapter it starts from."""
     folder = make_text_model(tmp_path / "model")
     cfg = config(folder, output_dir=str(tmp_path / "run"))
     inside = tmp_path / "run" / "adapter"

@@ -1,4 +1,4 @@
-"""A resume whose config differs from the run's: refused, said or silent, by the mark beside each key."""
+"""A resume whose config differs from the run's: refused, reported or silent, as each key is marked."""
 
 from __future__ import annotations
 

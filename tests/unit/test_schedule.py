@@ -1,4 +1,4 @@
-"""The learning rate of each step, by schedules as configs name them."""
+"""The learning rate of each step, for schedules as a config names them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3}
 
 
 def rates(name: str, num_steps: int, **arguments: Any) -> list[float]:
-    """Of each step, in units of the configured learning rate."""
+    """The learning rate of each step, in units of the configured one."""
     optimizer = build_optimizer(ADAMW, [torch.nn.Parameter(torch.ones(1))])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -63,7 +63,7 @@ def test_a_tied_flag_beside_another_head_is_refused(tmp_path: Path, kind: str, d
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_head_that_is_missing_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    """Transformers would make one of random numbers."""
+    """Transformers would initialise the head randomly."""
     make, theirs = MODELS[kind]
     folder = set_flag(make(tmp_path, tied=True), False)
     with pytest.raises(ConfigError, match=r"tie_word_embeddings=false, .* no lm_head.weight; set it to true"):

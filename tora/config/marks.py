@@ -10,10 +10,10 @@ class Resume(Enum):
     have the section's mark unless they have their own."""
 
     FIXED = "fixed"
-    """The run is refused: the key defines the policy, and a checkpoint of another one means nothing to it."""
+    """The run is refused: the key defines the policy, and a checkpoint of another policy cannot be used."""
     FIXED_COMPONENT = "fixed component"
     """The run is refused if `_component_` differs. Its arguments are `APPLIED`."""
     APPLIED = "applied"
-    """The change is said and takes effect. Keys without a mark have this one."""
+    """The change is reported and takes effect. Keys without a mark have this one."""
     FREE = "free"
     """The change takes effect and is not mentioned: it has no effect on what is learned."""

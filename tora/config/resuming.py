@@ -19,7 +19,7 @@ from tora.errors import ConfigError
 @dataclass(frozen=True, slots=True)
 class Change:
     key: str
-    """Dotted."""
+    """The dotted key."""
     before: Any
     now: Any
     mark: Resume
@@ -29,7 +29,7 @@ class Change:
 
 
 def check_resumed(config_yaml: Path, cfg: RunConfig) -> list[Change]:
-    """The changes that a run which resumes with `cfg` has to mention. `config_yaml`: as the run wrote it.
+    """The changes that a run resuming with `cfg` must report. `config_yaml`: as the run wrote it.
 
     A key that the file lacks is not compared, and none is if there is no file. Raises ConfigError for changes of what
     is fixed, or if the file cannot be read.
@@ -50,7 +50,7 @@ def changes(before: Mapping[str, Any], cfg: RunConfig) -> Iterator[Change]:
 
 
 def marks(schema: type = RunConfig, prefix: str = "", inherited: Resume = Resume.APPLIED) -> dict[str, Resume]:
-    """The mark of every key that is no section, by dotted key."""
+    """The mark of every key that is not a section, by dotted key."""
     found: dict[str, Resume] = {}
     for name, hint in get_type_hints(schema, include_extras=True).items():
         mark, section = _mark(hint, inherited), _section(hint)
@@ -77,7 +77,7 @@ def _changes(
 def _changes_of_component(
     before: Mapping[str, Any], now: Mapping[str, Any], key: str, mark: Resume
 ) -> Iterator[Change]:
-    """By argument; the whole component if it is another one."""
+    """Changes by argument, or of the whole component if `_component_` differs."""
     fixed, mark = mark is Resume.FIXED_COMPONENT, Resume.APPLIED if mark is Resume.FIXED_COMPONENT else mark
     name = "_component_"
     if before.get(name) != now.get(name):
@@ -100,7 +100,7 @@ def _listed(found: list[Change], side: str) -> str:
 
 
 def _mark(hint: Any, inherited: Resume) -> Resume:
-    """That of `Annotated[T, mark]`, on its own or in a union such as `Annotated[T, mark] | None`."""
+    """The mark in `Annotated[T, mark]`, on its own or in a union such as `Annotated[T, mark] | None`."""
     if get_origin(hint) is Annotated:
         return next((extra for extra in hint.__metadata__ if isinstance(extra, Resume)), inherited)
     return next((mark for part in get_args(hint) if (mark := _mark(part, inherited)) is not inherited), inherited)

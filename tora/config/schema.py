@@ -42,8 +42,8 @@ class ModelConfig:
     use_rslora: Annotated[bool, FIXED] = False
     """Rank-stabilized LoRA: scale by `lora_alpha / sqrt(lora_rank)` instead of `lora_alpha / lora_rank`."""
     lora_dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
-    """Share of an adapter's inputs that each training pass leaves out, at random. Rollouts, evaluation, the KL
-    reference and the log-probs that the clip is centered on see all of them. Dropout costs each step a pass for those
+    """Fraction of an adapter's inputs that each training pass drops at random. Rollouts, evaluation, the KL reference
+    and the log-probs that the clip is centered on use all of them. Dropout costs each step one more pass, for those
     log-probs. Ignored with `lora_type=full`."""
     lora_targets: Annotated[list[str] | str, FIXED] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -54,8 +54,8 @@ class ModelConfig:
     `lora_type=full`."""
     adapter_path: str | None = None
     """Folder of a PEFT adapter to start from, looked up as `path` is. Its type, rank, alpha and target layers must be
-    those of this config; what its `rank_pattern` and `alpha_pattern` say of single layers holds too. null: a new
-    adapter, which leaves the base's outputs unchanged."""
+    those of this config; its `rank_pattern` and `alpha_pattern` for single layers apply too. null: a new adapter, which
+    leaves the base's outputs unchanged."""
     quantize_base: Annotated[bool, FIXED] = False
     """Keep the frozen base in NF4, about 4.13 bits per weight: QLoRA, or QDoRA with `lora_type=dora` or `dora_cache`.
     Needs an adapter. See `rollout.base` for the weights that vLLM serves."""

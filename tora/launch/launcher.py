@@ -107,7 +107,7 @@ def _check_inputs(cfg: RunConfig, folder: Path) -> None:
         return
     for key, path in (("model.path", cfg.model.path), ("model.adapter_path", cfg.model.adapter_path)):
         if path and Path(path).resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"{key}={path} is in output_dir={folder}, which a new run renames; move either of them.")
+            raise ConfigError(f"{key}={path} is in output_dir={folder}, which a new run renames; move one of them.")
 
 
 def _open(cfg: RunConfig, folder: RunFolder, state: RunState, *, resumes: bool) -> MetricLog:
