@@ -54,7 +54,9 @@ class LocalRollouts:
             prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
             groups += [g for g in self._on_all_ranks(self._worker.run_groups, prompts) if self._filter.admit(g)]
         generated, drops = self._filter.drain()
-        return make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
+        batch = make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
+        batch.metrics["rollout/prompts_dropped"] = float(self._cursor.take_dropped())
+        return batch
 
     def publish(self, snapshot: PolicySnapshot) -> Metrics:
         start = time.perf_counter()

@@ -235,6 +235,7 @@ class AsyncRollouts:
         batch = make_batch(self._cfg, groups, generated, drops, step, now - self._last_batch)
         self._last_batch = now
         batch.metrics["rollout/ready"] = float(self._buffer.num_ready)
+        batch.metrics["rollout/prompts_dropped"] = float(self._cursor.take_dropped())
         batch.metrics["rollout/in_flight"] = float(self._buffer.num_in_flight)
         batch.metrics["rollout/workers"] = float(len(self._seats_up()))
         batch.metrics["rollout/workers_lost"] = float(self._losses)

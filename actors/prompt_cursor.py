@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from tora.errors import OverlongPrompt
 from tora.types import Group, Prompt, RolloutState
 
 
@@ -14,12 +15,25 @@ class PromptCursor:
         self._prompt_at = prompt_at
         self.position = state.cursor
         self._pending = list(state.pending)
+        self._dropped = 0
 
     def next(self) -> Prompt:
-        if self._pending:
-            return self._prompt_at(self._pending.pop(0))
+        """The next prompt that is not dropped. Raises what the stream raises."""
+        while True:
+            position = self._pending.pop(0) if self._pending else self._advance()
+            try:
+                return self._prompt_at(position)
+            except OverlongPrompt:
+                self._dropped += 1
+
+    def _advance(self) -> int:
         self.position += 1
-        return self._prompt_at(self.position - 1)
+        return self.position - 1
+
+    def take_dropped(self) -> int:
+        """Prompts dropped since the last call."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
 
     def state(self, in_flight: Iterable[int], finished: Sequence[tuple[int, Group]] = ()) -> RolloutState:
         return RolloutState(self.position, sorted([*self._pending, *in_flight]), list(finished))

@@ -13,6 +13,10 @@ class ConfigError(ToraError, ValueError):
     """The user's input is wrong: reported as one sentence, without a traceback, and with exit code 2."""
 
 
+class OverlongPrompt(ConfigError):
+    """A prompt is too long and is dropped; the next one takes its turn."""
+
+
 class SyncError(ToraError, RuntimeError):
     """An engine does not hold the snapshot that the learner sent."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -90,6 +91,17 @@ def test_resuming_without_a_checkpoint_is_an_error_and_writes_nothing(tmp_path: 
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         train(tmp_path / "run", *HERE, "resume_from_checkpoint=true")
     assert not (tmp_path / "run").exists()
+
+
+def test_overlong_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
+    prompts = ["1 + 2 =", "1 + " * 50, "3 + 4 =", "5 + 1 ="]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": prompt, "answer": "3"}) + "\n" for prompt in prompts))
+    dataset = f"dataset={{_component_: tora.tasks.dataset.file_dataset, path: {data}}}"
+    rows = steps(train(tmp_path / "run", *HERE, dataset, "max_prompt_tokens=40", "eval=null", "rollout.max_refills=0"))
+    read = [i for row in rows for i in row["prompt_ids"]]
+    assert len(read) == 12
+    assert sum(row["rollout/prompts_dropped"] for row in rows) == max(read) + 1 - len(read) > 0
 
 
 def test_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:

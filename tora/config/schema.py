@@ -19,6 +19,7 @@ ALL_LINEAR = "all-linear"
 """As `lora_targets`: every linear layer of the decoder."""
 LossNormalization = Literal["token", "sequence", "constant"]
 Advantage = Literal["grpo", "rloo", "reinforce++"]
+OverlongPrompts = Literal["drop", "error", "truncate_left"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
 
@@ -227,7 +228,12 @@ class RunConfig:
     grpo_samples: Annotated[int, AtLeast(2)] = 8
     """Rollouts per prompt: the group whose rewards are compared with one another."""
     max_prompt_tokens: Annotated[int, AtLeast(1)] = 1024
-    """Longest prompt in tokens, chat template and image tokens included. A longer prompt ends the run with an error."""
+    """Longest prompt in tokens, chat template and image tokens included. A model that takes fewer tokens than this and
+    `max_generated_tokens` together sets a lower limit."""
+    overlong_prompts: OverlongPrompts = "drop"
+    """What happens to a longer prompt, in training and evaluation. `drop`: it is left out, and another takes its turn.
+    `error`: the run ends. `truncate_left`: it loses its first tokens, which may be those of the system prompt; prompts
+    with images are dropped. The first one is named, and `rollout/prompts_dropped` counts those dropped in training."""
     max_generated_tokens: Annotated[int, AtLeast(1)] = 512
     """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut off."""
     temperature: Annotated[float, Above(0)] = 1.0

@@ -69,7 +69,7 @@ def run(cfg: RunConfig) -> bool:
         log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
         world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
-        probes = [prompts.at(i) for i in range(NUM_PROBES)]
+        probes = prompts.first(NUM_PROBES)
         assembled = Run(
             cfg=cfg,
             folder=folder,

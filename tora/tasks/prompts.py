@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from tora.config.components import instantiate
-from tora.config.schema import Component, EvalConfig, RunConfig
-from tora.errors import ConfigError
+from tora.config.schema import Component, EvalConfig, OverlongPrompts, RunConfig
+from tora.errors import ConfigError, OverlongPrompt
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.tasks.dataset import Dataset, missing_column
 from tora.tasks.encode import as_messages, encode_prompt
 from tora.tasks.image_rows import take_images
+from tora.tasks.overlong import OverlongRows, prompt_limit
 from tora.tasks.tokenizer import load_tokenizer, stop_token_ids
 from tora.types import Prompt, Sampling
 
@@ -36,8 +39,12 @@ class PromptStream:
         max_prompt_tokens: int,
         seed: int = 0,
         image_processor: ImageProcessor | None = None,
+        *,
+        overlong: OverlongPrompts = "error",
+        limited_by: str | None = None,
     ) -> None:
         """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None for a model that takes no images.
+        `limited_by`: what sets `max_prompt_tokens`, as a clause; None for the config's key of that name.
 
         Raises ConfigError if there are no rows.
         """
@@ -45,7 +52,7 @@ class PromptStream:
             raise ConfigError("the dataset has no rows")
         self._rows = rows
         self._tokenizer = tokenizer
-        self._max_prompt_tokens = max_prompt_tokens
+        self._overlong = OverlongRows(overlong, max_prompt_tokens, len(rows), limited_by)
         self._image_processor = image_processor
         # Two epochs, since a step may straddle their boundary.
         self._permutation = lru_cache(maxsize=2)(
@@ -55,20 +62,20 @@ class PromptStream:
     def prompt(self, position: int) -> Prompt:
         """The prompt at a position, whose id is the position.
 
-        Raises ConfigError if the row has no usable prompt or a prompt of more than `max_prompt_tokens` tokens.
+        Raises OverlongPrompt if the prompt is too long and dropped, and ConfigError if the row has no usable prompt.
         """
         epoch, place = divmod(position, len(self._rows))
         return self._make(position, int(self._permutation(epoch)[place]))
 
     def sequential(self, num_prompts: int) -> list[Prompt]:
-        """The first rows in order, for evaluation; fewer if the dataset is smaller.
+        """The first rows in order, for evaluation, without dropped ones; fewer if the dataset is smaller.
 
         Their ids start at 2**32, above those of the training prompts. Raises ConfigError as `prompt` does.
         """
-        count = min(num_prompts, len(self._rows))
-        return [self._make(_FIRST_HELD_OUT_ID + index, index) for index in range(count)]
+        return _usable(lambda index: self._make(_FIRST_HELD_OUT_ID + index, index), num_prompts, len(self._rows))
 
     def _make(self, prompt_id: int, index: int) -> Prompt:
+        self._overlong.check(index)
         columns = dict(self._rows[index])
         if "prompt" not in columns:
             raise ConfigError(missing_column(f"dataset row {index}", "prompt", "prompt", list(columns)))
@@ -79,11 +86,7 @@ class PromptStream:
             raise ConfigError(f"dataset row {index}: {error}") from error
         if not token_ids:
             raise ConfigError(f"dataset row {index} has an empty prompt")
-        if len(token_ids) > self._max_prompt_tokens:
-            raise ConfigError(
-                f"dataset row {index} has a prompt of {len(token_ids)} tokens, more than "
-                f"max_prompt_tokens={self._max_prompt_tokens}"
-            )
+        token_ids = self._overlong.fit(index, token_ids, has_images=bool(images))
         return Prompt(id=prompt_id, token_ids=token_ids, source=source, columns=columns, images=images)
 
     def _encode(self, source: str | list[dict[str, Any]], images: tuple[bytes, ...]) -> tuple[int, ...]:
@@ -105,11 +108,14 @@ class RunPrompts:
         self.image_token = None if images is None else images.image_token_id
         """Id of the token that holds an image's place in a prompt; None for a model that takes no images."""
 
+        limit, limited_by = prompt_limit(cfg)
+
         def stream_of(dataset: Component) -> PromptStream:
-            return PromptStream(instantiate(dataset), self.tokenizer, cfg.max_prompt_tokens, cfg.seed, images)
+            rows, overlong = instantiate(dataset), cfg.overlong_prompts
+            return PromptStream(rows, self.tokenizer, limit, cfg.seed, images, overlong=overlong, limited_by=limited_by)
 
         self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt
-        """The training prompt at a position."""
+        """The training prompt at a position. Raises OverlongPrompt for one that is dropped."""
         self.held_out: list[Prompt] = []
         """Prompts for evaluation; empty if there is none."""
         if cfg.eval is not None:
@@ -117,6 +123,21 @@ class RunPrompts:
         stop = stop_token_ids(model, self.tokenizer)
         self.sampling = _sampling(cfg, cfg.max_generated_tokens, stop)
         self.eval_sampling = _sampling(cfg.eval or cfg, cfg.max_generated_tokens, stop)
+
+    def first(self, count: int) -> list[Prompt]:
+        """The first training prompts that are not dropped. Raises ConfigError as `at` does."""
+        return _usable(self.at, count)
+
+
+def _usable(prompt_at: Callable[[int], Prompt], count: int, end: int | None = None) -> list[Prompt]:
+    """The first `count` prompts that are not dropped, before position `end`."""
+    found: list[Prompt] = []
+    for position in itertools.count() if end is None else range(end):
+        if len(found) == count:
+            break
+        with suppress(OverlongPrompt):
+            found.append(prompt_at(position))
+    return found
 
 
 def _sampling(cfg: RunConfig | EvalConfig, max_tokens: int, stop: tuple[int, ...]) -> Sampling:
