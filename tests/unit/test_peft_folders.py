@@ -287,3 +287,12 @@ def test_the_largest_rank_counts_patterns(tmp_path: Path, base: Path) -> None:
     model = load_decoder(base, dtype=torch.float32, device=torch.device("cpu"))
     shapes = adapter_shapes(model, cfg, read_peft_config(folder))
     assert {shape.rank for shape in shapes.values()} == {2, 4, 7}
+
+
+@pytest.mark.parametrize("alpha", [1 / 3, 10.0, 1e-7])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_config_without_patterns_is_written_without_them(base: Path, alpha: float, use_rslora: bool) -> None:
+    """Although alpha is computed from a scaling that was rounded."""
+    cfg = dataclasses.replace(model_config(base, "lora", use_rslora=use_rslora), lora_alpha=alpha, lora_rank=7)
+    written = peft_config(build(cfg), cfg)
+    assert written["rank_pattern"] == written["alpha_pattern"] == {} and written["lora_alpha"] == alpha

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ def peft_config(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
     layers = adapter_layers(model)
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: alpha_of(layer.rank, layer.scaling, cfg.use_rslora) for name, layer in layers.items()}
+    others = {name: alpha for name, alpha in alphas.items() if not math.isclose(alpha, cfg.lora_alpha)}
     tower = _TOWER_LINEARS if cfg.train_vision == "lora" else ()
     return {
         "peft_type": "LORA",
@@ -54,7 +56,7 @@ def peft_config(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
         "r": cfg.lora_rank,
         "lora_alpha": cfg.lora_alpha,
         "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != cfg.lora_rank},
-        "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != cfg.lora_alpha},
+        "alpha_pattern": {re.escape(name): alpha for name, alpha in others.items()},
         "use_rslora": cfg.use_rslora,
         "use_dora": cfg.lora_type != "lora",
         "target_modules": list(layers) if isinstance(cfg.lora_targets, str) else [*cfg.lora_targets, *tower],
