@@ -93,6 +93,7 @@ def test_extends_merges_in_order_and_prefers_files_beside_the_config(tmp_path: P
         ("dapo", "DAPOLoss", "token", True),
         ("gspo", "GSPOLoss", "sequence", True),
         ("cispo", "CISPOLoss", "token", True),
+        ("sapo", "SAPOLoss", "sequence", True),
     ],
 )
 def test_a_loss_overlay_sets_what_its_loss_requires(
@@ -109,6 +110,25 @@ def test_a_loss_overlay_sets_what_its_loss_requires(
         assert (cfg.rewards[1]["max_tokens"], cfg.rewards[1]["buffer"]) == (1000, 128)
     other = {"constant": "token", "token": "sequence", "sequence": "constant"}[normalization]
     assert f'loss_normalization="{other}" must be "{normalization}"' in refusal(path, f"loss_normalization={other}")
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        ("dppo", ("DPPOLoss", "grpo", True, "token")),
+        ("rloo", ("GRPOLoss", "rloo", False, "constant")),
+        ("reinforce_pp", ("GRPOLoss", "reinforce++", True, "token")),
+    ],
+)
+def test_overlays_of_objectives_that_require_no_normalization(
+    tmp_path: Path, overlay: str, expected: tuple[str | bool, ...]
+) -> None:
+    text = f"extends: [base/grpo.yaml, base/lora.yaml, base/{overlay}.yaml]\nname: mine\nmodel: {{path: here}}\n"
+    cfg = load_config(write(tmp_path / "mine.yaml", text))
+    loss = instantiate(cfg.loss)
+    assert (type(loss).__name__, cfg.advantage, cfg.normalize_advantages, cfg.loss_normalization) == expected
+    if overlay == "dppo":
+        assert (loss.proximal, loss.importance_correction, loss.clip_high) == ("actor", "none", 0.15)
 
 
 def test_losses_are_found_by_either_path() -> None:

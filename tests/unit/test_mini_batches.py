@@ -144,3 +144,15 @@ def test_a_reward_penalty_covers_all_mini_batches(folder: Path) -> None:
         halves.append(Learner(config(folder, loss=loss, optimizer=frozen)).step(half).metrics)
     for name in ("loss/total", "kl/mean", "learner/grad_norm", "policy/entropy"):
         assert found[name] == pytest.approx(np.mean([half[name] for half in halves]), rel=1e-6)
+
+
+def test_a_bad_value_in_the_second_mini_batch_leaves_the_first_update_made(folder: Path) -> None:
+    batch = make_batch(make_groups(4), num_mini_batches=2)
+    first, second = batch.micro_batches
+    cut = TrainBatch((first, dataclasses.replace(second, advantages_N=second.advantages_N * np.nan)), 1.0)
+    learner, half = (Learner(config(folder)) for _ in range(2))
+    result = learner.step(cut)
+    half.step(TrainBatch((first,), 1.0))
+    assert "in update 2 of 2" in result.bad and result.version == 1
+    assert (result.metrics["learner/updates"], result.metrics["learner/bad_step"]) == (1, 1)
+    compare(weights(learner), weights(half), atol=0)
