@@ -22,7 +22,6 @@ pytest.importorskip("vllm")
 
 from learner.learner import Learner
 from tora.adapters.inject import refresh, trained_parameters
-from tora.adapters.peft_format import peft_tensors, save_peft
 from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
 from tora.config.load import load_config
@@ -116,7 +115,7 @@ def test_every_system_agrees(
     learner = Learner(cfg)
     learner.version = 1 + ("lora", "dora").index(lora_type)
     shake(learner)
-    save_peft(peft_tensors(learner.model), cfg.model, tmp_path / "adapter")
+    learner.export(tmp_path / "adapter")
     exact, rounded = (HuggingFace(smollm2, tmp_path / "adapter", d) for d in (torch.float32, torch.bfloat16))
     served.install(learner.snapshot())
     for name, engine in (("vLLM", served), ("torch engine", engine_of(learner))):
