@@ -39,7 +39,8 @@ def group_advantages(rewards_G: Sequence[float] | np.ndarray, normalize: bool) -
     rewards = np.asarray(rewards_G, dtype=np.float64)
     if _level(rewards):
         return np.zeros_like(rewards)
-    centred = rewards - rewards.mean()
+    with np.errstate(invalid="ignore"):  # what is not finite is reported as a bad step
+        centred = rewards - rewards.mean()
     return centred / rewards.std(ddof=1) if normalize else centred
 
 
