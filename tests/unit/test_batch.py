@@ -170,3 +170,13 @@ def test_an_image_is_in_a_micro_batch_once_however_many_sequences_show_it(share_
     assert sorted(x.images) == [b"cat", b"dog"]
     in_order = [groups[i].prompt for i in (dict.fromkeys(x.groups_B) if share_prefix else x.groups_B)]
     assert [x.images[i] for i in x.image_I] == [image for prompt in in_order for image in prompt.images]
+
+
+@pytest.mark.parametrize(("prompt", "completion", "shared"), [(64, 32, True), (32, 64, True), (8, 64, False)])
+def test_prompts_are_shared_where_that_saves_a_fifth_of_the_tokens(prompt: int, completion: int, shared: bool) -> None:
+    groups = [make_group(make_prompt(i, length=prompt), [0.0, 1.0] * 4, length=completion) for i in range(2)]
+    settings = {"normalize_advantages": True, "normalization": "token", "max_generated_tokens": 100}
+    micro = micro_batches(groups, capacity=10_000, share_prefix=None, **settings)
+    explicit = micro_batches(groups, capacity=10_000, share_prefix=shared, **settings)
+    assert [len(m.tokens_T) for m in micro] == [len(m.tokens_T) for m in explicit]
+    assert (len(micro[0].prompt_lengths_P) > 0) == shared

@@ -60,6 +60,18 @@ def pack(
     )
 
 
+_LEAST_SAVED = 0.2
+"""Share of tokens. Attention over a shared prompt needs a mask and cannot skip what causality hides, so it is slower a
+token: on a CPU saving 0.1 of the tokens took 0.96 to 1.04 of the speed, and saving 0.2 brought 1.03 to 1.09."""
+
+
+def _saves_enough(groups_P: Sequence[Group]) -> bool:
+    """Whether one copy of each prompt for its group saves enough tokens."""
+    repeated = sum(len(g.prompt.token_ids) * (len(g.rollouts) - 1) for g in groups_P)
+    total = sum(len(g.prompt.token_ids) + len(r.token_ids) for g in groups_P for r in g.rollouts)
+    return repeated > _LEAST_SAVED * total
+
+
 def micro_batches(
     groups_P: Sequence[Group],
     *,
@@ -68,7 +80,7 @@ def micro_batches(
     max_generated_tokens: int,
     capacity: int,
     num_ranks: int = 1,
-    share_prefix: bool = False,
+    share_prefix: bool | None = False,
     advantage: Advantage = "grpo",
     asked: int | None = None,
     regularizer: Regularizer = "none",
@@ -80,7 +92,8 @@ def micro_batches(
 
     The number of micro-batches of a mini-batch is a multiple of `num_ranks` if there are enough sequences; 0 if no
     group is trained.
-    `share_prefix`: include a group's prompt once per micro-batch instead of once per rollout.
+    `share_prefix`: include a group's prompt once per micro-batch instead of once per rollout; None: if that saves
+    enough.
     `asked`: rollouts that the config asks for in a step; see `token_weights`.
     `regularizer`: without one, groups whose rewards do not `differ` are left out; with one they stay, with advantages
     of 0.
@@ -88,7 +101,8 @@ def micro_batches(
     out, or stay with a weight of 0 if the advantages are still to be penalized.
     `num_mini_batches`, `seed`: see `mini_batches`. A mini-batch's token weights are those of its sequences alone.
     """
-    packing: Packing = SharedPrompts() if share_prefix else OwnPrompts()
+    shared = _saves_enough(groups_P) if share_prefix is None else share_prefix
+    packing: Packing = SharedPrompts() if shared else OwnPrompts()
     rollouts = [(number, rollout) for number, group in enumerate(groups_P) for rollout in group.rollouts]
     rewards_B = np.array([rollout.reward for _, rollout in rollouts], dtype=np.float64)
     groups_B = np.array([number for number, _ in rollouts], dtype=np.int64)

@@ -118,6 +118,13 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float, max_rank: i
     )
 
 
+def with_packing(cfg: RunConfig, *, on_gpu: bool) -> RunConfig:
+    """`share_prefix: null` stays where batches decide it; it becomes false on a GPU and for compiled layers, of which
+    each way of packing would need its own."""
+    fixed = cfg.share_prefix is None and (on_gpu or cfg.compile)
+    return replace(cfg, share_prefix=False) if fixed else cfg
+
+
 def longest_sequence(cfg: RunConfig) -> int | None:
     """Tokens that vLLM must have room for; None for the model's own limit.
 

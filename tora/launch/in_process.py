@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 
 from tora.config.schema import RunConfig
+from tora.distributed.device import device_for
 from tora.distributed.process_group import World, leave
-from tora.launch.engines import largest_rank, make_vllm_engine, shared_torch_engine, worker_arguments
+from tora.launch.engines import largest_rank, make_vllm_engine, shared_torch_engine, with_packing, worker_arguments
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
@@ -21,7 +22,9 @@ class InProcess:
     """Learner and rollouts of this process. Call `learner` before `rollouts`: the torch engine shares its model."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self._cfg, self.world = cfg, World.from_environment()
+        self.world = World.from_environment()
+        on_gpu = device_for(cfg.device, self.world.local_rank).type == "cuda"
+        self._cfg = with_packing(cfg, on_gpu=on_gpu)
 
     def learner(self) -> Learner:
         from learner.learner import Learner as Rank

@@ -9,7 +9,7 @@ from functools import partial
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
-from tora.launch.engines import largest_rank, make_torch_engine, make_vllm_engine, worker_arguments
+from tora.launch.engines import largest_rank, make_torch_engine, make_vllm_engine, with_packing, worker_arguments
 from tora.launch.ray_cluster import gpus_per_device, ray_session, role_resources
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
@@ -22,6 +22,7 @@ class OnRay:
     def __init__(self, cfg: RunConfig) -> None:
         self._cfg, self.world = cfg, World()
         self._gpus = gpus_per_device(_num_devices(cfg), cfg.device)
+        self._cfg = with_packing(cfg, on_gpu=self._gpus > 0)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
             raise ConfigError(
                 f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs: with rollout.num_workers="
