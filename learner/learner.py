@@ -6,7 +6,7 @@ Shape letters: N response tokens, T packed tokens, H hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -248,18 +248,23 @@ class Learner:
         return pack(self.version, {}) if self._shares_model else snapshot(self.model, self.version, self._compute)
 
     def save(self, folder: Path) -> None:
-        """Write the training state into an existing folder; rank 0 writes."""
-        save_training_state(
-            folder,
-            version=self.version,
-            parameters=self._parameters,
-            optimizer=self._optimizer,
-            schedule=self._schedule,
-            settings=OptimizerSettings.from_config(self.cfg),
-            is_writer=self.world.rank == 0,
-        )
-        if self._reference is not None:
-            self._reference.save(folder, is_writer=self.world.rank == 0)
+        """Write the training state into an existing folder; rank 0 writes.
+
+        Raises OSError or SafetensorError on rank 0 if a file cannot be written.
+        """
+        with ExitStack() as after:
+            if self._reference is not None:
+                # also after a failed write, because the other ranks gather the reference's tensors too
+                after.callback(self._reference.save, folder, is_writer=self.world.rank == 0)
+            save_training_state(
+                folder,
+                version=self.version,
+                parameters=self._parameters,
+                optimizer=self._optimizer,
+                schedule=self._schedule,
+                settings=OptimizerSettings.from_config(self.cfg),
+                is_writer=self.world.rank == 0,
+            )
 
     def restore(self, folder: Path) -> None:
         """Continue from what `save` wrote, on any number of ranks; before the first step only.

@@ -3,126 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from fakes import make_group, make_prompt, make_snapshot
+from fake_runs import MICRO_BATCHES, FakeLearner, Warnings, make_run, names
+from fakes import make_prompt
 
-from tora.batching.batch import micro_batches
-from tora.config.schema import CheckpointConfig, ModelConfig, RunConfig, SyncConfig
+from tora.config.schema import CheckpointConfig
 from tora.errors import LearnerLost, TrainingError
-from tora.reporting.metrics import NoLog
 from tora.run.bad_steps import BadSteps
-from tora.run.canary import Canary
-from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.loop import train
 from tora.run.recovery import train_and_export
-from tora.run.run import Run
 from tora.types import (
-    EvalResult,
-    LogprobRequest,
-    Metrics,
-    MicroBatch,
-    RolloutState,
-    SnapshotRef,
     StepResult,
     TrainBatch,
 )
-
-SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token", "max_generated_tokens": 9}
-MICRO_BATCHES = micro_batches([make_group(make_prompt(0), [0.0, 1.0])], capacity=99, **SETTINGS)
-
-
-class FakeLearner:
-    """Counts versions; is lost in step `dies_in`; leaves the steps `bad` out."""
-
-    def __init__(self, dies_in: int | None = None, bad: Sequence[int] = ()) -> None:
-        self.version, self._dies_in, self._bad = 0, dies_in, bad
-        self.saved: list[int] = []
-
-    def step(self, batch: TrainBatch) -> StepResult:
-        if self.version == self._dies_in:
-            raise LearnerLost("the learner is lost")
-        self.version += 1
-        return StepResult(self.version, {}, "loss is nan" if self.version - 1 in self._bad else "")
-
-    def snapshot(self) -> SnapshotRef:
-        return make_snapshot(self.version)
-
-    def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
-        raise AssertionError("the canary is off")
-
-    def save(self, folder: Path) -> None:
-        (folder / "version").write_text(str(self.version))
-        self.saved.append(self.version)
-
-    def restore(self, folder: Path) -> None:
-        self.version = int((folder / "version").read_text())
-
-    def export(self, folder: Path) -> None:
-        folder.write_text(str(self.version))
-
-
-class FakeRollouts:
-    """One prompt per step. Records what the loop asks of it."""
-
-    def __init__(self) -> None:
-        self.cursor, self.events = 0, list[str]()
-
-    def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch | None:
-        if stop_requested():
-            return None
-        self.cursor += 1
-        return TrainBatch(MICRO_BATCHES, 1.0, prompt_ids=(self.cursor,))
-
-    def publish(self, snapshot: Any) -> Metrics:
-        self.events.append(f"publish {snapshot.version}")
-        return {"sync/bytes": 8.0}
-
-    def evaluate(self) -> EvalResult:
-        raise AssertionError("the config has no eval")
-
-    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        raise AssertionError("the canary is off")
-
-    def state(self) -> RolloutState:
-        return RolloutState(self.cursor)
-
-    def rewind(self, state: RolloutState, version: int) -> None:
-        self.cursor = state.cursor
-        self.events.append(f"rewind {version}")
-
-    def close(self) -> None: ...
-
-
-def make_run(folder: Path, learners: list[FakeLearner], **changes: Any) -> Run:
-    """A run of 5 steps with a checkpoint after every second; `learners` are used in turn."""
-    cfg = RunConfig(
-        name="test",
-        num_steps=5,
-        model=ModelConfig(path=""),
-        dataset={},
-        rewards=[],
-        checkpoint=CheckpointConfig(every=2),
-        sync=SyncConfig(canary_every=0),
-        max_learner_restarts=len(learners) - 1,
-    )
-    values: dict[str, Any] = {"state": RunState(), "stop_requested": lambda: False, **changes}
-    return Run(
-        cfg=cfg,
-        folder=folder,
-        learner=learners.pop(0),
-        make_learner=lambda: learners.pop(0),
-        rollouts=FakeRollouts(),
-        canary=Canary.from_config(cfg, [make_prompt(0)]),
-        log=NoLog(),
-        checkpoints=Checkpoints(folder / "checkpoints", keep=2),
-        prompt_at=make_prompt,
-        **values,
-    )
 
 
 def test_a_run_trains_publishes_saves_and_exports(tmp_path: Path) -> None:
@@ -154,7 +49,7 @@ def test_without_a_checkpoint_a_lost_learner_starts_the_run_again(tmp_path: Path
 
 @pytest.mark.parametrize(("dies_in", "words"), [(3, "continues from step 2"), (1, "there is no checkpoint")])
 def test_too_many_losses_end_the_run(tmp_path: Path, dies_in: int, words: str) -> None:
-    run = make_run(tmp_path, [FakeLearner(dies_in)])
+    run = make_run(tmp_path, [FakeLearner(dies_in=dies_in)])
     with pytest.raises(LearnerLost, match=f"max_learner_restarts=0 is used up; .*{words}"):
         train_and_export(run)
     assert run.state.step == (2 if dies_in == 3 else 0) and not (tmp_path / "adapter").exists()
@@ -176,18 +71,6 @@ def test_a_stop_saves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
     seconds = state.seconds
     outcome = train(resumed)
     assert resumed.state.step == 5 and outcome.seconds > seconds > 0
-
-
-class Warnings(NoLog):
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def warning(self, sentence: str) -> None:
-        self.sentences.append(sentence)
-
-
-def names(folder: Path) -> list[str]:
-    return [f.name for f in sorted((folder / "checkpoints").iterdir())]
 
 
 def test_too_many_bad_steps_end_the_run_and_keep_the_last_good_checkpoints(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def simulate(scenario: Scenario, max_staleness: int) -> Measured:
                 rollouts=rollouts,
                 canary=Canary.from_config(cfg, [_prompt(0)]),
                 log=NoLog(),
+                is_alone=True,
                 checkpoints=Checkpoints(Path(scratch), keep=1),
                 state=state,
                 prompt_at=_prompt,

@@ -49,9 +49,7 @@ def run(cfg: RunConfig) -> bool:
     ):
         world = site.world
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=world.rank == 0)
-        resume = checkpoints.newest() if cfg.resume_from_checkpoint else None
-        if cfg.resume_from_checkpoint and resume is None:
-            raise ConfigError(f"resume_from_checkpoint=true, but {folder / 'checkpoints'} holds no checkpoint")
+        resume = checkpoints.to_resume() if cfg.resume_from_checkpoint else None
         if resume is not None:
             changed = check_resumed(folder / _CONFIG, cfg)
             if changed and world.rank == 0:
@@ -81,6 +79,7 @@ def run(cfg: RunConfig) -> bool:
             checkpoints=checkpoints,
             state=state,
             prompt_at=prompts.at,
+            is_alone=world.size == 1,
             stop_requested=lambda: world.any(stop_requested()),
         )
         try:

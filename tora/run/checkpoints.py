@@ -1,18 +1,23 @@
-"""Checkpoints of a run. Each is written under a temporary name and renamed, so a folder is complete or absent."""
+"""Checkpoints of a run. Each is written under a temporary name, sealed and renamed, so a folder is complete or absent,
+and one that was damaged later is noticed."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tora.errors import ConfigError
 from tora.protocols import Learner
 from tora.run.group_files import load_groups, save_groups
+from tora.run.manifest import damage, seal, sync_folder
 from tora.types import Prompt, RolloutState
 
 _STATE = "run_state.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -36,19 +41,62 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, *, is_writer: bool = True) -> None:
         """`is_writer`: this rank writes. Every rank must call `save`, which is collective for the learners."""
         self._folder, self._keep, self._is_writer = folder, keep, is_writer
+        self._damaged: list[Path] = []
 
     def newest(self) -> Path | None:
-        found = sorted(self._folder.glob("step_??????"))
-        return found[-1] if found else None
+        """The newest intact checkpoint; newer ones that are damaged are named in a warning, once each. None if there
+        is no intact one."""
+        for folder in reversed(self._all()):
+            clause = damage(folder)
+            if clause is None:
+                return folder
+            if folder not in self._damaged:
+                self._damaged.append(folder)
+                _log.warning("checkpoint %s is damaged and left out: %s", folder, clause)
+        return None
+
+    def to_resume(self) -> Path:
+        """`newest`. Raises ConfigError if there is none, and names what is damaged."""
+        folder = self.newest()
+        if folder is None:
+            damaged = [f"{bad.name} is damaged: {damage(bad)}" for bad in self._all()]
+            if not damaged:
+                raise ConfigError(f"resume_from_checkpoint=true, but {self._folder} holds no checkpoint")
+            raise ConfigError(
+                f"resume_from_checkpoint=true, but {self._folder} holds no intact checkpoint; {'; '.join(damaged)}"
+            )
+        return folder
+
+    def folder_of(self, step: int) -> Path:
+        return self._folder / f"step_{step:06d}"
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step_??????"))
 
     def save(self, state: RunState, learner: Learner, *, replaces: bool = True) -> None:
-        """`replaces`: it takes the place of the oldest one kept. False deletes none."""
-        final = self._folder / f"step_{state.step:06d}"
+        """`replaces`: it takes the place of the oldest one kept. False deletes none.
+
+        Raises OSError or SafetensorError if it cannot be written; the checkpoints before it stay as they are.
+        """
+        final = self.folder_of(state.step)
         temporary = self._folder / f".{final.name}"
         if not self._is_writer:
             learner.save(temporary)
             return
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that died while writing
+        try:
+            self._write(temporary, state, learner)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(self._folder)
+        for old in self._all()[: -self._keep] if replaces else ():
+            shutil.rmtree(old)
+
+    @staticmethod
+    def _write(temporary: Path, state: RunState, learner: Learner) -> None:
         temporary.mkdir(parents=True)
         learner.save(temporary)
         save_groups(temporary, state.rollouts.finished)
@@ -59,10 +107,7 @@ class Checkpoints:
             "pending": state.rollouts.pending,
         }
         (temporary / _STATE).write_text(json.dumps(document))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in sorted(self._folder.glob("step_??????"))[: -self._keep] if replaces else ():
-            shutil.rmtree(old)
+        seal(temporary)
 
     @staticmethod
     def read(folder: Path, prompt_at: Callable[[int], Prompt]) -> RunState:

@@ -32,20 +32,21 @@ def train(run: Run) -> Outcome:
     cfg, state = run.cfg, run.state
     start = time.perf_counter() - state.seconds
     sync = run.publish(state.step)
-    bytes_per_sync = int(sync["sync/bytes"])
+    bytes_per_sync = sync.get("sync/bytes", 0.0)
     before = after = run.evaluate()
     bad_steps, saved = BadSteps(cfg.max_bad_steps), state.step
     for step in range(state.step, cfg.num_steps):
         began = time.perf_counter()
         batch = run.rollouts.next_batch(step, run.stop_requested)
         if batch is None:
-            run.save(time.perf_counter() - start, replaces=not bad_steps.in_a_row)
+            run.save(replaces=not bad_steps.in_a_row)
             break
         generated = time.perf_counter()
         result = run.learner.step(batch)
         learned = time.perf_counter()
+        state.step, state.seconds = step + 1, learned - start
         sync = run.publish(result.version)
-        state.step = step + 1
+        bytes_per_sync = sync.get("sync/bytes", bytes_per_sync)  # absent while every worker is restarting
         times = {
             "time/rollout_s": generated - began,
             "time/learner_s": learned - generated,
@@ -62,8 +63,9 @@ def train(run: Run) -> Outcome:
             after = run.evaluate()
         is_due = state.step // cfg.checkpoint.every > saved // cfg.checkpoint.every
         if last or (is_due and not bad_steps.in_a_row):
-            run.save(time.perf_counter() - start, replaces=not bad_steps.in_a_row)
+            state.seconds = time.perf_counter() - start
+            run.save(replaces=not bad_steps.in_a_row)
             saved = state.step
         if stop:
             break
-    return Outcome(before, after, bytes_per_sync, time.perf_counter() - start)
+    return Outcome(before, after, int(bytes_per_sync), time.perf_counter() - start)

@@ -12,8 +12,9 @@ survives. The effect is that of resuming the run from c, except that the rollout
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
-from tora.errors import LearnerLost
+from tora.errors import ConfigError, LearnerLost, RolloutError
 from tora.run.checkpoints import RunState
 from tora.run.loop import Outcome, train
 from tora.run.run import Run
@@ -24,8 +25,8 @@ _log = logging.getLogger(__name__)
 def train_and_export(run: Run) -> Outcome:
     """`train`, then export the policy into `run.adapter_folder`.
 
-    Raises LearnerLost if a learner is lost after `max_learner_restarts` restarts; `run.state` is then that of the
-    newest checkpoint.
+    A run that its rollouts or its data end is saved first. Raises LearnerLost if a learner is lost after
+    `max_learner_restarts` restarts; `run.state` is then that of the newest checkpoint.
     """
     limit = run.cfg.max_learner_restarts
     for losses in range(limit + 1):
@@ -37,6 +38,10 @@ def train_and_export(run: Run) -> Outcome:
             outcome = train(run)
             run.learner.export(run.adapter_folder)
             return outcome
+        except (RolloutError, ConfigError):
+            with suppress(LearnerLost):
+                run.save_after_failure()  # the learner is sound: rollouts, a reward or a row of the data ended the run
+            raise
         except LearnerLost as error:
             folder = run.checkpoints.newest()
             run.state.assign(run.checkpoints.read(folder, run.prompt_at) if folder else RunState())

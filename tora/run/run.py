@@ -50,6 +50,8 @@ class Run:
     state: RunState
     prompt_at: Callable[[int], Prompt]
     """The prompt stream, by prompt id."""
+    is_alone: bool
+    """Whether no other rank runs this loop beside this one, so that it may save whatever happens to it."""
     stop_requested: Callable[[], bool]
     """Whether the user asked the run to stop. Collective if the run has several ranks."""
 
@@ -76,7 +78,21 @@ class Run:
             self.log.sample(*result.sample)
         return result
 
-    def save(self, seconds: float, *, replaces: bool) -> None:
-        """Write a checkpoint. `seconds`: training time so far. `replaces`: see `Checkpoints.save`."""
-        self.state.rollouts, self.state.seconds = self.rollouts.state(), seconds
-        self.checkpoints.save(self.state, self.learner, replaces=replaces)
+    def save_after_failure(self) -> None:
+        """Write a checkpoint of what the learner has, if there is none of it yet and the other ranks need not join."""
+        newest = self.checkpoints.newest()
+        if self.is_alone and self.state.step and self.checkpoints.folder_of(self.state.step) != newest:
+            self.save(replaces=False)
+
+    def save(self, *, replaces: bool) -> None:
+        """Write a checkpoint; one that the disk does not take is left out with a warning, and the run goes on.
+
+        `replaces`: see `Checkpoints.save`.
+        """
+        from safetensors import SafetensorError
+
+        self.state.rollouts = self.rollouts.state()
+        try:
+            self.checkpoints.save(self.state, self.learner, replaces=replaces)
+        except (OSError, SafetensorError) as error:
+            self.log.warning(f"no checkpoint of step {self.state.step}: {error}")
