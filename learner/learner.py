@@ -97,7 +97,7 @@ class Learner:
 
         def response_logprobs(hidden_1TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             hidden_NH = hidden_1TH[0].index_select(0, x.response_N)
-            return token_logprobs(hidden_NH, model.head, x.targets_N, temperature=temperature)
+            return token_logprobs(hidden_NH, model.head, x.targets_N, temperature=temperature, fp32=model.lm_head_fp32)
 
         return forward(model, x, response_logprobs)
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from tora.models.head import head_logits
 
 CHUNK_BYTES = 1 << 27
 """Size of one chunk's float32 logits; peak memory is at most 2.5 times as much. 128 MiB hold 220 tokens of a vocabulary
@@ -22,15 +23,15 @@ of 151,936, enough rows that the product is not bound by reading the head."""
 
 
 def token_logprobs(
-    hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor, *, temperature: float
+    hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor, *, temperature: float, fp32: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(head · hidden / temperature) at the targets, and the entropy of each distribution; both [N] float32,
     in nats.
 
     Both carry a gradient to the hidden states and, if it is trained, to the head's weight. That of entropies costs
-    nothing where a loss does not use them.
+    nothing where a loss does not use them. `fp32`: as for `head_logits`.
     """
-    return _TokenLogprobs.apply(hidden_NH, head_VH, targets_N, temperature)  # pyright: ignore[reportReturnType]
+    return _TokenLogprobs.apply(hidden_NH, head_VH, targets_N, temperature, fp32)  # pyright: ignore[reportReturnType]
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
@@ -38,28 +39,28 @@ def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, num_tokens, rows))
 
 
-def _logits(hidden_CH: torch.Tensor, head_VH: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[C, V] float32, a fresh tensor; the product itself is computed in the head's dtype."""
-    return F.linear(hidden_CH, head_VH).float().div_(temperature)
-
-
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor, temperature: float
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        head_VH: torch.Tensor,
+        targets_N: torch.Tensor,
+        temperature: float,
+        fp32: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # separate tensors: FSDP2 hooks what a module returns, and warns about views
         logprobs_N, normaliser_N, entropy_N = (
             hidden_NH.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)
         )
         for c in _chunks(len(targets_N), len(head_VH)):
-            logits_CV = _logits(hidden_NH[c], head_VH, temperature)
+            logits_CV = head_logits(hidden_NH[c], head_VH, fp32=fp32).div_(temperature)
             normaliser_N[c] = logits_CV.logsumexp(1)
             log_p_CV = logits_CV.sub_(normaliser_N[c, None])
             logprobs_N[c] = log_p_CV.gather(1, targets_N[c, None])[:, 0]
             entropy_N[c] = -log_p_CV.exp().mul_(log_p_CV).sum(1)
         ctx.save_for_backward(hidden_NH, head_VH, targets_N, normaliser_N, entropy_N)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.fp32 = temperature, fp32
         ctx.set_materialize_grads(False)
         return logprobs_N, entropy_N
 
@@ -76,7 +77,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets_N), len(head_VH)):
-            logits_CV = _logits(hidden_NH[c], head_VH, ctx.temperature)
+            logits_CV = head_logits(hidden_NH[c], head_VH, fp32=ctx.fp32).div_(ctx.temperature)
             log_p_CV = logits_CV.sub_(normaliser_N[c, None])
             factors = -scale_N1[c]  # of p in each logit's gradient
             if entropy_gradient_N is not None:
@@ -87,4 +88,4 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden[c] = grad_logits_CV @ head_VH
             if grad_head is not None:
                 grad_head += grad_logits_CV.T @ hidden_NH[c]
-        return grad_hidden, None if grad_head is None else grad_head.to(head_VH.dtype), None, None
+        return grad_hidden, None if grad_head is None else grad_head.to(head_VH.dtype), None, None, None

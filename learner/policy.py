@@ -54,6 +54,7 @@ def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False)
         inject(model, cfg.model.lora_type, shapes, dropout=cfg.model.lora_dropout)
     if tower is not None and cfg.model.train_vision != "lora":
         tower.requires_grad_(cfg.model.train_vision == "full")
+    model.lm_head_fp32 = device.type == "cuda" if cfg.lm_head_fp32 is None else cfg.lm_head_fp32
     if masters:
         for name in full_weight_parameters(model):
             _to_float32(model, model.names.parameter_from_hf(name))

@@ -136,7 +136,7 @@ class TorchEngine:
     def _completion_logprobs(self, request: LogprobRequest) -> np.ndarray:
         start = len(request.token_ids)
         x = self._pack([request], [request.completion])
-        logits_NV = self._model(**x.arguments, output_fn=lambda hidden: self._model.output(hidden[0, start - 1 : -1]))
+        logits_NV = self._model(**x.arguments, output_fn=lambda hidden: self._model.logits(hidden[0, start - 1 : -1]))
         logprobs_NV = log_distribution(logits_NV, Sampling(max_tokens=1))
         completion_N = torch.tensor(request.completion, device=self._device)
         return logprobs_NV.gather(1, completion_N[:, None])[:, 0].cpu().numpy()
@@ -161,7 +161,7 @@ class TorchEngine:
             token_B[:, None],
             positions=cache.positions_B[:, None],
             attend=cache,
-            output_fn=lambda hidden: self._model.output(hidden[:, 0]),
+            output_fn=lambda hidden: self._model.logits(hidden[:, 0]),
         )
 
     def _prefill(self, requests: Sequence[SampleRequest]) -> tuple[CachedAttention, torch.Tensor]:
@@ -171,7 +171,7 @@ class TorchEngine:
         rows_B = torch.arange(len(requests), device=self._device).repeat_interleave(samples_P)
         last_P = x.lengths_P.cumsum(0) - 1
         with torch.compiler.set_stance("force_eager"):  # runs once per call: not worth compiling
-            logits_PV = self._model(**x.arguments, output_fn=lambda hidden: self._model.output(hidden[0, last_P]))
+            logits_PV = self._model(**x.arguments, output_fn=lambda hidden: self._model.logits(hidden[0, last_P]))
         cache = CachedAttention(x.attend, x.lengths_P[rows_B], rows_B, x.next_P[rows_B])
         return cache, logits_PV[rows_B]
 

@@ -50,6 +50,7 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
             "enforce_eager": True,
             "enable_chunked_prefill": False,
         }
+    fp32_head = not current_platform.is_cpu() if config.lm_head_fp32 is None else config.lm_head_fp32
     adapters: dict[str, Any] = {}
     if update.num_slots > 0:
         adapters = {
@@ -68,6 +69,7 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
         dtype="float32" if config.dtype == "fp32" else "bfloat16",
         max_model_len=config.max_model_len,  # pyright: ignore[reportArgumentType]  None is vLLM's default
         max_num_seqs=config.max_num_seqs,
+        hf_overrides={"head_dtype": "float32"} if fp32_head else {},
         seed=config.seed,
         tensor_parallel_size=config.tensor_parallel,
         # Explicit, because in a placement group vLLM would choose Ray, which needs a bundle for each of its ranks.

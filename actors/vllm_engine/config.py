@@ -28,6 +28,8 @@ class EngineConfig:
     """Folder of a Hugging Face model."""
     dtype: Literal["bf16", "fp32"]
     """Precision of the weights, the KV cache and the adapter slots' A and B."""
+    lm_head_fp32: bool | None = None
+    """Whether logits are the float32 sums of the head's product; None for true on a GPU and false on a CPU."""
     max_model_len: int | None
     """Tokens of prompt and completion together; None for the model's own limit."""
     lora_rank: int

@@ -53,6 +53,27 @@ def _assert_same_gradients(
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 40])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_float32_logits_are_not_rounded(temperature: float, num_tokens: int) -> None:
+    torch.manual_seed(0)
+    head = torch.randn(3000, 576).mul(0.2).bfloat16()
+    hidden = torch.randn(num_tokens, 576).mul(2).bfloat16().requires_grad_()
+    targets = torch.randint(0, 3000, (num_tokens,))
+    exact = (hidden.double() @ head.double().T / temperature).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), [hidden])
+
+    def errors(fp32: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, _ = token_logprobs(hidden, head, targets, temperature=temperature, fp32=fp32)
+        (gradient,) = torch.autograd.grad(logprobs.sum(), [hidden])
+        distance = (gradient.double() - exact_gradient.double()).norm()
+        return (logprobs.double() - exact).abs().mean(), distance / exact_gradient.double().norm()
+
+    (rounded, rounded_gradient), (kept, kept_gradient) = errors(False), errors(True)
+    assert rounded > 0.01 / temperature and kept < 0.01 * rounded
+    assert kept_gradient < min(rounded_gradient, 2**-7)
+
+
 def test_no_gradient_for_a_frozen_head_and_no_graph_under_no_grad() -> None:
     head, hidden, targets = torch.randn(50, 16), torch.randn(4, 16, requires_grad=True), torch.arange(4)
     logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0)

@@ -85,7 +85,9 @@ class DoRALinear(LoRALinear):
             return self._with_dropout(x, base, gain_O)
         # g ⊙ (B z) = (g ⊙ B) z: no more passes over the outputs than LoRA makes
         update = F.linear(self._down(x), (gain_O[:, None] * self.lora_b).to(x.dtype), self.bias)
-        return torch.addcmul(update, base, gain_O.to(x.dtype))
+        # in place, torch multiplies and adds in the gain's float32 and rounds once; bf16 steps by 0.8 % above a gain
+        # of 1, where training moves it by less
+        return update.addcmul_(base, gain_O)
 
     def _with_dropout(self, x: torch.Tensor, base: torch.Tensor, gain_O: torch.Tensor) -> torch.Tensor:
         """W x + b + (g - 1) ⊙ W d + g ⊙ s·B A d, with d the inputs after dropout.

@@ -186,6 +186,10 @@ class RunConfig:
     GPU nodes that have not joined yet."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the base weights. Adapters and optimizer state are always float32."""
+    lm_head_fp32: bool | None = None
+    """With bf16: keep the float32 sums of the head's product, in the learner and the engines. false rounds logits to
+    bf16, which moves a log-prob by several hundredths of a nat, and the more the lower the temperature. null: true on a
+    GPU, whose kernels write float32 directly; false on a CPU, where it needs a second product."""
     num_threads: Annotated[int, AtLeast(0), FREE] = 0
     """CPU threads of each learner process. 0: PyTorch's default."""
 

@@ -103,6 +103,7 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float, max_rank: i
     return EngineConfig(
         model_path=model_path,
         dtype=cfg.rollout.dtype or cfg.dtype,
+        lm_head_fp32=cfg.lm_head_fp32,
         max_model_len=longest_sequence(cfg),
         max_num_seqs=max(_max_rows(cfg), _MIN_SEQS),
         lora_rank=max_rank or cfg.model.lora_rank,

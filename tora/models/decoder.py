@@ -24,6 +24,7 @@ from torchtune.modules import (
 from tora.errors import ConfigError
 from tora.models.attention import AttentionContext, LayerAttention
 from tora.models.family import ModelFamily
+from tora.models.head import head_logits
 from tora.models.names import Names
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -126,6 +127,9 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 class Decoder(TransformerDecoder):
     """torchtune's decoder, with positions and attention as arguments of the forward."""
 
+    lm_head_fp32 = False
+    """Whether `logits` keeps the float32 sums of its product; see `head_logits`."""
+
     def __init__(self, *, rope: RotaryTable, names: Names, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rope, self.names = rope, names
@@ -135,6 +139,10 @@ class Decoder(TransformerDecoder):
         """The head's weight, [vocabulary, hidden]; for a tied head, the embedding's."""
         module: Any = self.tok_embeddings if isinstance(self.output, TiedLinear) else self.output
         return module.weight
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """[N, V] float32. Use only inside `output_fn`, as `head`."""
+        return head_logits(hidden_NH, self.head, fp32=self.lm_head_fp32)
 
     def stacks(self) -> list[list[nn.Module]]:
         """Stacks of equal layers; each layer is compiled, checkpointed and sharded separately."""

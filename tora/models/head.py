@@ -1,0 +1,26 @@
+"""The product of hidden states and the head's weight, in float32.
+
+A bf16 product rounds each logit to 8 bits: by up to 0.06 nat at a logit of 16 to 32, before the temperature divides it.
+Shape letters: N tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def head_logits(hidden_NH: torch.Tensor, head_VH: torch.Tensor, *, fp32: bool) -> torch.Tensor:
+    """[N, V] float32, a fresh tensor where the inputs are of lower precision.
+
+    `fp32`: keep the float32 sums of products of bf16 numbers; otherwise they are rounded to bf16 first. Without effect
+    on float32 inputs.
+    """
+    if not fp32 or hidden_NH.dtype == torch.float32:
+        return F.linear(hidden_NH, head_VH).float()
+    if hidden_NH.is_cuda:
+        return torch.mm(hidden_NH, head_VH.T, out_dtype=torch.float32)
+    # torch has no such kernel for a CPU: a second product yields what rounding the first one dropped
+    rounded_NV = F.linear(hidden_NH, head_VH)
+    dropped_NV = torch.addmm(rounded_NV, hidden_NH, head_VH.T, beta=-1)
+    return rounded_NV.float().add_(dropped_NV)
