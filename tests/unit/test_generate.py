@@ -46,7 +46,7 @@ def ready(model, max_rows: int = 100) -> TorchEngine:
         Sampling(20, temperature=0.0),
     ],
 )
-def test_logprobs_are_those_of_the_distribution_sampled_from(model, sampling: Sampling) -> None:
+def test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from(model, sampling: Sampling) -> None:
     for request, completions in zip(requests(sampling), ready(model).generate(requests(sampling)), strict=True):
         for completion in completions:
             ids = torch.tensor([*request.token_ids, *completion.token_ids.tolist()])
@@ -54,9 +54,13 @@ def test_logprobs_are_those_of_the_distribution_sampled_from(model, sampling: Sa
                 logits = packed_logits(model, [ids])[len(request.token_ids) - 1 : -1]
             if sampling.temperature:
                 logits = logits / sampling.temperature
-            expected = truncate(logits, sampling.top_k, sampling.top_p).log_softmax(1)
-            chosen = expected.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, atol=1e-3, rtol=1e-4)
+            drawn_from = truncate(logits, sampling.top_k, sampling.top_p).log_softmax(1)
+            for found, expected in (
+                (completion.logprobs, logits.log_softmax(1)),
+                (completion.sampling_logprobs, drawn_from),
+            ):
+                chosen = expected.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(found), chosen, atol=1e-3, rtol=1e-4)
             assert set(completion.versions.tolist()) == {3}
 
 

@@ -83,7 +83,8 @@ class PrefillAttention(PackedAttention):
 
 
 _GROWTH = 8 * 17
-"""The number of slots is a multiple of this, and a full cache grows by it. Kernels prefer multiples of 8. No model's
+"""The number of slots is a multiple of this. A full cache grows by a quarter, so that CUDA graphs are recorded again
+only a few times. Kernels prefer multiples of 8. No model's
 width is a multiple of 17: otherwise the compiler could assume that width and cache length are related, and recompile
 when the cache grows."""
 
@@ -124,9 +125,10 @@ class CachedAttention:
         self.positions_B += 1
         self._longest += 1
         if self._longest == self._size:
-            self._size = _round_up(self._size + 1)
+            before, self._size = self._size, _round_up(self._size + self._size // 4 + 1)
+            room = self._size - before
             for layer in self._layers:
-                layer.keys, layer.values = (F.pad(x, (0, 0, 0, _GROWTH)) for x in (layer.keys, layer.values))
+                layer.keys, layer.values = (F.pad(x, (0, 0, 0, room)) for x in (layer.keys, layer.values))
             self._update_layers()
         else:
             self.mask_B11S.copy_(self._mask())
@@ -162,7 +164,11 @@ class _LayerCache:
         slot_BK1D = self.lengths_B.view(-1, 1, 1, 1).expand(-1, k.shape[2], 1, k.shape[3])
         self.keys.scatter_(2, slot_BK1D, k.transpose(1, 2))
         self.values.scatter_(2, slot_BK1D, v.transpose(1, 2))
-        return _sdpa(q.transpose(1, 2), self.keys, self.values, self.mask_B11S).transpose(1, 2)
+        # The query heads of a key-value head are a sequence of queries: the same products as with `enable_gqa`, for
+        # which torch has no fused kernel on a GPU when there is a mask.
+        q_BKGD = q[:, 0].unflatten(1, (k.shape[2], -1))
+        out_BKGD = F.scaled_dot_product_attention(q_BKGD, self.keys, self.values, attn_mask=self.mask_B11S)
+        return out_BKGD.flatten(1, 2)[:, None]
 
 
 def _round_up(slots: int) -> int:
