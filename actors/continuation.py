@@ -18,36 +18,50 @@ from tora.types import Completion, SampleRequest
 
 
 def generate_in_parts(engine: Engine, requests: Sequence[SampleRequest], part: int | None) -> list[list[Completion]]:
-    """`Engine.generate` in parts of at most `part` tokens; None generates in one part. All requests must share one
-    `Sampling`."""
+    """`Engine.generate` in parts of at most `part` tokens; None generates in one part."""
     if not requests:
         return engine.generate(requests)  # collective on a sharded model, so a rank without requests calls it too
-    limit = requests[0].sampling.max_tokens
-    part = limit if part is None else min(part, limit)
-    completions_PG = engine.generate([_with_max_tokens(request, part) for request in requests])
-    for length in range(part, limit, part):
-        unfinished = [(p, g) for p, group in enumerate(completions_PG) for g, c in enumerate(group) if not c.stopped]
+    limits_P = [request.sampling.max_tokens for request in requests]
+    part = max(limits_P) if part is None else part
+    completions_PG = engine.generate([_limited(request, part) for request in requests])
+    for length in range(part, max(limits_P), part):
+        unfinished = [
+            (p, g)
+            for p, group in enumerate(completions_PG)
+            for g, completion in enumerate(group)
+            if not completion.stopped and length < limits_P[p]
+        ]
         if not unfinished:
             break
         continued = [_continuation(requests[p], g, completions_PG[p][g]) for p, g in unfinished]
-        more = engine.generate([_with_max_tokens(request, min(part, limit - length)) for request in continued])
+        more = engine.generate([_limited(request, part) for request in continued])
         for (p, g), (rest,) in zip(unfinished, more, strict=True):
-            completions_PG[p][g] = _concatenate(completions_PG[p][g], rest)
+            completions_PG[p][g] = concatenate(completions_PG[p][g], rest)
     return completions_PG
 
 
-def _with_max_tokens(request: SampleRequest, max_tokens: int) -> SampleRequest:
-    return replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
+def _limited(request: SampleRequest, max_tokens: int) -> SampleRequest:
+    """The request for at most `max_tokens` tokens."""
+    limit = min(request.sampling.max_tokens, max_tokens)
+    return replace(request, sampling=replace(request.sampling, max_tokens=limit))
 
 
 def _continuation(request: SampleRequest, sample: int, so_far: Completion) -> SampleRequest:
-    words = f"{request.seed} {sample} {len(so_far.token_ids)}".encode()
-    seed = int.from_bytes(hashlib.sha256(words).digest()[:7])
+    """For what is left of one sample's tokens."""
+    count = len(so_far.token_ids)
+    sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - count)
     ids = (*request.token_ids, *so_far.token_ids.tolist())
-    return replace(request, token_ids=ids, num_samples=1, seed=seed)
+    seed = derived_seed(request.seed, sample, count)
+    return replace(request, token_ids=ids, num_samples=1, seed=seed, sampling=sampling)
 
 
-def _concatenate(first: Completion, rest: Completion) -> Completion:
+def derived_seed(seed: int, *words: int) -> int:
+    """A 56-bit seed, different for different words."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, (seed, *words))).encode()).digest()[:7])
+
+
+def concatenate(first: Completion, rest: Completion) -> Completion:
+    """Tokens of one sequence that were sampled one after the other, as one completion."""
     return Completion(
         token_ids=np.concatenate([first.token_ids, rest.token_ids]),
         logprobs=np.concatenate([first.logprobs, rest.logprobs]),

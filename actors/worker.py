@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from actors.continuation import generate_in_parts
+from actors.episode import EpisodePlayer, PlayedGroup
 from actors.finite import check_total, split_by_logprobs
 from tora.adapters.snapshot import engine_digest
 from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
+from tora.tasks.encode import as_messages
 from tora.types import (
     Completion,
     FailedReward,
@@ -61,14 +64,17 @@ class RolloutWorker:
         group_size: int,
         seed: int,
         part_tokens: int | None = None,
+        make_player: Callable[[], EpisodePlayer] | None = None,
     ) -> None:
         """Engine and rewarder are built here, in the process that uses them. `tokenizer` is only used to decode.
 
         `part_tokens`: training rollouts are generated in parts of this many tokens; see `actors.continuation`.
+        `make_player`: makes what plays episodes with environments; None for one turn without them.
         """
         self._engine, self._rewarder, self._tokenizer = make_engine(), make_rewarder(), tokenizer
         self._sampling, self._eval_sampling = sampling, eval_sampling
         self._group_size, self._seed, self._part_tokens = group_size, seed, part_tokens
+        self._player = None if make_player is None else make_player()
 
     def run_group(self, prompt: Prompt) -> GroupResult:
         return self.run_groups([prompt])[0]
@@ -88,38 +94,73 @@ class RolloutWorker:
             for p in prompts_P
         ]
         part_tokens = self._part_tokens if purpose == TRAIN else None
-        completions = generate_in_parts(self._engine, requests, part_tokens)
-        seconds = time.perf_counter() - start
-        results = []
-        for prompt, completions_G in zip(prompts_P, completions, strict=True):
-            sound, bad_logprobs = split_by_logprobs(completions_G)
-            rollouts, failures = self._score(prompt, sound) if sound else ((), ())
-            results.append(GroupResult(rollouts, failures, seconds, bad_logprobs))
-        return results
+        if self._player is None:
+            completions_PG = generate_in_parts(self._engine, requests, part_tokens)
+            seconds = time.perf_counter() - start
+            return [self._score(p, c, seconds) for p, c in zip(prompts_P, completions_PG, strict=True)]
+        with self._player.play(self._engine, prompts_P, requests, part_tokens) as groups:
+            seconds = time.perf_counter() - start
+            return [self._score_episodes(group, seconds) for group in groups]
 
-    def _score(
-        self, prompt: Prompt, completions_G: Sequence[Completion]
-    ) -> tuple[tuple[Rollout, ...], tuple[FailedReward, ...]]:
-        """The rollouts that have a reward, and the failures, also of rollouts that have one all the same."""
-        ids_G = [c.token_ids.tolist() for c in completions_G]
+    def _score(self, prompt: Prompt, completions_G: Sequence[Completion], seconds: float) -> GroupResult:
+        sound, bad_logprobs = split_by_logprobs(completions_G)
+        ids_G = [c.token_ids.tolist() for c in sound]
         texts_G = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_G]
-        scored_G = [self._with_total(scored) for scored in self._rewarder(prompt, texts_G, ids_G)]
-        parts_G = [scored.parts if isinstance(scored, FailedReward) else scored for scored in scored_G]
-        rollouts = tuple(
-            Rollout(
-                token_ids=completion.token_ids,
-                sampled=np.ones(len(completion.token_ids), dtype=bool),
-                actor_logprobs=completion.logprobs,
-                versions=completion.versions,
-                stop_reason=StopReason.STOP if completion.stopped else StopReason.LENGTH,
-                text=text,
+
+        def rollout(g: int, parts: Mapping[str, float]) -> Rollout:
+            return Rollout(
+                token_ids=sound[g].token_ids,
+                sampled=np.ones(len(sound[g].token_ids), dtype=bool),
+                actor_logprobs=sound[g].logprobs,
+                versions=sound[g].versions,
+                stop_reason=StopReason.STOP if sound[g].stopped else StopReason.LENGTH,
+                text=texts_G[g],
                 reward=self._rewarder.total(parts),
                 reward_parts=parts,
-                kept_mass=float(np.exp(completion.logprobs - completion.sampling_logprobs).mean()),
+                kept_mass=_kept_mass(sound[g]),
             )
-            for completion, text, parts in zip(completions_G, texts_G, parts_G, strict=True)
-            if parts is not None
-        )
+
+        rollouts, failures = self._rollouts(prompt, texts_G, ids_G, {}, rollout) if sound else ((), ())
+        return GroupResult(rollouts, failures, seconds, bad_logprobs)
+
+    def _score_episodes(self, group: PlayedGroup, seconds: float) -> GroupResult:
+        assert self._player is not None
+        lost = tuple(e.failure for e in group.episodes if e.failure is not None)
+        played = [e for e in group.episodes if e.failure is None]
+        completions_G, bad_logprobs = split_by_logprobs([e.sampled_tokens for e in played])
+        sound = [e for e in played if any(e.sampled_tokens is completion for completion in completions_G)]
+        if not sound:
+            return GroupResult((), lost, seconds, bad_logprobs)
+        prompt = replace(group.prompt, source=as_messages(group.prompt.source))
+        messages_G, ids_G = [e.messages for e in sound], [e.token_ids.tolist() for e in sound]
+        indices = [e.index for e in sound]
+        numbers = self._player.environments.scored_here
+        known = {i: group.session.column(i, prompt, indices, messages_G, ids_G) for i in numbers}
+
+        def rollout(g: int, parts: Mapping[str, float]) -> Rollout:
+            return sound[g].rollout(
+                text=self._tokenizer.decode(ids_G[g], skip_special_tokens=True),
+                reward=self._rewarder.total(parts),
+                reward_parts=parts,
+                kept_mass=_kept_mass(completions_G[g]),
+            )
+
+        rollouts, failures = self._rollouts(prompt, messages_G, ids_G, known, rollout)
+        return GroupResult(rollouts, (*lost, *failures), seconds, bad_logprobs)
+
+    def _rollouts(
+        self,
+        prompt: Prompt,
+        texts_G: Sequence[str | list[dict[str, Any]]],
+        ids_G: Sequence[list[int]],
+        known: Mapping[int, list[float | FailedReward | None]],
+        make: Callable[[int, Mapping[str, float]], Rollout],
+    ) -> tuple[tuple[Rollout, ...], tuple[FailedReward, ...]]:
+        """The rollouts that have a reward, made by `make` from their number and reward parts, and the failures, also of
+        rollouts that have one all the same."""
+        scored_G = [self._with_total(scored) for scored in self._rewarder(prompt, texts_G, ids_G, known)]
+        parts_G = [scored.parts if isinstance(scored, FailedReward) else scored for scored in scored_G]
+        rollouts = tuple(make(g, parts) for g, parts in enumerate(parts_G) if parts is not None)
         return rollouts, tuple(scored for scored in scored_G if isinstance(scored, FailedReward))
 
     def _with_total(self, scored: dict[str, float] | FailedReward) -> dict[str, float] | FailedReward:
@@ -144,3 +185,9 @@ class RolloutWorker:
     def close(self) -> None:
         self._engine.close()
         self._rewarder.close()
+        if self._player is not None:
+            self._player.close()
+
+
+def _kept_mass(completion: Completion) -> float:
+    return float(np.exp(completion.logprobs - completion.sampling_logprobs).mean())

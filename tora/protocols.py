@@ -73,12 +73,17 @@ class Rewarder(Protocol):
     """Scores the completions of one prompt."""
 
     def __call__(
-        self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+        self,
+        prompt: Prompt,
+        texts: Sequence[str | list[dict[str, Any]]],
+        token_ids: Sequence[Sequence[int]],
+        known: Mapping[int, list[float | FailedReward | None]] = ...,
     ) -> list[dict[str, float] | FailedReward]:
         """One entry per completion: its unweighted reward parts, in the config's order, or the failure, which may have
         parts too.
 
-        Each completion is given as text, without special tokens, and as the token ids that the engine returned.
+        Each completion is given as text without special tokens, or as the messages of an episode, and as its token ids.
+        `known`: the scores of functions that have been called already, by the reward's number.
         """
         ...
 

@@ -29,7 +29,7 @@ class Prompt:
     id: int
     """Position in the prompt stream, unique within a run."""
     token_ids: tuple[int, ...]
-    """With the chat template applied, up to and including the generation prompt."""
+    """With the chat template applied, including the generation prompt; with tools, to the end of the last message."""
     source: str | list[dict[str, Any]]
     """The question as the dataset has it, a string or chat messages. Reward functions get this as `prompts`."""
     columns: Mapping[str, Any]
@@ -125,10 +125,7 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One scored completion: S sampled tokens and, in an episode with an environment, the environment's between them.
-
-    Only sampled tokens have a log-prob and a version, and only they are trained on.
-    """
+    """One scored completion. An episode also holds its environment's tokens, which have no log-prob and no version."""
 
     token_ids: np.ndarray
     """[L] int64: the sampled tokens exactly as the engine returned them, and the environment's."""
@@ -148,6 +145,11 @@ class Rollout:
     kept_mass: float = 1.0
     """Mean over tokens of the policy's probability divided by the one drawn with. Under truncation alone this is the
     policy's probability of the kept tokens."""
+    turns: int = 1
+    tool_calls: int = 0
+    """Malformed ones included."""
+    tool_errors: int = 0
+    """Calls that were malformed, named no tool, or raised."""
 
     @property
     def truncated(self) -> bool:
@@ -162,12 +164,12 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class FailedReward:
-    """Why a rollout has no reward from one of the functions."""
+    """Why a rollout has no reward from one of the functions, or none at all because its environment failed."""
 
     name: str
-    """Name of the reward function."""
+    """Name of the reward function; `environment` for an environment."""
     reason: str
-    """A clause with the function as its subject: `returned nan`."""
+    """A clause with that as its subject: `returned nan`."""
     parts: Mapping[str, float] | None = None
     """The rollout's unweighted scores if it stays in its group all the same, as one that took too long does; None if it
     is left out."""

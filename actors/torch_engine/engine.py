@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        """See `Engine`. All requests must share one `Sampling`."""
+        """See `Engine`. The requests' `Sampling` may differ in `max_tokens` only."""
         if self._version is None:
             raise RolloutError("the engine was asked to generate before its first snapshot")
         result: list[list[Completion]] = []
@@ -142,7 +142,7 @@ class TorchEngine:
         return logprobs_NV.gather(1, completion_N[:, None])[:, 0].cpu().numpy()
 
     def _generate_batch(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        assert len({r.sampling for r in requests}) == 1, "one Sampling per call"
+        assert len({replace(r.sampling, max_tokens=0) for r in requests}) == 1, "one Sampling per call"
         tokens_LB, logprobs_2LB, lengths_B = self._decode(requests)
         stop = set(requests[0].sampling.stop_token_ids)
         completions = [
@@ -204,7 +204,9 @@ class TorchEngine:
         """Tokens [L, B] int64; their log-probs [2, L, B] float32, under the policy and under the distribution they are
         drawn from; and lengths [B]. Entries past a row's length are undefined."""
         sampling = requests[0].sampling
-        uniform_LB = _random_numbers(requests, sampling.max_tokens).to(self._device)
+        max_tokens = max(r.sampling.max_tokens for r in requests)
+        limit_B = torch.tensor([r.sampling.max_tokens for r in requests for _ in range(r.num_samples)]).to(self._device)
+        uniform_LB = _random_numbers(requests, max_tokens).to(self._device)
         cache, logits_BV = self._prefill(requests)
         stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self._device)
         tokens_LB = torch.zeros_like(uniform_LB, dtype=torch.int64)
@@ -213,7 +215,7 @@ class TorchEngine:
         lengths_B = torch.zeros_like(tokens_LB[0])
         rows_B = torch.arange(len(lengths_B), device=self._device)  # original numbers of the rows still in the batch
         alive_B = torch.ones_like(rows_B, dtype=torch.bool)
-        for step in range(sampling.max_tokens):
+        for step in range(max_tokens):
             drawn_BV = log_distribution(logits_BV, sampling, seen_BV)
             token_B = draw(drawn_BV, uniform_LB[step, rows_B], greedy=sampling.temperature == 0)
             tokens_LB[step, rows_B] = token_B
@@ -223,9 +225,9 @@ class TorchEngine:
             if seen_BV is not None:
                 seen_BV.scatter_(1, token_B[:, None], True)
             lengths_B[rows_B] += alive_B
-            alive_B = alive_B & ~torch.isin(token_B, stop)
+            alive_B = alive_B & ~torch.isin(token_B, stop) & (step + 1 < limit_B[rows_B])
             num_alive = int(alive_B.sum())
-            if num_alive == 0 or step + 1 == sampling.max_tokens:
+            if num_alive == 0 or step + 1 == max_tokens:
                 break
             if num_alive <= _COMPACT_BELOW * len(rows_B):
                 remaining = alive_B.nonzero()[:, 0]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # Every digit and operator is a separate token: for addition this matters more than the model's size.
-_WORDS = Regex(r"\d| ?[-+=] ?|\n|</?answer>| ?[A-Za-z]+|: | ")
+_WORDS = Regex(r"\d| ?[-+=] ?|\n|</?(?:answer|tool_call)>| ?[A-Za-z]+|: | ")
 _WARMUP, _LEAST_LR = 30, 0.05
 SWITCH = 0.8
 """Share of the steps after which worked answers become rare."""

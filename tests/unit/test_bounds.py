@@ -19,6 +19,7 @@ AT_LEAST = {
     "micro_batch_tokens learner_ranks "
     "model.lora_rank rollout.num_workers rollout.tensor_parallel rollout.max_workers rollout.concurrency "
     "rollout.max_model_len rollout.max_pixels rollout.partial reward_processes "
+    "max_tool_calling_iterations environment_processes "
     "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
     2: "grpo_samples",
     0: "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
@@ -28,7 +29,7 @@ AT_LEAST = {
 ABOVE_0 = (
     "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
     "sync.canary_max_gap rollout.group_timeout_s rollout.heartbeat_s rollout.start_timeout_s reward_timeout_s "
-    "repetition_penalty eval.top_p eval.repetition_penalty"
+    "repetition_penalty eval.top_p eval.repetition_penalty environment_timeout_s"
 )
 AT_MOST_1 = "top_p min_p eval.top_p eval.min_p rollout.gpu_memory_utilization max_failed_rewards"
 CASES = [(key, bound - 1, f"at least {bound}") for bound, keys in AT_LEAST.items() for key in keys.split()]

@@ -39,6 +39,11 @@ def make_batch(
         "rollout/stopped_share": float(np.mean([r.stop_reason is StopReason.STOP for r in rollouts])),
         "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }
+    if cfg.environment_factory is not None or cfg.tools:
+        calls = sum(r.tool_calls for r in rollouts)
+        metrics["rollout/turns_mean"] = float(np.mean([r.turns for r in rollouts]))
+        metrics["rollout/tool_calls_mean"] = calls / len(rollouts)
+        metrics["rollout/tool_error_share"] = sum(r.tool_errors for r in rollouts) / (calls or 1)
     failures = [failure for group in generated for failure in group.failures]
     metrics["reward/failed_share"] = len(failures) / (sum(g.num_left_out + len(g.rollouts) for g in generated) or 1)
     for name, number in Counter(failure.name for failure in failures).items():

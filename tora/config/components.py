@@ -99,6 +99,14 @@ def check_reward(component: Component, key: str) -> None:
         )
 
 
+def check_path(path: str, key: str) -> None:
+    """Check that `path` is dotted and, for our own packages, that it leads to a callable. Imports nothing. `key` is its
+    place in the config. Raises `ConfigError`."""
+    found = _dotted(path, key)
+    if found.split(".")[0] in _OWN:
+        _find(found, key)
+
+
 def class_literal(component: Component, key: str, name: str, *, default: Any) -> Any:
     """The literal that the component's class, or the nearest of its bases, assigns to `name`; nothing is imported.
 
@@ -123,8 +131,12 @@ def _path_of(component: Component, key: str) -> str:
     path = component.get("_component_")
     if path is None:
         raise ConfigError(f"Missing key {join(key, '_component_')}.")
+    return _dotted(path, join(key, "_component_"))
+
+
+def _dotted(path: Any, key: str) -> str:
     if not (isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))):
-        raise ConfigError(f"{join(key, '_component_')}={show(path)} must be a dotted path, as in package.module.name.")
+        raise ConfigError(f"{key}={show(path)} must be a dotted path, as in package.module.name.")
     return _present(path)
 
 

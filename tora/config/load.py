@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tora.config.components import check_component, check_reward
+from tora.config.components import check_component, check_path, check_reward
 from tora.config.convert import build, defaults, join, show
 from tora.config.rules import check
 from tora.config.schema import Component, RunConfig
@@ -65,6 +65,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         check_component(component, key)
     for i, reward in enumerate(cfg.rewards):
         check_reward(reward, f"rewards.{i}")
+    for i, tool in enumerate(cfg.tools):
+        check_path(tool, f"tools.{i}")
     return cfg
 
 
@@ -74,6 +76,8 @@ def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
         yield name, getattr(cfg, name)
     if cfg.eval is not None:
         yield "eval.dataset", cfg.eval.dataset
+    if cfg.environment_factory is not None:
+        yield "environment_factory", cfg.environment_factory
     for i, logger in enumerate(cfg.metric_logger):
         yield f"metric_logger.{i}", logger
 

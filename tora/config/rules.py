@@ -16,6 +16,8 @@ from tora.errors import ConfigError, nearest
 _NO_ADAPTER = ("lm_head", "embed_tokens")
 """A tied model shares the weights of the two, and rollout engines cannot serve adapters on them."""
 
+_ASKS_ENVIRONMENT = ("tora.environments.get_reward", "tora.environments.base.get_reward")
+
 
 def check(cfg: RunConfig) -> None:
     """Raises ConfigError if the config breaks a rule, and reports the first."""
@@ -33,6 +35,7 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
     yield from _broken_base(cfg)
     yield from _broken_updates(cfg)
     yield from _broken_learner(cfg)
+    yield from _broken_environments(cfg)
     longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
     if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
         yield (
@@ -62,6 +65,34 @@ def _broken_workers(cfg: RunConfig) -> Iterator[str]:
             )
     if cfg.rollout.tensor_parallel > 1 and not (cfg.async_rl and cfg.rollout.engine != "torch"):
         yield f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs async_rl=true and rollout.engine=vllm."
+
+
+def _broken_environments(cfg: RunConfig) -> Iterator[str]:
+    for number, path in enumerate(cfg.tools):
+        if path in cfg.tools[:number]:
+            yield f"tools.{number}={path} is already used by an earlier tool."
+    if cfg.environment_factory is None:
+        for number, reward in enumerate(cfg.rewards):
+            if reward.get("_component_") in _ASKS_ENVIRONMENT:
+                yield f"rewards.{number}._component_={reward['_component_']} needs environment_factory."
+    if cfg.environment_factory is None and not cfg.tools:
+        if cfg.max_tool_calling_iterations is not None:
+            yield (
+                f"max_tool_calling_iterations={cfg.max_tool_calling_iterations} has no effect without "
+                "environment_factory or tools."
+            )
+        return
+    if cfg.learner_ranks > 1 and not cfg.async_rl and cfg.rollout.engine == "torch":
+        yield (
+            "environment_factory and tools need async_rl=true or rollout.engine=vllm with learner_ranks above 1: ranks "
+            "that share one model would have to sample the same number of turns."
+        )
+    answers_s = cfg.environment_timeout_s * ((cfg.max_tool_calling_iterations or 0) + 1)
+    if cfg.rollout.group_timeout_s <= answers_s:
+        yield (
+            f"rollout.group_timeout_s={cfg.rollout.group_timeout_s:g} must be greater than the {answers_s:g} s that an "
+            "episode's environment may take: environment_timeout_s for reset and each tool-calling iteration."
+        )
 
 
 def _broken_base(cfg: RunConfig) -> Iterator[str]:

@@ -239,7 +239,8 @@ class RunConfig:
     `error`: the run ends. `truncate_left`: it loses its first tokens, which may be those of the system prompt; prompts
     with images are dropped. The first one is named, and `rollout/prompts_dropped` counts those dropped in training."""
     max_generated_tokens: Annotated[int, AtLeast(1)] = 512
-    """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut off."""
+    """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut off. With tools it
+    covers all turns of a rollout and the tools' answers between them."""
     temperature: Annotated[float, Above(0)] = 1.0
     """Sampling temperature of training rollouts. The learner computes log-probs at the same temperature."""
     top_k: Annotated[int, AtLeast(0)] = 0
@@ -311,6 +312,24 @@ class RunConfig:
     every function returns None, or if the weighted sum overflows; a rollout fails too if the engine's log-prob of one
     of its tokens is not finite. It is dropped from its group, unless its reward took too long; a group with fewer than
     two rollouts left is replaced."""
+    environment_factory: Component | None = None
+    """The environment that a rollout acts in: a class or callable with TRL's contract, whose public methods are the
+    model's tools. Built in: `tora.tasks.guess_number.GuessNumber`. null: none. See `docs/agents.md`."""
+    tools: list[str] = field(default_factory=list)
+    """Dotted paths of functions that the model may call, beside the environment's methods or without an environment.
+    Their type hints and docstrings become the schemas that the chat template shows. Built in:
+    `tora.tasks.calculator.calculate`."""
+    tool_parser: str = "hermes"
+    """The format in which the model calls tools. `hermes` (also Qwen2.5 and Qwen3) is built in; other names are those
+    of vLLM's tool parsers, such as `llama3_json` and `mistral`, and need vLLM."""
+    max_tool_calling_iterations: Annotated[int, AtLeast(1)] | None = None
+    """How often a rollout's tool calls are answered; a call after that ends it. null: until its tokens are used up."""
+    environment_timeout_s: Annotated[float, Above(0)] = 30.0
+    """Seconds that an environment may take to reset, or to answer the tool calls of one turn. A slower one costs its
+    rollout."""
+    environment_processes: Annotated[int, AtLeast(1)] = 4
+    """Maximum number of processes per rollout worker that hold environments and run tools. Another one starts only when
+    all are in use."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
     """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss`, `CISPOLoss`, `DPPOLoss` or
     `SAPOLoss`. The files `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml`, `cispo.yaml`, `dppo.yaml` and `sapo.yaml` set

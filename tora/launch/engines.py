@@ -15,6 +15,7 @@ from tora.adapters.peft_config import read_peft_config
 from tora.config.rules import check
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
+from tora.environments.template import TurnTemplate
 from tora.errors import ConfigError
 from tora.models.names import LINEARS
 from tora.models.vision.processor import ImageProcessor, has_image_processor
@@ -22,6 +23,7 @@ from tora.protocols import Engine
 from tora.tasks.prompts import RunPrompts
 
 if TYPE_CHECKING:
+    from actors.episode import EpisodePlayer
     from actors.vllm_engine.weight_updates import WeightUpdate
     from learner.learner import Learner as Rank
 
@@ -60,7 +62,26 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "group_size": cfg.grpo_samples,
         "seed": cfg.seed,
         "part_tokens": cfg.rollout.partial,
+        "make_player": None if prompts.turns is None else partial(_make_player, cfg, prompts.turns, prompts.tokenizer),
     }
+
+
+def _make_player(cfg: RunConfig, turns: TurnTemplate, tokenizer: Any) -> EpisodePlayer:
+    from actors.episode import EpisodePlayer
+    from tora.environments.processes import EnvironmentProcesses
+    from tora.environments.tools import make_parser
+
+    environments = EnvironmentProcesses(
+        cfg.environment_factory,
+        cfg.tools,
+        cfg.rewards,
+        timeout_s=cfg.environment_timeout_s,
+        reward_timeout_s=cfg.reward_timeout_s,
+        num_processes=cfg.environment_processes,
+    )
+    parser = make_parser(cfg.tool_parser, tokenizer, turns.schemas)
+    iterations = cfg.max_tool_calling_iterations
+    return EpisodePlayer(environments, turns, parser, tokenizer, max_tool_calling_iterations=iterations)
 
 
 _MEMORY = 0.9

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any
 
 from tora.config.schema import Component
@@ -33,6 +34,7 @@ from tora.errors import RolloutError
 from tora.rewards.rewarder import (
     Call,
     Column,
+    Completion,
     Unanswered,
     build_rewarder,
     combine,
@@ -42,11 +44,22 @@ from tora.rewards.rewarder import (
 )
 from tora.types import FailedReward, Prompt
 
-_START_S = 300.0
+START_S = 300.0
 """Time limit for a child to start and import the functions."""
 _CANCEL_S = 2.0
 """Seconds that async functions may take to end once their limit has cancelled them."""
-_MAIN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tora.rewards import processes; processes.serve()"
+_MAIN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import {0}; {0}.serve()"
+
+
+def spawn(module: str, timeout_s: float) -> tuple[subprocess.Popen[bytes], Connection]:
+    """A child that runs `module.serve()`, and the connection to it. The child's arguments are this process's path for
+    imports, the connection's descriptor and `timeout_s`."""
+    ours, theirs = Pipe()
+    with theirs:
+        descriptor = theirs.fileno()
+        arguments = [json.dumps(sys.path), str(descriptor), str(timeout_s)]
+        command = [sys.executable, "-c", _MAIN.format(module), *arguments]
+        return subprocess.Popen(command, pass_fds=[descriptor]), ours
 
 
 class RewardProcesses:
@@ -72,16 +85,21 @@ class RewardProcesses:
         self._names = list(self._weights)
 
     def __call__(
-        self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+        self,
+        prompt: Prompt,
+        texts: Sequence[Completion],
+        token_ids: Sequence[Sequence[int]],
+        known: Mapping[int, Column] = MappingProxyType({}),
     ) -> list[dict[str, float] | FailedReward]:
         """See `Rewarder`. Raises RolloutError if a new child does not start."""
         bare = replace(prompt, images=())
-        calls = [Call(index, texts, token_ids) for index in range(len(self._names))]
+        calls = [Call(index, texts, token_ids) for index in range(len(self._names)) if index not in known]
         together = [call for call in calls if self._is_async[call.index]]
         answers = {call.index: self._ask(bare, [call])[0] for call in calls if call not in together}
         if together:
             answers |= zip((call.index for call in together), self._ask(bare, together), strict=True)
-        return combine([self._complete(bare, call, answers[call.index]) for call in calls], self._names)
+        columns = {**known, **{call.index: self._complete(bare, call, answers[call.index]) for call in calls}}
+        return combine([columns[index] for index in range(len(self._names))], self._names)
 
     def total(self, parts: Mapping[str, float]) -> float:
         return total(parts, self._weights)
@@ -161,12 +179,8 @@ class RewardProcesses:
 class _Child:
     def __init__(self, components: Sequence[Component], timeout_s: float) -> None:
         """Raises what `build_rewarder` raises in the child, and RolloutError if the child does not start."""
-        self._connection, theirs = Pipe()
-        with theirs:
-            descriptor = theirs.fileno()
-            arguments = [json.dumps(sys.path), str(descriptor), str(timeout_s)]
-            self._process = subprocess.Popen([sys.executable, "-c", _MAIN, *arguments], pass_fds=[descriptor])
-        answer = self.ask(components, _START_S)
+        self._process, self._connection = spawn("tora.rewards.processes", timeout_s)
+        answer = self.ask(components, START_S)
         if isinstance(answer, Exception):
             self.kill()
             raise answer
@@ -211,7 +225,7 @@ def serve() -> None:
     connection, timeout_s = Connection(int(sys.argv[2])), float(sys.argv[3])
     # Ctrl-C in a terminal also reaches the child, and the parent may still have to finish a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         rewarder = build_rewarder(connection.recv())
     except Exception as error:  # a mistake in the config, or an error in a user's module
@@ -230,7 +244,8 @@ def serve() -> None:
         connection.send(rewarder.columns(prompt, calls, timeout_s))
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
+    """Ends this process soon after its parent has."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

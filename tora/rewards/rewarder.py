@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 from tora.config.components import locate
@@ -21,6 +22,8 @@ from tora.config.schema import Component
 from tora.errors import ConfigError, nearest
 from tora.types import FailedReward, Prompt
 
+Completion = str | list[dict[str, Any]]
+"""A completion's text, or the messages of an episode."""
 Column = list[float | FailedReward | None]
 """A reward function's scores, one for each completion."""
 RewardFunction = Callable[..., Any]
@@ -35,8 +38,10 @@ class Call:
 
     index: int
     """The function's place in the config's list."""
-    texts: Sequence[str]
+    texts: Sequence[Completion]
     token_ids: Sequence[Sequence[int]]
+    environments: Sequence[Any] | None = None
+    """For a function that takes them, the environment of each completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +61,21 @@ class FunctionRewarder:
     """Name, function and weight. An argument bound by `functools.partial` hides a dataset column of that name."""
 
     def __call__(
-        self, prompt: Prompt, texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+        self,
+        prompt: Prompt,
+        texts: Sequence[Completion],
+        token_ids: Sequence[Sequence[int]],
+        known: Mapping[int, Column] = MappingProxyType({}),
     ) -> list[dict[str, float] | FailedReward]:
         """See `combine`. Without a time limit."""
-        calls = [Call(index, texts, token_ids) for index in range(len(self.rewards))]
-        answers = self.columns(prompt, calls)
-        columns = [answer for answer in answers if not isinstance(answer, Unanswered)]
-        return combine(columns, [name for name, _, _ in self.rewards])
+        calls = [Call(index, texts, token_ids) for index in range(len(self.rewards)) if index not in known]
+        answers = zip((call.index for call in calls), self.columns(prompt, calls), strict=True)
+        columns = {**known, **{index: answer for index, answer in answers if not isinstance(answer, Unanswered)}}
+        return combine([columns[index] for index in sorted(columns)], [name for name, _, _ in self.rewards])
+
+    def takes_environments(self, index: int) -> bool:
+        """Whether a function has a parameter `environments`."""
+        return "environments" in inspect.signature(self.rewards[index][1]).parameters
 
     def is_async(self, index: int) -> bool:
         """Whether a function is `async def`, or an object whose `__call__` is."""
@@ -76,7 +89,7 @@ class FunctionRewarder:
         Calls of async functions run concurrently, each for at most `limit_s` seconds, while the others run in order.
         """
         started = {
-            place: asyncio.run_coroutine_threadsafe(self._await_column(prompt, call, limit_s), _event_loop())
+            place: asyncio.run_coroutine_threadsafe(self._await_column(prompt, call, limit_s), event_loop())
             for place, call in enumerate(calls)
             if self.is_async(call.index)
         }
@@ -90,7 +103,7 @@ class FunctionRewarder:
         try:
             scores = function(**_arguments(function, prompt, call))
             if inspect.isawaitable(scores):
-                scores = asyncio.run_coroutine_threadsafe(_result(scores), _event_loop()).result()
+                scores = asyncio.run_coroutine_threadsafe(_result(scores), event_loop()).result()
             return _checked(name, scores, len(call.texts))
         except Exception as error:  # a user's code may raise anything; the rollouts are lost and the reason is reported
             return _failed(name, error, len(call.texts))
@@ -198,13 +211,22 @@ class _BadResult(Exception):
 
 
 def _arguments(function: RewardFunction, prompt: Prompt, call: Call) -> dict[str, Any]:
-    chat = not isinstance(prompt.source, str)
     bound = function.keywords if isinstance(function, partial) else {}
-    columns = {key: [value] * len(call.texts) for key, value in prompt.columns.items() if key not in bound}
-    if "completion_ids" in inspect.signature(function).parameters:
+    columns: dict[str, Any] = {
+        key: [value] * len(call.texts) for key, value in prompt.columns.items() if key not in bound
+    }
+    parameters = inspect.signature(function).parameters
+    if "completion_ids" in parameters:
         columns["completion_ids"] = [list(ids) for ids in call.token_ids]
-    completions = [[{"role": "assistant", "content": text}] for text in call.texts] if chat else list(call.texts)
+    if "environments" in parameters:
+        columns["environments"] = call.environments
+    are_messages = not isinstance(prompt.source, str)
+    completions = [_as_messages(text) if are_messages else text for text in call.texts]
     return {"prompts": [prompt.source] * len(call.texts), "completions": completions, **columns}
+
+
+def _as_messages(completion: Completion) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
 def _checked(name: str, scores: Any, count: int) -> Column:
@@ -229,8 +251,8 @@ async def _result(awaitable: Awaitable[Any]) -> Any:
 
 
 @cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """This process's loop for reward functions, in a thread of its own."""
+def event_loop() -> asyncio.AbstractEventLoop:
+    """This process's loop for reward functions and environments, in a thread of its own."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop

@@ -13,6 +13,8 @@ import numpy as np
 
 from tora.config.components import instantiate
 from tora.config.schema import Component, EvalConfig, OverlongPrompts, RunConfig
+from tora.environments.template import TurnTemplate
+from tora.environments.tools import tool_schemas
 from tora.errors import ConfigError, OverlongPrompt
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.tasks.dataset import Dataset, missing_column
@@ -42,9 +44,11 @@ class PromptStream:
         *,
         overlong: OverlongPrompts = "error",
         limited_by: str | None = None,
+        turns: TurnTemplate | None = None,
     ) -> None:
         """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None for a model that takes no images.
-        `limited_by`: what sets `max_prompt_tokens`, as a clause; None for the config's key of that name.
+        `limited_by`: what sets `max_prompt_tokens`, as a clause; None for the config's key of that name. `turns`: None
+        for rollouts without tools.
 
         Raises ConfigError if there are no rows.
         """
@@ -54,6 +58,7 @@ class PromptStream:
         self._tokenizer = tokenizer
         self._overlong = OverlongRows(overlong, max_prompt_tokens, len(rows), limited_by)
         self._image_processor = image_processor
+        self._turns = turns
         # Two epochs, since a step may straddle their boundary.
         self._permutation = lru_cache(maxsize=2)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(rows))
@@ -90,6 +95,8 @@ class PromptStream:
         return Prompt(id=prompt_id, token_ids=token_ids, source=source, columns=columns, images=images)
 
     def _encode(self, source: str | list[dict[str, Any]], images: tuple[bytes, ...]) -> tuple[int, ...]:
+        if self._turns is not None and not images:
+            return self._turns.prompt(source)
         if self._image_processor is None:
             if images:
                 raise ConfigError(f"it has {len(images)} images, but the model takes none")
@@ -109,10 +116,21 @@ class RunPrompts:
         """Id of the token that holds an image's place in a prompt; None for a model that takes no images."""
 
         limit, limited_by = prompt_limit(cfg)
+        stop = stop_token_ids(model, self.tokenizer)
+        self.turns = _turn_template(cfg, self.tokenizer, stop, takes_images=images is not None)
+        """What stands between the turns of an episode; None for a run without environment and tools."""
 
         def stream_of(dataset: Component) -> PromptStream:
-            rows, overlong = instantiate(dataset), cfg.overlong_prompts
-            return PromptStream(rows, self.tokenizer, limit, cfg.seed, images, overlong=overlong, limited_by=limited_by)
+            return PromptStream(
+                instantiate(dataset),
+                self.tokenizer,
+                limit,
+                cfg.seed,
+                images,
+                overlong=cfg.overlong_prompts,
+                limited_by=limited_by,
+                turns=self.turns,
+            )
 
         self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt
         """The training prompt at a position. Raises OverlongPrompt for one that is dropped."""
@@ -120,7 +138,6 @@ class RunPrompts:
         """Prompts for evaluation; empty if there is none."""
         if cfg.eval is not None:
             self.held_out = stream_of(cfg.eval.dataset).sequential(cfg.eval.num_prompts)
-        stop = stop_token_ids(model, self.tokenizer)
         self.sampling = _sampling(cfg, cfg.max_generated_tokens, stop)
         self.eval_sampling = _sampling(cfg.eval or cfg, cfg.max_generated_tokens, stop)
 
@@ -150,6 +167,14 @@ def _sampling(cfg: RunConfig | EvalConfig, max_tokens: int, stop: tuple[int, ...
         repetition_penalty=cfg.repetition_penalty,
         stop_token_ids=stop,
     )
+
+
+def _turn_template(cfg: RunConfig, tokenizer: Any, stop: tuple[int, ...], *, takes_images: bool) -> TurnTemplate | None:
+    if cfg.environment_factory is None and not cfg.tools:
+        return None
+    if takes_images:
+        raise ConfigError(f"environment_factory and tools need a text model, but {cfg.model.path} takes images")
+    return TurnTemplate(tokenizer, tool_schemas(cfg.environment_factory, cfg.tools), stop)
 
 
 def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:

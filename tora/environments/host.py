@@ -1,0 +1,192 @@
+"""The process that holds environments: it resets them, calls their tools, and scores what they saw.
+
+Each environment runs in a thread of its own, so a slow one delays no other. Answers leave as soon as they are ready.
+Whatever an environment raises is an answer too.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tora.config.components import instantiate, locate
+from tora.config.schema import Component
+from tora.environments.base import resolve, tool_methods
+from tora.environments.tools import ToolCall
+from tora.errors import ConfigError
+from tora.rewards.processes import end_with_parent
+from tora.rewards.rewarder import Call, Column, Unanswered, build_rewarder
+from tora.types import Prompt
+
+Key = tuple[int, int]
+"""A group, and a rollout in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a host needs to start."""
+
+    factory: Component | None
+    tools: tuple[str, ...]
+    rewards: tuple[Component, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """What an environment raised."""
+
+    reason: str
+    """A clause with the environment as its subject: `raised ValueError: ...`."""
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    text: str
+    error: Raised | None = None
+    """What the tool raised, if it did; `text` then tells the policy."""
+
+
+class _Seat:
+    """An environment and its thread; empty until the first reset."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1)
+        self.environment: Any = None
+        self.tools: dict[str, Callable[..., Any]] = {}
+
+
+class Host:
+    """Not thread-safe: one thread calls `submit`."""
+
+    def __init__(self, setup: Setup, send: Callable[[int, Any], None]) -> None:
+        """`send` takes a request's number and its answer, from any thread. Raises `ConfigError` if a component does not
+        exist or the environment cannot be made."""
+        self._setup, self._send = setup, send
+        self._functions = {function.__name__: function for function in map(locate, setup.tools)}
+        self._rewarder = build_rewarder(setup.rewards)
+        numbers = range(len(self._rewarder.rewards))
+        self.scored_here = tuple(i for i in numbers if self._rewarder.takes_environments(i))
+        self._seats: dict[Key, _Seat] = {}
+        self._free: list[_Seat] = []
+        self._scoring = ThreadPoolExecutor()
+        self._probe()
+
+    def _probe(self) -> None:
+        """Make the first environment, so that one that cannot be made ends the run before it starts."""
+        seat = _Seat()
+        try:
+            self._make(seat)
+        except ConfigError:
+            raise
+        except Exception as error:  # a user's code may raise anything
+            name = (self._setup.factory or {}).get("_component_")
+            raise ConfigError(f"environment_factory={name} raised {type(error).__name__}: {error}") from error
+        self._free.append(seat)
+
+    def _make(self, seat: _Seat) -> None:
+        if self._setup.factory is not None:
+            seat.environment = instantiate(self._setup.factory)
+            seat.tools = {name: getattr(seat.environment, name) for name in tool_methods(type(seat.environment))}
+        seat.tools |= self._functions
+
+    def submit(self, number: int, operation: str, arguments: tuple[Any, ...]) -> None:
+        """Start one of the operations below; its answer is sent when it is ready."""
+        if operation == "ping":
+            self._send(number, None)
+        elif operation == "close":
+            self._close(*arguments)
+        elif operation == "score":
+            self._scoring.submit(self._answer, number, self._score, arguments)
+        else:
+            key, *rest = arguments
+            if operation == "reset":
+                self._seats[key] = self._free.pop() if self._free else _Seat()
+            work = {"reset": self._reset, "call": self._call}[operation]
+            self._seats[key].thread.submit(self._answer, number, work, (self._seats[key], *rest))
+
+    def _answer(self, number: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        try:
+            answer = work(*arguments)
+        except BaseException as error:  # a user's code may raise anything, `SystemExit` too
+            answer = _raised(error)
+        self._send(number, answer)
+
+    def _reset(self, seat: _Seat, row: Mapping[str, Any]) -> str | None:
+        if not seat.tools:
+            self._make(seat)
+        if seat.environment is None:
+            return None  # tools alone
+        observation = resolve(seat.environment.reset(**row))
+        if not isinstance(observation, str | None):
+            raise TypeError(f"reset returned a {type(observation).__name__}, expected a string or None")
+        return observation
+
+    def _call(self, seat: _Seat, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        return [self._call_one(seat, call) for call in calls]
+
+    def _call_one(self, seat: _Seat, call: ToolCall) -> ToolResult:
+        """A tool's error is told to the policy in TRL's form."""
+        if call.name not in seat.tools:
+            return ToolResult(str({"error": f"Tool {call.name} not found."}), Raised("", ""))
+        try:
+            return ToolResult(str(resolve(seat.tools[call.name](**call.arguments))))
+        except Exception as error:  # a user's code may raise anything
+            return ToolResult(str({"error": str(error)}), _raised(error))
+
+    def _score(self, keys: Sequence[Key], prompt: Prompt, call: Call, limit_s: float) -> Column | Unanswered:
+        environments = [self._seats[key].environment for key in keys]
+        (answer,) = self._rewarder.columns(prompt, [replace(call, environments=environments)], limit_s)
+        return answer
+
+    def _close(self, keep: Sequence[Key], drop: Sequence[Key]) -> None:
+        """The environments of `keep` may serve other rollouts; those of `drop` failed."""
+        self._free += [self._seats.pop(key) for key in keep if key in self._seats]
+        for key in drop:
+            if seat := self._seats.pop(key, None):
+                seat.thread.shutdown(wait=False)
+
+
+def _raised(error: BaseException) -> Raised:
+    trace = "".join(traceback.format_exception(error))
+    return Raised(f"raised {type(error).__name__}: {error}", trace)
+
+
+def serve() -> None:
+    """The main function of a host: works until its parent closes the connection or dies."""
+    connection, timeout_s = Connection(int(sys.argv[2])), float(sys.argv[3])
+    sending = threading.Lock()
+
+    def send(number: int, answer: Any) -> None:
+        with sending:
+            connection.send((number, answer))
+
+    # Ctrl-C in a terminal also reaches this process, and the parent may still have to finish a step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        host = Host(connection.recv(), send)
+    except Exception as error:  # a mistake in the config, or an error in a user's module
+        connection.send(error)
+        return
+    connection.send(host.scored_here)
+    # If an environment holds the interpreter lock forever and the parent is gone, only the kernel can end it.
+    most_s, hard = int(timeout_s * (os.cpu_count() or 1)) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]
+    while True:
+        try:
+            number, operation, arguments = connection.recv()
+        except EOFError:
+            os._exit(0)  # a thread may hang in an environment
+        if hard == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + most_s, hard))
+        host.submit(number, operation, arguments)

@@ -1,0 +1,122 @@
+"""The chat template between the turns of an episode, as token ids.
+
+What the policy sampled is never tokenised again. Only the text in between is: from the prompt's last message to the
+first turn, and from a turn's stop token through the tools' answers to the next turn. Each is the difference of two
+renderings of the template, so this holds only for a template that leaves earlier turns as they were, which is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from tora.errors import ConfigError
+
+Messages = list[dict[str, Any]]
+_THINK = "<think>\n"
+_TURN = _THINK + 'I ask.\n</think>\n\n<tool_call>\n{"name": "tool", "arguments": {}}\n</tool_call>'
+"""A turn in the form that models with and without reasoning write it."""
+
+
+class TurnTemplate:
+    def __init__(self, tokenizer: Any, schemas: Sequence[dict[str, Any]], stop_token_ids: Sequence[int]) -> None:
+        """`schemas`: of the tools. Raises `ConfigError` if the template does not show the tools, ends a turn with no
+        stop token, or rewrites earlier turns."""
+        if tokenizer.chat_template is None:
+            raise ConfigError("environments and tools need a chat template, and the tokenizer has none")
+        self._tokenizer, self.schemas = tokenizer, [*schemas]
+        self._stops = [tokenizer.decode([token]) for token in stop_token_ids]
+        self._check()
+
+    def prompt(self, source: str | Messages) -> tuple[int, ...]:
+        """Token ids of the prompt up to the end of its last message, where an environment's observation begins.
+
+        Raises `ConfigError` if the last message is not text.
+        """
+        return self._encode(self._prompt_text(_messages(source)))
+
+    def opening(self, source: str | Messages, observation: str | None) -> tuple[int, ...]:
+        """Token ids from the end of `prompt` to the first turn: the observation and the template's text after it."""
+        messages = _messages(source)
+        start = self._prompt_text(messages)
+        whole = self._render(_with_observation(messages, observation or ""), turn_follows=True)
+        assert whole.startswith(start), "a template puts the end of a message behind its beginning"
+        return self._encode(whole[len(start) :])
+
+    def answers(self, messages: Messages) -> tuple[int, ...]:
+        """Token ids from a turn's stop token, exclusive, to the next turn: the tools' answers, `{"role": "tool"}`."""
+        return self._encode(self._after_turn(messages))
+
+    def _prompt_text(self, messages: Messages) -> str:
+        endings = [self._render(_with_observation(messages, end), turn_follows=True) for end in ("A", "B", "")]
+        common = takewhile(lambda letters: len(set(letters)) == 1, zip(*endings, strict=False))
+        return "".join(letters[0] for letters in common)
+
+    def _after_turn(self, messages: Messages) -> str:
+        asked: Messages = [{"role": "user", "content": "?"}]
+        turn = [*asked, {"role": "assistant", "content": _TURN}]
+        start = _with_turn(self._render(asked, turn_follows=True))
+        return self._after_stop(self._render([*turn, *messages], turn_follows=True)[len(start) :])
+
+    def _after_stop(self, text: str) -> str:
+        stop = next((stop for stop in self._stops if text.startswith(stop)), None)
+        if stop is None:
+            raise ConfigError(
+                f"the chat template ends a turn with {text[:20]!r}, which is none of the model's stop tokens "
+                f"({', '.join(map(repr, self._stops))}): episodes need a template whose turns end with one"
+            )
+        return text[len(stop) :]
+
+    def _check(self) -> None:
+        """A conversation of three turns, rendered whole, against the same text put together turn by turn."""
+        name = self.schemas[0]["function"]["name"]
+        conversation: Messages = [{"role": "user", "content": "?"}]
+        text = self._render(conversation, turn_follows=True)
+        if name not in text:
+            raise ConfigError(f"the chat template does not show the tools to the model: {name} is not in the prompt")
+        for number in range(3):
+            answers: Messages = [{"role": "tool", "name": name, "content": f"answer {number}"}]
+            conversation += [{"role": "assistant", "content": _TURN}, *answers]
+            whole = self._render(conversation, turn_follows=True)
+            text = _with_turn(text)
+            if not whole.startswith(text):
+                raise ConfigError(
+                    "the chat template rewrites the turns of an episode, such as their reasoning, so that a policy "
+                    "would be trained on tokens that it did not sample: use a template that keeps them"
+                )
+            rest = whole[len(text) :]
+            text += rest.removesuffix(self._after_stop(rest)) + self._after_turn(answers)
+            if text != whole:
+                raise ConfigError("the chat template renders a tool's answer differently in a later turn")
+
+    def _render(self, messages: Messages, *, turn_follows: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tools=self.schemas, tokenize=False, add_generation_prompt=turn_follows
+            )
+        except TemplateError as error:
+            raise ConfigError(f"the chat template cannot render a conversation with tools: {error}") from error
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _with_turn(text: str) -> str:
+    """The text and a turn; some templates begin the turn's reasoning themselves."""
+    return text.removesuffix(_THINK) + _TURN
+
+
+def _messages(source: str | Messages) -> Messages:
+    messages: Messages = [{"role": "user", "content": source}] if isinstance(source, str) else source
+    if not messages or not isinstance(messages[-1].get("content"), str):
+        raise ConfigError("an environment's prompt must end in a message of text")
+    return messages
+
+
+def _with_observation(messages: Messages, observation: str) -> Messages:
+    """As in TRL, the observation is appended to the last message, with nothing in between."""
+    last = messages[-1]
+    return [*messages[:-1], {**last, "content": last["content"] + observation}]
