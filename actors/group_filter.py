@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from tora.batching.signal import has_signal
+from tora.batching.signal import has_signal, max_refills
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError
 from tora.types import Group
@@ -21,7 +21,7 @@ class SignalFilter:
 
     def __init__(self, cfg: RunConfig) -> None:
         self._cfg = cfg
-        self._max_drops = int(cfg.rollout.max_refills * cfg.batch_size)
+        self._max_drops = max_refills(cfg)
         self._failed = FailedRollouts(cfg.max_failed_rewards, window=cfg.batch_size)
         self._drops = 0
         self._generated: list[Group] = []

@@ -178,6 +178,24 @@ def test_the_config_says_what_acts_on_a_group(overrides: list[str], trained: set
     assert set(advantages_of(batch.micro_batches)) == trained
 
 
+@pytest.mark.parametrize(
+    ("overrides", "drops"),
+    [
+        ([], 6),
+        (["rollout.max_refills=1"], 2),
+        (["rollout.max_refills=0"], 0),
+        (["loss.kl_coeff=0.01"], 0),
+        (["loss.kl_coeff=0.01", "loss.kl_in=reward"], 0),
+        (["loss.entropy_coeff=0.01"], 0),
+        (["loss.kl_coeff=0.01", "rollout.max_refills=1"], 2),
+    ],
+)
+def test_groups_with_equal_rewards_stay_where_a_kl_acts_on_them(overrides: list[str], drops: int) -> None:
+    signal = SignalFilter(cfg_of(*overrides))
+    admitted = [signal.admit(group(i, [1.0, 1.0])) for i in range(9)]
+    assert admitted == [False] * drops + [True] * (9 - drops)
+
+
 def test_dynamic_sampling_by_one_reward() -> None:
     """All answers are right, and their formats differ: nothing to learn for DAPO's filter."""
     cfg = cfg_of("rollout.refill_by=answer_tag")

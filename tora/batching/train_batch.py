@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tora.batching.batch import Regularizer, micro_batches
-from tora.batching.signal import has_signal
+from tora.batching.batch import micro_batches
+from tora.batching.signal import has_signal, regularizer_of
 from tora.config.schema import RunConfig
 from tora.types import Group, Metrics, StopReason, TrainBatch
 
@@ -61,17 +61,10 @@ def make_batch(
         share_prefix=cfg.share_prefix,
         advantage=cfg.advantage,
         asked=cfg.batch_size * cfg.grpo_samples,
-        regularizer=_regularizer(cfg),
+        regularizer=regularizer_of(cfg),
         mask_truncated=cfg.mask_truncated,
         num_mini_batches=cfg.num_mini_batches,
         seed=(cfg.seed, version),
     )
     metrics["learner/tokens"] = float(sum(len(m.tokens_T) for m in micro))
     return TrainBatch(micro, cfg.temperature, metrics, tuple(group.prompt.id for group in groups_P))
-
-
-def _regularizer(cfg: RunConfig) -> Regularizer:
-    """By the config's keys: a loss of one's own whose class has a KL term by default must name `kl_coeff` there."""
-    if cfg.loss.get("kl_coeff"):
-        return cfg.loss.get("kl_in", "loss")
-    return "loss" if cfg.loss.get("entropy_coeff") else "none"

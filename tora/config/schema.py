@@ -123,10 +123,10 @@ class RolloutConfig:
     """Size of vLLM's KV cache on a CPU, in GiB. No effect on a GPU."""
     enforce_eager: Annotated[bool, FREE] = False
     """Generate without CUDA graphs: less memory and a faster start, but slower decoding. No effect on a CPU."""
-    max_refills: Annotated[float, AtLeast(0)] = 3.0
+    max_refills: Annotated[float, AtLeast(0)] | None = None
     """How many groups without a training signal (all rewards equal, to within a millionth) a step may drop and replace,
     as a multiple of `batch_size`. Beyond that they are kept; their advantages are 0, so that only a KL or entropy term
-    acts on them. 0: none is replaced."""
+    acts on them. 0: none is replaced. null: 3, or 0 with a KL or entropy term, which then acts on every prompt."""
     refill_by: str | None = None
     """Name of one of `rewards`: a group whose rollouts all have the same score in it has no training signal either,
     even if their totals differ. DAPO filters by accuracy. null: only the total counts."""
