@@ -57,14 +57,15 @@ class GroupedLoRA(PunicaWrapperCPU):
         buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`y[T, O] += scale · x[T, I] Aᵀ Bᵀ` in place, with A [R, I] and B [O, R] of each token's slot."""
+        """`y[T, O] += scale · x[T, I] Aᵀ Bᵀ` in place, with A [R, I] and B [O, R] of each token's slot; computed in
+        y's dtype, float32."""
         for slot, rows in self._groups:
-            x_TI = x if rows is None else x[rows]
+            x_TI = (x if rows is None else x[rows]).to(y.dtype)
             start = 0
             for a_stacked, b_stacked, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
                 part_TO = y[:, start : start + size]
-                hidden_TR = x_TI @ a_stacked[slot, 0].T
-                b_RO = b_stacked[slot, 0].T
+                hidden_TR = x_TI @ a_stacked[slot, 0].to(y.dtype).T
+                b_RO = b_stacked[slot, 0].to(y.dtype).T
                 if rows is None:
                     part_TO.addmm_(hidden_TR, b_RO, alpha=scale)
                 else:
