@@ -55,6 +55,13 @@ def test_each_kind_of_breakage_has_its_own_message() -> None:
     )
 
 
+def test_a_scaling_that_is_off_by_a_tenth_is_found() -> None:
+    learner, engine = score(0.3, 1e-6)
+    assert learner.off_N is not None
+    wrong = ProbeLogprobs(learner.off_N + 1.1 * (learner.on_N - learner.off_N), engine.off_N)
+    assert "applied in part, wrongly" in str(find_disagreement(learner, wrong, 0.1))
+
+
 @pytest.fixture(scope="module", params=["lora", "dora_cache"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = make_text_model(tmp_path_factory.mktemp("model"))

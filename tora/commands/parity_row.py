@@ -26,11 +26,12 @@ _NOISE_STD = 0.05
 """Standard deviation of the random adapter."""
 _MAX_FP32_GAP = 1e-4
 """Largest mean difference of float32 log-probs without an adapter, in nats."""
-_MAX_OFF, _MAX_ON = 3.0, 3.0
-"""Largest gaps without and with the adapter, as multiples of what the dtype costs without one."""
+_MAX_OFF, _MAX_ON = 3.0, 2.0
+"""Largest gaps without and with the adapter, as multiples of what the dtype costs without one. Measured in bf16 on two
+tiny models, two adapters of each kind, 512 tokens each: 1.2 to 1.5 without, 0.9 to 1.13 with."""
 _EFFECT_SHARE = {"fp32": 1e-3, "bf16": 0.02}
 """Added to the second: this share of the adapter's effect, since an adapter moves the model to where it rounds
-differently."""
+differently. A scaling that is off by a tenth showed as 0.08 to 0.12 of the effect."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,11 @@ _MAX_GAP = {"fp32": 1e-4, "bf16": 0.1}
 involved, by 1e-3 to 4e-2."""
 
 
+_EFFECT_SHARE = 0.05
+"""Share of the adapter's effect by which a gap may exceed the noise. A scaling that is off by a tenth shows as about
+0.1 of the effect."""
+
+
 class LearnerLogprobs(Protocol):
     """The part of `tora.protocols.Learner` that the canary needs."""
 
@@ -61,7 +66,7 @@ def mean_gap(a_N: np.ndarray, b_N: np.ndarray) -> float:
 def find_disagreement(learner: ProbeLogprobs, engine: ProbeLogprobs, max_gap: float) -> str | None:
     """How the engine's log-probs disagree with the learner's, as a clause; None if they agree.
 
-    The mean gap must not exceed `max_gap`. With an adapter it must not exceed a quarter of the adapter's effect plus
+    The mean gap must not exceed `max_gap`. With an adapter it must not exceed a share of the adapter's effect plus
     the base's noise either, so that an adapter that has learned little yet is still checked. A gap of nan disagrees.
     """
     gap = mean_gap(learner.on_N, engine.on_N)
@@ -73,7 +78,7 @@ def find_disagreement(learner: ProbeLogprobs, engine: ProbeLogprobs, max_gap: fl
     noise = max(3 * base, max_gap / 10)
     if not learner.effect <= noise and not (engine.on_N != engine.off_N).any():
         return f"are the base's in the engine, and the adapter moves the learner's by {learner.effect:.2g}"
-    if not (gap <= max_gap and gap <= noise + learner.effect / 4):
+    if not (gap <= max_gap and gap <= noise + _EFFECT_SHARE * learner.effect):
         return (
             f"differ by {gap:.2g} a token with the adapter and by {base:.2g} without it, and it moves the learner's by "
             f"{learner.effect:.2g}: it was applied in part, wrongly, or to another slot"
