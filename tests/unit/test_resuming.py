@@ -13,6 +13,7 @@ from tora.config.load import dump_yaml, load_config, read_tree
 from tora.config.marks import Resume
 from tora.config.reference import entries
 from tora.config.resuming import changes, check_resumed, marks
+from tora.run.manifest import seal
 
 BEFORE = ["quickstart", "async_rl=false", "rollout.engine=torch"]
 
@@ -23,6 +24,7 @@ def run_folder(tmp_path: Path) -> Path:
     (tmp_path / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(load_config(BEFORE[0], BEFORE[1:])))
     (tmp_path / "run" / "metrics.jsonl").touch()
+    seal(tmp_path / "run" / "checkpoints" / "step_000002")
     return tmp_path / "run"
 
 

@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tora.config.schema import RunConfig
@@ -69,6 +69,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if isinstance(value, list):
             return [_convert(args[0], item, f"{key}.{i}") for i, item in enumerate(value)]
         raise ConfigError(f"{key}={show(value)} must be a list, as in [a,b].")
+    if origin is Mapping:
+        if isinstance(value, dict):
+            return value
+        raise ConfigError(f"{key}={show(value)} must hold names and values, as in {{name: value}}.")
     if origin is dict:
         if isinstance(value, dict):
             return value

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -132,6 +132,8 @@ def _words(hint: Any) -> str:
         return f"one of {', '.join(args)}"
     if origin is list:
         return "a list of components" if get_origin(args[0]) is dict else f"a list of {_words(args[0])}"
+    if origin is Mapping:
+        return "names and values"
     if origin is dict:
         return "a component"
     return SCALARS.get(hint, "a section")

@@ -7,6 +7,7 @@ is a mapping with `_component_`, the dotted path of a callable, and keyword argu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -238,6 +239,9 @@ class RunConfig:
     """What happens to a longer prompt, in training and evaluation. `drop`: it is left out, and another takes its turn.
     `error`: the run ends. `truncate_left`: it loses its first tokens, which may be those of the system prompt; prompts
     with images are dropped. The first one is named, and `rollout/prompts_dropped` counts those dropped in training."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """Variables for the model's chat template, such as `enable_thinking: false` for Qwen3. It is an error if the
+    template does not mention one. null: none."""
     max_generated_tokens: Annotated[int, AtLeast(1)] = 512
     """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut off. With tools it
     covers all turns of a rollout and the tools' answers between them."""

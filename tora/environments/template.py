@@ -7,7 +7,7 @@ renderings of the template, so this holds only for a template that leaves earlie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -20,12 +20,21 @@ _TURN = _THINK + 'I ask.\n</think>\n\n<tool_call>\n{"name": "tool", "arguments":
 
 
 class TurnTemplate:
-    def __init__(self, tokenizer: Any, schemas: Sequence[dict[str, Any]], stop_token_ids: Sequence[int]) -> None:
-        """`schemas`: of the tools. Raises `ConfigError` if the template does not show the tools, ends a turn with no
-        stop token, or rewrites earlier turns."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        schemas: Sequence[dict[str, Any]],
+        stop_token_ids: Sequence[int],
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`schemas`: of the tools. `variables`: the template's.
+
+        Raises ConfigError if the template does not show the tools, ends a turn with no stop token, or rewrites earlier
+        turns.
+        """
         if tokenizer.chat_template is None:
             raise ConfigError("environments and tools need a chat template, and the tokenizer has none")
-        self._tokenizer, self.schemas = tokenizer, [*schemas]
+        self._tokenizer, self.schemas, self._variables = tokenizer, [*schemas], dict(variables or {})
         self._stops = [tokenizer.decode([token]) for token in stop_token_ids]
         self._check()
 
@@ -95,7 +104,7 @@ class TurnTemplate:
 
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tools=self.schemas, tokenize=False, add_generation_prompt=turn_follows
+                messages, tools=self.schemas, tokenize=False, add_generation_prompt=turn_follows, **self._variables
             )
         except TemplateError as error:
             raise ConfigError(f"the chat template cannot render a conversation with tools: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from tora.environments.tools import tool_schemas
 from tora.errors import ConfigError, OverlongPrompt
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.tasks.dataset import Dataset, missing_column
-from tora.tasks.encode import as_messages, encode_prompt
+from tora.tasks.encode import as_messages, check_template, encode_prompt
 from tora.tasks.image_rows import take_images
 from tora.tasks.overlong import OverlongRows, prompt_limit
 from tora.tasks.tokenizer import load_tokenizer, stop_token_ids
@@ -45,10 +45,11 @@ class PromptStream:
         overlong: OverlongPrompts = "error",
         limited_by: str | None = None,
         turns: TurnTemplate | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None for a model that takes no images.
         `limited_by`: what sets `max_prompt_tokens`, as a clause; None for the config's key of that name. `turns`: None
-        for rollouts without tools.
+        for rollouts without tools. `template_variables`: the chat template's.
 
         Raises ConfigError if there are no rows.
         """
@@ -58,7 +59,7 @@ class PromptStream:
         self._tokenizer = tokenizer
         self._overlong = OverlongRows(overlong, max_prompt_tokens, len(rows), limited_by)
         self._image_processor = image_processor
-        self._turns = turns
+        self._turns, self._variables = turns, template_variables
         # Two epochs, since a step may straddle their boundary.
         self._permutation = lru_cache(maxsize=2)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(rows))
@@ -100,8 +101,8 @@ class PromptStream:
         if self._image_processor is None:
             if images:
                 raise ConfigError(f"it has {len(images)} images, but the model takes none")
-            return encode_prompt(self._tokenizer, source)
-        return self._image_processor.encode(as_messages(source), images)
+            return encode_prompt(self._tokenizer, source, self._variables)
+        return self._image_processor.encode(as_messages(source), images, self._variables)
 
 
 class RunPrompts:
@@ -115,6 +116,9 @@ class RunPrompts:
         self.image_token = None if images is None else images.image_token_id
         """Id of the token that holds an image's place in a prompt; None for a model that takes no images."""
 
+        check_template(
+            self.tokenizer.chat_template if images is None else images.template, cfg.chat_template_kwargs or {}
+        )
         limit, limited_by = prompt_limit(cfg)
         stop = stop_token_ids(model, self.tokenizer)
         self.turns = _turn_template(cfg, self.tokenizer, stop, takes_images=images is not None)
@@ -130,6 +134,7 @@ class RunPrompts:
                 overlong=cfg.overlong_prompts,
                 limited_by=limited_by,
                 turns=self.turns,
+                template_variables=cfg.chat_template_kwargs,
             )
 
         self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt
@@ -174,7 +179,7 @@ def _turn_template(cfg: RunConfig, tokenizer: Any, stop: tuple[int, ...], *, tak
         return None
     if takes_images:
         raise ConfigError(f"environment_factory and tools need a text model, but {cfg.model.path} takes images")
-    return TurnTemplate(tokenizer, tool_schemas(cfg.environment_factory, cfg.tools), stop)
+    return TurnTemplate(tokenizer, tool_schemas(cfg.environment_factory, cfg.tools), stop, cfg.chat_template_kwargs)
 
 
 def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:

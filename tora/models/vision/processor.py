@@ -7,7 +7,7 @@ Shape letters: I images, N patches of all images, D values of a patch, T the 3 a
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ class ImageProcessor:
         processor: Any = AutoProcessor.from_pretrained(folder)
         self._processor = processor.image_processor
         self._tokenizer = processor.tokenizer
-        self._template = processor.chat_template or processor.tokenizer.chat_template
+        self.template: str | None = processor.chat_template or processor.tokenizer.chat_template
         self.image_token_id: int = processor.image_token_id
         self._video_token_id: int = processor.video_token_id
         least, most = (int(self._processor.size[key]) for key in _SIZE_KEYS)
@@ -70,17 +70,23 @@ class ImageProcessor:
         limits = {"min_pixels": least, "max_pixels": most}
         return self._processor.get_number_of_image_patches(height, width, limits) // self._processor.merge_size**2
 
-    def encode(self, messages: Sequence[dict[str, Any]], images: Sequence[bytes]) -> tuple[int, ...]:
-        """Token ids of chat messages in which the parts `{"type": "image"}` stand for `images`, in order.
+    def encode(
+        self,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[bytes],
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of chat messages in which the parts `{"type": "image"}` stand for `images`, in order. `variables`:
+        the chat template's.
 
         Includes the generation prompt; each placeholder is repeated to its image's number of tokens.
         Raises ConfigError if there is no chat template, the numbers of placeholders and images differ, or there is a
         video; ValueError as `pixels` does.
         """
-        if self._template is None:
+        if self.template is None:
             raise ConfigError("a vision model's prompts are chat messages, but its folder has no chat template")
         text = self._tokenizer.apply_chat_template(
-            messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **variables or {}
         )
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._video_token_id in ids:
