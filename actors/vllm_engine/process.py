@@ -155,7 +155,13 @@ def _remove_rendezvous(address: str) -> None:
 
 
 def _free_own_groups() -> None:
-    from vllm.distributed.parallel_state import destroy_model_parallel
+    """Destroy vLLM's groups within the learner's default group, and have vLLM forget them: a later engine would take
+    them for its own, after the learner has left."""
+    from vllm.distributed import parallel_state
 
-    if torch.distributed.is_initialized():  # the learner may have left it first
-        destroy_model_parallel()
+    groups = {n: g for n, g in vars(parallel_state).items() if isinstance(g, parallel_state.GroupCoordinator)}
+    if torch.distributed.is_initialized():  # the learner may have left it first, which destroyed these too
+        for group in {id(group): group for group in groups.values()}.values():
+            group.destroy()
+    for name in [*groups, "_NODE_COUNT"]:
+        setattr(parallel_state, name, None)

@@ -61,6 +61,11 @@ _TABLE: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int], bool]] =
     "qwen3/8B": (_QWEN3, (4096, 12288, 36, 32, 8), False),
     "qwen3/14B": (_QWEN3, (5120, 17408, 40, 40, 8), False),
     "qwen3/32B": (_QWEN3, (5120, 25600, 64, 64, 8), False),
+    "smollm2/135M": (
+        {"model_type": "llama", "vocab_size": 49152, "rope_theta": 1e5, "head_dim": 64},
+        (576, 1536, 30, 9, 3),
+        True,
+    ),
     "llama3_2/1B": ({**_LLAMA3, "head_dim": 64}, (2048, 8192, 16, 32, 8), True),
     "llama3_2/3B": ({**_LLAMA3, "head_dim": 128}, (3072, 8192, 28, 24, 8), True),
     "llama3_1/8B": ({**_LLAMA3, "head_dim": 128}, (4096, 14336, 32, 32, 8), False),
