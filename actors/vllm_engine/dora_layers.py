@@ -84,7 +84,7 @@ class GainLayer(BaseLinearLayerWithLoRA):
                 self.offset_SO[index] = 0
             self._slots_with_gain.discard(index)
             return
-        parts = [torch.ones(n) if g is None else g for g, n in zip(gains, self.part_sizes, strict=True)]
+        parts = [self.gain_SO.new_ones(n) if g is None else g for g, n in zip(gains, self.part_sizes, strict=True)]
         self.gain_SO[index].copy_(torch.cat(parts))
         if self.offset_SO is not None and self._bias_O is not None:
             self.offset_SO[index].copy_((1 - self.gain_SO[index]) * self._bias_O.float())

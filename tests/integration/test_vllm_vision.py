@@ -143,7 +143,8 @@ def test_scores_of_given_completions(served: Served) -> None:
     given = LogprobRequest(request.token_ids, tuple(completion.token_ids.tolist()), request.images)
     for adapter, kind in ((True, "dora"), (False, "base")):
         (scores,) = served.engine.logprobs([given], adapter=adapter)
-        assert served.reference.error(kind, 1, request, replace(completion, logprobs=scores)) < TOLERANCE
+        scored = replace(completion, logprobs=scores, sampling_logprobs=scores)
+        assert served.reference.error(kind, 1, request, scored) < TOLERANCE
 
 
 def test_a_sampled_placeholder_is_an_ordinary_token(served: Served) -> None:
