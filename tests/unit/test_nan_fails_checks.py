@@ -65,9 +65,9 @@ def test_the_canary(names: list[str], max_gap: float, everywhere: bool, value: f
 
 
 def test_parity() -> None:
-    good = ParityRow("lora", "bf16", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, effect=0.1, tokens=1)
+    good = ParityRow("lora", "bf16", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, effect=0.1, rounding=0.01, tokens=1)
     assert good.holds
-    for name in ("sampled_mean", "on_mean", "off_mean", "effect"):
+    for name in ("sampled_mean", "on_mean", "off_mean", "effect", "rounding"):
         assert not replace(good, **{name: NAN}).holds, name
 
 
