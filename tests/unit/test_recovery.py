@@ -109,7 +109,7 @@ def test_bad_steps_are_counted_in_a_row() -> None:
         counter = BadSteps(limit)
         for number, step in enumerate(steps, 1):
             counter.add(number, *step)
-            counter.check(None)
+            counter.check(lambda: None)
         return counter.in_a_row
 
     assert count(2, (batch, bad), (batch, good), (batch, bad)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tora.errors import TrainingError
@@ -25,9 +26,10 @@ class BadSteps:
         self._last = f"step {number}: {result.bad}"
         return f"step {number} is left out: {result.bad}"
 
-    def check(self, checkpoint: Path | None) -> None:
-        """Raises TrainingError if there are too many. `checkpoint`: the newest."""
+    def check(self, newest_checkpoint: Callable[[], Path | None]) -> None:
+        """Raises TrainingError if there are too many. Only then is the newest checkpoint looked for, which reads it."""
         if self._limit and self.in_a_row >= self._limit:
+            checkpoint = newest_checkpoint()
             how = f"resume_from_checkpoint=true continues from {checkpoint.name}" if checkpoint else "no checkpoint yet"
             raise TrainingError(
                 f"{self.in_a_row} bad steps in a row end the run (max_bad_steps={self._limit}), the last being "

@@ -56,7 +56,7 @@ def train(run: Run) -> Outcome:
         run.log.step(step, metrics, batch.prompt_ids)
         if sentence := bad_steps.add(step + 1, batch, result):
             run.log.warning(sentence)
-            bad_steps.check(run.checkpoints.newest())
+            bad_steps.check(run.checkpoints.newest)
         stop = run.stop_requested()
         last = stop or state.step == cfg.num_steps
         if cfg.eval and not stop and (last or state.step % cfg.eval.every == 0):
