@@ -3,6 +3,10 @@
 import os
 import sys
 
+# `python -m` puts the working directory first; a learner.py of the user's there must not hide a package of ours.
+if sys.path and sys.path[0] in ("", os.getcwd()):
+    sys.path.append(sys.path.pop(0))
+
 from tora.cli import main
 
 code = main()

@@ -52,3 +52,8 @@ def described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" in {frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
     return f"{type(error).__name__}{place}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -197,7 +197,7 @@ def test_stream_refuses_what_it_cannot_use(tokenizer):
         PromptStream(rows, tokenizer, 32).sequential(2)
     with pytest.raises(ConfigError, match=r"row 0 has no column prompt.*nearest is promt"):
         PromptStream([{"promt": "1"}], tokenizer, 32).prompt(0)
-    with pytest.raises(ConfigError, match="a prompt has type int"):
+    with pytest.raises(ConfigError, match="its prompt is of type int"):
         PromptStream([{"prompt": 1}], tokenizer, 32).prompt(0)
     with pytest.raises(ConfigError, match="no rows"):
         PromptStream([], tokenizer, 32)

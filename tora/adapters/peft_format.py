@@ -19,6 +19,7 @@ from tora.config.schema import ModelConfig
 from tora.distributed.sharding import copy_full
 from tora.errors import ConfigError
 from tora.models.decoder import Decoder
+from tora.models.hub import named
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -49,10 +50,12 @@ def peft_config(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
     alphas = {name: alpha_of(layer.rank, layer.scaling, cfg.use_rslora) for name, layer in layers.items()}
     others = {name: alpha for name, alpha in alphas.items() if not math.isclose(alpha, cfg.lora_alpha)}
     tower = _TOWER_LINEARS if cfg.train_vision == "lora" else ()
+    base = named(cfg)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": cfg.path,
+        "base_model_name_or_path": base.path,
+        "revision": base.revision,
         "r": cfg.lora_rank,
         "lora_alpha": cfg.lora_alpha,
         "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != cfg.lora_rank},

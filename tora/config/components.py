@@ -59,8 +59,7 @@ def locate(path: str) -> Callable[..., Any]:
     Raises ConfigError if there is none. What a module raises when it is imported passes through.
     """
     path = _present(path)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    import_from(())
     module, names = _import_longest(path)
     found: Any = module
     for name in names:
@@ -71,6 +70,14 @@ def locate(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"_component_={path} cannot be called.")
     return found
+
+
+def import_from(folders: Iterable[str]) -> None:
+    """Look up modules in the working directory and then in these folders too, here and in processes started from here;
+    after everything that is installed, so that no file of the user's hides a package."""
+    for folder in (os.getcwd(), *folders):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def check_component(component: Component, key: str) -> None:

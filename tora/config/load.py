@@ -8,6 +8,7 @@ overrides everything. Every mistake in the user's input is a `ConfigError` with 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def config_file(name_or_path: str) -> Path:
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge, interpolate and check a config. Raises ConfigError if it has a mistake."""
-    tree = _merge(_read(config_file(name_or_path), ()), _parse_overrides(overrides), "")
+    file = config_file(name_or_path)
+    tree = _merge(_read(file, ()), _parse_overrides(overrides), "")
     try:
         tree = OmegaConf.create(_merge(defaults(RunConfig), tree, ""))
         tree = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
@@ -60,6 +62,11 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     cfg.model.path = _find_folder(cfg.model.path)
     if cfg.model.adapter_path is not None:
         cfg.model.adapter_path = _find_folder(cfg.model.adapter_path)
+    home = file.resolve().parent
+    if cfg.import_from is None:
+        cfg.import_from = [] if home.is_relative_to(configs_dir().resolve()) else [str(home)]
+    if cfg.chat_template is not None and not Path(cfg.chat_template).expanduser().exists():
+        cfg.chat_template = str(home / cfg.chat_template)
     check(cfg)
     for key, component in _components(cfg):
         check_component(component, key)
@@ -72,19 +79,40 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
     """Every component except the rewards, with its dotted key."""
-    for name in ("dataset", "loss", "optimizer", "lr_scheduler"):
+    for name in ("loss", "optimizer", "lr_scheduler"):
         yield name, getattr(cfg, name)
+    yield from _datasets(cfg.dataset, "dataset")
     if cfg.eval is not None:
-        yield "eval.dataset", cfg.eval.dataset
+        yield from _datasets(cfg.eval.dataset, "eval.dataset")
     if cfg.environment_factory is not None:
         yield "environment_factory", cfg.environment_factory
     for i, logger in enumerate(cfg.metric_logger):
         yield f"metric_logger.{i}", logger
 
 
+def _datasets(component: Component, key: str) -> Iterator[tuple[str, Component]]:
+    """The component, and those that a mixture mixes, without their weights."""
+    yield key, component
+    mixed = component.get("datasets")
+    for i, part in enumerate(mixed if isinstance(mixed, list) else ()):
+        if isinstance(part, dict):
+            own = {name: value for name, value in part.items() if name != "weight"}
+            yield from _datasets(own, f"{key}.datasets.{i}")
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a `model.path` that is no folder can be the name of a model on the hub."""
+    return _HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+
+
 def missing_folders(cfg: RunConfig) -> list[str]:
-    """A clause for each folder that the config names and that does not exist."""
+    """A clause for each folder that the config names and that does not exist. The name of a hub model is no folder."""
     paths = {"model.path": cfg.model.path, "model.adapter_path": cfg.model.adapter_path}
+    if is_hub_name(cfg.model.path):
+        del paths["model.path"]
     return [f"{key}={show(path)} is not a folder" for key, path in paths.items() if path and not Path(path).is_dir()]
 
 

@@ -28,7 +28,10 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 class ModelConfig:
     path: Annotated[str, FIXED]
     """Folder of a Hugging Face model: config, safetensors weights and tokenizer. A relative path is looked up in the
-    working directory first and then in `configs/`."""
+    working directory first and then in `configs/`. Or the name of a model on the hub, such as `Qwen/Qwen3-0.6B`, which
+    is downloaded unless huggingface_hub's cache has it; the run's `config.yaml` pins its commit in `revision`."""
+    revision: Annotated[str | None, FIXED] = None
+    """Branch, tag or commit of a model on the hub. null: its main branch, or the commit that a resumed run has used."""
     lora_type: Annotated[Literal["full", "lora", "dora", "dora_cache"], FIXED] = "lora"
     """What is trained. `full`: every weight of the decoder. `lora`, `dora`: an adapter of that kind. `dora_cache`: DoRA
     whose row norms are computed once per optimizer step instead of in every forward pass, which is faster."""
@@ -194,6 +197,10 @@ class RunConfig:
     num_threads: Annotated[int, AtLeast(0), FREE] = 0
     """CPU threads of each learner process. 0: PyTorch's default."""
 
+    import_from: Annotated[list[str] | None, FREE] = None
+    """Folders in which modules of components, such as your rewards, are looked up after the working directory. null:
+    the folder of the config file."""
+
     learner_ranks: Annotated[int, AtLeast(1), FREE] = 1
     """Learner processes, which share weights and work by FSDP2: under torchrun in a synchronous run, as Ray actors with
     `async_rl=true`. `--nproc_per_node` sets it too."""
@@ -230,6 +237,9 @@ class RunConfig:
     """Training steps of the whole run. A resumed run counts the steps already done."""
     batch_size: Annotated[int, AtLeast(1)] = 16
     """Prompts per step; each gives one group of `grpo_samples` rollouts."""
+    shuffle: bool = True
+    """Read the rows of `dataset` in a new random order in each epoch, reproducibly by `seed`. false: in their own
+    order, as evaluation always does."""
     grpo_samples: Annotated[int, AtLeast(2)] = 8
     """Rollouts per prompt: the group whose rewards are compared with one another."""
     max_prompt_tokens: Annotated[int, AtLeast(1)] = 1024
@@ -242,6 +252,9 @@ class RunConfig:
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Variables for the model's chat template, such as `enable_thinking: false` for Qwen3. It is an error if the
     template does not mention one. null: none."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that takes the place of the model's own. A relative path is looked up in the
+    working directory first and then in the config's folder. null: the model's own."""
     max_generated_tokens: Annotated[int, AtLeast(1)] = 512
     """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut off. With tools it
     covers all turns of a rollout and the tools' answers between them."""
@@ -295,8 +308,9 @@ class RunConfig:
     dataset: Component
     """Training prompts: a callable that returns a dataset, anything with `len` and `[i]` whose rows have a `prompt`.
     Built in: `tora.tasks.gsm8k.gsm8k`, `tora.tasks.sums.sums`, `tora.tasks.chain_sum.chain_sum`,
-    `tora.tasks.digits.digits`, `tora.tasks.clevr.clevr`, `tora.tasks.geometry3k.geometry3k`, and
-    `tora.tasks.dataset.file_dataset` and `hub_dataset` for your own data."""
+    `tora.tasks.digits.digits`, `tora.tasks.clevr.clevr`, `tora.tasks.geometry3k.geometry3k`,
+    `tora.tasks.dataset.file_dataset` and `hub_dataset` for your own data, and `tora.tasks.mixture.mixture` for several
+    datasets."""
     rewards: list[Component]
     """Reward functions with TRL's signature, at least one. Built in: `tora.rewards.math_answer`, `answer_tag`,
     `last_number`, `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight`

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from tora.config.load import dump_yaml
+from tora.config.components import import_from
+from tora.config.load import dump_yaml, read_tree
 from tora.config.resuming import check_resumed
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
@@ -18,6 +19,7 @@ from tora.launch.in_process import in_process
 from tora.launch.on_ray import on_ray
 from tora.launch.ray_cluster import output_folder
 from tora.launch.signals import stop_signals
+from tora.models.hub import fetched, named
 from tora.reporting.metrics import MetricLog, NoLog
 from tora.reporting.summary import print_summary, reward_curve
 from tora.run.canary import NUM_PROBES, Canary
@@ -38,9 +40,11 @@ def run(cfg: RunConfig) -> bool:
     Under torchrun every rank calls this; only rank 0 writes and reports. Raises ConfigError if opening the
     data or the model reveals a mistake in the config.
     """
+    import_from(cfg.import_from or ())
     cfg = with_engine(cfg)
     folder = output_folder(cfg.output_dir)
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
+    cfg = _with_model(cfg, folder / _CONFIG)
     _check_inputs(cfg, folder)
     with (
         _held(cfg, folder) as claim,
@@ -51,7 +55,7 @@ def run(cfg: RunConfig) -> bool:
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=world.rank == 0)
         resume = checkpoints.to_resume() if cfg.resume_from_checkpoint else None
         if resume is not None:
-            changed = check_resumed(folder / _CONFIG, cfg)
+            changed = check_resumed(folder / _CONFIG, _portable(cfg))
             if changed and world.rank == 0:
                 _log.warning("resuming with changed settings: %s", ", ".join(map(str, changed)))
         prompts = RunPrompts(cfg)
@@ -93,6 +97,21 @@ def run(cfg: RunConfig) -> bool:
     return state.step == cfg.num_steps
 
 
+def _with_model(cfg: RunConfig, pinned: Path) -> RunConfig:
+    """`model.path` as a folder. `pinned`: the config of the run that is resumed, whose revision is used again."""
+    model = cfg.model
+    if cfg.resume_from_checkpoint and model.revision is None and pinned.exists():
+        before = read_tree(pinned).get("model", {})
+        if before.get("path") == model.path:
+            model = replace(model, revision=before.get("revision"))
+    return replace(cfg, model=fetched(model))
+
+
+def _portable(cfg: RunConfig) -> RunConfig:
+    """The config with a hub model by name and commit."""
+    return replace(cfg, model=named(cfg.model))
+
+
 def _held(cfg: RunConfig, folder: Path) -> AbstractContextManager[RunFolder | None]:
     """The run's folder, held by rank 0; None on other ranks."""
     if World.from_environment().rank > 0:
@@ -113,7 +132,7 @@ def _open(cfg: RunConfig, folder: RunFolder, state: RunState, *, resumes: bool) 
     """Write the config and open the log. Unless the run is resumed, an earlier run in the folder is renamed."""
     if not resumes:
         folder.start_over()
-    (folder.path / _CONFIG).write_text(dump_yaml(cfg))
+    (folder.path / _CONFIG).write_text(dump_yaml(_portable(cfg)))
     return MetricLog(cfg, folder.path, first_step=state.step)
 
 

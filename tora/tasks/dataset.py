@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tora.errors import ConfigError, nearest
+from tora.tasks.keep import Keep, kept_rows
+from tora.tasks.messages import Messages, as_messages, checked
 from tora.tasks.table import Table, load_files, load_hub
 
 Row = dict[str, Any]
@@ -32,34 +34,52 @@ class Rows:
         prompt_key: str = "prompt",
         answer_key: str | None = "answer",
         system_prompt: str | None = None,
+        few_shot: Messages | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        """`source` names the table in messages. `answer_key` is None for a table without answers.
+        """`source` names the table in messages. `answer_key` is None for a table without answers. A key with a dot
+        reads a field of a column that holds mappings. The other arguments are `file_dataset`'s.
 
-        `system_prompt` is put before each prompt as a system message; a string prompt becomes a user message after it.
-        Raises ConfigError if the table is empty or lacks a column.
+        Raises ConfigError if the table is empty, lacks a column, or `keep` leaves no rows.
         """
         if len(table) == 0:
             raise ConfigError(f"{source} has no rows")
         for key, column in (("prompt_key", prompt_key), ("answer_key", answer_key)):
-            if column is not None and column not in table.column_names:
-                raise ConfigError(missing_column(source, key, column, table.column_names))
-        self._table = table
-        self._prompt_key = prompt_key
-        self._answer_key = answer_key
-        self._system_prompt = system_prompt
+            if column is not None and not {column, column.partition(".")[0]} & set(table.column_names):
+                note = "; answer_key=null is for data without answers" if key == "answer_key" else ""
+                raise ConfigError(missing_column(source, key, column, table.column_names) + note)
+        self._table, self._source = table, source
+        self._prompt_key, self._answer_key = prompt_key, answer_key
+        self._system: Messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        try:
+            self._few_shot = checked(few_shot) if few_shot else []
+        except ConfigError as error:
+            raise ConfigError(f"few_shot: {error}") from error
+        self._kept = None if keep is None else kept_rows(table, source, keep)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._table) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> Row:
-        row = self._table[index]
-        prompt = _without_nulls(row.pop(self._prompt_key))
-        if self._system_prompt is not None:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            prompt = [{"role": "system", "content": self._system_prompt}, *messages]
-        if self._answer_key is not None:
-            row["answer"] = row.pop(self._answer_key)
-        return {"prompt": prompt, **row}
+        place = index if self._kept is None else self._kept[index]
+        row = self._table[place]
+        try:
+            prompt = self._with_examples(_without_nulls(_taken(row, self._prompt_key)))
+            if self._answer_key is not None:
+                row["answer"] = _gold(_taken(row, self._answer_key))
+        except ConfigError as error:
+            raise ConfigError(f"{self._source}: row {place} {error}") from error
+        return {**row, "prompt": prompt}
+
+    def _with_examples(self, prompt: Any) -> Any:
+        """The prompt after system prompt and few-shot turns; a string becomes a user message."""
+        if not self._system and not self._few_shot:
+            return prompt
+        messages = as_messages(prompt)
+        own = messages[:1] if messages[0]["role"] == "system" else []
+        if own and self._system:
+            raise ConfigError("begins with a system message, and the dataset has a system_prompt; keep one of them")
+        return [*self._system, *own, *self._few_shot, *messages[len(own) :]]
 
 
 def file_dataset(
@@ -68,14 +88,20 @@ def file_dataset(
     prompt_key: str = "prompt",
     answer_key: str | None = "answer",
     system_prompt: str | None = None,
+    few_shot: Messages | None = None,
+    keep: Keep | None = None,
 ) -> Rows:
-    """A JSONL, JSON or Parquet file, or a folder of them.
+    """A JSONL, JSON, CSV, TSV or Parquet file, also a compressed one, a pattern or a folder of them, or a folder that
+    `save_to_disk` has written.
 
     `split` is as in the `datasets` library: all rows of a single file are `train`, `train[:90%]` selects a part, and
-    files in a folder belong to the split that their names contain. Raises ConfigError if the file cannot be loaded,
-    is empty or lacks a column.
+    files in a folder belong to the split that their names contain. `system_prompt` is put before each prompt as a
+    system message, and `few_shot`, chat messages, between the two; a string prompt becomes a user message after them.
+    `keep`: see `tora.tasks.keep`.
+
+    Raises ConfigError if the file cannot be loaded, is empty or lacks a column, or `keep` leaves no rows.
     """
-    return Rows(load_files(path, split), path, prompt_key, answer_key, system_prompt)
+    return Rows(load_files(path, split), path, prompt_key, answer_key, system_prompt, few_shot, keep)
 
 
 def hub_dataset(
@@ -85,12 +111,57 @@ def hub_dataset(
     prompt_key: str = "prompt",
     answer_key: str | None = "answer",
     system_prompt: str | None = None,
+    few_shot: Messages | None = None,
+    keep: Keep | None = None,
 ) -> Rows:
-    """A dataset on the Hugging Face hub.
+    """A dataset on the Hugging Face hub; see `file_dataset`.
 
     Raises ConfigError if it, its subset or its split cannot be loaded, or if it is empty or lacks a column.
     """
-    return Rows(load_hub(name, subset, split), name, prompt_key, answer_key, system_prompt)
+    return Rows(load_hub(name, subset, split), name, prompt_key, answer_key, system_prompt, few_shot, keep)
+
+
+def check_dataset(rows: Any, source: str) -> Dataset:
+    """`rows` as a dataset. Raises ConfigError if it is something else, such as a table with several splits, a generator
+    or a data frame. `source` names it."""
+    if isinstance(rows, Mapping):
+        names = ", ".join(map(str, rows))
+        raise ConfigError(f"{source} returns a {type(rows).__name__} with {names}; return one of them")
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, str | bytes):
+        raise ConfigError(
+            f"{source} returns a {type(rows).__name__}, expected rows with len() and [i], such as a list of dicts"
+        )
+    if len(rows) == 0:
+        raise ConfigError(f"{source} has no rows")
+    try:
+        first = rows[0]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"{source} returns a {type(rows).__name__}, whose rows are not rows[0], rows[1], ...; return a list of "
+            "dicts"
+        ) from error
+    if not isinstance(first, Mapping):
+        raise ConfigError(f"{source} returns rows of type {type(first).__name__}, expected dicts with a prompt")
+    return rows
+
+
+def _taken(row: Row, key: str) -> Any:
+    """The column `key`, removed from the row, or a field of a column for a key with a dot."""
+    if key in row:
+        return row.pop(key)
+    column, *fields = key.split(".")
+    value = row.get(column)
+    for field in fields:
+        if not isinstance(value, Mapping) or field not in value:
+            there = f"; it has {', '.join(value)}" if isinstance(value, Mapping) else ""
+            raise ConfigError(f"has no {key}{there}")
+        value = value[field]
+    return value
+
+
+def _gold(answer: Any) -> Any:
+    """The answer itself where a row holds it as verl's `reward_model` does."""
+    return answer["ground_truth"] if isinstance(answer, Mapping) and "ground_truth" in answer else answer
 
 
 def _without_nulls(value: Any) -> Any:
@@ -104,4 +175,5 @@ def _without_nulls(value: Any) -> Any:
 
 def missing_column(source: str, key: str, column: str, columns: Sequence[str]) -> str:
     """The message for a column that the config's `key` names and `source` lacks."""
-    return f"{source} has no column {column} ({key}){nearest(column, columns)}"
+    there = f"; it has {', '.join(columns)}" if columns else ""
+    return f"{source} has no column {column} ({key}){there}{nearest(column, columns)}"

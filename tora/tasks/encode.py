@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tora.errors import ConfigError
+from tora.models.chat import render
+from tora.tasks.messages import Messages, as_messages
 
-
-def as_messages(source: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The prompt as chat messages; a string is one user message. Raises ConfigError if it is neither."""
-    if not isinstance(source, str | list):
-        raise ConfigError(f"a prompt has type {type(source).__name__}, expected a string or a list of chat messages")
-    return [{"role": "user", "content": source}] if isinstance(source, str) else source
+__all__ = ["as_messages", "check_template", "encode_prompt"]
 
 
 def check_template(template: str | None, variables: Mapping[str, Any]) -> None:
@@ -28,19 +25,18 @@ def check_template(template: str | None, variables: Mapping[str, Any]) -> None:
 
 
 def encode_prompt(
-    tokenizer: Any, source: str | list[dict[str, Any]], variables: Mapping[str, Any] | None = None
+    tokenizer: Any, source: str | Messages, variables: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
     """Token ids of a prompt, with the template's generation prompt at the end. `variables`: the template's.
 
-    A string is one user message if the tokenizer has a chat template, and plain text if it has none. Raises
-    ConfigError if messages have no chat template, or the prompt is neither a string nor a list of messages.
+    A string is one user message if the tokenizer has a chat template, and plain text if it has none. A last message of
+    the assistant is continued. Raises ConfigError if messages have no chat template or the template cannot render them,
+    or if the prompt is neither a string nor a list of messages.
     """
     messages = as_messages(source)
     if tokenizer.chat_template is None:
         if isinstance(source, str):
             return tuple(tokenizer(source)["input_ids"])
         raise ConfigError("the dataset's prompts are chat messages, but the tokenizer has no chat template")
-    encoding = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True, **variables or {}
-    )
-    return tuple(encoding["input_ids"])
+    text = render(tokenizer, messages, None, variables or {})
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

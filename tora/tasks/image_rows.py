@@ -1,7 +1,8 @@
 """Split dataset rows with images into chat messages with bare placeholders and the encoded images they stand for.
 
 An image may be in its message, as in `{"type": "image", "image": ...}`, or in the row's column `images` or `image`. A
-column's images fill the bare placeholders in order. Without placeholders they go before the first user message's text.
+column's images fill the bare placeholders in order, or the tags `<image>` in the text if there are no placeholders.
+Without either they go before the first user message's text.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from tora.errors import ConfigError, nearest
+from tora.tasks.messages import Messages, checked
 
-Messages = list[dict[str, Any]]
 _PLACEHOLDER = {"type": "image"}
+_TAG = "<image>"
 _PAYLOADS = ("image", "image_url", "url", "path")
 _PART_TYPES = ("text", "image", "image_url")
 _VIDEO = "prompts may have text and images, but no videos"
@@ -36,8 +39,9 @@ def take_images(row: dict[str, Any]) -> tuple[str | Messages, tuple[bytes, ...]]
         if not column:
             return source, ()
         source = [{"role": "user", "content": source}]
-    if not isinstance(source, list):
-        return source, ()  # not a prompt, which encoding reports
+    source = checked(source)
+    if column and not any(part.get("type") in _PART_TYPES[1:] for part in _parts(source)):
+        source = _with_tags_as_placeholders(source)
     if column and not any(part.get("type") in _PART_TYPES[1:] for part in _parts(source)):
         source = _with_placeholders(source, len(column))
     left = iter(column)
@@ -59,6 +63,8 @@ def encoded(image: Any) -> bytes:
         return encoded(next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None))
     if isinstance(image, str) and image.startswith("data:"):
         return _of_data_url(image)
+    if isinstance(image, str) and image.startswith("file://"):
+        return encoded(unquote(urlsplit(image).path))
     if isinstance(image, str) and "://" in image:
         raise ConfigError(f"image {image[:80]!r} is on the web; Tora reads only local files, so download it first")
     if isinstance(image, str | Path):
@@ -87,6 +93,24 @@ def _parts(messages: Messages) -> Iterator[dict[str, Any]]:
             yield from message["content"]
 
 
+def _with_tags_as_placeholders(messages: Messages) -> Messages:
+    """The messages with a placeholder in the place of each `<image>` in their text, as in verl and ms-swift."""
+    return [
+        {**message, "content": _split_at_tags(message["content"])}
+        if isinstance(message.get("content"), str) and _TAG in message["content"]
+        else message
+        for message in messages
+    ]
+
+
+def _split_at_tags(text: str) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(text.split(_TAG)):
+        parts += [_PLACEHOLDER] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
 def _with_placeholders(messages: Messages, count: int) -> Messages:
     """The messages with `count` placeholders before the first user message's content, as in TRL."""
     for i, message in enumerate(messages):
@@ -103,7 +127,7 @@ def _without_images(message: dict[str, Any], left: Iterator[bytes], images: list
         return message
     parts = []
     for part in message["content"]:
-        kind = part.get("type")
+        kind = part.get("type") or ("text" if "text" in part else None)
         if kind in ("image", "image_url"):
             images.append(_image_of(part, left))
             part = _PLACEHOLDER
@@ -142,7 +166,10 @@ def _of_base64(data: str) -> bytes:
 
 
 def _png(image: Any) -> bytes:
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)  # PNG files of Pillow's have no orientation
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"):
         image = image.convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

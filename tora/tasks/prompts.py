@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -16,14 +17,26 @@ from tora.config.schema import Component, EvalConfig, OverlongPrompts, RunConfig
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import tool_schemas
 from tora.errors import ConfigError, OverlongPrompt
+from tora.models.load import read_config
 from tora.models.vision.processor import ImageProcessor, has_image_processor
-from tora.tasks.dataset import Dataset, missing_column
+from tora.tasks.dataset import Dataset, check_dataset, missing_column
 from tora.tasks.encode import as_messages, check_template, encode_prompt
 from tora.tasks.image_rows import take_images
 from tora.tasks.overlong import OverlongRows, prompt_limit
 from tora.tasks.tokenizer import load_tokenizer, stop_token_ids
 from tora.types import Prompt, Sampling
 
+HIDDEN_COLUMNS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "environments",
+    "trainer_state",
+    "log_metric",
+    "log_extra",
+)
+"""Columns that no reward function gets, since TRL's signature has arguments of these names."""
+_log = logging.getLogger(__name__)
 _FIRST_HELD_OUT_ID = 1 << 32
 """Ids of evaluation prompts start here, above all those of training prompts."""
 
@@ -46,23 +59,30 @@ class PromptStream:
         limited_by: str | None = None,
         turns: TurnTemplate | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+        source: str = "the dataset",
     ) -> None:
         """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None for a model that takes no images.
         `limited_by`: what sets `max_prompt_tokens`, as a clause; None for the config's key of that name. `turns`: None
-        for rollouts without tools. `template_variables`: the chat template's.
+        for rollouts without tools. `template_variables`: the chat template's; a row's own come on top. `shuffle`: False
+        keeps the rows' order in every epoch. `vocab_size`: of the embedding; None if it need not be checked. `source`
+        names the rows in messages.
 
-        Raises ConfigError if there are no rows.
+        Raises ConfigError if there are no rows, or `rows` is no dataset.
         """
-        if len(rows) == 0:
-            raise ConfigError("the dataset has no rows")
-        self._rows = rows
+        self._rows = rows = check_dataset(rows, source)
+        self._warn_of_hidden(rows[0])
+        self._vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._overlong = OverlongRows(overlong, max_prompt_tokens, len(rows), limited_by)
         self._image_processor = image_processor
         self._turns, self._variables = turns, template_variables
         # Two epochs, since a step may straddle their boundary.
         self._permutation = lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(rows))
+            lambda epoch: (
+                np.random.default_rng([seed, epoch]).permutation(len(rows)) if shuffle else np.arange(len(rows))
+            )
         )
 
     def prompt(self, position: int) -> Prompt:
@@ -87,7 +107,8 @@ class PromptStream:
             raise ConfigError(missing_column(f"dataset row {index}", "prompt", "prompt", list(columns)))
         try:
             source, images = take_images(columns)
-            token_ids = self._encode(source, images)
+            token_ids = self._encode(source, images, self._variables_of(columns))
+            self._check_known(token_ids)
         except ValueError as error:
             raise ConfigError(f"dataset row {index}: {error}") from error
         if not token_ids:
@@ -95,14 +116,47 @@ class PromptStream:
         token_ids = self._overlong.fit(index, token_ids, has_images=bool(images))
         return Prompt(id=prompt_id, token_ids=token_ids, source=source, columns=columns, images=images)
 
-    def _encode(self, source: str | list[dict[str, Any]], images: tuple[bytes, ...]) -> tuple[int, ...]:
+    def _variables_of(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The chat template's variables, with those of the row's column `chat_template_kwargs`, as in TRL."""
+        own = columns.get("chat_template_kwargs")
+        if own is None:
+            return dict(self._variables or {})
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"its chat_template_kwargs is of type {type(own).__name__}, expected names and values")
+        if self._turns is not None:
+            raise ConfigError("it has chat_template_kwargs of its own, which episodes with tools cannot use")
+        own = {name: value for name, value in own.items() if value is not None}
+        processor = self._image_processor
+        check_template(self._tokenizer.chat_template if processor is None else processor.template, own)
+        return {**(self._variables or {}), **own}
+
+    def _check_known(self, token_ids: tuple[int, ...]) -> None:
+        if self._vocab_size is None or not token_ids or (largest := max(token_ids)) < self._vocab_size:
+            return
+        raise ConfigError(
+            f"its prompt has the token {self._tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), and the "
+            f"model has embeddings for {self._vocab_size}; use the tokenizer that belongs to the model"
+        )
+
+    @staticmethod
+    def _warn_of_hidden(row: Mapping[str, Any]) -> None:
+        for name in HIDDEN_COLUMNS:
+            if name in row:
+                _log.warning(
+                    "the dataset's column %s is not passed to reward functions, which have an argument of that name",
+                    name,
+                )
+
+    def _encode(
+        self, source: str | list[dict[str, Any]], images: tuple[bytes, ...], variables: dict[str, Any]
+    ) -> tuple[int, ...]:
         if self._turns is not None and not images:
             return self._turns.prompt(source)
         if self._image_processor is None:
             if images:
                 raise ConfigError(f"it has {len(images)} images, but the model takes none")
-            return encode_prompt(self._tokenizer, source, self._variables)
-        return self._image_processor.encode(as_messages(source), images, self._variables)
+            return encode_prompt(self._tokenizer, source, variables)
+        return self._image_processor.encode(as_messages(source), images, variables)
 
 
 class RunPrompts:
@@ -111,8 +165,10 @@ class RunPrompts:
     def __init__(self, cfg: RunConfig) -> None:
         """Raises ConfigError if the tokenizer, the image processor or a dataset cannot be loaded."""
         model = Path(cfg.model.path)
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_tokenizer(model, cfg.chat_template)
         images = _image_processor(model, cfg.rollout.max_pixels)
+        if images is not None and cfg.chat_template is not None:
+            images.template = self.tokenizer.chat_template
         self.image_token = None if images is None else images.image_token_id
         """Id of the token that holds an image's place in a prompt; None for a model that takes no images."""
 
@@ -135,6 +191,9 @@ class RunPrompts:
                 limited_by=limited_by,
                 turns=self.turns,
                 template_variables=cfg.chat_template_kwargs,
+                shuffle=cfg.shuffle,
+                vocab_size=read_config(model).get_text_config().vocab_size,
+                source=str(dataset["_component_"]),
             )
 
         self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt

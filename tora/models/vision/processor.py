@@ -7,6 +7,7 @@ Shape letters: I images, N patches of all images, D values of a patch, T the 3 a
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tora.errors import ConfigError
+from tora.models.chat import render
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,9 +87,7 @@ class ImageProcessor:
         """
         if self.template is None:
             raise ConfigError("a vision model's prompts are chat messages, but its folder has no chat template")
-        text = self._tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **variables or {}
-        )
+        text = render(self._tokenizer, messages, self.template, variables or {})
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._video_token_id in ids:
             raise ConfigError("its prompt has a video placeholder; only text and images are supported")
@@ -99,8 +99,24 @@ class ImageProcessor:
 
 
 def has_image_processor(folder: Path) -> bool:
-    """Whether a Hugging Face folder holds a model that takes images."""
-    return any((folder / name).is_file() for name in _CONFIGS)
+    """Whether a Hugging Face folder holds a model that takes images: its config has a vision tower, and the folder
+    describes how images are prepared. Raises ConfigError if that description is missing."""
+    if not _has_vision_tower(folder):
+        return False  # a stray preprocessor_config.json beside a text model changes nothing
+    if any((folder / name).is_file() for name in _CONFIGS):
+        return True
+    raise ConfigError(
+        f"model.path {str(folder)!r} takes images but holds neither {' nor '.join(_CONFIGS)}; copy it from the model's "
+        "page"
+    )
+
+
+def _has_vision_tower(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # reported where the model is loaded
+    return isinstance(config, dict) and "vision_config" in config
 
 
 def decode(image: bytes) -> Image:
@@ -111,10 +127,25 @@ def decode(image: bytes) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+        picture = _in_8_bits(ImageOps.exif_transpose(Image.open(io.BytesIO(image))))
         if not picture.has_transparency_data:
             return picture.convert("RGB")
         picture = picture.convert("RGBA")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"an image of {len(image)} bytes cannot be read: {error}") from error
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _in_8_bits(picture: Image) -> Image:
+    """A picture of 16-bit samples scaled to 8 bits, which Pillow's own conversion clips. Raises ValueError for one of
+    32-bit floats, whose range is unknown."""
+    if picture.mode == "F":
+        raise ValueError("an image has 32-bit float samples; save it with 8 bits per channel")
+    if not picture.mode.startswith("I"):
+        return picture
+    from PIL import Image
+
+    samples = np.asarray(picture).astype(np.int64)
+    if samples.size and (samples.min() < 0 or samples.max() > 65535):
+        raise ValueError("an image has 32-bit samples; save it with 8 or 16 bits per channel")
+    return Image.fromarray((samples >> 8).astype(np.uint8))
