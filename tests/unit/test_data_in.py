@@ -80,7 +80,9 @@ def test_the_prompts_column_wins_over_one_named_prompt(tmp_path: Path) -> None:
 
 def test_verls_rows(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "1 + 2 ="}]
-    path = write(tmp_path / "rows.jsonl", [{"prompt": messages, "reward_model": {"ground_truth": "3", "style": "rule"}}])
+    path = write(
+        tmp_path / "rows.jsonl", [{"prompt": messages, "reward_model": {"ground_truth": "3", "style": "rule"}}]
+    )
     for key in ("reward_model", "reward_model.ground_truth"):
         assert file_dataset(path, answer_key=key)[0]["answer"] == "3"
     with pytest.raises(ConfigError, match=r"row 0 has no reward_model.truth; it has ground_truth, style"):
@@ -96,9 +98,9 @@ def test_few_shot_turns_stand_between_system_prompt_and_prompt(tmp_path: Path) -
     own = [{"role": "system", "content": "Own."}, question]
     path = write(tmp_path / "own.jsonl", [{"prompt": own, "answer": "6"}])
     assert file_dataset(path, few_shot=shots)[0]["prompt"] == [own[0], *shots, question]
-    with pytest.raises(ConfigError, match="row 0 begins with a system message, and the dataset has a system_prompt"):
+    with pytest.raises(ConfigError, match=r"row 0 begins with a system message, and the dataset has a system_prompt"):
         file_dataset(path, system_prompt="Be brief.")[0]
-    with pytest.raises(ConfigError, match="few_shot: message 0 of its prompt has no role; it has q"):
+    with pytest.raises(ConfigError, match=r"few_shot: message 0 of its prompt has no role; it has q"):
         file_dataset(path, few_shot=[{"q": "1"}])
 
 
@@ -117,9 +119,11 @@ def test_keep_by_pass_rate_and_length(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"keep leaves no rows of .*: none has pass_rate in 0.95..1; .* 0 to 0.9"):
         kept("0.95..1")
     for wrong in ("0.9..0.1", "0.5", "a..b", "nan..1"):
-        with pytest.raises(ConfigError, match="is not a range, such as 0.1..0.9"):
+        with pytest.raises(ConfigError, match=r"is not a range, such as 0.1..0.9"):
             kept(wrong)
-    with pytest.raises(ConfigError, match=r"no column passrate \(keep\); it has prompt, answer, pass_rate; the nearest"):
+    with pytest.raises(
+        ConfigError, match=r"no column passrate \(keep\); it has prompt, answer, pass_rate; the nearest"
+    ):
         kept({"passrate": "0..1"})
 
 
@@ -129,7 +133,9 @@ def test_keep_by_pass_rate_and_length(tmp_path: Path) -> None:
 def test_a_mixture_has_the_weights_shares_everywhere_and_every_row(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "answer": "1"} for i in range(30)])
     write(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "answer": "1"} for i in range(4)])
-    parts = [{"_component_": FILE, "path": str(tmp_path / f"{name}.jsonl"), "weight": w} for name, w in (("a", 3), ("b", 1))]
+    parts = [
+        {"_component_": FILE, "path": str(tmp_path / f"{name}.jsonl"), "weight": w} for name, w in (("a", 3), ("b", 1))
+    ]
     rows = mixture(parts)
     seen = [rows[i]["prompt"] for i in range(len(rows))]
     assert len(seen) == 40 and {*seen} == {*(f"a{i}" for i in range(30)), *(f"b{i}" for i in range(4))}
@@ -140,7 +146,7 @@ def test_a_mixture_has_the_weights_shares_everywhere_and_every_row(tmp_path: Pat
         with pytest.raises(ConfigError, match=r"datasets.1.weight=.* must be a number greater than 0"):
             mixture([parts[0], {**parts[1], **wrong}])
     for nothing in ([], {}, None):
-        with pytest.raises(ConfigError, match="a list with at least one dataset"):
+        with pytest.raises(ConfigError, match=r"a list with at least one dataset"):
             mixture(nothing)  # type: ignore[arg-type]
 
 
@@ -174,9 +180,9 @@ def test_a_rows_own_template_variables(tokenizer, tmp_path: Path) -> None:
     rows = [{"prompt": "1", "chat_template_kwargs": {"enable_thinking": False, "other": None}}, {"prompt": "1"}]
     first, second = PromptStream(rows, mine, 64).sequential(2)
     assert mine.decode(first.token_ids) == mine.decode(second.token_ids) + "7"
-    with pytest.raises(ConfigError, match="row 0: chat_template_kwargs.enable_thinking has no effect"):
+    with pytest.raises(ConfigError, match=r"row 0: chat_template_kwargs.enable_thinking has no effect"):
         PromptStream(rows, tokenizer, 64).prompt(0)
-    with pytest.raises(ConfigError, match="row 0: its chat_template_kwargs is of type bool"):
+    with pytest.raises(ConfigError, match=r"row 0: its chat_template_kwargs is of type bool"):
         PromptStream([{"prompt": "1", "chat_template_kwargs": True}], mine, 64).prompt(0)
 
 
@@ -192,7 +198,7 @@ TEMPLATES = {
 def test_a_template_that_raises_is_quoted_with_the_row(template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = template
-    with pytest.raises(ConfigError, match=f"dataset row 0: the chat template {TEMPLATES[template]}"):
+    with pytest.raises(ConfigError, match=rf"dataset row 0: the chat template {TEMPLATES[template]}"):
         PromptStream([{"prompt": "1"}], tokenizer, 64).prompt(0)
 
 
@@ -212,7 +218,7 @@ WRONG_PROMPTS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("prompt", "words"), WRONG_PROMPTS, ids=lambda value: str(value)[:40])
 def test_wrong_prompts_name_the_row(tokenizer, prompt: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=f"dataset row 1: .*{words}"):
+    with pytest.raises(ConfigError, match=rf"dataset row 1: .*{words}"):
         PromptStream([ROWS[0], {"prompt": prompt}], tokenizer, 64).sequential(2)
 
 
@@ -230,7 +236,7 @@ WRONG_DATASETS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("rows", "words"), WRONG_DATASETS, ids=lambda value: type(value).__name__)
 def test_what_is_no_dataset_is_refused(tokenizer, rows: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=f"mine.rows {words}"):
+    with pytest.raises(ConfigError, match=rf"mine.rows {words}"):
         PromptStream(rows, tokenizer, 64, source="mine.rows")
 
 
@@ -260,5 +266,5 @@ def test_the_end_token_may_stand_in_config_json_alone(tokenizer, tmp_path: Path)
 def test_a_wrong_template_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
         (tmp_path / "t.jinja").write_text(text)
-    with pytest.raises(ConfigError, match=f"chat_template=.*t.jinja.*{words}"):
+    with pytest.raises(ConfigError, match=rf"chat_template=.*t.jinja.*{words}"):
         load_tokenizer(BASE, str(tmp_path / "t.jinja"))

@@ -65,7 +65,12 @@ def endpoint() -> Iterator[str]:
 
 def tora(folder: Path, endpoint: str, *words: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
     """A command with an empty cache of its own; huggingface_hub reads these variables when it is imported."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": str(int(offline))}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": str(int(offline)),
+    }
     command = [sys.executable, "-m", "tora", *words]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -120,13 +125,15 @@ def test_what_the_hub_does_not_have_is_one_sentence(tmp_path: Path, endpoint: st
 
 
 def test_names_and_folders(tmp_path: Path) -> None:
-    assert fetched(ModelConfig(path=str(tmp_path))) == named(ModelConfig(path=str(tmp_path))) == ModelConfig(
-        path=str(tmp_path)
+    assert (
+        fetched(ModelConfig(path=str(tmp_path)))
+        == named(ModelConfig(path=str(tmp_path)))
+        == ModelConfig(path=str(tmp_path))
     )
     snapshot = tmp_path / "models--a--b.c" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     found = origin(str(snapshot))
     assert found is not None and (found.name, found.revision) == ("a/b.c", COMMIT)
     assert named(fetched(ModelConfig(path=str(snapshot)))) == ModelConfig(path="a/b.c", revision=COMMIT)
-    with pytest.raises(ConfigError, match="model.revision=x is for a model of the hub, but model.path=.* is a folder"):
+    with pytest.raises(ConfigError, match=r"model.revision=x is for a model of the hub, but model.path=.* is a folder"):
         fetched(ModelConfig(path=str(tmp_path), revision="x"))

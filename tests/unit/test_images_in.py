@@ -54,9 +54,9 @@ def test_a_file_address_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a picture.png"
     path.write_bytes(file_of(Image.new("L", (2, 2))))
     assert encoded(path.as_uri()) == path.read_bytes()
-    with pytest.raises(ConfigError, match="is not a file"):
+    with pytest.raises(ConfigError, match=r"is not a file"):
         encoded("file:///nowhere.png")
-    with pytest.raises(ConfigError, match="on the web; .* download it first"):
+    with pytest.raises(ConfigError, match=r"on the web; .* download it first"):
         encoded("https://example.com/a.png")
 
 
@@ -75,9 +75,9 @@ def test_a_tag_in_the_text_marks_the_images_place(text: str, parts: list[dict[st
 
 def test_tags_without_images_are_text_and_their_number_must_fit() -> None:
     assert take_images({"prompt": "<image>?"}) == ("<image>?", ())
-    with pytest.raises(ConfigError, match="more placeholders than it has images"):
+    with pytest.raises(ConfigError, match=r"more placeholders than it has images"):
         take_images({"prompt": "<image><image>?", "images": [b"a"]})
-    with pytest.raises(ConfigError, match="placeholders for 1 of its 2 images"):
+    with pytest.raises(ConfigError, match=r"placeholders for 1 of its 2 images"):
         take_images({"prompt": "<image>?", "images": [b"a", b"b"]})
 
 
@@ -85,7 +85,7 @@ def test_folders_whose_processor_is_missing_or_stray(tmp_path: Path) -> None:
     shutil.copytree(BASES / "digits", tmp_path / "vl")
     assert has_image_processor(tmp_path / "vl")
     (tmp_path / "vl" / "processor_config.json").unlink()
-    with pytest.raises(ConfigError, match="takes images but holds neither preprocessor_config.json nor"):
+    with pytest.raises(ConfigError, match=r"takes images but holds neither preprocessor_config.json nor"):
         has_image_processor(tmp_path / "vl")
     shutil.copytree(BASES / "chain_sum", tmp_path / "text")
     (tmp_path / "text" / "preprocessor_config.json").write_text("{}")
