@@ -9,13 +9,12 @@ import numpy as np
 
 from actors.group_filter import SignalFilter
 from actors.prompt_cursor import PromptCursor
-from actors.rollout_metrics import summarize_evaluation, sync_metrics
+from actors.rollout_metrics import sync_metrics
 from actors.worker import RolloutWorker
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.types import (
-    EvalResult,
     Group,
     GroupResult,
     LogprobRequest,
@@ -63,8 +62,8 @@ class LocalRollouts:
         report = self._worker.forward(snapshot)
         return sync_metrics([report], time.perf_counter() - start)
 
-    def evaluate(self) -> EvalResult:
-        return summarize_evaluation(self._on_all_ranks(self._worker.evaluate, self._eval_prompts))
+    def evaluate(self) -> list[Group]:
+        return self._on_all_ranks(self._worker.evaluate, self._eval_prompts)
 
     def _on_all_ranks(
         self, answer: Callable[[Sequence[Prompt]], list[GroupResult]], prompts: Sequence[Prompt]

@@ -46,12 +46,12 @@ import numpy as np
 from actors.buffer import Buffer, Slot, split_by_deadline
 from actors.group_filter import SignalFilter
 from actors.prompt_cursor import PromptCursor
-from actors.rollout_metrics import summarize_evaluation, sync_metrics
+from actors.rollout_metrics import sync_metrics
 from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError, WorkerLost
-from tora.types import EvalResult, Group, LogprobRequest, Metrics, Prompt, RolloutState, TrainBatch
+from tora.types import Group, LogprobRequest, Metrics, Prompt, RolloutState, TrainBatch
 
 T = TypeVar("T")
 _STOP_POLL_S = 0.2
@@ -263,13 +263,14 @@ class AsyncRollouts:
         self._dispatch()
         return sync_metrics([report for report in reports if report is not None], time.perf_counter() - start)
 
-    def evaluate(self) -> EvalResult:
+    def evaluate(self) -> list[Group]:
         return self._run_on_loop(self._evaluate())
 
-    async def _evaluate(self) -> EvalResult:
+    async def _evaluate(self) -> list[Group]:
         count = max(1, len(self._seats_up()))
         shares = await asyncio.gather(*(self._evaluate_share(self._eval_prompts[i::count]) for i in range(count)))
-        return summarize_evaluation([group for share in shares for group in share])
+        by_id = {group.prompt.id: group for share in shares for group in share}
+        return [by_id[prompt.id] for prompt in self._eval_prompts]
 
     async def _evaluate_share(self, prompts: Sequence[Prompt]) -> list[Group]:
         """On another worker if the first is lost."""

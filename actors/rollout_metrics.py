@@ -1,22 +1,10 @@
-"""Metrics of a sync and of an evaluation."""
+"""Metrics of a sync."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tora.types import EvalResult, Group, Metrics, SyncReport
-
-
-def summarize_evaluation(groups_P: Sequence[Group]) -> EvalResult:
-    """One rollout per prompt. Accuracy: share that earns 1 in the first reward part. A rollout left out counts as 0."""
-    answered = [(group.prompt, rollout) for group in groups_P for rollout in group.rollouts]
-    correct = [next(iter(rollout.reward_parts.values())) >= 1 for _, rollout in answered]
-    return EvalResult(
-        accuracy=sum(correct) / len(groups_P),
-        reward=sum(rollout.reward for _, rollout in answered) / len(groups_P),
-        num_prompts=len(groups_P),
-        sample=answered[0] if answered else None,
-    )
+from tora.types import Metrics, SyncReport
 
 
 def sync_metrics(reports: Sequence[SyncReport], seconds: float) -> Metrics:

@@ -64,15 +64,17 @@ class RolloutWorker:
         group_size: int,
         seed: int,
         part_tokens: int | None = None,
+        eval_samples: int = 1,
         make_player: Callable[[], EpisodePlayer] | None = None,
     ) -> None:
         """Engine and rewarder are built here, in the process that uses them. `tokenizer` is only used to decode.
 
+        `eval_samples`: rollouts per evaluation prompt.
         `part_tokens`: training rollouts are generated in parts of this many tokens; see `actors.continuation`.
         `make_player`: makes what plays episodes with environments; None for one turn without them.
         """
         self._engine, self._rewarder, self._tokenizer = make_engine(), make_rewarder(), tokenizer
-        self._sampling, self._eval_sampling = sampling, eval_sampling
+        self._sampling, self._eval_sampling, self._eval_samples = sampling, eval_sampling, eval_samples
         self._group_size, self._seed, self._part_tokens = group_size, seed, part_tokens
         self._player = None if make_player is None else make_player()
 
@@ -84,8 +86,8 @@ class RolloutWorker:
         return self._run(prompts_P, self._sampling, self._group_size, TRAIN)
 
     def evaluate(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
-        """One rollout per prompt, scored; one result per prompt, in order."""
-        return self._run(prompts_P, self._eval_sampling, 1, EVAL)
+        """Evaluation rollouts, `eval_samples` per prompt, scored; one result per prompt, in order."""
+        return self._run(prompts_P, self._eval_sampling, self._eval_samples, EVAL)
 
     def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[GroupResult]:
         start = time.perf_counter()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tora.types import (
     Completion,
-    EvalResult,
     FailedReward,
+    Group,
     LogprobRequest,
     Metrics,
     MicroBatch,
@@ -136,8 +136,8 @@ class Rollouts(Protocol):
         """Install the snapshot in every worker. Returns the sync's metrics."""
         ...
 
-    def evaluate(self) -> EvalResult:
-        """Run the held-out prompts under the newest policy version."""
+    def evaluate(self) -> list[Group]:
+        """Run the held-out prompts under the newest policy version; one group per prompt, in their order."""
         ...
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:

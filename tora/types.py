@@ -383,16 +383,3 @@ class RolloutState:
     """Ids of prompts in flight. A resumed run generates them first."""
     finished: list[tuple[int, Group]] = field(default_factory=list)
     """Groups not yet trained on, each with the policy version under which it was started."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """Held-out scores of one policy version, with one rollout per prompt. A rollout that is left out counts as 0."""
-
-    accuracy: float
-    """Share of rollouts that earn 1 in the first of the run's rewards."""
-    reward: float
-    """Mean over the prompts."""
-    num_prompts: int
-    sample: tuple[Prompt, Rollout] | None = None
-    """One prompt and its rollout, to print; None if every reward failed."""

@@ -16,10 +16,10 @@ from fakes import FakeWorker, make_group, make_prompt, make_snapshot
 from pools import config, next_batch, running
 
 from actors.group_filter import SignalFilter
-from actors.rollout_metrics import summarize_evaluation
 from actors.worker import RolloutWorker
 from tora.batching.train_batch import make_batch
 from tora.errors import ConfigError, RolloutError
+from tora.reporting.evaluation import passes_by, summarize
 from tora.rewards.processes import RewardProcesses
 from tora.types import BadLogprob, FailedReward, Group, GroupResult, Prompt
 
@@ -264,7 +264,7 @@ def test_a_group_of_fewer_than_two_rollouts_is_dropped() -> None:
 
 def test_a_failed_reward_does_not_count_as_correct() -> None:
     groups = [make_group(make_prompt(0), [1.0]), failing(make_group(make_prompt(1), [1.0]), 1)]
-    result = summarize_evaluation(groups)
+    result = summarize(groups, 1, passes_by("fake"))
     assert (result.accuracy, result.reward, result.num_prompts) == (0.5, 0.5, 2)
 
 

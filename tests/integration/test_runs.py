@@ -54,7 +54,7 @@ def test_in_one_process(tmp_path: Path, lora_type: str, quantize_base: bool) -> 
     overrides += ["loss.kl_coeff=0.01", "ppo_epochs=2"]
     if lora_type == "full":
         train(tmp_path / "run", *overrides)
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").num_parameters() > 0
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").num_parameters() > 0
         return
     rows = train(tmp_path / "run", *overrides)
     check_whole(tmp_path / "run", rows)
@@ -235,7 +235,7 @@ def test_in_one_process_with_vllm(tmp_path: Path) -> None:
 def test_whole_weights_with_vllm(tmp_path: Path) -> None:
     cfg = ["async_rl=false", "rollout.engine=vllm", "model.lora_type=full", "optimizer.lr=1e-3"]
     rows = steps(train(tmp_path / "run", *cfg))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert {row["sync/bytes"] for row in rows} == {4 * model.num_parameters()}, "every weight, once"
     assert max(row["mismatch_kl"] for row in rows) < 1e-9
     assert {row["staleness/max"] for row in rows} == {0}

@@ -55,7 +55,7 @@ def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path) -
 def test_all_weights(tmp_path: Path, train_vision: str) -> None:
     rows = train(tmp_path / "run", HERE, "model.lora_type=full", f"model.train_vision={train_vision}")
     assert max(row["mismatch_kl"] for row in rows) < 1e-9
-    assert Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "adapter").num_parameters() > 0
+    assert Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "model").num_parameters() > 0
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.run import Run
 from tora.types import (
-    EvalResult,
+    Group,
     LogprobRequest,
     Metrics,
     MicroBatch,
@@ -77,7 +77,7 @@ class FakeRollouts:
         self.events.append(f"publish {snapshot.version}")
         return {"sync/bytes": 8.0}
 
-    def evaluate(self) -> EvalResult:
+    def evaluate(self) -> list[Group]:
         raise AssertionError("the config has no eval")
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:

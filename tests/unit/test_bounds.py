@@ -20,11 +20,11 @@ AT_LEAST = {
     "model.lora_rank rollout.num_workers rollout.tensor_parallel rollout.max_workers rollout.concurrency "
     "rollout.max_model_len rollout.max_pixels rollout.partial reward_processes "
     "max_tool_calling_iterations environment_processes "
-    "eval.num_prompts eval.every checkpoint.every checkpoint.keep",
+    "eval.num_prompts eval.every eval.samples eval.early_stop checkpoint.every checkpoint.keep",
     2: "grpo_samples",
     0: "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
-    "rollout.max_restarts max_learner_restarts max_failed_rewards max_bad_steps min_p eval.top_k eval.min_p "
-    "model.lora_dropout",
+    "rollout.max_restarts max_learner_restarts max_failed_rewards max_bad_steps max_idle_steps min_p eval.top_k "
+    "eval.min_p model.lora_dropout",
 }
 ABOVE_0 = (
     "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "

@@ -18,9 +18,10 @@ from rich.console import Console
 
 from tora.config.schema import RunConfig
 from tora.reporting.console import duration
+from tora.reporting.evaluation import EvalResult
 from tora.reporting.metrics import MetricLog, read_rows
 from tora.reporting.summary import print_summary, reward_curve, smooth
-from tora.types import EvalResult, Prompt
+from tora.types import Prompt
 
 LOGGERS = "torchtune.training.metric_logging"
 METRICS = {
@@ -40,10 +41,12 @@ def make_log(folder: Path, *, first_step: int = 0, loggers: list[dict] | None = 
 
 def test_rows_are_on_disk_at_once_and_carry_their_step(tmp_path: Path):
     log, _ = make_log(tmp_path)
-    log.evaluation(0, EvalResult(accuracy=0.25, reward=0.5, num_prompts=4))
+    log.evaluation(0, EvalResult(accuracy=0.25, reward=0.5, num_prompts=4, pass_at={1: 0.25, 4: 1.0}))
     log.step(0, {**METRICS, "loss/total": math.nan}, [7, 9])
     rows = [json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines()]
-    assert rows[0] == {"step": 0, "eval/accuracy": 0.25, "eval/reward": 0.5, "eval/num_prompts": 4.0}
+    scores = {"reward": 0.5, "num_prompts": 4.0, "accuracy": 0.25, "pass@1": 0.25, "pass@4": 1.0}
+    scores |= {"length_mean": 0.0, "truncated_share": 0.0}
+    assert rows[0] == {"step": 0, **{f"eval/{name}": value for name, value in scores.items()}}
     assert rows[1] == {"step": 0, **METRICS, "loss/total": None, "prompt_ids": [7, 9]}
     log.close()
 
@@ -80,7 +83,7 @@ def test_console_without_a_terminal_prints_plain_lines(tmp_path: Path):
     log.close()
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("step 1/4  reward 0.250  loss -0.0100  staleness 1  2,100 tok/s  version 1")
-    assert lines[1] == "after 1 steps: held-out accuracy 0.750 over 4 prompts"
+    assert lines[1] == "after 1 steps: held-out reward 0.500, accuracy 0.750 over 4 prompts"
     assert lines[2:] == ["  │ <image> 1?", "  │ so [bold]", "  │ <answer>2</answer>", "  reward 1"]
     assert "\x1b" not in out.getvalue()
 
@@ -124,13 +127,13 @@ def test_reward_curve_draws_both_series(tmp_path: Path):
         return imread(folder / "curve.png")[..., :3]
 
     rewards = [{"step": s, "reward/mean": 0.3 + 0.05 * s} for s in range(10)]
-    accuracies = [{"step": 0, "eval/accuracy": 0.3}, {"step": 10, "eval/accuracy": 0.8}]
-    image = draw("run", rewards + accuracies)
+    held_out = [{"step": 0, "eval/reward": 0.3}, {"step": 10, "eval/reward": 0.8}]
+    image = draw("run", rewards + held_out)
     assert image.shape == (675, 1200, 3)
     blue = (np.abs(image - np.array([37, 99, 235]) / 255) < 0.02).all(-1)
     orange = (np.abs(image - np.array([194, 65, 12]) / 255) < 0.02).all(-1)
     assert np.ptp(np.nonzero(blue)[1]) > 700 and np.ptp(np.nonzero(orange)[1]) > 700
-    draw("other_scale", [{"step": 0, "reward/mean": -3.0}, {"step": 1, "reward/mean": None}, *accuracies])
+    draw("other_scale", [{"step": 0, "reward/mean": -3.0}, {"step": 1, "reward/mean": None}, *held_out])
     draw("nothing", [])
 
 
@@ -140,21 +143,27 @@ def test_smooth_keeps_length_and_level():
     assert smooth(np.array([0.0, 3.0, 0.0])) == pytest.approx([1.5, 1.0, 1.5])
 
 
-def test_summary_shows_accuracy_time_traffic_and_adapter(tmp_path: Path):
+def test_summary_shows_scores_time_traffic_and_adapter(tmp_path: Path):
     console = Console(file=io.StringIO(), width=60)
     adapter = tmp_path / "adapter"
     print_summary(
         name="demo",
-        accuracy_before=0.3,
-        accuracy_after=0.875,
+        before=EvalResult(reward=0.3, num_prompts=4, accuracy=0.2),
+        after=EvalResult(reward=0.875, num_prompts=4, accuracy=0.75),
+        after_step=30,
         num_steps=40,
         seconds=3723,
-        adapter=adapter,
+        result=adapter,
         curve=tmp_path / "reward_curve.png",
         bytes_per_sync=28672,
         console=console,
     )
     shown = cast(io.StringIO, console.file).getvalue()
-    assert "0.300 -> 0.875" in shown and "40 in 1:02:03" in shown and "28,672" in shown
+    assert (
+        "0.300 -> 0.875 (after step 30)" in shown
+        and "0.200 -> 0.750" in shown
+        and "40 in 1:02:03" in shown
+        and "28,672" in shown
+    )
     assert str(adapter) in "".join(line.strip() for line in shown.splitlines())
     assert duration(59.6) == "1:00"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fakes import make_prompt
 
-from actors.rollout_metrics import summarize_evaluation
 from actors.worker import RolloutWorker
+from tora.reporting.evaluation import summarize
 from tora.rewards.rewarder import FunctionRewarder
 from tora.types import BadLogprob, Completion, GroupResult, Prompt, SampleRequest, Sampling
 
@@ -127,7 +127,7 @@ def test_a_group_may_lose_all_its_rollouts_in_training_and_evaluation() -> None:
     result = worker.run_group(PROMPT)
     assert result.rollouts == result.failures == () and len(result.bad_logprobs) == 3
     (evaluated,) = worker.evaluate([PROMPT])
-    assert summarize_evaluation([evaluated.with_prompt(PROMPT)]).accuracy == 0
+    assert summarize([evaluated.with_prompt(PROMPT)], 1, None).reward == 0
 
 
 def test_scores_whose_weighted_sum_overflows_are_a_failed_reward() -> None:

@@ -95,15 +95,14 @@ def check_component(component: Component, key: str) -> None:
 def check_reward(component: Component, key: str) -> None:
     """`check_component` for a reward function.
 
-    The config may set its keyword-only parameters, `name`, `weight` and `timeout_score`. Its other parameters,
-    including `**columns`, receive the dataset's columns. Raises ConfigError as `check_component` does.
+    The config may set its keyword-only parameters, `name`, `weight`, `timeout_score` and `accuracy`. Its other
+    parameters, including `**columns`, receive the dataset's columns. Raises ConfigError as `check_component` does.
     """
     path, definition, _ = _definition_of(component, key)
     if isinstance(definition, _Function) and not definition.decorator_list:
         own = {name: value for name, value in component.items() if name != "_component_"}
-        _refuse_unknown(
-            path, own, ["name", "weight", "timeout_score", *(arg.arg for arg in definition.args.kwonlyargs)], key
-        )
+        settings = ["name", "weight", "timeout_score", "accuracy"]
+        _refuse_unknown(path, own, [*settings, *(arg.arg for arg in definition.args.kwonlyargs)], key)
 
 
 def check_path(path: str, key: str) -> None:

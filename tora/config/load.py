@@ -84,6 +84,10 @@ def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
     yield from _datasets(cfg.dataset, "dataset")
     if cfg.eval is not None:
         yield from _datasets(cfg.eval.dataset, "eval.dataset")
+        for name, dataset in cfg.eval.more.items():
+            if not isinstance(dataset, dict):
+                raise ConfigError(f"eval.more.{name}={show(dataset)} must hold _component_ and its arguments.")
+            yield from _datasets(dataset, f"eval.more.{name}")
     if cfg.environment_factory is not None:
         yield "environment_factory", cfg.environment_factory
     for i, logger in enumerate(cfg.metric_logger):

@@ -25,7 +25,7 @@ from tora.config.schema import RunConfig
 TOP = ""
 """The section of the keys without a dot."""
 _HEADER = """\
-<!-- Generated from tora/config/schema.py: python -m tora.config.reference > docs/config.md -->
+<!-- Generated from tora/config/schema.py and sections.py: python -m tora.config.reference > docs/config.md -->
 
 # Config keys
 

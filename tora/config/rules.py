@@ -193,6 +193,8 @@ def _broken_components(cfg: RunConfig) -> Iterator[str]:
         for key in ("weight", "timeout_score"):
             if key in reward and not _is_number(reward[key]):
                 yield f"rewards.{i}.{key}={show(reward[key])} must be a finite number."
+        if not isinstance(reward.get("accuracy", False), bool):
+            yield f"rewards.{i}.accuracy={show(reward['accuracy'])} must be true or false."
     names = [str(reward.get("name") or reward.get("_component_")).rpartition(".")[2] for reward in cfg.rewards]
     for i, name in enumerate(names):
         if name in names[:i]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tora.config.bounds import Above, AtLeast, AtMost, Below
 from tora.config.marks import Resume
+from tora.config.sections import CheckpointConfig, SyncConfig
 
 FIXED, FIXED_COMPONENT, FREE = Resume.FIXED, Resume.FIXED_COMPONENT, Resume.FREE
 Component = dict[str, Any]
@@ -137,23 +138,26 @@ class RolloutConfig:
 
 
 @dataclass(kw_only=True)
-class SyncConfig:
-    canary_every: Annotated[int, AtLeast(0)] = 10
-    """Steps between canary checks, which compare the log-probs of learner and engines for the same tokens, with the
-    adapter and without. The first sync is always checked. The run stops if they differ. 0: no checks at all."""
-    canary_max_gap: Annotated[float, Above(0)] | None = None
-    """Largest mean difference of a token's log-prob, in nats, that a canary check accepts. The check is stricter while
-    the adapter's effect is small. null: 1e-4 if learner and engine both run in float32, otherwise 0.1."""
-
-
-@dataclass(kw_only=True)
 class EvalConfig:
     dataset: Component
     """Held-out prompts: a dataset as in the top-level `dataset`."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further held-out sets by name, each a dataset as `dataset` is: `{math: {_component_: ...}}`. They are evaluated
+    along with it, and their metrics are `eval/NAME/reward` and so on."""
     num_prompts: Annotated[int, AtLeast(1)] = 128
-    """Number of prompts, taken from the start of the dataset; one rollout each. A smaller dataset is used whole."""
+    """Number of prompts of each set, taken from the start of its dataset. A smaller dataset is used whole."""
+    samples: Annotated[int, AtLeast(1)] = 1
+    """Rollouts per prompt. With more than one, a run whose rewards declare an accuracy also gets pass@k."""
     every: Annotated[int, AtLeast(1)] = 10
-    """Steps between evaluations. The policy is also evaluated before the first step and after the last."""
+    """Steps between evaluations. The policy is also evaluated after the last step."""
+    at_start: bool = True
+    """Evaluate before the first step too."""
+    keep_best: bool = False
+    """Export the policy to the folder `best` in `output_dir` whenever the held-out reward of `dataset` is higher than
+    it has been."""
+    early_stop: Annotated[int, AtLeast(1)] | None = None
+    """End the run after this many evaluations in a row in which the held-out reward of `dataset` was not higher than
+    it has been. null: never."""
     temperature: Annotated[float, AtLeast(0)] = 1.0
     """Sampling temperature of the evaluation. 0: greedy decoding."""
     top_k: Annotated[int, AtLeast(0)] = 0
@@ -164,14 +168,6 @@ class EvalConfig:
     """As the top-level `min_p`, for the evaluation."""
     repetition_penalty: Annotated[float, Above(0)] = 1.0
     """As the top-level `repetition_penalty`, for the evaluation."""
-
-
-@dataclass(kw_only=True)
-class CheckpointConfig:
-    every: Annotated[int, AtLeast(1)] = 50
-    """Steps between checkpoints. The last step always writes one, and so does a run that is interrupted."""
-    keep: Annotated[int, AtLeast(1)] = 2
-    """Number of newest checkpoints to keep; older ones are deleted."""
 
 
 @dataclass(kw_only=True)
@@ -302,6 +298,9 @@ class RunConfig:
     """The run ends after this many bad steps in a row. A step is bad if its loss or the norm of its gradient is not
     finite; it is left out, so that weights and optimizer state stay as they were, and no checkpoint is written until a
     good step follows. 0: bad steps never end the run."""
+    max_idle_steps: Annotated[int, AtLeast(0), FREE] = 10
+    """The run ends after this many steps in a row that trained nothing, because no group had a training signal, with
+    exit code 1; checkpoint and result are written as at the end. 0: such steps never end the run."""
 
     model: ModelConfig
     """The model and which of its weights are trained."""
@@ -314,9 +313,10 @@ class RunConfig:
     rewards: list[Component]
     """Reward functions with TRL's signature, at least one. Built in: `tora.rewards.math_answer`, `answer_tag`,
     `last_number`, `format`, `length` and `overlong`. Besides `_component_` and its arguments an entry may have `weight`
-    (default 1), `name` (default: the function's name), and `timeout_score` (default 0), the score of a completion on
-    which the function takes too long. A rollout's reward is the weighted sum; accuracy is the share of rollouts that
-    score at least 1 in the first one."""
+    (default 1), `name` (default: the function's name), `timeout_score` (default 0), the score of a completion on
+    which the function takes too long, and `accuracy: true`, which declares that a score of at least 1 means a right
+    answer; `math_answer`, `answer_tag` and `last_number` do so by themselves. A rollout's reward is the weighted sum;
+    accuracy is the share of rollouts that score at least 1 in the first reward that declares it."""
     reward_timeout_s: Annotated[float, Above(0), FREE] = 30.0
     """Seconds that one reward function may take for a group. A slower call is stopped. If a call fails as a whole, each
     completion is tried again alone and may take as long, `reward_processes` at a time. One that fails again has a

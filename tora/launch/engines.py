@@ -60,6 +60,7 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "sampling": prompts.sampling,
         "eval_sampling": prompts.eval_sampling,
         "group_size": cfg.grpo_samples,
+        "eval_samples": cfg.eval.samples if cfg.eval else 1,
         "seed": cfg.seed,
         "part_tokens": cfg.rollout.partial,
         "make_player": None if prompts.turns is None else partial(_make_player, cfg, prompts.turns, prompts.tokenizer),

@@ -13,7 +13,7 @@ from tora.config.load import dump_yaml, read_tree
 from tora.config.resuming import check_resumed
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
-from tora.errors import ConfigError
+from tora.errors import ConfigError, TrainingError
 from tora.launch.engines import ROLLOUT_BASE, with_engine
 from tora.launch.in_process import in_process
 from tora.launch.on_ray import on_ray
@@ -38,7 +38,7 @@ def run(cfg: RunConfig) -> bool:
     """Train, evaluate, export and report; False if a signal stopped the run before its last step.
 
     Under torchrun every rank calls this; only rank 0 writes and reports. Raises ConfigError if opening the
-    data or the model reveals a mistake in the config.
+    data or the model reveals a mistake in the config, and TrainingError if `max_idle_steps` ended the run.
     """
     import_from(cfg.import_from or ())
     cfg = with_engine(cfg)
@@ -85,6 +85,7 @@ def run(cfg: RunConfig) -> bool:
             prompt_at=prompts.at,
             is_alone=world.size == 1,
             stop_requested=lambda: world.any(stop_requested()),
+            eval_sets=prompts.eval_sets,
         )
         try:
             outcome = train_and_export(assembled)
@@ -94,7 +95,9 @@ def run(cfg: RunConfig) -> bool:
             shutil.rmtree(folder / ROLLOUT_BASE, ignore_errors=True)
     if world.rank == 0:
         _report(assembled, outcome)
-    return state.step == cfg.num_steps
+    if outcome.end == "idle":
+        raise TrainingError(outcome.reason)
+    return outcome.end != "stopped" or state.step == cfg.num_steps
 
 
 def _with_model(cfg: RunConfig, pinned: Path) -> RunConfig:
@@ -141,11 +144,25 @@ def _report(finished: Run, outcome: Outcome) -> None:
     reward_curve(finished.folder / "metrics.jsonl", curve)
     print_summary(
         name=finished.cfg.name,
-        accuracy_before=outcome.before.accuracy if outcome.before else None,
-        accuracy_after=outcome.after.accuracy if outcome.after else None,
+        outcome=_ending(finished, outcome),
+        before=outcome.before,
+        after=outcome.after,
+        after_step=outcome.after_step,
         num_steps=finished.state.step,
         seconds=outcome.seconds,
-        adapter=finished.adapter_folder,
+        result=finished.result_folder,
+        best=finished.best_folder if finished.best_folder.is_dir() else None,
         curve=curve,
         bytes_per_sync=outcome.bytes_per_sync,
     )
+
+
+def _ending(finished: Run, outcome: Outcome) -> str:
+    """How the run ended before its last step, as a clause; empty if it reached that."""
+    of = f"after step {finished.state.step} of {finished.cfg.num_steps}"
+    if outcome.end == "stopped" and finished.state.step < finished.cfg.num_steps:
+        return f"stopped {of}; resume_from_checkpoint=true continues"
+    if outcome.end == "early":
+        assert finished.cfg.eval is not None
+        return f"ended {of}: held-out reward did not rise in {finished.cfg.eval.early_stop} evaluations"
+    return f"ended {of}: nothing to train" if outcome.end == "idle" else ""

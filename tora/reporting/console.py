@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tora.types import EvalResult, Metrics, Prompt, Rollout
+from tora.reporting.evaluation import EvalResult
+from tora.types import Metrics, Prompt, Rollout
 
 _SHOWN = (
     ("reward/mean", "reward {:.3f}"),
@@ -46,8 +47,12 @@ class ConsoleLog:
         self._print(Text("  ".join([f"step {step + 1}/{self._num_steps}", *numbers, f"{left} left"])))
 
     def evaluation(self, step: int, result: EvalResult) -> None:
-        accuracy = f"held-out accuracy {result.accuracy:.3f}"
-        self._print(Text(f"after {step} steps: {accuracy} over {result.num_prompts} prompts", style="bold green"))
+        scores = [f"held-out reward {result.reward:.3f}"]
+        if result.accuracy is not None and result.accuracy != result.reward:
+            scores.append(f"accuracy {result.accuracy:.3f}")
+        scores += [f"pass@{k} {value:.3f}" for k, value in result.pass_at.items() if k > 1]
+        on = f"{result.num_prompts} prompts" + (f" of {result.name}" if result.name else "")
+        self._print(Text(f"after {step} steps: {', '.join(scores)} over {on}", style="bold green"))
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None:
         self._print(_quoted(_question(prompt), "dim"))

@@ -19,8 +19,9 @@ from rich.console import Console
 from tora.config.components import instantiate, locate
 from tora.config.schema import Component, RunConfig
 from tora.reporting.console import ConsoleLog
+from tora.reporting.evaluation import EvalResult
 from tora.reporting.strict_json import to_json
-from tora.types import EvalResult, Metrics, Prompt, Rollout
+from tora.types import Metrics, Prompt, Rollout
 
 _log = logging.getLogger(__name__)
 
@@ -69,12 +70,7 @@ class MetricLog:
         self._console.step(step, metrics)
 
     def evaluation(self, step: int, result: EvalResult) -> None:
-        metrics = {
-            "eval/accuracy": result.accuracy,
-            "eval/reward": result.reward,
-            "eval/num_prompts": float(result.num_prompts),
-        }
-        self._write(step, metrics)
+        self._write(step, eval_metrics(result))
         self._console.evaluation(step, result)
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None:
@@ -102,6 +98,16 @@ class MetricLog:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for logger in self._loggers:
             logger.log_dict(finite, step)
+
+
+def eval_metrics(result: EvalResult) -> Metrics:
+    """`eval/reward` and so on; `eval/NAME/reward` for a set with a name."""
+    metrics = {"eval/reward": result.reward, "eval/num_prompts": float(result.num_prompts)}
+    if result.accuracy is not None:
+        metrics["eval/accuracy"] = result.accuracy
+    metrics |= {f"eval/pass@{k}": value for k, value in result.pass_at.items()}
+    metrics |= {"eval/length_mean": result.length, "eval/truncated_share": result.truncated}
+    return {key.replace("/", f"/{result.name}/", 1) if result.name else key: value for key, value in metrics.items()}
 
 
 def build_logger(component: Component, folder: Path) -> Logger:

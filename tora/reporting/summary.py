@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from tora.reporting.console import duration
+from tora.reporting.evaluation import EvalResult
 from tora.reporting.metrics import read_rows
 
 _BLUE, _ORANGE, _GREY = "#2563eb", "#c2410c", "#6b7280"
 
 
 def reward_curve(metrics_jsonl: Path, out_png: Path) -> None:
-    """Plots training reward and held-out accuracy over steps, with the name of the run's folder as title.
+    """Plots training reward and held-out reward over steps, with the name of the run's folder as title.
 
     The axes are empty if there are no rows. Overwrites `out_png`.
     """
@@ -26,34 +27,23 @@ def reward_curve(metrics_jsonl: Path, out_png: Path) -> None:
 
     rows = read_rows(metrics_jsonl)
     reward = _series(rows, "reward/mean")
-    accuracy = _series(rows, "eval/accuracy")
+    held_out = _series(rows, "eval/reward")
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     axis.set_title(metrics_jsonl.absolute().parent.name, loc="left", fontweight="bold", fontsize=13, pad=14)
     axis.set_xlabel("step", color=_GREY)
     _style(axis)
+    axis.set_ylabel("reward", color=_GREY)
     _draw_reward(axis, *reward)
-    _draw_accuracy(_accuracy_axis(axis, reward[1]), *accuracy)
-    lines = [line for each in figure.axes for line in each.get_legend_handles_labels()[0]]
+    _draw_held_out(axis, *held_out)
+    values = np.concatenate([reward[1], held_out[1]])
+    if values.size and values.min() >= 0:
+        axis.set_ylim(0, 1.05 * max(1.0, values.max()) if values.max() <= 1.2 else 1.05 * values.max())
+    lines = axis.get_legend_handles_labels()[0]
     beside_title = {"loc": "lower right", "bbox_to_anchor": (1, 1.015), "ncols": 2, "borderaxespad": 0}
     axis.legend(handles=lines, frameon=False, labelcolor="#374151", **beside_title)
     figure.savefig(out_png)
-
-
-def _accuracy_axis(axis: Any, rewards: np.ndarray) -> Any:
-    """The axis for accuracy: the reward's own if rewards have the same scale, otherwise a second one on the right."""
-    if rewards.size == 0 or (rewards.min() >= 0 and rewards.max() <= 1.2):
-        axis.set_ylabel("reward, accuracy", color=_GREY)
-        axis.set_ylim(0, max(1.05, 1.05 * rewards.max(initial=0)))
-        return axis
-    axis.set_ylabel("training reward", color=_BLUE)
-    right = axis.twinx()
-    right.set_ylabel("held-out accuracy", color=_ORANGE)
-    right.set_ylim(0, 1.05)
-    _style(right)
-    right.grid(False)
-    return right
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -74,9 +64,9 @@ def _draw_reward(axis: Any, steps: np.ndarray, values: np.ndarray) -> None:
     axis.plot(steps, smooth(values), color=_BLUE, linewidth=2.2, solid_capstyle="round", label="training reward")
 
 
-def _draw_accuracy(axis: Any, steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_held_out(axis: Any, steps: np.ndarray, values: np.ndarray) -> None:
     look = {"color": _ORANGE, "linewidth": 1.2, "markersize": 8, "markeredgecolor": "white"}
-    axis.plot(steps, values, "o-", label="held-out accuracy", **look)
+    axis.plot(steps, values, "o-", label="held-out reward", **look)
     for index in sorted({0, len(steps) - 1} if len(steps) else ()):
         # The lower of the two end points has its number below, the higher one above, so neither covers the line.
         below = values[index] < values[-1 - index]
@@ -102,26 +92,47 @@ def _style(axis: Any) -> None:
     axis.margins(x=0.03)
 
 
+def _scores(name: str, before: float | None, after: float | None, when: str) -> tuple[str, str]:
+    """A row of the summary; `when` follows the last number."""
+    numbers = " -> ".join(f"{value:.3f}" for value in (before, after) if value is not None)
+    return name, f"[bold green]{numbers}[/]{when}"
+
+
 def print_summary(
     *,
     name: str,
-    accuracy_before: float | None,
-    accuracy_after: float | None,
+    before: EvalResult | None,
+    after: EvalResult | None,
+    after_step: int,
     num_steps: int,
     seconds: float,
-    adapter: Path,
+    result: Path,
     curve: Path,
     bytes_per_sync: int,
+    outcome: str = "",
+    best: Path | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints the run as a table, without accuracies if there was no evaluation."""
+    """Prints the run as a table, with only the held-out scores that were measured.
+
+    `after`: the evaluation after step `after_step`. `result`: the folder of the trained policy, `best` that of the best
+    one. `outcome`: how the run ended before its last step, as a clause.
+    """
     table = Table(title=name, title_style="bold", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")  # users copy paths from here, so they are never cut
-    if accuracy_before is not None and accuracy_after is not None:
-        table.add_row("held-out accuracy", f"[bold green]{accuracy_before:.3f} -> {accuracy_after:.3f}")
+    if outcome:
+        table.add_row("outcome", Text(outcome, style="bold yellow"))
+    when = f" (after step {after_step})" if after is not None and after_step != num_steps else ""
+    measured = after or before
+    if measured is not None:
+        table.add_row(*_scores("held-out reward", before and before.reward, after and after.reward, when))
+    if measured is not None and measured.accuracy not in (None, measured.reward):
+        table.add_row(*_scores("held-out accuracy", before and before.accuracy, after and after.accuracy, when))
     table.add_row("steps", f"{num_steps} in {duration(seconds)}")
     table.add_row("bytes per sync", f"{bytes_per_sync:,}")
-    table.add_row("adapter", Text(str(adapter)))
+    table.add_row(result.name, Text(str(result)))
+    if best is not None:
+        table.add_row("best", Text(str(best)))
     table.add_row("reward curve", Text(str(curve)))
     (console or Console()).print(table)

@@ -29,7 +29,7 @@ Column = list[float | FailedReward | None]
 RewardFunction = Callable[..., Any]
 """Returns a sequence of numbers and None, or an awaitable of one."""
 _ARGUMENTS = ("prompts", "completions", "completion_ids")
-_OWN_KEYS = ("_component_", "name", "weight", "timeout_score")
+_OWN_KEYS = ("_component_", "name", "weight", "timeout_score", "accuracy")
 
 
 @dataclass(frozen=True, slots=True)

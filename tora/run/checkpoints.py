@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from tora.errors import ConfigError
@@ -29,10 +29,15 @@ class RunState:
     rollouts: RolloutState = field(default_factory=RolloutState)
     seconds: float = 0.0
     """Training time so far."""
+    best_reward: float | None = None
+    """The highest held-out reward so far."""
+    evals_since_best: int = 0
+    """Evaluations since then."""
 
     def assign(self, other: RunState) -> None:
         """Copy `other`'s fields, for holders of this object."""
-        self.step, self.rollouts, self.seconds = other.step, other.rollouts, other.seconds
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
 
 
 class Checkpoints:
@@ -103,6 +108,8 @@ class Checkpoints:
         document = {
             "step": state.step,
             "seconds": state.seconds,
+            "best_reward": state.best_reward,
+            "evals_since_best": state.evals_since_best,
             "cursor": state.rollouts.cursor,
             "pending": state.rollouts.pending,
         }
@@ -117,4 +124,5 @@ class Checkpoints:
         """
         document = json.loads((folder / _STATE).read_text())
         rollouts = RolloutState(document["cursor"], document["pending"], load_groups(folder, prompt_at))
-        return RunState(document["step"], rollouts, document["seconds"])
+        best, since = document.get("best_reward"), document.get("evals_since_best", 0)  # absent from older checkpoints
+        return RunState(document["step"], rollouts, document["seconds"], best, since)

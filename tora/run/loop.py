@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
+from tora.reporting.evaluation import EvalResult
 from tora.run.bad_steps import BadSteps
+from tora.run.best import stops_early
+from tora.run.idle_steps import IdleSteps
 from tora.run.run import Run
-from tora.types import EvalResult
+
+End = Literal["finished", "stopped", "early", "idle"]
+"""Why a run ended: it reached its last step, a stop was requested, the held-out reward no longer rose, or steps
+trained nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +22,17 @@ class Outcome:
     """What a finished run reports."""
 
     before: EvalResult | None
-    """At the first step of this process; None without `eval`."""
+    """At the first step of this process; None if it was not evaluated then."""
     after: EvalResult | None
+    """The last one after a step; None if there is none."""
+    after_step: int
+    """The step after which it was measured."""
+    end: End
     bytes_per_sync: int
     seconds: float
     """Training time, including that before a resume."""
+    reason: str = ""
+    """With `idle`: a sentence."""
 
 
 def train(run: Run) -> Outcome:
@@ -33,13 +46,15 @@ def train(run: Run) -> Outcome:
     start = time.perf_counter() - state.seconds
     sync = run.publish(state.step)
     bytes_per_sync = sync.get("sync/bytes", 0.0)
-    before = after = run.evaluate()
-    bad_steps, saved = BadSteps(cfg.max_bad_steps), state.step
+    before = run.evaluate() if cfg.eval and cfg.eval.at_start else None
+    after, after_step, end = None, 0, "finished"
+    bad_steps, idle_steps, saved = BadSteps(cfg.max_bad_steps), IdleSteps(cfg.max_idle_steps), state.step
     for step in range(state.step, cfg.num_steps):
         began = time.perf_counter()
         batch = run.rollouts.next_batch(step, run.stop_requested)
         if batch is None:
             run.save(replaces=not bad_steps.in_a_row)
+            end = "stopped"
             break
         generated = time.perf_counter()
         result = run.learner.step(batch)
@@ -54,18 +69,26 @@ def train(run: Run) -> Outcome:
         }
         metrics = {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **times}
         run.log.step(step, metrics, batch.prompt_ids)
+        if sentence := idle_steps.add(step + 1, batch):
+            run.log.warning(sentence)
         if sentence := bad_steps.add(step + 1, batch, result):
             run.log.warning(sentence)
             bad_steps.check(run.checkpoints.newest)
-        stop = run.stop_requested()
-        last = stop or state.step == cfg.num_steps
-        if cfg.eval and not stop and (last or state.step % cfg.eval.every == 0):
-            after = run.evaluate()
+        if run.stop_requested():
+            end = "stopped"
+        elif idle_steps.sentence:
+            end = "idle"
+        last = end != "finished" or state.step == cfg.num_steps
+        if cfg.eval and end != "stopped" and (last or state.step % cfg.eval.every == 0):
+            after, after_step = run.evaluate(), state.step
+            if not last and stops_early(state, cfg.eval):
+                last, end = True, "early"
         is_due = state.step // cfg.checkpoint.every > saved // cfg.checkpoint.every
         if last or (is_due and not bad_steps.in_a_row):
             state.seconds = time.perf_counter() - start
             run.save(replaces=not bad_steps.in_a_row)
             saved = state.step
-        if stop:
+        if last:
             break
-    return Outcome(before, after, int(bytes_per_sync), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Outcome(before, after, after_step, end, int(bytes_per_sync), seconds, idle_steps.sentence)

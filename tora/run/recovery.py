@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def train_and_export(run: Run) -> Outcome:
-    """`train`, then export the policy into `run.adapter_folder`.
+    """`train`, then export the policy into `run.result_folder`.
 
     A run that its rollouts or its data end is saved first. Raises LearnerLost if a learner is lost after
     `max_learner_restarts` restarts; `run.state` is then that of the newest checkpoint.
@@ -36,7 +36,7 @@ def train_and_export(run: Run) -> Outcome:
                 if (folder := run.checkpoints.newest()) is not None:
                     run.learner.restore(folder)
             outcome = train(run)
-            run.learner.export(run.adapter_folder)
+            run.learner.export(run.result_folder)
             return outcome
         except (RolloutError, ConfigError):
             with suppress(LearnerLost):

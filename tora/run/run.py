@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from tora.config.schema import RunConfig
 from tora.protocols import Learner, Rollouts
+from tora.reporting.evaluation import EvalResult, passes_by, summarize_sets
+from tora.rewards.accuracy import accuracy_reward
+from tora.run.best import is_best
 from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
-from tora.types import EvalResult, Metrics, Prompt, Rollout
+from tora.types import Metrics, Prompt, Rollout
 
 
 class Log(Protocol):
@@ -54,11 +57,18 @@ class Run:
     """Whether no other rank runs this loop beside this one, so that it may save whatever happens to it."""
     stop_requested: Callable[[], bool]
     """Whether the user asked the run to stop. Collective if the run has several ranks."""
+    eval_sets: Mapping[str, int] = field(default_factory=dict)
+    """The number of prompts of each held-out set, by name."""
 
     @property
-    def adapter_folder(self) -> Path:
+    def result_folder(self) -> Path:
         """Where the trained policy is exported."""
-        return self.folder / "adapter"
+        return self.folder / ("model" if self.cfg.model.lora_type == "full" else "adapter")
+
+    @property
+    def best_folder(self) -> Path:
+        """Where the policy with the highest held-out reward is exported, with `eval.keep_best`."""
+        return self.folder / "best"
 
     def publish(self, version: int) -> Metrics:
         """Send the learner's policy to every engine and prove that they serve it. `version` is the learner's.
@@ -69,14 +79,19 @@ class Run:
         return {**metrics, **self.canary.check(version, self.learner, self.rollouts)}
 
     def evaluate(self) -> EvalResult | None:
-        """Score the held-out prompts and log the result; None if the config has no `eval`."""
+        """Score the held-out prompts and log the results; returns that of `eval.dataset`, None without `eval`."""
         if self.cfg.eval is None:
             return None
-        result = self.rollouts.evaluate()
-        self.log.evaluation(self.state.step, result)
-        if result.sample is not None:
-            self.log.sample(*result.sample)
-        return result
+        passes = passes_by(accuracy_reward(self.cfg.rewards))
+        results = summarize_sets(self.rollouts.evaluate(), self.eval_sets, self.cfg.eval.samples, passes)
+        for result in results:
+            self.log.evaluation(self.state.step, result)
+        main = results[0]
+        if main.sample is not None:
+            self.log.sample(*main.sample)
+        if is_best(self.state, main) and self.cfg.eval.keep_best:
+            self.learner.export(self.best_folder)
+        return main
 
     def save_after_failure(self) -> None:
         """Write a checkpoint of what the learner has, if there is none of it yet and the other ranks need not join."""

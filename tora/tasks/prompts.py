@@ -93,12 +93,13 @@ class PromptStream:
         epoch, place = divmod(position, len(self._rows))
         return self._make(position, int(self._permutation(epoch)[place]))
 
-    def sequential(self, num_prompts: int) -> list[Prompt]:
+    def sequential(self, num_prompts: int, first_id: int = _FIRST_HELD_OUT_ID) -> list[Prompt]:
         """The first rows in order, for evaluation, without dropped ones; fewer if the dataset is smaller.
 
-        Their ids start at 2**32, above those of the training prompts. Raises ConfigError as `prompt` does.
+        Their ids start at `first_id`, by default 2**32, above those of the training prompts. Raises ConfigError as
+        `prompt` does.
         """
-        return _usable(lambda index: self._make(_FIRST_HELD_OUT_ID + index, index), num_prompts, len(self._rows))
+        return _usable(lambda index: self._make(first_id + index, index), num_prompts, len(self._rows))
 
     def _make(self, prompt_id: int, index: int) -> Prompt:
         self._overlong.check(index)
@@ -199,9 +200,14 @@ class RunPrompts:
         self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt
         """The training prompt at a position. Raises OverlongPrompt for one that is dropped."""
         self.held_out: list[Prompt] = []
-        """Prompts for evaluation; empty if there is none."""
+        """Prompts for evaluation, of all sets; empty if there is none."""
+        self.eval_sets: dict[str, int] = {}
+        """The number of prompts of each set by name, in the order of `held_out`; that of `eval.dataset` has no name."""
         if cfg.eval is not None:
-            self.held_out = stream_of(cfg.eval.dataset).sequential(cfg.eval.num_prompts)
+            for number, (name, dataset) in enumerate({"": cfg.eval.dataset, **cfg.eval.more}.items(), start=1):
+                found = stream_of(dataset).sequential(cfg.eval.num_prompts, number * _FIRST_HELD_OUT_ID)
+                self.held_out += found
+                self.eval_sets[name] = len(found)
         self.sampling = _sampling(cfg, cfg.max_generated_tokens, stop)
         self.eval_sampling = _sampling(cfg.eval or cfg, cfg.max_generated_tokens, stop)
 
