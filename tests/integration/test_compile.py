@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch._dynamo
 from comparisons import compare_metrics
-from learners import LOSS, config, make_batch, make_groups
+from learners import LOSS, config, make_batch, make_groups, weights
 from tiny import make_text_model
 from torch._dynamo.utils import counters
 from torch_engines import engine_of
 
 from learner.learner import Learner
+from tora.distributed.sharding import full_tensor
 from tora.types import SampleRequest, Sampling
 
 
@@ -55,3 +56,24 @@ def test_compiled_training_equals_eager_and_stays_compiled(
         assert a.metrics["loss/total"] == pytest.approx(b.metrics["loss/total"], rel=2e-3, abs=1e-5)
     assert counters["stats"]["unique_graphs"] == graphs, "recompiled after warm-up"
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_type", ["full", "lora", "dora_cache"])
+def test_compiled_gradients_in_bf16_are_as_exact_as_eager_ones(tmp_path: Path, lora_type: str) -> None:
+    """Against float32, after a step of plain SGD, which changes the weights by the gradient."""
+    torch._dynamo.reset()
+    folder = make_text_model(tmp_path, "qwen2")
+    sgd = {"_component_": "torch.optim.SGD", "lr": 1.0}
+
+    def gradient(**changes: Any) -> torch.Tensor:
+        learner = Learner(config(folder, lora_type, loss=LOSS, optimizer=sgd, clip_grad_norm=None, **changes))
+        before = weights(learner)
+        learner.step(make_batch(make_groups(3, seed=0)))
+        return torch.cat(
+            [full_tensor(before[name] - weight).flatten() for name, weight in weights(learner).items()]
+        ).double()
+
+    exact = gradient()
+    eager, compiled = (float((gradient(dtype="bf16", compile=c) - exact).norm() / exact.norm()) for c in (False, True))
+    assert 0 < compiled < 1.5 * eager
