@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ./deploy/setup.sh dev
-if (($# == 0)); then set -- -n 2 --dist loadgroup; fi
+if (($# == 0)); then set -- -n 2; fi
 exec .venv/bin/python -m pytest "$@"
