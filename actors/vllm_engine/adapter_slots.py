@@ -1,129 +1,125 @@
-"""vLLM 0.32's adapter slots: where a snapshot's tensors go, writing them, and reading them back."""
+"""vLLM 0.32's adapter slots: staging a snapshot on the device, writing it into a slot, and reading the slot back.
+
+Each way the bytes cross between host and device by one copy of one flat buffer, on the sync's own stream. On the stream
+of vLLM's steps a slot is written by copies within the device alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
 
-from actors.vllm_engine.dora_layers import GainLayer
-from tora.adapters.snapshot import GAIN, LORA_A, LORA_B
+from actors.vllm_engine.dora_layers import GainLayer, gain_offset
+from actors.vllm_engine.flat_buffer import copy_all, lay_out, view
+from actors.vllm_engine.slot_places import Place, Tensors, all_places, check_fits, find_places, local_part
+from actors.vllm_engine.streams import Streams
+from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, as_bytes, split_by_module, tensors_in
 from tora.errors import SyncError
+from tora.types import PolicySnapshot
 
-Tensors = Mapping[str, torch.Tensor]
-"""One module's tensors, by their suffix in the wire format; see `tora.adapters.snapshot`."""
-Placed = dict[str, list[Tensors | None]]
-"""For each vLLM layer that a snapshot touches: the tensors of each module packed into it, None where absent."""
+_OFFSET = "offset"
 
 
-@dataclass(frozen=True)
-class Place:
-    """The place of a Hugging Face module in vLLM."""
+@dataclass(frozen=True, slots=True)
+class StagedLayer:
+    """One vLLM layer's contents, exactly as its slot will hold them: views into the staged buffer."""
 
-    layer: str
-    part: int
-    """Position among the modules packed into that layer."""
-
-
-def find_places(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
-    """The modules' places by Hugging Face name.
-
-    Raises SyncError if a module has no LoRA layer in this engine, or shares its place with another.
-    """
-    places, rename = _places(manager), _renamer(manager.model)
-    found: dict[str, Place] = {}
-    for name in modules:
-        place = places.get(rename(name))
-        if place is None:
-            raise SyncError(f"{name} matches no LoRA layer of the engine; its layers end in {_endings(places)}")
-        if place in found.values():
-            raise SyncError(f"{name} and another module of the snapshot map to the same layer of the engine")
-        found[name] = place
-    return found
+    parts: tuple[Tensors, ...]
+    """A [R, I] and B [O, R] of each packed module, with vLLM's rank R; zero where the snapshot has less."""
+    gain_O: torch.Tensor | None
+    """Of all parts; None if the snapshot has no gain for the layer."""
+    offset_O: torch.Tensor | None
+    """(1 - gain) ⊙ bias; None without a gain or without a bias."""
 
 
-def _places(manager: Any) -> dict[str, Place]:
-    """All places, by vLLM's name for the unpacked module."""
-    return {
-        module: Place(layer, part)
-        for layer in manager.modules
-        for part, module in enumerate(manager.packed_modules.get(layer, [layer]))
-    }
+Placed = dict[str, StagedLayer]
+"""By vLLM's name of each layer that a snapshot touches."""
 
 
-def _renamer(model: Any) -> Any:
-    """Maps a Hugging Face module name to vLLM's, and to None if vLLM leaves the module out."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return lambda name: name
-    renames = mapper.get_rename_mapper()  # without the rules that pack q, k and v into one name
-    return lambda name: (renames.map_name(f"{name}.weight") or "").removesuffix(".weight") or None
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A snapshot on the device, in the slots' dtype. The only rounding of A and B."""
+
+    placed: Placed
+    buffer: torch.Tensor
+    """What the views of `placed` look into."""
+    ready: Any
+    """The event after which they hold their values."""
 
 
-def _endings(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+def stage(manager: Any, snapshot: PolicySnapshot, modules: Mapping[str, Tensors], streams: Streams) -> Staged:
+    """Copy this rank's part of each tensor to the device and cast it there, on the sync's own stream.
 
-
-def stage(manager: Any, modules: Mapping[str, Tensors]) -> Placed:
-    """This rank's part of each tensor, by place, in the slots' dtype and on their device. The only rounding of A and B.
-
+    `modules`: the snapshot's tensors on the host. Returns once all is in place, so that a write waits for nothing.
     Raises SyncError as `find_places` does, and if a tensor does not fit.
     """
-    placed: Placed = {}
-    for name, place in find_places(manager, modules).items():
-        layer = manager.modules[place.layer]
-        _check_fits(name, modules[name], layer, place.part)
-        slots = layer.lora_a_stacked[place.part]
-        parts = placed.setdefault(place.layer, [None] * layer.n_slices)
-        parts[place.part] = {
-            suffix: _local_part(layer, place.part, suffix, tensor).to(
-                slots.device, torch.float32 if suffix == GAIN else slots.dtype
-            )
-            for suffix, tensor in modules[name].items()
-        }
-    return placed
+    places = find_places(manager, modules)
+    for name, place in places.items():
+        check_fits(name, modules[name], manager.modules[place.layer], place.part)
+    layers = {place.layer: manager.modules[place.layer] for place in places.values()}
+    with_gain = {place.layer for name, place in places.items() if GAIN in modules[name]}
+    spans, nbytes = lay_out(_slot_tensors(layers, with_gain))
+    with streams.own():
+        sent = split_by_module(tensors_in(streams.upload(as_bytes(snapshot)), snapshot.entries))
+        device = next(iter(layers.values())).lora_a_stacked[0].device
+        buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        held = {key: view(buffer, span) for key, span in spans.items()}
+        for layer in with_gain:
+            held[layer, 0, GAIN].fill_(1)
+        targets, sources = [], []
+        for name, place in places.items():
+            layer = layers[place.layer]
+            for suffix, tensor in sent[name].items():
+                source = local_part(layer, place.part, suffix, tensor)
+                targets.append(_target(held, layer, place, suffix, source.shape))
+                sources.append(source)
+        copy_all(targets, sources)
+        for name in with_gain:
+            if (bias_O := layers[name].gained_bias_O) is not None:
+                held[name, 0, _OFFSET].copy_(gain_offset(held[name, 0, GAIN], bias_O))
+        ready = streams.record()
+    streams.wait_on_host(ready)
+    placed = {
+        name: StagedLayer(
+            tuple({s: held[name, part, s] for s in (LORA_A, LORA_B)} for part in range(layer.n_slices)),
+            held.get((name, 0, GAIN)),
+            held.get((name, 0, _OFFSET)),
+        )
+        for name, layer in layers.items()
+    }
+    return Staged(placed, buffer, ready)
 
 
-def _local_part(layer: Any, part: int, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
-    """This tensor-parallel rank's part of a module's A [R, I], B [O, R] or gain [O], sliced as vLLM slices A and B."""
-    if layer.tp_size == 1:
-        return tensor
-    cut = layer.slice_lora_a if suffix == LORA_A else layer.slice_lora_b
-    matrix = tensor[:, None] if suffix == GAIN else tensor
-    if layer.n_slices == 1:
-        matrix = cut(matrix)
-    else:
-        matrix = cut([matrix if i == part else None for i in range(layer.n_slices)])[part]
-    return matrix[:, 0] if suffix == GAIN else matrix
+_Key = tuple[str, int, str]
+"""A layer, a part, and a suffix; gain and offset of all parts are under part 0."""
 
 
-def _full_sizes(layer: Any, part: int) -> tuple[int, int]:
-    """Inputs and outputs of a whole module, over all tensor-parallel ranks."""
-    base = layer.base_layer
-    if layer.tp_size == 1:
-        return layer.lora_a_stacked[part].shape[3], layer.part_sizes[part]
-    if layer.n_slices == 1:
-        return base.input_size, base.output_size
-    if hasattr(base, "total_num_kv_heads"):  # `output_sizes` counts replicated heads once per rank
-        return base.input_size, base.head_size * (base.total_num_kv_heads if part else base.total_num_heads)
-    return base.input_size, base.output_sizes[part]
+def _slot_tensors(
+    layers: Mapping[str, Any], with_gain: set[str]
+) -> Iterator[tuple[_Key, torch.dtype, tuple[int, ...]]]:
+    """What a slot holds for each layer: keys, dtypes and shapes."""
+    for name, layer in layers.items():
+        for part in range(layer.n_slices):
+            for suffix, stacked in ((LORA_A, layer.lora_a_stacked[part]), (LORA_B, layer.lora_b_stacked[part])):
+                yield (name, part, suffix), stacked.dtype, tuple(stacked.shape[2:])
+        if name in with_gain:
+            yield (name, 0, GAIN), torch.float32, (sum(layer.part_sizes),)
+            if layer.gained_bias_O is not None:
+                yield (name, 0, _OFFSET), torch.float32, (sum(layer.part_sizes),)
 
 
-def _check_fits(name: str, tensors: Tensors, layer: Any, part: int) -> None:
-    if not isinstance(layer, GainLayer) or part >= layer.n_slices:
-        raise SyncError(f"the engine cannot serve an adapter on {name}, a {type(layer).__name__}")
-    rank_max = layer.lora_a_stacked[part].shape[2]
-    size_in, size_out = _full_sizes(layer, part)
-    rank = tensors[LORA_A].shape[0]
-    if rank > rank_max:
-        raise SyncError(f"{name} has rank {rank}, above the engine's {rank_max}")
-    expected = {LORA_A: (rank, size_in), LORA_B: (size_out, rank), GAIN: (size_out,)}
-    for suffix, tensor in tensors.items():
-        if tuple(tensor.shape) != expected[suffix]:
-            raise SyncError(f"{name}{suffix} has shape {tuple(tensor.shape)}, the engine's is {expected[suffix]}")
+def _target(
+    held: Mapping[_Key, torch.Tensor], layer: GainLayer, place: Place, suffix: str, shape: torch.Size
+) -> torch.Tensor:
+    """Where a module's tensor goes: its first ranks, or its rows of the packed gain."""
+    if suffix == GAIN:
+        return layer.rows_of(held[place.layer, 0, GAIN], place.part)
+    whole = held[place.layer, place.part, suffix]
+    return whole[: shape[0]] if suffix == LORA_A else whole[:, : shape[1]]
 
 
 def slot_of(manager: Any, adapter_id: int) -> int:
@@ -135,63 +131,80 @@ def slot_of(manager: Any, adapter_id: int) -> int:
 
 
 def write(manager: Any, slot: int, placed: Placed) -> None:
-    """Modules absent from `placed` are reset to the base.
-
-    vLLM's own `set_lora` clears a slot before filling it, which takes twice as long.
-    """
+    """Copies within the device, on the current stream. Modules absent from `placed` are reset to the base."""
+    matrices: list[tuple[torch.Tensor, torch.Tensor]] = []
+    gains: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, layer in manager.modules.items():
-        parts = placed.get(name)
-        if parts is None:
+        staged = placed.get(name)
+        if staged is None:
             layer.reset_lora(slot)
             continue
-        for part, lora_a, lora_b in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
-            _fill(lora_a[slot, 0], None if part is None else part[LORA_A], dim=0)
-            _fill(lora_b[slot, 0], None if part is None else part[LORA_B], dim=1)
-        layer.set_gain(slot, [None if p is None else p.get(GAIN) for p in parts])
+        for part, lora_a, lora_b in zip(staged.parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+            matrices += [(lora_a[slot, 0], part[LORA_A]), (lora_b[slot, 0], part[LORA_B])]
+        gains += layer.gain_copies(slot, staged.gain_O, staged.offset_O)
+    for pairs in (matrices, gains):
+        copy_all([target for target, _ in pairs], [source for _, source in pairs])
 
 
-def _fill(place: torch.Tensor, tensor: torch.Tensor | None, *, dim: int) -> None:
-    """Copy the tensor, and zero the slot's remaining ranks along `dim`."""
-    rank = 0 if tensor is None else tensor.shape[dim]
-    if tensor is not None:
-        place.narrow(dim, 0, rank).copy_(tensor, non_blocking=True)
-    if rank < place.shape[dim]:
-        place.narrow(dim, rank, place.shape[dim] - rank).zero_()
-
-
-def read(manager: Any, slot: int, sent: Mapping[str, Tensors]) -> dict[str, dict[str, torch.Tensor]]:
-    """The slot's tensors for each module in `sent`, on the CPU, by Hugging Face name and suffix.
+def read(
+    manager: Any, slot: int, sent: Mapping[str, Tensors], streams: Streams, written: Any
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The slot's tensors for each module in `sent`, on the CPU, by Hugging Face name and suffix. `written`: the event
+    after which the slot holds them.
 
     Under tensor parallelism this rank's part is what its slot holds, and the rest is copied from `sent`. A module
     without a gain reads back as a gain of ones. Raises SyncError if the slot holds an adapter on any other module.
     """
     places = find_places(manager, sent)
-    for place in set(_places(manager).values()) - set(places.values()):
-        layer = manager.modules[place.layer]
-        if isinstance(layer, GainLayer) and place.part < layer.n_slices and not _is_base(layer, slot, place.part):
-            raise SyncError(f"the engine's {place.layer} is adapted, but the snapshot has no tensors for it")
-    held = {}
-    for name, place in places.items():
-        layer, rank = manager.modules[place.layer], sent[name][LORA_A].shape[0]
-        held[name] = {
-            LORA_A: layer.lora_a_stacked[place.part][slot, 0, :rank].cpu(),
-            LORA_B: layer.lora_b_stacked[place.part][slot, 0, :, :rank].cpu(),
-            GAIN: layer.gain_part(slot, place.part).cpu(),
+    others = [
+        place
+        for place in sorted(set(all_places(manager).values()) - set(places.values()), key=str)
+        if isinstance(layer := manager.modules[place.layer], GainLayer) and place.part < layer.n_slices
+    ]
+    with streams.own():
+        streams.wait(written)
+        parts: dict[Any, torch.Tensor] = {
+            (name, suffix): tensor
+            for name, place in places.items()
+            for suffix, tensor in _part(manager.modules[place.layer], slot, place.part, sent[name]).items()
         }
+        parts |= {place: _is_adapted(manager.modules[place.layer], slot, place.part) for place in others}
+        spans, nbytes = lay_out((key, tensor.dtype, tuple(tensor.shape)) for key, tensor in parts.items())
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=next(iter(parts.values())).device)
+        copy_all([view(buffer, spans[key]) for key in parts], list(parts.values()))
+        found = streams.download(buffer)
+        done = streams.record()
+    streams.wait_on_host(done)
+    for place in others:
+        if view(found, spans[place]):
+            raise SyncError(f"the engine's {place.layer} is adapted, but the snapshot has no tensors for it")
+    held = {name: {s: view(found, spans[name, s]) for s in (LORA_A, LORA_B, GAIN)} for name in places}
+    for name, place in places.items():
+        layer = manager.modules[place.layer]
         if layer.tp_size > 1:
-            ones = {GAIN: torch.ones(sent[name][LORA_B].shape[0])}
-            whole = {**ones, **sent[name]}
+            whole = {GAIN: torch.ones(sent[name][LORA_B].shape[0]), **sent[name]}
             held[name] = {s: _with_local_part(layer, place.part, s, whole[s], mine) for s, mine in held[name].items()}
     return held
+
+
+def _part(layer: Any, slot: int, part: int, sent: Tensors) -> dict[str, torch.Tensor]:
+    """Views of what the slot holds for one module."""
+    rank = sent[LORA_A].shape[0]
+    return {
+        LORA_A: layer.lora_a_stacked[part][slot, 0, :rank],
+        LORA_B: layer.lora_b_stacked[part][slot, 0, :, :rank],
+        GAIN: layer.gain_part(slot, part),
+    }
 
 
 def _with_local_part(layer: Any, part: int, suffix: str, whole: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
     """`whole` in `mine`'s dtype, with this rank's part replaced by `mine`."""
     result = whole.to(mine.dtype).clone()
-    where = _local_part(layer, part, suffix, torch.arange(whole.numel()).view(whole.shape))
+    where = local_part(layer, part, suffix, torch.arange(whole.numel()).view(whole.shape))
     result.view(-1)[where.reshape(-1)] = mine.reshape(-1)
     return result
 
 
-def _is_base(layer: GainLayer, slot: int, part: int) -> bool:
-    return not layer.lora_b_stacked[part][slot].any() and bool((layer.gain_part(slot, part) == 1).all())
+def _is_adapted(layer: GainLayer, slot: int, part: int) -> torch.Tensor:
+    """A bool on the device."""
+    return layer.lora_b_stacked[part][slot].any() | (layer.gain_part(slot, part) != 1).any()

@@ -14,7 +14,6 @@ Shape letters: S slots, T tokens of a batch, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -46,7 +45,7 @@ class GainLayer(BaseLinearLayerWithLoRA):
         super().create_lora_weights(max_loras, lora_config, model_config)
         shape, device = (max_loras + 1, sum(self.part_sizes)), self.lora_a_stacked[0].device
         self.register_buffer("gain_SO", torch.ones(shape, device=device), persistent=False)
-        offset_SO = None if self._bias_O is None else torch.zeros(shape, device=device)
+        offset_SO = None if self.gained_bias_O is None else torch.zeros(shape, device=device)
         self.register_buffer("offset_SO", offset_SO, persistent=False)
         self._slots_with_gain: set[int] = set()
 
@@ -56,9 +55,9 @@ class GainLayer(BaseLinearLayerWithLoRA):
         return [b.shape[2] for b in self.lora_b_stacked]
 
     @property
-    def _bias_O(self) -> torch.Tensor | None:
-        """The bias that this rank adds. A bias that the layer passes on to its caller is already outside the gain, and
-        of a row-parallel layer's ranks only the first adds it."""
+    def gained_bias_O(self) -> torch.Tensor | None:
+        """The bias that this rank adds within the gain. A bias that the layer passes on to its caller is outside it
+        already, and of a row-parallel layer's ranks only the first adds it."""
         if self.base_layer.skip_bias_add or (isinstance(self.base_layer, RowParallelLinear) and self.tp_rank > 0):
             return None
         return cast("torch.Tensor | None", self.base_layer.bias)
@@ -70,30 +69,41 @@ class GainLayer(BaseLinearLayerWithLoRA):
 
     def reset_lora(self, index: int) -> None:
         super().reset_lora(index)
-        self.set_gain(index, [None])
+        self.reset_gain(index)
 
-    def set_gain(self, index: int, gains: Sequence[torch.Tensor | None]) -> None:
-        """One gain [O] float32 per packed part, cut to this rank; None for a part without gain.
-
-        Ranks of a row-parallel layer each scale their partial sum, which is exact because the gain is linear; only the
-        first rank adds the bias.
-        """
-        if all(gain is None for gain in gains):
+    def reset_gain(self, index: int) -> None:
+        if index in self._slots_with_gain:
             self.gain_SO[index] = 1
             if self.offset_SO is not None:
                 self.offset_SO[index] = 0
             self._slots_with_gain.discard(index)
-            return
-        parts = [self.gain_SO.new_ones(n) if g is None else g for g, n in zip(gains, self.part_sizes, strict=True)]
-        self.gain_SO[index].copy_(torch.cat(parts))
-        if self.offset_SO is not None and self._bias_O is not None:
-            self.offset_SO[index].copy_((1 - self.gain_SO[index]) * self._bias_O.float())
+
+    def gain_copies(
+        self, index: int, gain_O: torch.Tensor | None, offset_O: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The copies, target and source, that give a slot this gain and this `gain_offset`; both [O] float32, of all
+        packed parts, cut to this rank. None resets the slot.
+
+        Ranks of a row-parallel layer each scale their partial sum, which is exact because the gain is linear; only the
+        first rank adds the bias.
+        """
+        if gain_O is None:
+            self.reset_gain(index)
+            return []
         self._slots_with_gain.add(index)
+        copies = [(self.gain_SO[index], gain_O)]
+        if self.offset_SO is not None and offset_O is not None:
+            copies.append((self.offset_SO[index], offset_O))
+        return copies
 
     def gain_part(self, index: int, part: int) -> torch.Tensor:
         """A view, [O], of one packed part's gain."""
+        return self.rows_of(self.gain_SO[index], part)
+
+    def rows_of(self, row_O: torch.Tensor, part: int) -> torch.Tensor:
+        """One packed part's outputs of a row of all parts."""
         start = sum(self.part_sizes[:part])
-        return self.gain_SO[index, start : start + self.part_sizes[part]]
+        return row_O[start : start + self.part_sizes[part]]
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`output`: W x + bias."""
@@ -112,6 +122,11 @@ class GainLayer(BaseLinearLayerWithLoRA):
             return output
         # The wrapper's public property slices these indices by a Python int, which a graph would freeze.
         return apply_gain(output, self.gain_SO, self.offset_SO, self.punica_wrapper._token_lora_indices)
+
+
+def gain_offset(gain_O: torch.Tensor, bias_O: torch.Tensor) -> torch.Tensor:
+    """`(1 - gain) ⊙ bias`, float32."""
+    return (1 - gain_O) * bias_O.float()
 
 
 def apply_gain(

@@ -142,9 +142,10 @@ class VLLMEngine:
         if self._one_call_installs:
             held, stall = self._submit(_Install(snapshot, None)).result()
         else:
-            # Reading, hashing and casting happen in the caller's thread, while the engine's thread keeps stepping.
-            (placed,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
-            _, stall = self._submit(_Install(snapshot, placed)).result()
+            # Reading, hashing, uploading and casting happen in the caller's thread, on a stream of their own, while the
+            # engine's thread keeps stepping.
+            (staged,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
+            _, stall = self._submit(_Install(snapshot, staged)).result()
             (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, self._update.slot(snapshot.version)))
         return SyncReport(
             version=snapshot.version,
@@ -277,8 +278,8 @@ class VLLMEngine:
 
     def _write(self, command: _Install, slot: Slot) -> SlotContents | None:
         """None if the snapshot was staged: then the caller reads the slot back."""
-        if command.placed is not None:
-            self._llm.collective_rpc("write_snapshot", args=(command.placed, slot))
+        if command.staged is not None:
+            self._llm.collective_rpc("write_snapshot", args=(command.staged, slot))
             return None
         if slot is None:
             return consensus(self._llm.collective_rpc("install_weights", args=(command.snapshot,)))
@@ -336,7 +337,7 @@ class _Generate:
 @dataclass(eq=False)
 class _Install:
     snapshot: PolicySnapshot
-    placed: Any
+    staged: Any
     """The answer of `stage_snapshot`; None for a one-call install."""
     future: Future[tuple[Any, float]] = field(default_factory=Future)
     """The slot's contents after a one-call install, else None; and the seconds that generation stalled."""

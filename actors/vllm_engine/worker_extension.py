@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from actors.vllm_engine import adapter_slots, cpu_lora, dora_layers, gpu_lora, policy_logprobs
-from actors.vllm_engine.adapter_slots import Placed
+from actors.vllm_engine.adapter_slots import Staged
 from actors.vllm_engine.full_weights import replace_weights
 from actors.vllm_engine.slot_contents import Refusal, SlotContents
+from actors.vllm_engine.streams import Streams, streams_for
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, digest, split_by_module, views
 from tora.errors import SyncError
 from tora.types import PolicySnapshot
@@ -29,33 +31,47 @@ policy_logprobs.install()
 torch.cpu._init_amx()
 
 
+@dataclass(frozen=True, slots=True)
+class _Sync:
+    streams: Streams
+    written: dict[int, Any] = field(default_factory=dict)
+    """By adapter id, the event after which its slot holds its newest snapshot."""
+
+
 class SnapshotExtension:
     """vLLM mixes this into its Worker class, so `self` is the worker.
 
-    A sync is three calls: stage, write, read. Generation stalls only during the second, which only copies. Engines
-    whose workers are separate processes make them in one call, `install_adapter`.
+    A sync is three calls: stage, write, read. Generation stalls only during the second, which only queues copies within
+    the device. Engines whose workers are separate processes make them in one call, `install_adapter`.
     """
 
     model_runner: Any
+    device: torch.device
     distributed_init_method: str
 
     def rendezvous_address(self) -> str:
         """Where vLLM's processes met to form their process group."""
         return self.distributed_init_method
 
-    def stage_snapshot(self, snapshot: PolicySnapshot) -> Placed:
+    def stage_snapshot(self, snapshot: PolicySnapshot) -> Staged:
         """Raises SyncError if a tensor is damaged or has no place in the engine."""
-        return adapter_slots.stage(self._manager, _modules(_receive(snapshot)))
+        return adapter_slots.stage(self._manager, snapshot, _modules(_receive(snapshot)), self._sync.streams)
 
-    def write_snapshot(self, placed: Placed, adapter_id: int) -> None:
-        """From now on requests with `adapter_id` run under this policy."""
-        adapter_slots.write(self._manager, adapter_slots.slot_of(self._manager, adapter_id), placed)
+    def write_snapshot(self, staged: Staged, adapter_id: int) -> None:
+        """From the next step on requests with `adapter_id` run under this policy. Called between two steps, on the
+        thread that queues them."""
+        sync = self._sync
+        sync.streams.wait(staged.ready)
+        adapter_slots.write(self._manager, adapter_slots.slot_of(self._manager, adapter_id), staged.placed)
+        sync.streams.keep(staged.buffer)
+        sync.written[adapter_id] = sync.streams.record()
 
     def read_snapshot(self, snapshot: PolicySnapshot, adapter_id: int) -> SlotContents:
         """Reads every tensor back. Raises SyncError if the slot holds an adapter on a module that the snapshot
         lacks."""
-        sent = split_by_module(views(snapshot))
-        modules = adapter_slots.read(self._manager, adapter_slots.slot_of(self._manager, adapter_id), sent)
+        sent, sync = split_by_module(views(snapshot)), self._sync
+        slot = adapter_slots.slot_of(self._manager, adapter_id)
+        modules = adapter_slots.read(self._manager, slot, sent, sync.streams, sync.written[adapter_id])
         names = {entry.name for entry in snapshot.entries}
         held = {
             name + suffix: tensor
@@ -81,6 +97,12 @@ class SnapshotExtension:
             return replace_weights(self, _receive(snapshot))
         except SyncError as error:
             return Refusal(str(error))
+
+    @property
+    def _sync(self) -> _Sync:
+        """Made at its first use, by whichever thread comes first: vLLM calls no initialiser of this class."""
+        made = self.__dict__.get("_tora_sync")
+        return made or self.__dict__.setdefault("_tora_sync", _Sync(streams_for(self.device)))
 
     @property
     def _manager(self) -> Any:

@@ -104,14 +104,17 @@ def poisoned_and_healed(run: Run) -> None:
 
 
 def drop(placed: adapter_slots.Placed) -> adapter_slots.Placed:
-    (first, parts), *rest = placed.items()
-    assert parts[0] is not None
-    return dict([(first, [{**parts[0], LORA_B: torch.zeros_like(parts[0][LORA_B])}, *parts[1:]]), *rest])
+    (name, first), *_ = placed.items()
+    part, *others = first.parts
+    return {**placed, name: replace(first, parts=({**part, LORA_B: torch.zeros_like(part[LORA_B])}, *others))}
 
 
 def scale(placed: adapter_slots.Placed) -> adapter_slots.Placed:
     """Scales B by alpha / rank a second time: the snapshot's B already contains it."""
-    return {n: [p and {**p, LORA_B: 8 * p[LORA_B]} for p in parts] for n, parts in placed.items()}
+    return {
+        name: replace(layer, parts=tuple({**part, LORA_B: 8 * part[LORA_B]} for part in layer.parts))
+        for name, layer in placed.items()
+    }
 
 
 @pytest.mark.parametrize("change", [drop, scale])

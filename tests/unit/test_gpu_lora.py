@@ -12,7 +12,6 @@ pytest.importorskip("vllm")
 
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-from actors.vllm_engine.dora_layers import GainLayer
 from actors.vllm_engine.gpu_lora import slot_products, wrap
 
 SLOTS = torch.tensor([0, 2, 1, -1, 0, 2, 2, -1, 1])
@@ -63,12 +62,3 @@ def test_the_product_has_static_shapes_for_a_graph() -> None:
     x, (a, b) = torch.randn(9, 7), random_slots(5, 0)
     compiled = torch.compile(slot_products, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, a, b, SLOTS), slot_products(x, a, b, SLOTS))
-
-
-def test_a_gain_of_a_part_of_a_packed_layer_stays_on_its_device() -> None:
-    """q has a gain, k and v have none. The meta device stands for a GPU: torch joins no tensors of two devices."""
-    layer: Any = SimpleNamespace(
-        gain_SO=torch.ones(3, sum(SIZES), device="meta"), offset_SO=None, part_sizes=SIZES, _slots_with_gain=set()
-    )
-    GainLayer.set_gain(layer, 1, [torch.ones(SIZES[0], device="meta"), None, None])
-    assert layer._slots_with_gain == {1}

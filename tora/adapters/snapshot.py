@@ -57,22 +57,28 @@ def pack(
         for entry in bucket:
             flat = full[entry.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             data[entry.offset : entry.offset + entry.nbytes].copy_(flat)
-    return PolicySnapshot(version, tuple(entries), data.numpy(), digest(_tensors(data, entries)))
+    return PolicySnapshot(version, tuple(entries), data.numpy(), digest(tensors_in(data, entries)))
 
 
 def unpack(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
     """The tensors, as views into a private copy: memory from Ray is read-only and shared, and vLLM scales in place."""
-    return _tensors(torch.from_numpy(np.array(snapshot.data, copy=True)), snapshot.entries)
+    return tensors_in(torch.from_numpy(np.array(snapshot.data, copy=True)), snapshot.entries)
 
 
 def views(snapshot: PolicySnapshot) -> dict[str, torch.Tensor]:
     """The tensors, as views into the snapshot's own buffer. Read only: the memory may be shared."""
+    return tensors_in(as_bytes(snapshot), snapshot.entries)
+
+
+def as_bytes(snapshot: PolicySnapshot) -> torch.Tensor:
+    """The snapshot's own buffer, [N] uint8. Read only: the memory may be shared."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return _tensors(torch.from_numpy(snapshot.data), snapshot.entries)
+        return torch.from_numpy(snapshot.data)
 
 
-def _tensors(data: torch.Tensor, entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
+def tensors_in(data: torch.Tensor, entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
+    """The entries' tensors, as views into a buffer of uint8 on any device."""
     return {e.name: data[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape) for e in entries}
 
 
