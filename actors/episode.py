@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from actors.continuation import concatenate, derived_seed, generate_in_parts
+from tora.environments.host import ToolResult, told
 from tora.environments.processes import EnvironmentProcesses, Session
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import MalformedCall, ToolCall, ToolParser
@@ -34,6 +35,8 @@ class Episode:
         self.request, self.session, self.index = request, session, index
         self.context = request.token_ids
         """Prompt and episode so far."""
+        self.images: tuple[bytes, ...] = ()
+        """What the environment showed so far."""
         self.messages: list[dict[str, Any]] = []
         self.stop_reason: StopReason | None = None
         self.failure: FailedReward | None = None
@@ -79,13 +82,15 @@ class Episode:
             turns=self.turns,
             tool_calls=self.tool_calls,
             tool_errors=self.tool_errors,
+            images=self.images,
         )
 
     def next_request(self, num_samples: int) -> SampleRequest:
         """For the next turn of this episode, and of others with the same context."""
         seed = self.request.seed if self.turns == 0 else derived_seed(self.request.seed, self.index, len(self.context))
         sampling = replace(self.request.sampling, max_tokens=self.room)
-        return replace(self.request, token_ids=self.context, num_samples=num_samples, seed=seed, sampling=sampling)
+        images = self.request.images + self.images
+        return SampleRequest(self.context, num_samples, seed, sampling, images)
 
     def take(self, completion: Completion) -> None:
         """Append a turn as the engine returned it."""
@@ -93,12 +98,18 @@ class Episode:
         self.turns += 1
         self._append(completion.token_ids.tolist(), sampled=True)
 
-    def add(self, token_ids: Sequence[int]) -> bool:
-        """Append tokens that were not sampled; False, and nothing is appended, if no room to sample would be left."""
+    def add(self, token_ids: Sequence[int], images: Sequence[bytes] = ()) -> bool:
+        """Append tokens that were not sampled, and the images of their placeholders; False, and nothing is appended, if
+        no room to sample would be left."""
         if len(token_ids) >= self.room:
             return False
         self._append(token_ids, sampled=False)
+        self.images += tuple(images)
         return True
+
+    def has_sampled(self, token_ids: Sequence[int]) -> bool:
+        """Whether the policy drew one of the tokens."""
+        return any(np.isin(completion.token_ids, token_ids).any() for completion in self._completions)
 
     def _append(self, token_ids: Sequence[int], *, sampled: bool) -> None:
         self.context = (*self.context, *token_ids)
@@ -175,8 +186,12 @@ class EpisodePlayer:
             if isinstance(observation, FailedReward):
                 e.failure = observation
                 continue
-            opening = self._template.opening(prompt.source, observation)
-            if not e.add(opening):
+            try:
+                opening = self._template.opening(prompt.source, observation)
+            except ValueError as error:  # an image that the model cannot take
+                e.failure = FailedReward("environment", f"shows what cannot be shown: {error}")
+                continue
+            if not e.add(opening, observation.images if observation else ()):
                 e.failure = FailedReward(
                     "environment",
                     f"opens the episode with {len(opening)} tokens, which leaves none of max_generated_tokens="
@@ -185,9 +200,9 @@ class EpisodePlayer:
 
     def _turn(self, engine: Engine, running: Sequence[Episode], part: int | None) -> None:
         """Sample the next turn of each episode. Equal contexts of a group share a request, and so its prefill."""
-        alike: dict[tuple[int, tuple[int, ...]], list[Episode]] = {}
+        alike: dict[tuple[int, tuple[int, ...], tuple[bytes, ...]], list[Episode]] = {}
         for e in running:
-            alike.setdefault((id(e.session), e.context), []).append(e)
+            alike.setdefault((id(e.session), e.context, e.images), []).append(e)
         requests = [episodes[0].next_request(len(episodes)) for episodes in alike.values()]
         for episodes, completions in zip(alike.values(), generate_in_parts(engine, requests, part), strict=True):
             for e, completion in zip(episodes, completions, strict=True):
@@ -229,25 +244,36 @@ class EpisodePlayer:
             if isinstance(results, FailedReward):
                 e.failure = results
                 continue
-            rest = iter(results)
-            messages = []
-            for call in each.calls:
-                e.tool_calls += 1
-                if isinstance(call, MalformedCall):
-                    e.tool_errors += 1
-                    messages.append(_tool_message("unknown", str({"error": call.reason})))
-                else:
-                    result = next(rest)
-                    e.tool_errors += result.error is not None
-                    messages.append(_tool_message(call.name, result.text))
-            if e.add(self._template.answers(messages)):
-                e.messages += messages
+            self._append_answers(e, each.calls, results)
+
+    def _append_answers(
+        self, e: Episode, calls: Sequence[ToolCall | MalformedCall], results: Sequence[ToolResult]
+    ) -> None:
+        rest = iter(results)
+        messages: list[dict[str, Any]] = []
+        images: tuple[bytes, ...] = ()
+        for call in calls:
+            e.tool_calls += 1
+            if isinstance(call, MalformedCall):
+                name, content, failed = "unknown", told(call.reason), True
             else:
-                e.stop_reason = StopReason.LENGTH
+                result = next(rest)
+                name, content, failed = call.name, result.content, result.error is not None
+            if content.images and e.has_sampled(self._template.placeholders):
+                # Engines take the first runs of placeholders for images, and the policy's own would be among them.
+                content, failed = told("No image can be shown after a reply that holds an image's placeholder."), True
+            e.tool_errors += failed
+            messages.append({"role": "tool", "name": name, "content": content.parts})
+            images += content.images
+        try:
+            answer = self._template.answers(messages, images)
+        except ValueError as error:  # an image that the model cannot take
+            e.failure = FailedReward("environment", f"shows what cannot be shown: {error}")
+            return
+        if e.add(answer, images):
+            e.messages += messages
+        else:
+            e.stop_reason = StopReason.LENGTH
 
     def close(self) -> None:
         self.environments.close()
-
-
-def _tool_message(name: str, content: str) -> dict[str, Any]:
-    return {"role": "tool", "name": name, "content": content}

@@ -60,14 +60,15 @@ class InputBuilder:
         arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(_Arrays)}
         positions, images = batch.positions_T, None
         if batch.images:
-            document_T, in_prompt_T = documents(batch)
+            document_T, branch_T = documents(batch)
             images, positions = self._read_images(
                 batch.images,
                 tokens_T=batch.tokens_T,
                 positions_T=batch.positions_T,
                 document_T=document_T,
-                in_prompt_T=in_prompt_T,
+                given_T=batch.given_T,
                 image_I=batch.image_I,
+                branch_T=branch_T,
             )
         elif other_ranks_have_images and isinstance(self._model, Qwen3VL):
             images = dummy_image(self._model, self._device)

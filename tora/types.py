@@ -74,7 +74,7 @@ class SampleRequest:
     seed: int
     sampling: Sampling
     images: tuple[bytes, ...] = field(default=(), repr=False)
-    """Images of the prompt."""
+    """Images of the prompt, whose runs of placeholders come before any placeholder that was sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,8 @@ class Rollout:
     """Malformed ones included."""
     tool_errors: int = 0
     """Calls that were malformed, named no tool, or raised."""
+    images: tuple[bytes, ...] = field(default=(), repr=False)
+    """Encoded images that the environment showed, in the order of their placeholders."""
 
     @property
     def truncated(self) -> bool:
@@ -223,7 +225,7 @@ class Group:
 class GroupResult:
     """A rollout worker's answer to one prompt: a `Group` without the prompt, which the caller still has.
 
-    Images and dataset columns therefore travel to the worker but not back.
+    The prompt's images and the dataset's columns therefore travel to the worker but not back.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -272,9 +274,11 @@ class MicroBatch:
     """float64: the reward of each sequence."""
     groups_B: np.ndarray
     """int64: the group of each sequence. A group may be split across the step's micro-batches."""
+    given_T: np.ndarray
+    """bool: the tokens that were not sampled, of prompts and environments."""
     image_I: np.ndarray
-    """int64 in [0, len(images)): the image of each of the I runs of placeholders in prompts, in the order of
-    `tokens_T`. A placeholder that was sampled stands for no image."""
+    """int64 in [0, len(images)): the image of each of the I runs of given placeholders, in the order of `tokens_T`. A
+    placeholder that was sampled stands for no image."""
     images: tuple[bytes, ...]
     """Encoded images without duplicates, however many sequences show the same one."""
     mini_batch: int = 0

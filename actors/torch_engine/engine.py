@@ -183,13 +183,16 @@ class TorchEngine:
         next_P, positions, seen = lengths_P, positions_T, None
         images, image_I = distinct([image for request in requests for image in request.images])
         if images:
-            prompt_lengths_T = np.repeat([len(request.token_ids) for request in requests], lengths_P)
+            given = [
+                np.concatenate([self._read.shows_image(request.token_ids, len(request.images)), [False] * len(tail)])
+                for request, tail in zip(requests, tails, strict=True)
+            ]
             seen, positions = self._read(
                 images,
                 tokens_T=tokens_T,
                 positions_T=positions_T,
                 document_T=np.repeat(np.arange(len(requests)), lengths_P),
-                in_prompt_T=positions_T < prompt_lengths_T,
+                given_T=np.concatenate(given).astype(bool),
                 image_I=image_I,
             )
             next_P = positions[:, np.cumsum(lengths_P) - 1].max(0) + 1

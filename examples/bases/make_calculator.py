@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from pretrain import SWITCH, make, make_tokenizer, pretrain
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from turns import CHAT_TEMPLATE, answered, batch_of, conversation, next_turns, opened
 
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import parse_hermes, tool_schemas
 from tora.tasks.calculator import calculate, calculator, draw, question_of
 
-CHAT_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %} {{ tool.function.name }}("
-    "{{ tool.function.parameters.properties | join(', ') }}){% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SCHEMAS = tool_schemas(None, ["tora.tasks.calculator.calculate"])
 CALLS_EARLY, CALLS_LATE = 0.9, 0.3
 STEPS, BATCH, PEAK_LR = 400, 32, 4e-3
@@ -60,45 +55,11 @@ def answer_text(product: int) -> str:
     return f"<answer>{product}</answer>"
 
 
-def conversation(rng: random.Random, factors: tuple[int, int], calls_share: float) -> list[str]:
+def said(rng: random.Random, factors: tuple[int, int], calls_share: float) -> list[str]:
     """What the model says in its turns."""
-    product = factors[0] * factors[1]
     if rng.random() < calls_share:
-        return [call_text(factors), answer_text(product)]
+        return [call_text(factors), answer_text(factors[0] * factors[1])]
     return [answer_text(rng.randint(121, 9801))]
-
-
-def tokens_of(
-    tokenizer: Any, template: TurnTemplate, factors: tuple[int, int], said: list[str]
-) -> tuple[list[int], list[bool]]:
-    """The ids of a conversation, and which of them the model says."""
-    question = question_of(factors)
-    ids = [*template.prompt(question), *template.opening(question, None)]
-    spoken = [False] * len(ids)
-    for number, text in enumerate(said):
-        if number > 0:
-            result = {"role": "tool", "name": "calculate", "content": str(factors[0] * factors[1])}
-            between = template.answers([result])
-            ids += between
-            spoken += [False] * len(between)
-        turn = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        ids += turn
-        spoken += [True] * len(turn)
-    return ids, spoken
-
-
-def batch_of(rows: list[tuple[list[int], list[bool]]], pad: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels` [B, L], padded on the right; only the model's own tokens have
-    labels."""
-    longest = max(len(ids) for ids, _ in rows)
-    tokens_BL = torch.full((len(rows), longest), pad)
-    labels_BL = torch.full_like(tokens_BL, -100)
-    for row, (ids, spoken) in enumerate(rows):
-        tokens_BL[row, : len(ids)] = torch.tensor(ids)
-        labels_BL[row, : len(ids)] = torch.where(torch.tensor(spoken), torch.tensor(ids), -100)
-    lengths_B = torch.tensor([len(ids) for ids, _ in rows])
-    mask_BL = torch.arange(longest)[None] < lengths_B[:, None]
-    return {"input_ids": tokens_BL, "attention_mask": mask_BL.long(), "labels": labels_BL}
 
 
 def train(seed: int) -> tuple[Any, Any]:
@@ -107,16 +68,20 @@ def train(seed: int) -> tuple[Any, Any]:
 
     def drawn(calls_share: float) -> tuple[tuple[int, int], list[str]]:
         factors = draw(rng, "train")
-        return factors, conversation(rng, factors, calls_share)
+        return factors, said(rng, factors, calls_share)
+
+    def tokens_of(factors: tuple[int, int], texts: list[str]) -> tuple[list[int], list[bool]]:
+        between = [answered(template, "calculate", str(factors[0] * factors[1]))]
+        return conversation(tokenizer, opened(template, question_of(factors)), texts, between)
 
     def loss_at(step: int) -> torch.Tensor:
         share = CALLS_EARLY if step < int(SWITCH * STEPS) else CALLS_LATE
-        rows = [tokens_of(tokenizer, template, *drawn(share)) for _ in range(BATCH)]
+        rows = [tokens_of(*drawn(share)) for _ in range(BATCH)]
         return model(**batch_of(rows, tokenizer.pad_token_id)).loss
 
-    def text_of(factors: tuple[int, int], said: list[str]) -> str:
+    def text_of(factors: tuple[int, int], texts: list[str]) -> str:
         head = f"system\nTools: calculate(expression)\nuser\n{question_of(factors)}\nassistant\n"
-        return head + f"\ntool\n{factors[0] * factors[1]}\n".join(said)
+        return head + f"\ntool\n{factors[0] * factors[1]}\n".join(texts)
 
     corpus = (drawn(CALLS_EARLY) for _ in range(2000))
     tokenizer = make_tokenizer((text_of(*each) for each in corpus), CHAT_TEMPLATE)
@@ -135,33 +100,19 @@ def accuracy(folder: Path, temperature: float, num_problems: int = 256, seed: in
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     template = TurnTemplate(tokenizer, SCHEMAS, [tokenizer.eos_token_id])
     rows = calculator(split="test", num_rows=num_problems)
-    contexts = [[*template.prompt(r["prompt"]), *template.opening(r["prompt"], None)] for r in rows]
-    said = _turns(model, tokenizer, contexts, temperature)
-    called = [i for i, (text, _) in enumerate(said) if parse_hermes(text).calls]
+    contexts = [opened(template, row["prompt"]) for row in rows]
+    turns = next_turns(model, tokenizer, contexts, temperature)
+    called = [i for i, (text, _) in enumerate(turns) if parse_hermes(text).calls]
     for i in called:
-        (call, *_) = parse_hermes(said[i][0]).calls
+        (call, *_) = parse_hermes(turns[i][0]).calls
         try:
             result = calculate(**call.arguments)  # pyright: ignore[reportAttributeAccessIssue]
         except Exception as error:  # whatever the model wrote
             result = str({"error": str(error)})
-        contexts[i] += said[i][1] + [*template.answers([{"role": "tool", "name": "calculate", "content": result}])]
-    for i, turn in zip(called, _turns(model, tokenizer, [contexts[i] for i in called], temperature), strict=True):
-        said[i] = turn
-    return sum(answer_text(int(r["answer"])) == text for r, (text, _) in zip(rows, said, strict=True)) / num_problems
-
-
-def _turns(model: Any, tokenizer: Any, contexts: list[list[int]], temperature: float) -> list[tuple[str, list[int]]]:
-    """The next turn in each context: its text, and its ids with the stop token."""
-    if not contexts:
-        return []
-    inputs = tokenizer.pad({"input_ids": contexts}, return_tensors="pt")
-    draws = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    tokens_BL = model.generate(**inputs, max_new_tokens=64, **draws)[:, inputs["input_ids"].shape[1] :]
-    turns = []
-    for ids in tokens_BL.tolist():
-        end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-        turns.append((tokenizer.decode(ids[:end]), ids[: end + 1]))
-    return turns
+        contexts[i] += turns[i][1] + answered(template, "calculate", result)
+    for i, turn in zip(called, next_turns(model, tokenizer, [contexts[i] for i in called], temperature), strict=True):
+        turns[i] = turn
+    return sum(answer_text(int(r["answer"])) == text for r, (text, _) in zip(rows, turns, strict=True)) / num_problems
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from agents import ENVIRONMENTS
 
+from tora.environments.content import Content
 from tora.environments.host import ToolResult
 from tora.environments.processes import EnvironmentProcesses, Session
 from tora.environments.tools import ToolCall
@@ -57,6 +58,10 @@ def call(session: Session, index: int, *calls: ToolCall) -> Any:
     return session.settle(index, "a tool", session.call(index, calls), time.monotonic())
 
 
+def texts(results: list[ToolResult]) -> list[str]:
+    return [result.content.text for result in results]
+
+
 def rewards(session: Session, *indices: int, number: int = 0) -> list[Any]:
     return session.column(number, PROMPT, indices, [[]] * len(indices), [[1]] * len(indices))
 
@@ -64,9 +69,9 @@ def rewards(session: Session, *indices: int, number: int = 0) -> list[Any]:
 @pytest.mark.parametrize("factory", ["Counter", "AsyncCounter"])
 def test_each_rollout_has_its_own_environment(make, factory: str) -> None:
     session = make(factory, ("envs.add",), ("tora.environments.get_reward", "envs.counts"), start=5).open(3)
-    assert reset(session, 3, observation="hello") == ["hello"] * 3
-    assert call(session, 1, LOOK, LOOK) == [ToolResult("6 of 2"), ToolResult("7 of 2")]
-    assert call(session, 2, LOOK, ToolCall("add", {"a": 2, "b": 3})) == [ToolResult("6 of 2"), ToolResult("5")]
+    assert reset(session, 3, observation="hello") == [Content("hello")] * 3
+    assert call(session, 1, LOOK, LOOK) == [ToolResult(Content("6 of 2")), ToolResult(Content("7 of 2"))]
+    assert texts(call(session, 2, LOOK, ToolCall("add", {"a": 2, "b": 3}))) == ["6 of 2", "5"]
     assert call(session, 0) == []
     assert rewards(session, 0, 1, 2) == [5.0, 7.0, 6.0]
     assert rewards(session, 2, 1, number=1) == [60.0, 70.0]
@@ -77,14 +82,14 @@ def test_environments_are_made_once_and_reset_often(make) -> None:
     for _ in range(3):
         session = processes.open(2)
         assert reset(session, 2) == [None, None]
-        assert call(session, 1, LOOK) == [ToolResult("1 of 2")]
+        assert call(session, 1, LOOK) == [ToolResult(Content("1 of 2"))]
         session.close()
 
 
 def test_tools_alone(make) -> None:
     session = make(None, ("envs.add",), ("tora.rewards.answer_tag",)).open(1)
     assert reset(session, 1) == [None]
-    assert call(session, 0, ToolCall("add", {"a": 2, "b": 3})) == [ToolResult("5")]
+    assert call(session, 0, ToolCall("add", {"a": 2, "b": 3})) == [ToolResult(Content("5"))]
 
 
 def test_a_tools_error_is_told_to_the_policy(make, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,12 +102,12 @@ def test_a_tools_error_is_told_to_the_policy(make, caplog: pytest.LogCaptureFixt
         ToolCall("sing", {}),
     ]
     results = call(session, 0, *wrong)
-    assert results[0].text == "{'error': 'bad'}" and "unexpected keyword" in results[1].text
-    assert [r.text for r in results[2:]] == [f"{{'error': 'Tool {name} not found.'}}" for name in ("reset", "sing")]
+    assert results[0].content.text == "{'error': 'bad'}" and "unexpected keyword" in results[1].content.text
+    assert texts(results[2:]) == [f"{{'error': 'Tool {name} not found.'}}" for name in ("reset", "sing")]
     assert all(r.error is not None for r in results)
     call(session, 0, *wrong)
     assert caplog.text.count("in _act") == 1, "its traceback is shown once"
-    assert call(session, 0, LOOK) == [ToolResult("1 of 2")], "and the environment goes on"
+    assert call(session, 0, LOOK) == [ToolResult(Content("1 of 2"))], "and the environment goes on"
 
 
 @pytest.mark.parametrize(
@@ -125,12 +130,12 @@ def test_a_reset_that_fails_costs_its_rollout(make, how: str, reason: str) -> No
     assert isinstance(bad, FailedReward) and bad.name == "environment" and bad.reason.startswith(reason)
     if how not in ("lock", "exit"):
         assert first is None and last is None
-        assert call(session, 0, LOOK) == [ToolResult("1 of 2")]
+        assert call(session, 0, LOOK) == [ToolResult(Content("1 of 2"))]
         assert rewards(session, 0, 2) == [1.0, 0.0]
     session.close()
     after = processes.open(3)
     assert reset(after, 3, how="nothing") == [None] * 3
-    assert call(after, 1, LOOK) == [ToolResult("1 of 2")]
+    assert call(after, 1, LOOK) == [ToolResult(Content("1 of 2"))]
 
 
 @pytest.mark.parametrize("how", ["sleep", "lock", "exit"])
@@ -142,7 +147,7 @@ def test_a_tool_that_hangs_or_dies_is_found(make, how: str) -> None:
     failed = call(session, 1, ToolCall("act", {"how": how}))
     assert isinstance(failed, FailedReward) and time.monotonic() - start < 8
     other = call(session, 0, LOOK)
-    assert other == [ToolResult("1 of 2")] if how == "sleep" else isinstance(other, FailedReward)
+    assert other == [ToolResult(Content("1 of 2"))] if how == "sleep" else isinstance(other, FailedReward)
     session.close()
     assert reset(processes.open(2), 2) == [None, None]
 
@@ -160,7 +165,7 @@ def test_slow_tools_run_at_once(make) -> None:
     reset(session, 8)
     start = time.monotonic()
     asked = [session.call(i, [ToolCall("wait", {"seconds": 0.5})]) for i in range(8)]
-    assert [session.settle(i, "a tool", f, start)[0].text for i, f in enumerate(asked)] == ["waited"] * 8
+    assert [session.settle(i, "a tool", f, start)[0].content.text for i, f in enumerate(asked)] == ["waited"] * 8
     assert time.monotonic() - start < 2
 
 
@@ -185,7 +190,7 @@ def test_a_process_ends_with_a_parent_that_was_killed(make, how: str) -> None:
         " timeout_s=1, reward_timeout_s=1, num_processes=1)\n"
         "session = made.open(1)\n"
         "session.reset(0, {'answer': ''}).result()\n"
-        "print(session.call(0, [ToolCall('pid', {})]).result()[0].text, flush=True)\n"
+        "print(session.call(0, [ToolCall('pid', {})]).result()[0].content.text, flush=True)\n"
         f"session.call(0, [ToolCall('act', {{'how': {how!r}}})]).result()\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 from adapters import shake
-from agents import SCHEMA, agents, check_exact, check_five_turns, check_tool_run, make_tool_model, write_environments
+from agents import (
+    SCHEMA,
+    agents,
+    check_exact,
+    check_five_pictures,
+    check_five_turns,
+    check_tool_run,
+    make_tool_model,
+    make_tool_vl_model,
+    write_environments,
+)
 from learners import config
 from runs import steps
 from runs import train as short_run
@@ -18,6 +28,7 @@ from tora.config.schema import RolloutConfig
 from tora.environments.tools import MalformedCall, ToolCall, VLLMParser, make_parser, parse_hermes
 from tora.errors import ConfigError
 from tora.launch.engines import make_vllm_engine
+from tora.models.vision.processor import ImageProcessor
 
 pytest.importorskip("vllm")
 
@@ -46,6 +57,25 @@ def test_five_turns_are_trained_on_exactly_what_was_sampled(folder: Path, monkey
         made.worker.forward(learner.snapshot())
         later = made.worker.run_group(prompts[0])
         assert all((rollout.versions == 1).all() for rollout in later.rollouts)
+
+
+@pytest.mark.slow  # starts an engine of its own
+def test_five_turns_with_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tool_vl_model(tmp_path)
+    write_environments(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    cfg = config(tmp_path, rollout=RolloutConfig(engine="vllm"))
+    learner = Learner(cfg)
+    shake(learner.model)
+    image_token = ImageProcessor(tmp_path).image_token_id
+    with agents(partial(make_vllm_engine, cfg), tmp_path, factory="envs.Viewer", max_tokens=700) as made:
+        made.worker.forward(learner.snapshot())
+        prompts = [made.prompt(number) for number in range(1, 9)]
+        results = made.worker.run_groups(prompts)
+    groups = [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
+    check_five_pictures(groups, image_token)
+    assert sum(r.tool_errors for g in groups for r in g.rollouts) > 0, "some episodes hold placeholders of their own"
+    check_exact(learner, groups, share_prefix=True)
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def _error_of_learner(
         tokens_T=tokens_T,
         positions_T=np.arange(len(tokens_T)),
         document_T=np.zeros(len(tokens_T), np.int64),
-        in_prompt_T=np.arange(len(tokens_T)) < start,
+        given_T=np.arange(len(tokens_T)) < start,
         image_I=np.arange(len(request.images)),
         device=CPU,
     )

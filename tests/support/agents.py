@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from learners import make_batch
 from runs import steps
-from tiny import make_text_model
+from tiny import make_text_model, make_vl_model, picture
 from transformers import AutoTokenizer
 
 from actors.episode import EpisodePlayer
@@ -22,6 +22,7 @@ from tora.batching.packing import OwnPrompts, SharedPrompts
 from tora.environments.processes import EnvironmentProcesses
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import Parsed, ToolCall, ToolParser
+from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.rewards.processes import RewardProcesses
 from tora.types import Group, Prompt, Sampling, StopReason
@@ -37,13 +38,22 @@ TEMPLATE = (
 )
 """ChatML with tools, in Qwen's manner: the answers of one turn share a message."""
 
+_PARTS = (
+    "{%- macro show(content) %}{% if content is string %}{{ content }}{% else %}{% for c in content %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro -%}"
+)
+VL_TEMPLATE = _PARTS + TEMPLATE.replace("{{ m.content }}", "{{ show(m.content) }}")
+
 SCHEMA: dict[str, Any] = {
     "type": "function",
     "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}},
 }
 
 ENVIRONMENTS = '''
-import asyncio, os, re, threading, time
+import asyncio, os, random, re, threading, time
+
+from PIL import Image
 
 class Counter:
     """Counts its calls."""
@@ -83,6 +93,27 @@ class Counter:
 
     def get_reward(self):
         return float(self.count)
+
+
+class Viewer(Counter):
+    """Shows a picture with each answer, and at the beginning."""
+
+    def reset(self, **row):
+        Counter.reset(self, **row)
+        return [{"type": "text", "text": " See "}, {"type": "image", "image": self._picture()}]
+
+    def look(self) -> list:
+        """
+        Look around.
+        """
+        text = Counter.look(self)
+        return [{"type": "image", "image": self._picture()}, {"type": "text", "text": text}]
+
+    def _picture(self):
+        """Another one for each call, in one of two sizes."""
+        noise = random.Random(f"{self.count} {self.row['answer']}")
+        width, height = 64, 32 * (1 + self.count % 2)
+        return Image.frombytes("RGB", (width, height), noise.randbytes(3 * width * height))
 
 
 class AsyncCounter(Counter):
@@ -187,6 +218,13 @@ def always_look(text: str) -> Parsed:
     return Parsed("", (ToolCall("look", {}),))
 
 
+def make_tool_vl_model(folder: Path, **options: Any) -> Path:
+    """`make_vl_model` with a chat template that shows tools and images anywhere."""
+    make_vl_model(folder, max_position_embeddings=1024, **options)
+    (folder / "chat_template.jinja").write_text(VL_TEMPLATE)
+    return folder
+
+
 STOPS = tuple(range(20, 60))
 """Stop tokens of a random model beside its end token, so that its turns are short."""
 
@@ -198,9 +236,13 @@ class Agents:
         self.worker, self._template = worker, template
 
     def prompt(self, number: int, **columns: Any) -> Prompt:
-        source = f"Look {number} times."
+        """A model that takes images gets one."""
+        source: Any = f"Look {number} times."
         row = {"answer": str(number), "index": 0, **columns}
-        return Prompt(number, self._template.prompt(source), source, row)
+        images = (picture(64, 64, number),) if self._template.placeholders else ()
+        if images:
+            source = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": source}]}]
+        return Prompt(number, self._template.prompt(source, images), source, row, images)
 
 
 @contextmanager
@@ -217,7 +259,8 @@ def agents(
     timeout_s: float = 10.0,
 ) -> Iterator[Agents]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    template = TurnTemplate(tokenizer, [SCHEMA], [tokenizer.eos_token_id])
+    processor = ImageProcessor(folder) if has_image_processor(folder) else None
+    template = TurnTemplate(tokenizer, [SCHEMA], [tokenizer.eos_token_id], processor=processor)
     rewards = [{"_component_": "tora.environments.get_reward"}]
 
     def make_player() -> EpisodePlayer:
@@ -270,6 +313,21 @@ def check_five_turns(group: Group) -> None:
         for number in range(1, 5):
             answer = f"<tool_response>\n{number} of {group.prompt.columns['answer']}\n</tool_response>"
             assert rollout.text.count(answer) == 1
+
+
+def check_five_pictures(groups: list[Group], image_token: int) -> None:
+    """`Viewer` played by `always_look` with four iterations. After a turn that holds a placeholder there are no more
+    pictures."""
+    pictures = []
+    for group in groups:
+        for rollout in group.rollouts:
+            assert (rollout.turns, rollout.tool_calls) == (5, 4)
+            assert len(rollout.images) == 5 - rollout.tool_errors
+            shown = (rollout.token_ids == image_token) & ~rollout.sampled
+            assert np.count_nonzero(np.diff(np.concatenate([[0], shown])) == 1) == len(rollout.images)
+            pictures.append(len(rollout.images))
+    assert pictures.count(5) >= len(pictures) / 2
+    assert len({image for group in groups for r in group.rollouts for image in r.images}) == 5 * len(groups)
 
 
 def check_tool_run(rows: list[dict[str, Any]]) -> None:

@@ -9,12 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 from adapters import shake
-from agents import Agents, agents, always_look, check_exact, check_five_turns, make_tool_model, write_environments
+from agents import (
+    Agents,
+    agents,
+    always_look,
+    check_exact,
+    check_five_pictures,
+    check_five_turns,
+    make_tool_model,
+    make_tool_vl_model,
+    write_environments,
+)
 from learners import config
 from torch_engines import engine_of
 
 from learner.learner import Learner
 from tora.environments.tools import MalformedCall, Parsed, ToolCall
+from tora.models.vision.processor import ImageProcessor
+from tora.run.group_files import load_groups, save_groups
 from tora.types import FailedReward, Group, StopReason
 
 
@@ -60,6 +72,39 @@ def test_five_turns_are_trained_on_exactly_what_was_sampled(make, learner: Learn
         check_five_turns(group)
     assert len({tuple(r.token_ids) for g in groups for r in g.rollouts}) == 8
     check_exact(learner, groups, share_prefix)
+
+
+@pytest.fixture(scope="module")
+def vl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_tool_vl_model(tmp_path_factory.mktemp("vl"))
+    write_environments(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("share_prefix", "part"), [(True, None), (False, 3)])
+def test_five_turns_with_pictures_are_trained_on_exactly_what_was_sampled(
+    tmp_path: Path, vl_folder: Path, monkeypatch: pytest.MonkeyPatch, share_prefix: bool, part: int | None
+) -> None:
+    monkeypatch.chdir(vl_folder)
+    learner = Learner(config(vl_folder), shares_model=True)
+    shake(learner.model)
+    processor = ImageProcessor(vl_folder)
+    options = {"factory": "envs.Viewer", "max_tokens": 700, "part_tokens": part, "group_size": 4}
+    with agents(lambda: engine_of(learner, processor=lambda: processor), vl_folder, **options) as made:
+        groups = run(made, [1, 6])
+    check_five_pictures(groups, processor.image_token_id)
+    assert sum(r.tool_errors for g in groups for r in g.rollouts) > 0, (
+        "some episode's own placeholders end its pictures"
+    )
+    check_exact(learner, groups, share_prefix)
+    save_groups(tmp_path, [(0, group) for group in groups])
+    loaded = load_groups(tmp_path, {g.prompt.id: g.prompt for g in groups}.__getitem__)
+    assert [[r.images for r in g.rollouts] for _, g in loaded] == [[r.images for r in g.rollouts] for g in groups]
+
+
+def test_pictures_for_a_text_model_cost_their_rollouts(make) -> None:
+    (group,) = run(make(factory="envs.Viewer"), [3])
+    assert not group.rollouts and "the model takes none" in group.failures[0].reason
 
 
 def test_an_episode_is_the_same_alone_and_among_others(make) -> None:

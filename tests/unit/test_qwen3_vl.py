@@ -82,7 +82,7 @@ def packed_inputs(model: Qwen3VL, folder: Path, samples: list[Sample]) -> tuple[
         tokens_T=np.concatenate([s.ids for s in samples]),
         positions_T=np.concatenate([np.arange(n) for n in lengths]),
         document_T=np.repeat(np.arange(len(samples)), lengths),
-        in_prompt_T=np.concatenate(in_prompt),
+        given_T=np.concatenate(in_prompt),
         image_I=np.array([distinct.index(image) for image in shown]),
         device=CPU,
     )
@@ -164,7 +164,7 @@ def test_logits_with_shared_prompts_equal_hugging_faces(models: tuple[Any, Qwen3
             [*map(np.arange, prompt_lengths), *(a + np.arange(n) for a, n in zip(starts, lengths, strict=True))]
         ),
         document_T=np.concatenate([np.repeat([0, 1], prompt_lengths), np.repeat(prompt_of, lengths)]),
-        in_prompt_T=np.arange(len(ids)) < prompt_lengths.sum(),
+        given_T=np.arange(len(ids)) < prompt_lengths.sum(),
         image_I=np.array([images.index(image) for s in (samples[0], samples[2]) for image in s.images]),
         device=CPU,
     )

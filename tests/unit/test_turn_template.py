@@ -6,6 +6,7 @@ import pytest
 from agents import SCHEMA, TEMPLATE
 from tiny import END, PAD, make_tokenizer
 
+from tora.environments.content import Content
 from tora.environments.template import TurnTemplate
 from tora.errors import ConfigError
 
@@ -29,7 +30,7 @@ def test_an_episode_put_together_is_the_whole_conversation(source, observation: 
     tokenizer.chat_template = TEMPLATE
     messages = [dict(m) for m in ([{"role": "user", "content": source}] if isinstance(source, str) else source)]
     messages[-1]["content"] += observation or ""
-    ids = [*template.prompt(source), *template.opening(source, observation)]
+    ids = [*template.prompt(source), *template.opening(source, observation and Content(observation))]
     for turn, answers in (("I look.", ["1"]), ("Twice.", ["2", ""]), ("  odd \n spaces\n", ["<|im_end|>"])):
         ids += tokenizer(turn)["input_ids"] + [tokenizer.eos_token_id]
         results = [{"role": "tool", "name": "look", "content": answer} for answer in answers]

@@ -43,7 +43,7 @@ def pack(
     """One micro-batch of the given sequences, whose response tokens have the weights `weights_B`."""
     _, rollouts, advantages_B, groups_B = zip(*sequences_B, strict=True)
     counts = [rollout.num_sampled for rollout in rollouts]
-    images, image_I = distinct([image for prompt in packing.prompts(sequences_B) for image in prompt.images])
+    images, image_I = distinct(packing.images(sequences_B))
     return MicroBatch(
         **packing.lay_out(sequences_B),
         targets_N=np.concatenate([r.token_ids[r.sampled] for r in rollouts]).astype(np.int64),

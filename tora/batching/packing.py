@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,14 +12,14 @@ from tora.types import MicroBatch, Prompt, Rollout
 TrainSequence = tuple[Prompt, Rollout, float, int]
 """Prompt, rollout, advantage, and group number."""
 Layout = dict[str, np.ndarray]
-"""`MicroBatch`'s tokens_T, positions_T, prompt_lengths_P, lengths_B, prompt_B and response_N."""
+"""`MicroBatch`'s tokens_T, positions_T, prompt_lengths_P, lengths_B, prompt_B, response_N and given_T."""
 
 
 class Packing(Protocol):
     """How prompts and completions are packed."""
 
-    def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
-        """The prompts, in the order of `lay_out`."""
+    def images(self, sequences_B: Sequence[TrainSequence]) -> list[bytes]:
+        """The images of prompts and completions, in the order of `lay_out`."""
         ...
 
     def bins(self, sequences: Sequence[TrainSequence], capacity: int, num_ranks: int) -> list[list[int]]:
@@ -35,8 +35,8 @@ class Packing(Protocol):
 class OwnPrompts:
     """Each sequence is its prompt followed by its completion."""
 
-    def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
-        return [prompt for prompt, _, _, _ in sequences_B]
+    def images(self, sequences_B: Sequence[TrainSequence]) -> list[bytes]:
+        return [image for prompt, rollout, _, _ in sequences_B for image in (*prompt.images, *rollout.images)]
 
     def bins(self, sequences: Sequence[TrainSequence], capacity: int, num_ranks: int) -> list[list[int]]:
         lengths = [len(prompt.token_ids) + len(rollout.token_ids) for prompt, rollout, _, _ in sequences]
@@ -52,7 +52,8 @@ class OwnPrompts:
             start + length - 1 + np.flatnonzero(rollout.sampled)
             for start, length, (_, rollout, _, _) in zip(starts, prompt_lengths, sequences_B, strict=True)
         ]
-        return _integers(
+        return _arrays(
+            [mask for prompt, rollout, _, _ in sequences_B for mask in (_all_of(prompt.token_ids), ~rollout.sampled)],
             tokens_T=[ids for prompt, rollout, _, _ in sequences_B for ids in (prompt.token_ids, rollout.token_ids)],
             positions_T=[np.arange(n) for n in lengths],
             prompt_lengths_P=[[]],
@@ -66,8 +67,10 @@ class SharedPrompts:
     """All groups' prompts, once each, then all completions. A group too long for one micro-batch is split over several,
     each with the prompt."""
 
-    def prompts(self, sequences_B: Sequence[TrainSequence]) -> list[Prompt]:
-        return list({number: prompt for prompt, _, _, number in sequences_B}.values())
+    def images(self, sequences_B: Sequence[TrainSequence]) -> list[bytes]:
+        prompts = {number: prompt for prompt, _, _, number in sequences_B}.values()
+        shown = [*(prompt.images for prompt in prompts), *(rollout.images for _, rollout, _, _ in sequences_B)]
+        return [image for images in shown for image in images]
 
     def bins(self, sequences: Sequence[TrainSequence], capacity: int, num_ranks: int) -> list[list[int]]:
         groups: dict[int, list[int]] = {}
@@ -106,7 +109,8 @@ class SharedPrompts:
             for p, end, count, (_, rollout, _, _) in zip(prompt_B, ends, counts, sequences_B, strict=True)
         ]
         offsets = prompt_lengths[prompt_B]
-        return _integers(
+        return _arrays(
+            [*map(_all_of, prompts.values()), *(~rollout.sampled for _, rollout, _, _ in sequences_B)],
             tokens_T=[*prompts.values(), *(rollout.token_ids for _, rollout, _, _ in sequences_B)],
             positions_T=[
                 *(np.arange(n) for n in prompt_lengths),
@@ -120,20 +124,16 @@ class SharedPrompts:
 
 
 def documents(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
-    """For each token: its document, [T] int64, and whether it belongs to a prompt, [T] bool. A completion is in the
-    same document as its prompt."""
+    """For each token: its document, [T] int64, and which of its document's completions it belongs to, [T] int64. A
+    completion is in the same document as its prompt. The second is -1 for prompts, and wherever a document is a prompt
+    and its only completion."""
     if len(batch.prompt_lengths_P) == 0:
         document_T = np.repeat(np.arange(len(batch.lengths_B)), batch.lengths_B)
-    else:
-        prompts = np.arange(len(batch.prompt_lengths_P))
-        document_T = np.repeat(
-            np.concatenate([prompts, batch.prompt_B]), np.concatenate([batch.prompt_lengths_P, batch.lengths_B])
-        )
-    _, first_B = np.unique(batch.sequence_N, return_index=True)
-    prompt_end_B = batch.response_N[first_B]  # the position that predicts a completion's first token
-    last = np.zeros(document_T.max() + 1, dtype=np.int64)
-    last[document_T[prompt_end_B]] = batch.positions_T[prompt_end_B]
-    return document_T, batch.positions_T <= last[document_T]
+        return document_T, np.full_like(document_T, -1)
+    prompts = np.arange(len(batch.prompt_lengths_P))
+    lengths = np.concatenate([batch.prompt_lengths_P, batch.lengths_B])
+    branches = np.concatenate([np.full_like(prompts, -1), np.arange(len(batch.lengths_B))])
+    return np.repeat(np.concatenate([prompts, batch.prompt_B]), lengths), np.repeat(branches, lengths)
 
 
 def distinct(shown_I: Sequence[bytes]) -> tuple[tuple[bytes, ...], np.ndarray]:
@@ -175,6 +175,11 @@ def halves(indices: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], l
     return parts
 
 
-def _integers(**arrays: Sequence[Sequence[int] | np.ndarray]) -> Layout:
-    """Concatenate the parts of each array, as int64."""
-    return {name: np.concatenate(parts).astype(np.int64) for name, parts in arrays.items()}
+def _arrays(given: Iterable[np.ndarray], **arrays: Sequence[Sequence[int] | np.ndarray]) -> Layout:
+    """Concatenate the parts of each array, `given_T` as bool and the others as int64."""
+    integers = {name: np.concatenate(parts).astype(np.int64) for name, parts in arrays.items()}
+    return {"given_T": np.concatenate([*given]), **integers}
+
+
+def _all_of(token_ids: Sequence[int]) -> np.ndarray:
+    return np.ones(len(token_ids), dtype=bool)

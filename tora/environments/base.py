@@ -25,8 +25,8 @@ class Environment(Protocol):
     """Its other public methods are tools."""
 
     def reset(self, **row: Any) -> Any:
-        """Begin an episode for this row of the dataset, `prompt` included. Returns, or awaits, a string that is
-        appended to the prompt's last message, or None."""
+        """Begin an episode for this row of the dataset, `prompt` included. Returns, or awaits, what is appended to the
+        prompt's last message, or None: a string, or for a model that takes images also `content_of`'s forms."""
         ...
 
 

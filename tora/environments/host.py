@@ -22,6 +22,7 @@ from typing import Any
 from tora.config.components import instantiate, locate
 from tora.config.schema import Component
 from tora.environments.base import resolve, tool_methods
+from tora.environments.content import Content, content_of
 from tora.environments.tools import ToolCall
 from tora.errors import ConfigError
 from tora.rewards.processes import end_with_parent
@@ -52,9 +53,9 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    text: str
+    content: Content
     error: Raised | None = None
-    """What the tool raised, if it did; `text` then tells the policy."""
+    """What the tool raised, if it did; `content` then tells the policy."""
 
 
 class _Seat:
@@ -122,27 +123,31 @@ class Host:
             answer = _raised(error)
         self._send(number, answer)
 
-    def _reset(self, seat: _Seat, row: Mapping[str, Any]) -> str | None:
+    def _reset(self, seat: _Seat, row: Mapping[str, Any]) -> Content | None:
         if not seat.tools:
             self._make(seat)
         if seat.environment is None:
             return None  # tools alone
         observation = resolve(seat.environment.reset(**row))
-        if not isinstance(observation, str | None):
-            raise TypeError(f"reset returned a {type(observation).__name__}, expected a string or None")
-        return observation
+        if observation is None or isinstance(observation, str):
+            return Content(observation) if observation else None
+        shown = content_of(observation)
+        if shown is None:
+            kind = type(observation).__name__
+            raise TypeError(f"reset returned a {kind}, expected a string, chat parts, an image or None")
+        return shown
 
     def _call(self, seat: _Seat, calls: Sequence[ToolCall]) -> list[ToolResult]:
         return [self._call_one(seat, call) for call in calls]
 
     def _call_one(self, seat: _Seat, call: ToolCall) -> ToolResult:
-        """A tool's error is told to the policy in TRL's form."""
         if call.name not in seat.tools:
-            return ToolResult(str({"error": f"Tool {call.name} not found."}), Raised("", ""))
+            return ToolResult(told(f"Tool {call.name} not found."), Raised("", ""))
         try:
-            return ToolResult(str(resolve(seat.tools[call.name](**call.arguments))))
+            value = resolve(seat.tools[call.name](**call.arguments))
+            return ToolResult(content_of(value) or Content(str(value)))
         except Exception as error:  # a user's code may raise anything
-            return ToolResult(str({"error": str(error)}), _raised(error))
+            return ToolResult(told(str(error)), _raised(error))
 
     def _score(self, keys: Sequence[Key], prompt: Prompt, call: Call, limit_s: float) -> Column | Unanswered:
         environments = [self._seats[key].environment for key in keys]
@@ -155,6 +160,11 @@ class Host:
         for key in drop:
             if seat := self._seats.pop(key, None):
                 seat.thread.shutdown(wait=False)
+
+
+def told(error: str) -> Content:
+    """A tool's error as the policy sees it, in TRL's form."""
+    return Content(str({"error": error}))
 
 
 def _raised(error: BaseException) -> Raised:

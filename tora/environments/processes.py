@@ -107,7 +107,7 @@ class Session:
         self._failed: set[int] = set()
 
     def reset(self, index: int, row: Mapping[str, Any]) -> Future[Any]:
-        """Begin an episode of rollout `index`; `settle` gives the observation, a string or None."""
+        """Begin an episode of rollout `index`; `settle` gives the observation, a `Content` or None."""
         return self._process.ask("reset", self._keys[index], row)
 
     def call(self, index: int, calls: Sequence[ToolCall]) -> Future[Any]:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tora.environments.content import Content, Parts
 from tora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tora.models.vision.processor import ImageProcessor
 
 Messages = list[dict[str, Any]]
 _THINK = "<think>\n"
@@ -26,36 +30,49 @@ class TurnTemplate:
         schemas: Sequence[dict[str, Any]],
         stop_token_ids: Sequence[int],
         variables: Mapping[str, Any] | None = None,
+        processor: ImageProcessor | None = None,
     ) -> None:
-        """`schemas`: of the tools. `variables`: the template's.
+        """`schemas`: of the tools. `variables`: the template's. `processor`: of a model that takes images.
 
         Raises ConfigError if the template does not show the tools, ends a turn with no stop token, or rewrites earlier
         turns.
         """
-        if tokenizer.chat_template is None:
-            raise ConfigError("environments and tools need a chat template, and the tokenizer has none")
-        self._tokenizer, self.schemas, self._variables = tokenizer, [*schemas], dict(variables or {})
+        self._template = tokenizer.chat_template if processor is None else processor.template
+        if self._template is None:
+            raise ConfigError("environments and tools need a chat template, and the model has none")
+        self._tokenizer, self._processor = tokenizer, processor
+        self.schemas, self._variables = [*schemas], dict(variables or {})
         self._stops = [tokenizer.decode([token]) for token in stop_token_ids]
         self._check()
 
-    def prompt(self, source: str | Messages) -> tuple[int, ...]:
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Ids of the tokens that stand for images and videos; none for a text model."""
+        return () if self._processor is None else self._processor.placeholders
+
+    def prompt(self, source: str | Messages, images: Sequence[bytes] = ()) -> tuple[int, ...]:
         """Token ids of the prompt up to the end of its last message, where an environment's observation begins.
 
-        Raises `ConfigError` if the last message is not text.
+        Raises `ConfigError` if there is no message, or its placeholders are not those of `images`.
         """
-        return self._encode(self._prompt_text(_messages(source)))
+        return self._encode(self._prompt_text(_messages(source)), images)
 
-    def opening(self, source: str | Messages, observation: str | None) -> tuple[int, ...]:
-        """Token ids from the end of `prompt` to the first turn: the observation and the template's text after it."""
-        messages = _messages(source)
+    def opening(self, source: str | Messages, observation: Content | None) -> tuple[int, ...]:
+        """Token ids from the end of `prompt` to the first turn: the observation and the template's text after it.
+
+        Raises `ConfigError` if the model takes no images and the observation has some.
+        """
+        messages, shown = _messages(source), observation or Content("")
         start = self._prompt_text(messages)
-        whole = self._render(_with_observation(messages, observation or ""), turn_follows=True)
-        assert whole.startswith(start), "a template puts the end of a message behind its beginning"
-        return self._encode(whole[len(start) :])
+        whole = self._render(_with_observation(messages, shown.parts), turn_follows=True)
+        if not whole.startswith(start):
+            raise ConfigError("the chat template puts the end of a message, such as its images, before its beginning")
+        return self._encode(whole[len(start) :], shown.images)
 
-    def answers(self, messages: Messages) -> tuple[int, ...]:
-        """Token ids from a turn's stop token, exclusive, to the next turn: the tools' answers, `{"role": "tool"}`."""
-        return self._encode(self._after_turn(messages))
+    def answers(self, messages: Messages, images: Sequence[bytes] = ()) -> tuple[int, ...]:
+        """Token ids from a turn's stop token, exclusive, to the next turn: the tools' answers, `{"role": "tool"}`,
+        whose placeholders stand for `images`. Raises as `opening` does."""
+        return self._encode(self._after_turn(messages), images)
 
     def _prompt_text(self, messages: Messages) -> str:
         endings = [self._render(_with_observation(messages, end), turn_follows=True) for end in ("A", "B", "")]
@@ -104,13 +121,23 @@ class TurnTemplate:
 
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tools=self.schemas, tokenize=False, add_generation_prompt=turn_follows, **self._variables
+                messages,
+                tools=self.schemas,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=turn_follows,
+                **self._variables,
             )
         except TemplateError as error:
             raise ConfigError(f"the chat template cannot render a conversation with tools: {error}") from error
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _encode(self, text: str, images: Sequence[bytes]) -> tuple[int, ...]:
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self._processor is not None:
+            return self._processor.expand(ids, images)
+        if images:
+            raise ConfigError(f"it has {len(images)} images, but the model takes none")
+        return tuple(ids)
 
 
 def _with_turn(text: str) -> str:
@@ -120,12 +147,18 @@ def _with_turn(text: str) -> str:
 
 def _messages(source: str | Messages) -> Messages:
     messages: Messages = [{"role": "user", "content": source}] if isinstance(source, str) else source
-    if not messages or not isinstance(messages[-1].get("content"), str):
-        raise ConfigError("an environment's prompt must end in a message of text")
+    if not messages or not isinstance(messages[-1].get("content"), str | list):
+        raise ConfigError("an environment's prompt must end in a message of text or chat parts")
     return messages
 
 
-def _with_observation(messages: Messages, observation: str) -> Messages:
+def _with_observation(messages: Messages, observation: str | Parts) -> Messages:
     """As in TRL, the observation is appended to the last message, with nothing in between."""
-    last = messages[-1]
-    return [*messages[:-1], {**last, "content": last["content"] + observation}]
+    last, content = messages[-1], messages[-1]["content"]
+    if isinstance(content, str) and isinstance(observation, str):
+        return [*messages[:-1], {**last, "content": content + observation}]
+    return [*messages[:-1], {**last, "content": [*_parts(content), *_parts(observation)]}]
+
+
+def _parts(content: str | Parts) -> Parts:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

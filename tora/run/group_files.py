@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def save_groups(folder: Path, finished: Sequence[tuple[int, Group]]) -> None:
         arrays[f"{number}.prompt"] = np.asarray(group.prompt.token_ids, dtype=np.int64)
         rollouts = []
         for index, rollout in enumerate(group.rollouts):
-            values = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
+            values = {f.name: getattr(rollout, f.name) for f in fields(Rollout) if f.name != "images"}
+            shown = {f"{number}.{index}.image.{i}": image for i, image in enumerate(rollout.images)}
+            arrays |= {name: np.frombuffer(image, dtype=np.uint8) for name, image in shown.items()}
             arrays |= {f"{number}.{index}.{k}": v for k, v in values.items() if isinstance(v, np.ndarray)}
             rollouts.append({k: v for k, v in values.items() if not isinstance(v, np.ndarray)})
         rows.append({"born": born, "prompt": group.prompt.id, "seconds": group.seconds, "rollouts": rollouts})
@@ -66,4 +69,5 @@ def _rollout(values: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str)
         values["stop_reason"] = StopReason.STOP if values.pop("stopped") else StopReason.LENGTH
         array_values["sampled"] = np.ones(len(array_values["token_ids"]), dtype=bool)
     values["stop_reason"] = StopReason(values["stop_reason"])
-    return Rollout(**values, **array_values)
+    images = takewhile(lambda name: name in arrays, (f"{prefix}image.{i}" for i in count()))
+    return Rollout(**values, **array_values, images=tuple(arrays[name].tobytes() for name in images))

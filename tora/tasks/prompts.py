@@ -151,8 +151,8 @@ class PromptStream:
     def _encode(
         self, source: str | list[dict[str, Any]], images: tuple[bytes, ...], variables: dict[str, Any]
     ) -> tuple[int, ...]:
-        if self._turns is not None and not images:
-            return self._turns.prompt(source)
+        if self._turns is not None:
+            return self._turns.prompt(source, images)
         if self._image_processor is None:
             if images:
                 raise ConfigError(f"it has {len(images)} images, but the model takes none")
@@ -178,7 +178,7 @@ class RunPrompts:
         )
         limit, limited_by = prompt_limit(cfg)
         stop = stop_token_ids(model, self.tokenizer)
-        self.turns = _turn_template(cfg, self.tokenizer, stop, takes_images=images is not None)
+        self.turns = _turn_template(cfg, self.tokenizer, stop, images)
         """What stands between the turns of an episode; None for a run without environment and tools."""
 
         def stream_of(dataset: Component) -> PromptStream:
@@ -239,12 +239,13 @@ def _sampling(cfg: RunConfig | EvalConfig, max_tokens: int, stop: tuple[int, ...
     )
 
 
-def _turn_template(cfg: RunConfig, tokenizer: Any, stop: tuple[int, ...], *, takes_images: bool) -> TurnTemplate | None:
+def _turn_template(
+    cfg: RunConfig, tokenizer: Any, stop: tuple[int, ...], images: ImageProcessor | None
+) -> TurnTemplate | None:
     if cfg.environment_factory is None and not cfg.tools:
         return None
-    if takes_images:
-        raise ConfigError(f"environment_factory and tools need a text model, but {cfg.model.path} takes images")
-    return TurnTemplate(tokenizer, tool_schemas(cfg.environment_factory, cfg.tools), stop, cfg.chat_template_kwargs)
+    schemas = tool_schemas(cfg.environment_factory, cfg.tools)
+    return TurnTemplate(tokenizer, schemas, stop, cfg.chat_template_kwargs, images)
 
 
 def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:

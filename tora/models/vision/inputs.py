@@ -35,6 +35,11 @@ class ImageReader:
             self._processor = self._load()
         return image_inputs(self._model, self._processor.pixels(images), device=self._device, **tokens)
 
+    def shows_image(self, token_ids: Sequence[int], count: int) -> np.ndarray:
+        """See `shows_image`. Of a model that takes no images: nowhere."""
+        token = self._model.image_token if isinstance(self._model, Qwen3VL) else -1
+        return shows_image(token_ids, token, count)
+
 
 def image_inputs(
     model: Qwen3VL,
@@ -43,21 +48,22 @@ def image_inputs(
     tokens_T: np.ndarray,
     positions_T: np.ndarray,
     document_T: np.ndarray,
-    in_prompt_T: np.ndarray,
+    given_T: np.ndarray,
     image_I: np.ndarray,
     device: torch.device,
+    branch_T: np.ndarray | None = None,
 ) -> tuple[ImageInputs, np.ndarray]:
     """The inputs for the distinct images in `pixels`, and the tokens' positions, [3, T] int64.
 
-    `tokens_T`, `positions_T` and `image_I` as in `MicroBatch`; `document_T` as in `multimodal_positions`;
-    `in_prompt_T`, bool: only there does a placeholder stand for an image. Raises ValueError if placeholders and images
-    do not match, or there are video placeholders.
+    `tokens_T`, `positions_T`, `given_T` and `image_I` as in `MicroBatch`: only a given placeholder stands for an image.
+    `document_T` and `branch_T` as in `multimodal_positions`. Raises ValueError if placeholders and images do not match,
+    or there are video placeholders.
     """
-    if (tokens_T[in_prompt_T] == model.video_token).any():
+    if (tokens_T[given_T] == model.video_token).any():
         raise ValueError("a prompt has video placeholders, but Tora trains on text and images only")
     sizes_I2 = pixels.grid_IT[:, 1:][image_I] // model.visual.merge
     counts_I = sizes_I2.prod(1)
-    index_M = np.flatnonzero(in_prompt_T & (tokens_T == model.image_token))
+    index_M = np.flatnonzero(given_T & (tokens_T == model.image_token))
     if len(index_M) != counts_I.sum():
         raise ValueError(
             f"prompts hold {len(index_M)} image placeholders, but their images have {counts_I.sum()} features"
@@ -66,7 +72,7 @@ def image_inputs(
     ends_I = index_M[np.cumsum(counts_I) - 1]
     if (ends_I - starts_I + 1 != counts_I).any():
         raise ValueError("a run of image placeholders in a prompt is not as long as its image's number of features")
-    positions_3T = multimodal_positions(positions_T, document_T, starts_I, sizes_I2)
+    positions_3T = multimodal_positions(positions_T, document_T, starts_I, sizes_I2, branch_T)
     features = (pixels.grid_IT[:, 1:] // model.visual.merge).prod(1)
     first = np.cumsum(features) - features
     feature_M = np.concatenate([[], *(first[i] + np.arange(n) for i, n in zip(image_I, counts_I, strict=True))])
@@ -77,6 +83,13 @@ def image_inputs(
         feature_M=torch.from_numpy(feature_M.astype(np.int64)).to(device),
     )
     return inputs, positions_3T
+
+
+def shows_image(token_ids: Sequence[int], image_token: int, count: int) -> np.ndarray:
+    """[L] bool: the first `count` runs of placeholders, which stand for images. Later ones were sampled."""
+    is_image_L = np.asarray(token_ids) == image_token
+    begins_L = is_image_L & ~np.concatenate([[False], is_image_L[:-1]])
+    return is_image_L & (np.cumsum(begins_L) <= count)
 
 
 def dummy_image(model: Qwen3VL, device: torch.device) -> ImageInputs:

@@ -34,19 +34,27 @@ class MultimodalRotaryTable(RotaryTable):
 
 
 def multimodal_positions(
-    positions_T: np.ndarray, document_T: np.ndarray, starts_I: np.ndarray, sizes_I2: np.ndarray
+    positions_T: np.ndarray,
+    document_T: np.ndarray,
+    starts_I: np.ndarray,
+    sizes_I2: np.ndarray,
+    branch_T: np.ndarray | None = None,
 ) -> np.ndarray:
     """Positions on the three axes, [3, T] int64, from the plain `positions_T`.
 
     `document_T`: the document of each token; completions belong to the document of their prompt, so that its images
     shift their positions too. `starts_I`: index in T of each run's first placeholder. `sizes_I2`: rows and columns of
-    features of the run's image.
+    features of the run's image. `branch_T`: which completion of its document a token belongs to, -1 for the prompt;
+    an image in a completion shifts no other. None if no document has several completions.
     """
+    branch_T = np.full_like(document_T, -1) if branch_T is None else branch_T
     positions_3T = np.repeat(positions_T[None], 3, 0)
     for start, (rows, columns) in zip(starts_I, sizes_I2, strict=True):
         end = start + rows * columns
         first = positions_3T[0, start]
         after = (document_T == document_T[start]) & (positions_T > positions_T[end - 1])
+        if branch_T[start] >= 0:
+            after &= branch_T == branch_T[start]
         positions_3T[:, after] += max(rows, columns) - rows * columns
         positions_3T[:, start:end] = first
         positions_3T[1:, start:end] += np.indices((rows, columns)).reshape(2, -1)

@@ -88,10 +88,18 @@ class ImageProcessor:
         if self.template is None:
             raise ConfigError("a vision model's prompts are chat messages, but its folder has no chat template")
         text = render(self._tokenizer, messages, self.template, variables or {})
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.expand(self._tokenizer(text, add_special_tokens=False)["input_ids"], images)
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Ids of the tokens that stand for images and videos."""
+        return self.image_token_id, self._video_token_id
+
+    def expand(self, ids: Sequence[int], images: Sequence[bytes]) -> tuple[int, ...]:
+        """The ids with each placeholder repeated to its image's number of tokens. Raises as `encode` does."""
         if self._video_token_id in ids:
             raise ConfigError("its prompt has a video placeholder; only text and images are supported")
-        found = ids.count(self.image_token_id)
+        found = [*ids].count(self.image_token_id)
         if found != len(images):
             raise ConfigError(f"its prompt has {found} image placeholders, but there are {len(images)} images")
         counts = (self.num_tokens(image) for image in images)
