@@ -139,11 +139,17 @@ def test_the_environment_of_the_documentation(tmp_path: Path, monkeypatch: pytes
 
 
 def test_guess_number() -> None:
-    rows = guess_number(num_rows=3, highest=9)
+    train, test = (guess_number(split, num_rows=300) for split in ("train", "test"))
+    assert guess_number(num_rows=5) == train[:5]
+    games = [{(row["highest"], row["answer"]) for row in rows} for rows in (train, test)]
+    assert len(games[0]) > 100 and len(games[1]) > 10 and not games[0] & games[1]
+    for wrong in ({"split": "dev"}, {"num_rows": 0}, {"lowest": 9}, {"highest": 23}):
+        with pytest.raises(ConfigError, match="guess_number: "):
+            guess_number(**wrong)
     game = GuessNumber()
-    for row in rows:
-        assert game.reset(**row) == " It is between 1 and 9." and game.get_reward() == 0
-        assert game.guess(0) == "higher" and game.guess(10) == "lower" and game.get_reward() == 0
+    for row in train[:3]:
+        assert game.reset(**row) == f" It is between 1 and {row['highest']}." and game.get_reward() == 0
+        assert game.guess(0) == "higher" and game.guess(32) == "lower" and game.get_reward() == 0
         assert game.guess(row["answer"]) == "correct" and game.guess(0) == "higher" and game.get_reward() == 1
 
 

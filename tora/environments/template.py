@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tora.environments.content import Content, Parts
 from tora.errors import ConfigError
+from tora.tasks.encode import as_messages
 
 if TYPE_CHECKING:
     from tora.models.vision.processor import ImageProcessor
@@ -55,14 +56,15 @@ class TurnTemplate:
 
         Raises `ConfigError` if there is no message, or its placeholders are not those of `images`.
         """
-        return self._encode(self._prompt_text(_messages(source)), images)
+        return self._encode(self._prompt_text(self._messages(source)), images)
 
     def opening(self, source: str | Messages, observation: Content | None) -> tuple[int, ...]:
         """Token ids from the end of `prompt` to the first turn: the observation and the template's text after it.
 
         Raises `ConfigError` if the model takes no images and the observation has some.
         """
-        messages, shown = _messages(source), observation or Content("")
+        messages, shown = self._messages(source), observation or Content("")
+        self._check_takes(shown.images)
         start = self._prompt_text(messages)
         whole = self._render(_with_observation(messages, shown.parts), turn_follows=True)
         if not whole.startswith(start):
@@ -132,24 +134,25 @@ class TurnTemplate:
             raise ConfigError(f"the chat template cannot render a conversation with tools: {error}") from error
 
     def _encode(self, text: str, images: Sequence[bytes]) -> tuple[int, ...]:
+        self._check_takes(images)
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self._processor is not None:
-            return self._processor.expand(ids, images)
-        if images:
+        return tuple(ids) if self._processor is None else self._processor.expand(ids, images)
+
+    def _messages(self, source: str | Messages) -> Messages:
+        messages: Messages = as_messages(source)
+        kinds = str if self._processor is None else (str, list)
+        if not messages or not isinstance(messages[-1].get("content"), kinds):
+            raise ConfigError("an environment's prompt must end in a message of text, or of chat parts with images")
+        return messages
+
+    def _check_takes(self, images: Sequence[bytes]) -> None:
+        if images and self._processor is None:
             raise ConfigError(f"it has {len(images)} images, but the model takes none")
-        return tuple(ids)
 
 
 def _with_turn(text: str) -> str:
     """The text and a turn; some templates begin the turn's reasoning themselves."""
     return text.removesuffix(_THINK) + _TURN
-
-
-def _messages(source: str | Messages) -> Messages:
-    messages: Messages = [{"role": "user", "content": source}] if isinstance(source, str) else source
-    if not messages or not isinstance(messages[-1].get("content"), str | list):
-        raise ConfigError("an environment's prompt must end in a message of text or chat parts")
-    return messages
 
 
 def _with_observation(messages: Messages, observation: str | Parts) -> Messages:
