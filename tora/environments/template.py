@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tora.environments.content import Content, Parts
 from tora.errors import ConfigError
-from tora.tasks.encode import as_messages
+from tora.tasks.messages import as_messages
 
 if TYPE_CHECKING:
     from tora.models.vision.processor import ImageProcessor
