@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tora.tasks.image_rows import encoded, take_images
+from tora.models.vision.parts import encoded, without_images
 
 Parts = list[dict[str, Any]]
 """Chat parts, in which `{"type": "image"}` stands for the next image."""
@@ -33,6 +33,6 @@ def content_of(value: Any) -> Content | None:
         return Content([{"type": "image"}], (encoded(value),))
     if not isinstance(value, list) or not value or not all(isinstance(p, dict) and "type" in p for p in value):
         return None
-    prompt, images = take_images({"prompt": [{"role": "tool", "content": value}]})
-    assert not isinstance(prompt, str)
-    return Content(prompt[0]["content"], images)
+    images: list[bytes] = []
+    parts = without_images(value, iter(()), images)
+    return Content(parts, tuple(images))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from tora.environments.content import Content, Parts
 from tora.errors import ConfigError
-from tora.tasks.messages import as_messages
 
 if TYPE_CHECKING:
     from tora.models.vision.processor import ImageProcessor
@@ -139,7 +138,7 @@ class TurnTemplate:
         return tuple(ids) if self._processor is None else self._processor.expand(ids, images)
 
     def _messages(self, source: str | Messages) -> Messages:
-        messages: Messages = as_messages(source)
+        messages: Messages = [{"role": "user", "content": source}] if isinstance(source, str) else source
         kinds = str if self._processor is None else (str, list)
         if not messages or not isinstance(messages[-1].get("content"), kinds):
             raise ConfigError("an environment's prompt must end in a message of text, or of chat parts with images")
