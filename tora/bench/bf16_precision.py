@@ -1,6 +1,8 @@
-"""What bf16 costs: log-probs by the precision of the logits, and a DoRA gain by the size of LoRA's part.
+"""What bf16 costs: log-probs by the precision of the logits, and a DoRA gain by the size of LoRA's part; with `--step`,
+what float32 logits cost a whole training step.
 
     python -m tora.bench.bf16_precision
+    python -m tora.bench.bf16_precision --step smollm2/135M
 
 Shape letters: N tokens, H hidden, V vocabulary, I inputs, O outputs.
 """
@@ -9,15 +11,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from learner.learner import Learner
 from learner.logprobs import token_logprobs
 from tora.adapters.dora import CachedDoRALinear
+from tora.bench.learner import Workload, make_batch, make_config, make_prompt
+from tora.bench.rows import Setting
+from tora.bench.shapes import shape_names, write_random_model
 
 _SHAPES = {"tiny": (256, 4096), "SmolLM2-135M": (576, 49152), "Qwen3-0.6B": (1024, 151936)}
 """Hidden and vocabulary sizes."""
@@ -29,8 +37,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens whose log-probs are taken")
     parser.add_argument("--logit-std", type=float, default=5.0, help="standard deviation of the logits")
     parser.add_argument("--rounds", type=int, default=5, help="rounds to time")
+    parser.add_argument("--step", choices=shape_names(), metavar="SHAPES", help="time whole LoRA steps on these shapes")
     arguments = parser.parse_args()
     console = Console(width=120)
+    if arguments.step:
+        console.print(step_table(arguments.step, arguments.tokens, arguments.rounds))
+        return
     console.print(head_table(arguments.tokens, arguments.logit_std, arguments.rounds))
     console.print(gain_table())
 
@@ -62,6 +74,32 @@ def head_table(num_tokens: int, logit_std: float, rounds: int) -> Table:
             ratios.append(seconds[1] / seconds[0])
         spread = f"{min(ratios):.2f}, {max(ratios):.2f}"
         table.add_row(f"{name}: {hidden_size} x {vocab_size}", *errors, f"{statistics.median(ratios):.2f}", spread)
+    return table
+
+
+def step_table(shapes: str, num_tokens: int, rounds: int) -> Table:
+    """Seconds of a training step with rounded and with float32 logits, in turn, on the same random weights."""
+    workload = Workload(tokens=num_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_random_model(shapes, Path(folder), dtype="bfloat16")
+        learner = Learner(make_config(path, Setting("lora"), dtype="bf16", rank=16, tokens=num_tokens))
+        vocab_size = len(learner.model.head)
+        batch = make_batch(workload, make_prompt(workload, path, vocab_size), vocab_size)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(1 + rounds):
+        for fp32, of_step in seconds.items():
+            learner.model.lm_head_fp32 = fp32
+            start = time.perf_counter()
+            learner.step(batch)  # returns numbers, so a GPU has finished
+            of_step.append(time.perf_counter() - start)
+    rounded, exact = ([*of_step[1:]] for of_step in seconds.values())  # the first of each warms up
+    ratios = [b / a for a, b in zip(rounded, exact, strict=True)]
+    title = f"seconds of a LoRA step of {num_tokens} tokens on {shapes}, {learner.device.type}"
+    table = Table(title=title, box=None, title_justify="left")
+    for heading in ("rounded logits", "float32 logits", "median ratio", "lowest, highest"):
+        table.add_column(heading, no_wrap=True)
+    medians = (statistics.median(x) for x in (rounded, exact, ratios))
+    table.add_row(*(f"{median:.3f}" for median in medians), f"{min(ratios):.2f}, {max(ratios):.2f}")
     return table
 
 
