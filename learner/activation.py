@@ -12,7 +12,7 @@ from torchtune.training import OffloadActivations
 
 from tora.config.schema import ActivationCheckpointing
 from tora.errors import ConfigError
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 
 _STRIDE = {"full": 1, "selective": 2}
 

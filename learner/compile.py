@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 
 _RECOMPILE_LIMIT = 32
 """Graphs of one function: the four above, each for one document and for several, and room for a second model."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tora.batching.packing import documents
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.models.shared_prefix import training_attention
 from tora.models.vision.inputs import ImageReader, dummy_image
 from tora.models.vision.processor import ImageProcessor
@@ -78,5 +78,5 @@ class InputBuilder:
 
 def forward(model: Decoder, x: Inputs, output_fn: Callable[[torch.Tensor], Any]) -> Any:
     """`output_fn` applied to the final hidden states, [1, T, hidden]."""
-    attend = training_attention(x.prompt_lengths_P, x.lengths_B, x.prompt_B, model.tok_embeddings.weight.dtype)
+    attend = training_attention(x.prompt_lengths_P, x.lengths_B, x.prompt_B, model.embedding.dtype)
     return model(x.tokens_T[None], positions=x.positions, attend=attend, output_fn=output_fn, images=x.images)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tora.distributed.process_group import World
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from tora.adapters.inject import adapter_layers
 from tora.adapters.peft_format import peft_config, peft_tensors, save_peft
 from tora.config.schema import ModelConfig
 from tora.distributed.sharding import gather
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.models.load import side_files
 
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from tora.adapters.lora import LoRALinear
 from tora.distributed.process_group import World
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.types import MicroBatch
 
 

@@ -36,7 +36,7 @@ from tora.config.schema import RunConfig
 from tora.distributed.device import device_for
 from tora.distributed.process_group import World, gather_objects, join, sum_over_ranks
 from tora.distributed.sharding import full_tensor
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.models.vision.processor import ImageProcessor
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
 
@@ -97,7 +97,14 @@ class Learner:
 
         def response_logprobs(hidden_1TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             hidden_NH = hidden_1TH[0].index_select(0, x.response_N)
-            return token_logprobs(hidden_NH, model.head, x.targets_N, temperature=temperature, fp32=model.lm_head_fp32)
+            return token_logprobs(
+                hidden_NH,
+                model.head,
+                x.targets_N,
+                temperature=temperature,
+                fp32=model.lm_head_fp32,
+                logit_map=model.logit_map,
+            )
 
         return forward(model, x, response_logprobs)
 

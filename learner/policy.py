@@ -14,7 +14,7 @@ from tora.adapters.peft_format import load_peft
 from tora.adapters.targets import adapter_shapes
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.models.load import empty_decoder, fill_decoder
 from tora.models.quantize import check_shards
 from tora.models.vision.qwen3_vl import Qwen3VL
@@ -39,7 +39,11 @@ def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False)
     model without a vision tower.
     """
     model = empty_decoder(
-        Path(cfg.model.path), dtype=DTYPES[cfg.dtype], device=device, quantize_base=cfg.model.quantize_base
+        Path(cfg.model.path),
+        dtype=DTYPES[cfg.dtype],
+        device=device,
+        quantize_base=cfg.model.quantize_base,
+        implementation=cfg.model.implementation,
     )
     tower = model.visual if isinstance(model, Qwen3VL) else None
     if tower is None and cfg.model.train_vision != "none":

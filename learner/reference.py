@@ -23,7 +23,7 @@ from learner.fsdp import reshard
 from tora.adapters.inject import adapters_off, full_weight_parameters, refresh, row_norm_caches, trained_parameters
 from tora.distributed.sharding import copy_full, from_local_rows, gather, local
 from tora.errors import ConfigError
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 
 _FILE = "reference.safetensors"
 

@@ -24,7 +24,7 @@ from tora.adapters.snapshot import digest, unpack
 from tora.batching.packing import distinct
 from tora.errors import RolloutError, SyncError
 from tora.models.attention import CachedAttention, PrefillAttention
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.models.vision.inputs import ImageReader
 from tora.models.vision.processor import ImageProcessor
 from tora.types import (

@@ -21,7 +21,8 @@ from actors.vllm_engine.slot_contents import SlotContents
 from tora.adapters.snapshot import add_to_digest
 from tora.errors import SyncError
 from tora.models.family import families
-from tora.models.load import is_derived, read_config, shard_files
+from tora.models.load import read_config, shard_files
+from tora.models.sources import is_derived
 
 
 def replace_weights(worker: Any, tensors: Mapping[str, torch.Tensor]) -> SlotContents:
@@ -70,4 +71,9 @@ def _expected(folder: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
             for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
                 if not is_derived(name, tied=config.tie_word_embeddings):
                     shapes[name] = tuple(shard.get_slice(name).get_shape())
-    return shapes, families()[config.model_type].names.tower
+    return shapes, _tower(config)
+
+
+def _tower(config: Any) -> str | None:
+    family = families().get(config.model_type)
+    return family.names.tower if family else None

@@ -119,15 +119,20 @@ def reference_varlen_attn(
     max_k: int,
     *,
     window_size: tuple[int, int],
+    scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
     """`varlen_attn` as torch documents it; torch has no CPU kernel for it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     lengths_q, lengths_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
-    assert (max(lengths_q), max(lengths_k)) == (max_q, max_k) and window_size == (-1, 0)
+    assert (max(lengths_q), max(lengths_k)) == (max_q, max_k) and window_size[1] == 0
     documents = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
     rows = [[x.transpose(0, 1)[None] for x in document] for document in documents]
-    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa) for q, k, v in rows]
+    out = []
+    for q, k, v in rows:
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        seen = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa))
     return torch.cat([x[0].transpose(0, 1) for x in out])
 
 
@@ -135,7 +140,7 @@ def test_varlen_attention_equals_packed_attention(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tora.models.varlen.varlen_attn", reference_varlen_attn)
     lengths = [5, 1, 17, 8]
     inputs = attention_inputs(lengths, "cpu", torch.float32)
-    torch.testing.assert_close(
-        VarlenAttention(torch.tensor(lengths))(*inputs), PackedAttention(torch.tensor(lengths))(*inputs)
-    )
+    varlen, packed = VarlenAttention(torch.tensor(lengths)), PackedAttention(torch.tensor(lengths))
+    for how in ({}, {"scale": 0.2}, {"window": 3}, {"scale": 0.2, "window": 6}, {"cap": 2.0}):
+        torch.testing.assert_close(varlen(*inputs, **how), packed(*inputs, **how))
     assert not supports_varlen(torch.device("cpu"), torch.bfloat16)

@@ -13,7 +13,7 @@ from tora.adapters.lora import LoRALinear
 from tora.adapters.snapshot import pack, split_by_module
 from tora.adapters.targets import AdapterShape
 from tora.distributed.sharding import from_local_rows, gather
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.types import PolicySnapshot
 
 LAYERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear, "dora_cache": CachedDoRALinear}

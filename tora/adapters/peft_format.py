@@ -18,7 +18,7 @@ from tora.adapters.targets import alpha_of
 from tora.config.schema import ModelConfig
 from tora.distributed.sharding import copy_full
 from tora.errors import ConfigError
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.models.hub import named
 
 _PREFIX = "base_model.model."

@@ -12,7 +12,7 @@ from torch import nn
 from tora.adapters.peft_config import PeftConfig, by_pattern, matches
 from tora.config.schema import ModelConfig
 from tora.errors import ConfigError
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.models.names import TOWER
 
 
@@ -42,12 +42,12 @@ def adapter_shapes(model: Decoder, cfg: ModelConfig, start: PeftConfig | None = 
     `start`: the config of `adapter_path`, whose patterns give single layers another rank or alpha.
     Raises ConfigError if a target matches no layer.
     """
-    linears = {name: model.names.module_to_hf(name) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    decoder = {name: hf for name, hf in linears.items() if name.startswith("layers.")}
+    decoder = {name: model.names.module_to_hf(name) for name in model.adaptable()}
     _check_targets(cfg.lora_targets, decoder.values())
     chosen = {name: hf for name, hf in decoder.items() if matches(cfg.lora_targets, hf)}
     if cfg.train_vision == "lora":
-        chosen |= {name: hf for name, hf in linears.items() if name.startswith(TOWER)}
+        tower = [n for n, m in model.named_modules() if n.startswith(TOWER) and isinstance(m, nn.Linear)]
+        chosen |= {name: model.names.module_to_hf(name) for name in tower}
     return {name: _shape(hf, cfg, start) for name, hf in chosen.items()}
 
 

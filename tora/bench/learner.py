@@ -155,7 +155,7 @@ def run(
         model = next(iter(learners.values())).model
         if workload.image and not isinstance(model, Qwen3VL):
             raise ConfigError(f"--image {workload.image} needs the shapes of a vision model, such as qwen3_vl/2B.")
-        vocab_size = model.tok_embeddings.num_embeddings
+        vocab_size = model.embedding.shape[0]
         prompt = make_prompt(workload, folder, vocab_size)
         batch = make_batch(workload, prompt, vocab_size)
         for round_ in range(workload.rounds + 1):

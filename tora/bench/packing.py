@@ -24,8 +24,8 @@ from tora.batching.batch import micro_batches
 from tora.bench.learner import make_config
 from tora.bench.rows import Setting, ratio
 from tora.bench.shapes import write_random_model
-from tora.models.attention import LayerAttention, PackedAttention
-from tora.models.decoder import Decoder
+from tora.models.attention import LayerAttention, PackedAttention, sdpa
+from tora.models.base import Decoder
 from tora.types import Group, Prompt, Rollout, StopReason, TrainBatch
 
 
@@ -35,11 +35,17 @@ class Causal:
     def at(self, layer: int) -> LayerAttention:
         return self
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-        )
-        return out.transpose(1, 2)
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
+        assert window is None, "measured on models without sliding windows"
+        return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, scale, cap).transpose(1, 2)
 
 
 class PaddedLearner(Learner):
@@ -118,7 +124,7 @@ def main() -> None:
         folder = write_random_model(args.shapes, Path(scratch), dtype=weights)
         cfg = make_config(folder, Setting("lora"), dtype=dtype, rank=8, tokens=1)
         packed, padded = Learner(cfg), PaddedLearner(cfg)
-    vocab_size = packed.model.tok_embeddings.num_embeddings
+    vocab_size = packed.model.embedding.shape[0]
 
     group = make_group(2 * args.completion, [args.completion] * args.group, vocab_size)
     own, shared = make_batch(group, share_prefix=False), make_batch(group, share_prefix=True)

@@ -16,7 +16,7 @@ import torch
 from tora.adapters.inject import refresh, trained_parameters
 from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.protocols import Engine
 from tora.types import LogprobRequest, MicroBatch, Prompt, Rollout, SampleRequest, Sampling, StopReason
 

@@ -21,6 +21,7 @@ ALL_LINEAR = "all-linear"
 """As `lora_targets`: every linear layer of the decoder."""
 LossNormalization = Literal["token", "sequence", "constant"]
 Advantage = Literal["grpo", "rloo", "reinforce++"]
+Implementation = Literal["auto", "native", "transformers"]
 OverlongPrompts = Literal["drop", "error", "truncate_left"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
@@ -33,6 +34,9 @@ class ModelConfig:
     is downloaded unless huggingface_hub's cache has it; the run's `config.yaml` pins its commit in `revision`."""
     revision: Annotated[str | None, FIXED] = None
     """Branch, tag or commit of a model on the hub. null: its main branch, or the commit that a resumed run has used."""
+    implementation: Annotated[Implementation, FIXED] = "auto"
+    """Code that the learner and the torch engine run. `native`: Tora's own, for the families that it knows.
+    `transformers`: the model's class in transformers, with Tora's attention. `auto`: native where it can."""
     lora_type: Annotated[Literal["full", "lora", "dora", "dora_cache"], FIXED] = "lora"
     """What is trained. `full`: every weight of the decoder. `lora`, `dora`: an adapter of that kind. `dora_cache`: DoRA
     whose row norms are computed once per optimizer step instead of in every forward pass, which is faster."""

@@ -107,7 +107,14 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
 
     cache, device = Path(cfg.output_dir) / ROLLOUT_BASE, device_for(cfg.device, World.from_environment().local_rank)
     resources.enter_context(in_use(cache))
-    return str(dequantized_folder(Path(cfg.model.path), cache, dtype=DTYPES[cfg.dtype], device=device))
+    folder = dequantized_folder(
+        Path(cfg.model.path),
+        cache,
+        dtype=DTYPES[cfg.dtype],
+        device=device,
+        implementation=cfg.model.implementation,
+    )
+    return str(folder)
 
 
 def make_vllm_engine(cfg: RunConfig, gpu_share: float = 1.0, max_rank: int | None = None) -> Engine:

@@ -1,6 +1,7 @@
 """Attention: causal within packed documents for training and prefill, over a key-value cache for decoding.
 
-A layer receives its attention function as torchtune's `mask` argument, which torchtune's layers pass on unchanged.
+A layer of ours receives its attention function as torchtune's `mask` argument, which torchtune's layers pass on
+unchanged; a layer of transformers' as a keyword argument: see `tora.models.generic`.
 
 Shape letters: T packed tokens, B sequences, L longest sequence, S cache slots, H query heads, K key-value heads, D
 head size; b and s are any batch and sequence size, n either number of heads.
@@ -17,8 +18,20 @@ import torch.nn.functional as F
 class LayerAttention(Protocol):
     """The attention of one layer, on rotated queries and keys."""
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [b, s, H, D], k and v [b, s, K, D] -> [b, s, H, D]."""
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
+        """q [b, s, H, D], k and v [b, s, K, D] -> [b, s, H, D].
+
+        `scale`: of the scores; None for 1/√D. `window`: a token sees itself and the `window` - 1 tokens before it; None
+        for all before it. `cap`: scores become cap · tanh(score / cap) before the mask.
+        """
         ...
 
 
@@ -31,11 +44,39 @@ class AttentionContext(Protocol):
         ...
 
 
-def _sdpa(q_BHLD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    # enable_gqa is always True: comparing head counts could give the compiler a symbol, which it rejects here
-    return F.scaled_dot_product_attention(
-        q_BHLD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
+def sdpa(
+    q_BHLD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSD: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None = None,
+    cap: float | None = None,
+    *,
+    grouped: bool = True,
+) -> torch.Tensor:
+    """[B, H, L, D]. `mask`: what each query sees, bool, broadcastable to [B, H, L, S]; None for causal. `scale` and
+    `cap`: as for `LayerAttention`. With a cap, for which torch has no kernel, scores are held in full. `grouped`: K may
+    be less than H."""
+    if cap is None:
+        # an argument, because comparing head counts could give the compiler a symbol, which it rejects here
+        return F.scaled_dot_product_attention(
+            q_BHLD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+    groups = q_BHLD.shape[1] // k_BKSD.shape[1]
+    k_BHSD, v_BHSD = k_BKSD.repeat_interleave(groups, 1), v_BKSD.repeat_interleave(groups, 1)
+    scores_BHLS = (q_BHLD @ k_BHSD.transpose(2, 3)).float() * (q_BHLD.shape[3] ** -0.5 if scale is None else scale)
+    scores_BHLS = (scores_BHLS / cap).tanh() * cap
+    if mask is None:
+        mask = causal(q_BHLD.shape[2], None, q_BHLD.device)
+    return scores_BHLS.masked_fill(~mask, -torch.inf).softmax(3).to(v_BHSD.dtype) @ v_BHSD
+
+
+def causal(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[length, length] bool: which tokens each token of a document sees."""
+    place = torch.arange(length, device=device)
+    distance_LL = place[:, None] - place
+    seen_LL = distance_LL >= 0
+    return seen_LL if window is None else seen_LL & (distance_LL < window)
 
 
 class PackedAttention:
@@ -62,8 +103,18 @@ class PackedAttention:
         """[1, T, n, D] -> [B, n, L, D]"""
         return x_1TND[0].index_select(0, self.pad_BL).unflatten(0, self.shape).transpose(1, 2)
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out_BHLD = _sdpa(self._documents(q), self._documents(k), self._documents(v), None)
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
+        longest = self.shape[1]
+        mask = None if window is None or longest <= window else causal(longest, window, q.device)
+        out_BHLD = sdpa(self._documents(q), self._documents(k), self._documents(v), mask, scale, cap)
         return out_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_T)[None]
 
 
@@ -76,10 +127,18 @@ class PrefillAttention(PackedAttention):
         """Per layer [B, K, L, D]; entries beyond a document's length are undefined."""
         self.values: list[torch.Tensor] = []
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
         self.keys.append(self._documents(k))
         self.values.append(self._documents(v))
-        return super().__call__(q, k, v)
+        return super().__call__(q, k, v, scale, window, cap)
 
 
 _GROWTH = 8 * 17
@@ -160,14 +219,29 @@ class _LayerCache:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys, self.values = keys, values
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        slot_BK1D = self.lengths_B.view(-1, 1, 1, 1).expand(-1, k.shape[2], 1, k.shape[3])
-        self.keys.scatter_(2, slot_BK1D, k.transpose(1, 2))
-        self.values.scatter_(2, slot_BK1D, v.transpose(1, 2))
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
+        slot_B111 = self.lengths_B.view(-1, 1, 1, 1)
+        self.keys.scatter_(2, slot_B111.expand(-1, k.shape[2], 1, k.shape[3]), k.transpose(1, 2))
+        self.values.scatter_(2, slot_B111.expand(-1, v.shape[2], 1, v.shape[3]), v.transpose(1, 2))
+        mask_B11S = self.mask_B11S
+        if window is not None:
+            slots_S = torch.arange(self.keys.shape[2], device=q.device)
+            mask_B11S = mask_B11S & (slots_S > slot_B111 - window)
         # The query heads of a key-value head are a sequence of queries: the same products as with `enable_gqa`, for
         # which torch has no fused kernel on a GPU when there is a mask.
         q_BKGD = q[:, 0].unflatten(1, (k.shape[2], -1))
-        out_BKGD = F.scaled_dot_product_attention(q_BKGD, self.keys, self.values, attn_mask=self.mask_B11S)
+        if cap is None:
+            out_BKGD = F.scaled_dot_product_attention(q_BKGD, self.keys, self.values, attn_mask=mask_B11S, scale=scale)
+        else:
+            out_BKGD = sdpa(q_BKGD, self.keys, self.values, mask_B11S, scale, cap)
         return out_BKGD.flatten(1, 2)[:, None]
 
 

@@ -23,9 +23,10 @@ from torchtune.modules import (
 
 from tora.errors import ConfigError
 from tora.models.attention import AttentionContext, LayerAttention
+from tora.models.base import Decoder, identity
 from tora.models.family import ModelFamily
-from tora.models.head import head_logits
 from tora.models.names import Names
+from tora.models.quantize import is_quantized
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of the rotation angles, [b, s, D/2] float32 each."""
@@ -59,23 +60,17 @@ class RotaryTable(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Compute the frequencies on the default device; call again after building on the meta device.
-
-        Raises ConfigError if `rope_type` is not supported.
-        """
+        """Compute the frequencies on the default device; call again after building on the meta device."""
         parameters = self.config.rope_parameters
         kind = parameters.get("rope_type", "default")
         if kind == "default":
             exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
             frequency, self.scale = 1.0 / parameters["rope_theta"] ** exponent, 1.0
-        elif kind in ("linear", "llama3", "yarn"):
+        else:
+            assert kind in ROPE_TYPES, "refused by `native_gap`"
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
             frequency, self.scale = ROPE_INIT_FUNCTIONS[kind](self.config, device=None)
-        else:
-            raise ConfigError(
-                f"rope_type {kind!r} in config.json is not supported; default, linear, llama3 and yarn are"
-            )
         self.register_buffer("inverse_frequency", frequency, persistent=False)
 
     @torch.no_grad()
@@ -120,15 +115,8 @@ class Attention(nn.Module):
         return self.output_proj(out.flatten(2))
 
 
-def identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-class Decoder(TransformerDecoder):
+class NativeDecoder(Decoder, TransformerDecoder):
     """torchtune's decoder, with positions and attention as arguments of the forward."""
-
-    lm_head_fp32 = False
-    """Whether `logits` keeps the float32 sums of its product; see `head_logits`."""
 
     def __init__(self, *, rope: RotaryTable, names: Names, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -136,17 +124,21 @@ class Decoder(TransformerDecoder):
 
     @property
     def head(self) -> torch.Tensor:
-        """The head's weight, [vocabulary, hidden]; for a tied head, the embedding's."""
         module: Any = self.tok_embeddings if isinstance(self.output, TiedLinear) else self.output
         return module.weight
 
-    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        """[N, V] float32. Use only inside `output_fn`, as `head`."""
-        return head_logits(hidden_NH, self.head, fp32=self.lm_head_fp32)
+    @property
+    def embedding(self) -> torch.Tensor:
+        return self.tok_embeddings.weight
 
     def stacks(self) -> list[list[nn.Module]]:
-        """Stacks of equal layers; each layer is compiled, checkpointed and sharded separately."""
         return [list(self.layers)]
+
+    def adaptable(self) -> list[str]:
+        return [n for n, m in self.named_modules() if n.startswith("layers.") and isinstance(m, nn.Linear)]
+
+    def quantizable(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if is_quantized(name)}
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -157,12 +149,6 @@ class Decoder(TransformerDecoder):
         output_fn: Callable[[torch.Tensor], Any] = identity,
         images: None = None,
     ) -> Any:
-        """tokens and positions, [b, s] int64 -> `output_fn` applied to the hidden states after the final norm,
-        [b, s, hidden].
-
-        `self.output` maps hidden states to logits, with the weight `self.head`. Use either only inside `output_fn`: a
-        sharded head is gathered only during the forward. `images` is for subclasses.
-        """
         return output_fn(self._run(self.tok_embeddings(tokens), positions, attend))
 
     def _run(
@@ -181,28 +167,41 @@ class Decoder(TransformerDecoder):
         return self.norm(h)
 
 
-def _check_supported(config: Any) -> None:
-    """Raises ConfigError if this decoder does not implement the architecture."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def native_gap(config: Any) -> str | None:
+    """What this decoder lacks for the architecture that a config describes; None if nothing.
+
+    `config`: transformers' config of a text model.
+    """
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-        raise ConfigError("config.json asks for sliding-window attention, which is not supported")
+        return "config.json asks for sliding-window attention"
     if config.hidden_act != "silu":
-        raise ConfigError(f"hidden_act {config.hidden_act!r} in config.json is not supported; silu is")
+        return f"config.json has hidden_act {config.hidden_act!r}, not silu"
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        return f"config.json has rope_type {rope['rope_type']!r}, not one of {', '.join(ROPE_TYPES)}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "config.json rotates a part of each head"
+    return None
 
 
-def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn.Linear) -> Decoder:
+def build_decoder(config: Any, family: ModelFamily, linear: type[nn.Linear] = nn.Linear) -> NativeDecoder:
     """A decoder on the default device, weights uninitialised.
 
     `config`: transformers' config of a text model. `linear`: the class of the layers' linear modules, not of the head.
-    Raises ConfigError if the config is not supported.
+    Raises ConfigError if `native_gap` finds one.
     """
-    return Decoder(**decoder_parts(config, family, linear, tied=config.tie_word_embeddings))
+    return NativeDecoder(**decoder_parts(config, family, linear, tied=config.tie_word_embeddings))
 
 
 def decoder_parts(
     config: Any, family: ModelFamily, linear: type[nn.Linear], *, tied: bool, rope: type[RotaryTable] = RotaryTable
 ) -> dict[str, Any]:
-    """The arguments of `Decoder`, as for `build_decoder`; `tied`: the head shares the embedding's weight."""
-    _check_supported(config)
+    """The arguments of `NativeDecoder`, as for `build_decoder`; `tied`: the head shares the embedding's weight."""
+    if gap := native_gap(config):
+        raise ConfigError(f"model.implementation=native does not support the model: {gap}")
     hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     eps, mlp, mlp_bias = config.rms_norm_eps, config.intermediate_size, getattr(config, "mlp_bias", False)

@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tora.models.family import families
-from tora.models.load import read_config, shard_files, side_files, stream_tensors
-from tora.models.quantize import BLOCK_SIZE, MAX_SCALER_BLOCK_SIZE, dequantize, is_quantized, quantize
+from tora.config.schema import Implementation
+from tora.models.load import empty_decoder, shard_files, side_files, stream_tensors
+from tora.models.quantize import BLOCK_SIZE, MAX_SCALER_BLOCK_SIZE, dequantize, quantize
 
 
-def dequantized_folder(source: Path, cache: Path, *, dtype: torch.dtype, device: torch.device) -> Path:
+def dequantized_folder(
+    source: Path, cache: Path, *, dtype: torch.dtype, device: torch.device, implementation: Implementation = "auto"
+) -> Path:
     """A folder in `cache` with the weights of `source` after a round trip through NF4; written if missing.
 
     It is as large as the model in `dtype`. Of several processes one writes, and the others wait for it. `device`
@@ -37,7 +39,7 @@ def dequantized_folder(source: Path, cache: Path, *, dtype: torch.dtype, device:
             temporary = cache / f".{final.name}"
             shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died while writing
             temporary.mkdir()
-            _write(source, temporary, dtype, device)
+            _write(source, temporary, dtype, device, implementation)
             temporary.rename(final)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # an engine is about to measure free memory
@@ -69,14 +71,17 @@ def _key(source: Path, dtype: torch.dtype, device: torch.device) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _write(source: Path, target: Path, dtype: torch.dtype, device: torch.device) -> None:
+def _write(
+    source: Path, target: Path, dtype: torch.dtype, device: torch.device, implementation: Implementation
+) -> None:
     """Write the folder, with one weights file in memory and one tensor on the device at a time."""
-    names = families()[read_config(source).model_type].names
+    model = empty_decoder(source, dtype=dtype, device=torch.device("cpu"), implementation=implementation)
+    quantized = {model.names.parameter_to_hf(name) for name in model.quantizable()}
     for file in side_files(source):
         shutil.copy(file, target)
     for file in shard_files(source):
         tensors = dict(stream_tensors(file))
         for name, tensor in tensors.items():
-            if is_quantized(names.parameter_from_hf(name) or ""):
+            if name in quantized:
                 tensors[name] = dequantize(quantize(tensor.to(device, dtype), name)).cpu()
         save_file(tensors, target / file.name, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""The product of hidden states and the head's weight, in float32.
+"""The product of hidden states and the head's weight, in float32, and what a model does to it before the softmax.
 
 A bf16 product rounds each logit to 8 bits: by up to 0.06 nat at a logit of 16 to 32, before the temperature divides it.
 Shape letters: N tokens, H hidden, V vocabulary.
@@ -6,8 +6,28 @@ Shape letters: N tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class LogitMap:
+    """logits = cap · tanh(scale · x / cap), or scale · x without a cap: the soft-capping of Gemma 2 (arXiv:2408.00118,
+    section 2), and the scales of Granite and Cohere."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The same shape; x itself if there is nothing to do."""
+        x = x if self.scale == 1 else x * self.scale
+        return x if self.cap is None else (x / self.cap).tanh() * self.cap
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """The derivative, as a function of the map's own output."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap).square())
 
 
 def head_logits(hidden_NH: torch.Tensor, head_VH: torch.Tensor, *, fp32: bool) -> torch.Tensor:

@@ -3,35 +3,65 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from torchtune.modules import TiedLinear
 
+from tora.config.schema import Implementation
 from tora.errors import ConfigError
-from tora.models.decoder import Decoder, RMSNorm, RotaryTable, build_decoder
+from tora.models.base import Decoder
+from tora.models.decoder import NativeDecoder, RMSNorm, RotaryTable, build_decoder, native_gap
 from tora.models.family import families
-from tora.models.quantize import FrozenLinear, is_quantized, quantize
+from tora.models.generic import GenericDecoder, build_generic, cast_parameters, compute_buffers
+from tora.models.generic_load import generic_sources
+from tora.models.quantize import FrozenLinear, quantize
+from tora.models.sources import HEAD, Source, check_complete, check_shape, check_tied, is_derived, own_parameters
 
 
 def read_config(folder: Path) -> Any:
-    """transformers' config object. Raises ConfigError if the folder has no config.json or an unsupported family."""
+    """transformers' config object. Raises ConfigError if the folder has no config.json, or one that the installed
+    transformers does not know."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path {str(folder)!r} holds no config.json; `tune download` fetches a model")
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in families():
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except ValueError:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
         raise ConfigError(
-            f"model_type {config.model_type!r} of {str(folder)!r} is not supported; {', '.join(families())} are"
-        )
-    return config
+            f"model_type {kind!r} of {str(folder)!r} is not known to transformers {_transformers_version()}"
+        ) from None
+
+
+def _transformers_version() -> str:
+    import transformers
+
+    return transformers.__version__
+
+
+def implementation_of(config: Any, choice: Implementation = "auto") -> Literal["native", "transformers"]:
+    """Which code runs a model: ours where it can, else transformers'. Raises ConfigError if `choice` cannot."""
+    if choice == "transformers":
+        return choice
+    family = families().get(config.model_type)
+    if family is None:
+        gap = f"model_type {config.model_type!r} is none of {', '.join(families())}"
+    else:
+        gap = native_gap(config.get_text_config())
+    if gap is None:
+        return "native"
+    if choice == "native":
+        raise ConfigError(f"model.implementation=native does not support the model: {gap}")
+    return "transformers"
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -50,15 +80,6 @@ def side_files(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".txt", ".model")]
 
 
-_HEAD = "lm_head.weight"
-_ROWS = 4096
-
-
-def is_derived(hf_name: str, *, tied: bool) -> bool:
-    """Whether a tensor, though stored in some folders, is computed from the rest of the model."""
-    return hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == _HEAD)
-
-
 def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Pairs of Hugging Face name and CPU tensor, read one at a time."""
     with safe_open(file, framework="pt") as shard:
@@ -66,23 +87,37 @@ def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, shard.get_tensor(name)
 
 
-def build_model(config: Any, linear: type[nn.Linear] = nn.Linear) -> Decoder:
-    """A model on the default device, weights uninitialised.
+def build_model(config: Any, linear: type[nn.Linear] = nn.Linear, implementation: Implementation = "auto") -> Decoder:
+    """A model without weights; one of ours is on the default device, one of transformers' on the meta device.
 
     `config`: transformers' config object. `linear`: the class of the decoder layers' linear modules, not of the head.
     Raises ConfigError if the config is not supported.
     """
+    if implementation_of(config, implementation) == "transformers":
+        return build_generic(config, linear)
     family = families()[config.model_type]
     return (family.build or build_decoder)(config, family, linear)
 
 
-def empty_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
+def empty_decoder(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize_base: bool = False,
+    implementation: Implementation = "auto",
+) -> Decoder:
     """The model that config.json describes, frozen, with parameters on the meta device and buffers on `device`.
 
     Raises ConfigError if it is not supported.
     """
     with torch.device("meta"):
-        model = build_model(read_config(folder), FrozenLinear if quantize_base else nn.Linear).to(dtype)
+        model = build_model(read_config(folder), FrozenLinear if quantize_base else nn.Linear, implementation)
+    if isinstance(model, GenericDecoder):
+        cast_parameters(model, dtype)
+        compute_buffers(model, device)
+        return model.requires_grad_(False)
+    model.to(dtype)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.float()  # torch's fused kernel expects the scale in the dtype it computes in
@@ -108,31 +143,35 @@ def fill_decoder(
     Raises ConfigError if a tensor is unknown, missing, of another shape, or cannot be quantised to NF4.
     """
     names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+    quantizable = model.quantizable()
     with ExitStack() as files:
-        sources = _sources(model, folder, files)
+        opened = [files.enter_context(safe_open(path, framework="pt")) for path in shard_files(folder)]
+        if isinstance(model, GenericDecoder):
+            sources = generic_sources(model, folder, opened)
+        else:
+            assert isinstance(model, NativeDecoder)
+            sources = _sources(model, folder, opened)
         for unit in [*chain(*model.stacks()), model]:
             for name in [name for name in sources if name.startswith(names[unit])]:
-                file, hf_name = sources.pop(name)
-                empty = model.get_parameter(name)
+                source, empty = sources.pop(name), model.get_parameter(name)
                 # a copy, since the tensor may alias the mapped file
-                value = file.get_tensor(hf_name).to(device, empty.dtype, copy=True)
-                if quantize_base and is_quantized(name):
-                    value = quantize(value, hf_name)
+                value = source.read().to(device, empty.dtype, copy=True)
+                if quantize_base and name in quantizable:
+                    value = quantize(value, source.hf_name)
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=empty.requires_grad))
             on_loaded(unit)
 
 
-def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[Any, str]]:
-    """For each parameter but the adapters': the open file that holds it, and its name there."""
+def _sources(model: NativeDecoder, folder: Path, files: Sequence[Any]) -> dict[str, Source]:
+    """For each parameter but the adapters': where its tensor is."""
     parameters = dict(model.named_parameters())
-    missing = {name for name in parameters if ".lora_" not in name and not name.endswith(".magnitude")}
+    missing = own_parameters(parameters)
     tied, sources, stored_heads = isinstance(model.output, TiedLinear), {}, []
-    for path in shard_files(folder):
-        file = files.enter_context(safe_open(path, framework="pt"))
+    for file in files:
         for hf_name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
             if is_derived(hf_name, tied=tied):
-                stored_heads += [file.get_slice(hf_name)] if hf_name == _HEAD else []
+                stored_heads += [file.get_slice(hf_name)] if hf_name == HEAD else []
                 continue
             name = model.names.parameter_from_hf(hf_name)
             if name is None or name not in parameters:
@@ -140,41 +179,31 @@ def _sources(model: Decoder, folder: Path, files: ExitStack) -> dict[str, tuple[
                     f"tensor {hf_name!r} of {str(folder)!r} does not belong to the model that config.json describes"
                 )
             shape = tuple(file.get_slice(hf_name).get_shape())
-            if parameters[name].shape != shape:
-                raise ConfigError(
-                    f"tensor {hf_name!r} of {str(folder)!r} has shape {shape}, "
-                    f"config.json asks for {tuple(parameters[name].shape)}"
-                )
-            sources[name] = file, hf_name
+            check_shape(hf_name, shape, parameters[name], folder)
+            sources[name] = Source(hf_name, partial(file.get_tensor, hf_name), file.get_slice(hf_name))
     missing -= sources.keys()
     if missing == {"output.weight"}:
         raise ConfigError(
-            f"config.json of {str(folder)!r} has tie_word_embeddings=false, and its files hold no {_HEAD}; set it to "
+            f"config.json of {str(folder)!r} has tie_word_embeddings=false, and its files hold no {HEAD}; set it to "
             "true if the head is the embedding"
         )
-    if missing:
-        first = model.names.parameter_to_hf(sorted(missing)[0])
-        raise ConfigError(f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {first!r}")
+    check_complete(model, missing, folder)
     for head in stored_heads:
-        file, hf_name = sources["tok_embeddings.weight"]
-        if not _equal(head, file.get_slice(hf_name), model.tok_embeddings.weight.dtype):
-            raise ConfigError(
-                f"config.json of {str(folder)!r} has tie_word_embeddings=true, and its files hold a {_HEAD} that "
-                "differs from the embedding; set it to false, so that every library uses that head"
-            )
+        check_tied(head, sources["tok_embeddings.weight"].rows, model.embedding.dtype, folder)
     return sources
 
 
-def _equal(a: Any, b: Any, dtype: torch.dtype) -> bool:
-    """Whether two matrices in open files are equal once they are cast to `dtype`; reads some rows at a time."""
-    if a.get_shape() != b.get_shape():
-        return False
-    starts = range(0, a.get_shape()[0], _ROWS)
-    return all(torch.equal(*(m[row : row + _ROWS].to(dtype) for m in (a, b))) for row in starts)
-
-
-def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, quantize_base: bool = False) -> Decoder:
+def load_decoder(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize_base: bool = False,
+    implementation: Implementation = "auto",
+) -> Decoder:
     """`empty_decoder` and `fill_decoder` in one: a frozen model on `device`, in NF4 if `quantize_base`."""
-    model = empty_decoder(folder, dtype=dtype, device=device, quantize_base=quantize_base)
+    model = empty_decoder(
+        folder, dtype=dtype, device=device, quantize_base=quantize_base, implementation=implementation
+    )
     fill_decoder(model, folder, device=device, quantize_base=quantize_base)
     return model

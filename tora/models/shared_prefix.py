@@ -7,9 +7,8 @@ together, H query heads, K key-value heads, D head size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from tora.models.attention import AttentionContext, LayerAttention, PackedAttention
+from tora.models.attention import AttentionContext, LayerAttention, PackedAttention, sdpa
 from tora.models.varlen import VarlenAttention, supports_varlen
 
 
@@ -42,6 +41,10 @@ class SharedPrefixAttention:
         self._key_BS = key_index_BS.flatten()
         self._unpad = in_own_BL.flatten().nonzero()[:, 0]
 
+        self._span = int((prompt_lengths_P[prompt_B] + lengths_B).max())
+        self._query_place_BL = prompt_lengths_P[prompt_B, None] + own_column_L
+        prompt_place = prompt_column.expand(len(lengths_B), -1)
+        self._key_place_BS = torch.cat([prompt_place, self._query_place_BL], 1)
         causal_LL = own_column_L[:, None] >= own_column_L
         shape = (len(lengths_B), len(own_column_L), -1)
         self._mask_B1LS = torch.cat([in_prompt[:, None].expand(shape), causal_LL.expand(shape)], 2)[:, None]
@@ -49,14 +52,24 @@ class SharedPrefixAttention:
     def at(self, layer: int) -> LayerAttention:
         return self
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out_BHLD = F.scaled_dot_product_attention(
-            _rows(q, self._query_BL, self._query_shape),
-            *(_repeat_heads(_rows(x, self._key_BS, self._key_shape), q.shape[2]) for x in (k, v)),
-            attn_mask=self._mask_B1LS,
-        )
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
+        mask_B1LS = self._mask_B1LS
+        if window is not None and self._span > window:
+            distance_BLS = self._query_place_BL[:, :, None] - self._key_place_BS[:, None]
+            mask_B1LS = mask_B1LS & (distance_BLS < window)[:, None]
+        q_BHLD = _rows(q, self._query_BL, self._query_shape)
+        k_BHSD, v_BHSD = (_repeat_heads(_rows(x, self._key_BS, self._key_shape), q.shape[2]) for x in (k, v))
+        out_BHLD = sdpa(q_BHLD, k_BHSD, v_BHSD, mask_B1LS, scale, cap, grouped=False)
         completions = out_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self._unpad)[None]
-        return torch.cat([self._prompts(q, k, v), completions], 1)
+        return torch.cat([self._prompts(q, k, v, scale, window, cap), completions], 1)
 
 
 def _rows(x_1TND: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:

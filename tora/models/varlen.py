@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from tora.models.attention import LayerAttention
+from tora.models.attention import LayerAttention, PackedAttention
 
 _CAUSAL = (-1, 0)
 """Attention window: unlimited to the left, none to the right."""
+_MAX_HEAD = 256
+"""Largest head of the kernel."""
 
 
 def supports_varlen(device: torch.device, dtype: torch.dtype) -> bool:
@@ -23,17 +25,29 @@ class VarlenAttention:
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
         """`lengths_B`: int64 on the model's device."""
+        self.lengths_B = lengths_B
         self.longest = int(lengths_B.max())
         self.ends = F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
 
     def at(self, layer: int) -> LayerAttention:
         return self
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
+        if cap is not None or q.shape[3] > _MAX_HEAD:  # the kernel knows no cap
+            return PackedAttention(self.lengths_B)(q, k, v, scale, window, cap)
         out_THD = varlen_attn(
             *(q[0], k[0], v[0]),
             *(self.ends, self.ends, self.longest, self.longest),
-            window_size=_CAUSAL,
+            scale=scale,
+            window_size=_CAUSAL if window is None else (window - 1, 0),
             enable_gqa=True,
         )
         assert isinstance(out_THD, torch.Tensor)  # other outputs are optional and were not requested

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from tora.models.decoder import Decoder
+from tora.models.base import Decoder
 from tora.models.vision.layout import vision_layout
 from tora.models.vision.mrope import multimodal_positions
 from tora.models.vision.processor import ImageProcessor, Pixels

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from tora.models.attention import AttentionContext
-from tora.models.decoder import Decoder, decoder_parts, identity
+from tora.models.base import identity
+from tora.models.decoder import NativeDecoder, decoder_parts
 from tora.models.family import ModelFamily
 from tora.models.names import Names
 from tora.models.vision.layout import VisionLayout
@@ -35,7 +36,7 @@ class ImageInputs:
     """int64 in [0, F): the feature that replaces each placeholder."""
 
 
-class Qwen3VL(Decoder):
+class Qwen3VL(NativeDecoder):
     """The decoder with its vision tower as `visual`. `image_token` and `video_token` are the placeholders' ids."""
 
     def __init__(self, *, visual: VisionTower, image_token: int, video_token: int, **kwargs: Any) -> None:

@@ -1,0 +1,186 @@
+"""Any causal language model of the installed transformers, with our attention in its layers.
+
+transformers' layers look their attention up by name and pass unknown keyword arguments on to it. Ours is registered
+under `NAME` and runs the `AttentionContext` of a forward, so training, prefill and decoding pack, share prompts and
+cache keys as they do in our own decoder. Everything else is the model's own code.
+
+Shapes: b batch, s sequence, H query heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tora.errors import ConfigError
+from tora.models.attention import AttentionContext, LayerAttention
+from tora.models.base import Decoder, identity
+from tora.models.generic_support import check_config, head_map, is_router
+from tora.models.quantize import FrozenLinear
+
+NAME = "tora"
+"""Of our attention, in transformers' registry."""
+_ATTEND = "tora_attend"
+"""The keyword argument that carries it: an `AttentionContext` to the model, a `LayerAttention` to a layer."""
+_PREFIX = "hf."
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    tora_attend: LayerAttention | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [b, H, s, D], key and value [b, K, s, D] -> [b, s, H, D]. Dropout is
+    left out: training and sampling must have the same policy."""
+    assert tora_attend is not None and s_aux is None, "refused by the checks of `build`"
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return tora_attend(q, k, v, scaling, sliding_window, softcap), None
+
+
+class GenericNames:
+    """Hugging Face's names are the model's own, after a prefix."""
+
+    def module_to_hf(self, name: str) -> str:
+        return name.removeprefix(_PREFIX)
+
+    def parameter_to_hf(self, name: str) -> str:
+        return name.removeprefix(_PREFIX)
+
+    def parameter_from_hf(self, name: str) -> str:
+        return _PREFIX + name
+
+
+class GenericDecoder(Decoder):
+    """A model of transformers behind the interface of ours."""
+
+    names: GenericNames = GenericNames()
+
+    def __init__(self, hf: Any) -> None:
+        """`hf`: a causal language model, built with `attn_implementation=NAME`."""
+        super().__init__()
+        self.hf = hf
+        self.logit_map = head_map(hf)
+        self._layers: list[nn.Module] = list(hf.get_decoder().layers)
+        inside = {f"{name}.": layer for name, layer in self.named_modules() if layer in set(self._layers)}
+        self._linears = [
+            name
+            for name, module in self.named_modules()
+            if type(module) in (nn.Linear, FrozenLinear) and name.startswith(tuple(inside)) and not is_router(name)
+        ]
+        self.is_tied = bool(hf.config.tie_word_embeddings)
+        if self.is_tied:  # one module less, whose weight would have to be tied again after loading
+            hf.set_output_embeddings(None)
+        for index, layer in enumerate(self._layers):
+            layer.register_forward_pre_hook(_at(index), with_kwargs=True)
+        for module in hf.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # training mode is for adapters' dropout; see `learner.dropout`
+
+    @property
+    def head(self) -> torch.Tensor:
+        module = self.hf.get_input_embeddings() if self.is_tied else self.hf.get_output_embeddings()
+        return module.weight
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        return self.hf.get_input_embeddings().weight
+
+    def stacks(self) -> list[list[nn.Module]]:
+        return [self._layers]
+
+    def adaptable(self) -> list[str]:
+        return self._linears
+
+    def quantizable(self) -> set[str]:
+        return {f"{name}.weight" for name in self._linears}
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        attend: AttentionContext,
+        output_fn: Callable[[torch.Tensor], Any] = identity,
+        images: Any = None,
+    ) -> Any:
+        assert images is None
+        out = self.hf.get_decoder()(tokens, position_ids=positions, use_cache=False, **{_ATTEND: attend})
+        return output_fn(out.last_hidden_state)
+
+
+def _at(index: int) -> Callable[..., Any]:
+    """A hook that gives a layer its own attention. Outside the layer's forward, so that compiled layers share one
+    graph."""
+
+    def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, _ATTEND: kwargs[_ATTEND].at(index)}
+
+    return hook
+
+
+def build_generic(config: Any, linear: type[nn.Linear] = nn.Linear) -> GenericDecoder:
+    """A model with parameters and buffers on the meta device; `compute_buffers` makes the buffers.
+
+    `config`: transformers' config object. `linear`: the class of the decoder layers' linear modules, not of the head.
+    Raises ConfigError if transformers has no such model, or one that `generic_support` refuses.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    check_config(config)
+    AttentionInterface.register(NAME, _attention)
+    try:
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
+    except ValueError as error:
+        raise ConfigError(f"a {config.model_type!r} model cannot be trained: {error}") from None
+    model = GenericDecoder(hf)
+    for name in model.adaptable():
+        model.get_submodule(name).__class__ = linear
+    return model
+
+
+def cast_parameters(model: GenericDecoder, dtype: torch.dtype) -> None:
+    """Give parameters, which are on the meta device, the dtype that transformers would load them in."""
+    kept = tuple(getattr(model.hf, "_keep_in_fp32_modules_strict", None) or ())
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not any(part in f"{module_name}.{name}" for part in kept):
+                setattr(module, name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
+
+
+@torch.no_grad()
+def compute_buffers(model: GenericDecoder, device: torch.device) -> None:
+    """Compute all buffers, such as rotary frequencies, on `device` by the model's own code. They stay in float32.
+
+    Raises ConfigError if the model has buffers that it does not compute.
+    """
+    from transformers import PreTrainedModel
+
+    owners = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    for name, module in model.named_modules():
+        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+        if not buffers:
+            continue
+        for leaf, buffer in buffers.items():
+            fill = math.nan if buffer.is_floating_point() else 0
+            module._buffers[leaf] = torch.full_like(buffer, fill, device=device)
+        owner = max((n for n in owners if n == name or name.startswith(f"{n}.")), key=len)
+        owners[owner]._init_weights(module)
+        for leaf in buffers:
+            if leaf not in module._non_persistent_buffers_set or not module._buffers[leaf].isfinite().all():  # pyright: ignore[reportOptionalMemberAccess]
+                raise ConfigError(
+                    f"{type(model.hf).__name__} cannot be trained: its buffer {model.names.module_to_hf(name)}.{leaf} "
+                    "is not a function of its config"
+                )
