@@ -50,6 +50,8 @@ def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False)
         raise ConfigError(
             f"model.train_vision={cfg.model.train_vision}, but the model in {cfg.model.path!r} has no vision tower"
         )
+    if gap := model.gap(full=cfg.model.lora_type == "full", quantize=cfg.model.quantize_base):
+        raise ConfigError(gap)
     if cfg.model.lora_type == "full":
         model.requires_grad_(True)
     else:

@@ -32,6 +32,7 @@ def generate(learner: Learner, *prompts: tuple[int, ...]) -> list[list[int]]:
         pytest.param("lora", {}, marks=pytest.mark.slow),
         pytest.param("dora", {}, marks=pytest.mark.slow),
         ("dora_cache", {}),
+        pytest.param("dora_cache", {"model": {"implementation": "transformers"}}, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_training_equals_eager_and_stays_compiled(

@@ -31,7 +31,7 @@ LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
 SETTINGS: dict[str, Any] = {**ONE_RANK, "num_ranks": RANKS}
 SMOOTH = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "eps": 1e-4}
 """With its default eps, Adam would turn a gradient of pure rounding noise into a whole step."""
-SAME_UPDATES = ("dtype", "loss", "ppo_epochs", "num_mini_batches", "quantize_base")
+SAME_UPDATES = ("dtype", "loss", "ppo_epochs", "num_mini_batches", "quantize_base", "model")
 """Keys that change what is computed, not only where."""
 
 
@@ -66,6 +66,8 @@ def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, A
         ("dora_cache", {"fsdp_cpu_offload": True}),
         pytest.param("dora_cache", {"compile": True}, marks=pytest.mark.slow),
         ("full", {"activation_checkpointing": "full"}),
+        ("dora_cache", {"model": {"implementation": "transformers"}}),
+        pytest.param("full", {"model": {"implementation": "transformers"}, "dtype": "bf16"}, marks=pytest.mark.slow),
         ("dora", {"loss": {**LOSS, "kl_in": "reward"}}),
         ("lora", {"loss": {**LOSS, "kl_in": "reward", "entropy_coeff": 0.01}, "num_mini_batches": 2, "ppo_epochs": 2}),
         ("lora", {"quantize_base": True}),

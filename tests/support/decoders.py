@@ -14,7 +14,7 @@ def packed_logits(model: Any, sequences: list[torch.Tensor]) -> torch.Tensor:
     lengths = torch.tensor([len(s) for s in sequences])
     positions = torch.cat([torch.arange(len(s)) for s in sequences])
     hidden = model(torch.cat(sequences)[None], positions=positions[None], attend=PackedAttention(lengths))
-    return model.output(hidden)[0]
+    return model.logits(hidden[0])
 
 
 def random_sequences(*lengths: int) -> list[torch.Tensor]:

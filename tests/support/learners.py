@@ -20,11 +20,21 @@ from tora.types import Group, Rollout, TrainBatch
 SETTINGS: dict[str, Any] = {"normalize_advantages": True, "normalization": "token", "max_generated_tokens": 20}
 
 
-def config(folder: Path, lora_type: str = "lora", *, quantize_base: bool = False, **changes: Any) -> RunConfig:
+def config(
+    folder: Path,
+    lora_type: str = "lora",
+    *,
+    quantize_base: bool = False,
+    model: dict[str, Any] | None = None,
+    **changes: Any,
+) -> RunConfig:
+    """`model`: further keys of `model`."""
     return RunConfig(
         name="test",
         num_steps=10,
-        model=ModelConfig(path=str(folder), lora_type=lora_type, lora_rank=4, quantize_base=quantize_base),
+        model=ModelConfig(
+            path=str(folder), lora_type=lora_type, lora_rank=4, quantize_base=quantize_base, **(model or {})
+        ),
         dataset={},
         rewards=[],
         lr_scheduler={"_component_": "transformers.get_cosine_schedule_with_warmup", "num_warmup_steps": 0},

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from learner.learner import Learner
 from learner.logprobs import token_logprobs

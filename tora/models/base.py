@@ -67,6 +67,10 @@ class Decoder(nn.Module):
         """Names of the parameters that `quantize_base` quantises: no embedding, head, norm or bias."""
         raise NotImplementedError
 
+    def gap(self, *, full: bool, quantize: bool) -> str | None:
+        """Why all weights cannot be trained, or the base cannot be quantised; None where both can."""
+        return None
+
     def forward(
         self,
         tokens: torch.Tensor,

@@ -49,14 +49,18 @@ def _attention(
     return tora_attend(q, k, v, scaling, sliding_window, softcap), None
 
 
+def _to_hf(name: str) -> str:
+    return name.removeprefix(_PREFIX)
+
+
 class GenericNames:
     """Hugging Face's names are the model's own, after a prefix."""
 
     def module_to_hf(self, name: str) -> str:
-        return name.removeprefix(_PREFIX)
+        return _to_hf(name)
 
     def parameter_to_hf(self, name: str) -> str:
-        return name.removeprefix(_PREFIX)
+        return _to_hf(name)
 
     def parameter_from_hf(self, name: str) -> str:
         return _PREFIX + name
@@ -105,6 +109,13 @@ class GenericDecoder(Decoder):
 
     def quantizable(self) -> set[str]:
         return {f"{name}.weight" for name in self._linears}
+
+    def gap(self, *, full: bool, quantize: bool) -> str | None:
+        experts = [n for n, p in self.named_parameters() if p.ndim == 3]
+        if not experts or not (full or quantize):
+            return None
+        key = "model.lora_type=full" if full else "model.quantize_base=true"
+        return f"{key} does not reach the experts of {type(self.hf).__name__}, such as {_to_hf(experts[0])}"
 
     def forward(
         self,

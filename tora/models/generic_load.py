@@ -73,7 +73,10 @@ def conversions(model: GenericDecoder) -> list[Any]:
 
 
 def _convert(model: GenericDecoder, converter: Any, target: str, parameter: torch.Tensor, folder: Path) -> torch.Tensor:
-    converted = converter.convert(target, model=model.hf, config=model.hf.config)[target]
+    try:
+        converted = converter.convert(target, model=model.hf, config=model.hf.config)[target]
+    except (RuntimeError, KeyError) as error:
+        raise ConfigError(f"{target!r} cannot be read from the tensors of {str(folder)!r}: {error}") from None
     tensor = converted[0] if isinstance(converted, list) else converted
     check_shape(target, tuple(tensor.shape), parameter, folder)
     return tensor

@@ -83,9 +83,9 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)  # pyright: ignore[reportArgumentType]
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # pyright: ignore[reportArgumentType]
 
 
 def _own_map(hf: Any, x: torch.Tensor) -> torch.Tensor:

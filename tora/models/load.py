@@ -87,14 +87,13 @@ def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, shard.get_tensor(name)
 
 
-def build_model(config: Any, linear: type[nn.Linear] = nn.Linear, implementation: Implementation = "auto") -> Decoder:
-    """A model without weights; one of ours is on the default device, one of transformers' on the meta device.
+def build_model(config: Any, linear: type[nn.Linear] = nn.Linear) -> NativeDecoder:
+    """A model of ours on the default device, weights uninitialised.
 
     `config`: transformers' config object. `linear`: the class of the decoder layers' linear modules, not of the head.
     Raises ConfigError if the config is not supported.
     """
-    if implementation_of(config, implementation) == "transformers":
-        return build_generic(config, linear)
+    implementation_of(config, "native")
     family = families()[config.model_type]
     return (family.build or build_decoder)(config, family, linear)
 
@@ -111,13 +110,14 @@ def empty_decoder(
 
     Raises ConfigError if it is not supported.
     """
-    with torch.device("meta"):
-        model = build_model(read_config(folder), FrozenLinear if quantize_base else nn.Linear, implementation)
-    if isinstance(model, GenericDecoder):
+    config, linear = read_config(folder), FrozenLinear if quantize_base else nn.Linear
+    if implementation_of(config, implementation) == "transformers":
+        model = build_generic(config, linear)
         cast_parameters(model, dtype)
         compute_buffers(model, device)
         return model.requires_grad_(False)
-    model.to(dtype)
+    with torch.device("meta"):
+        model = build_model(config, linear).to(dtype)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.float()  # torch's fused kernel expects the scale in the dtype it computes in
