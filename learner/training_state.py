@@ -96,6 +96,16 @@ def load_training_state(
     return int(document["version"])
 
 
+@torch.no_grad()
+def load_weights(folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Only the trained weights of a checkpoint, in place, cast to the parameters' dtypes. Raises ConfigError if the
+    checkpoint has other parameters."""
+    weights = load_file(folder / _WEIGHTS)
+    _check_parameters(folder, weights, parameters)
+    for name, parameter in parameters.items():
+        copy_full(parameter, weights[name])
+
+
 def _check_parameters(
     folder: Path, weights: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
 ) -> None:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tora.commands import bench, configs, doctor, help, run, torchtune
+from tora.commands import bench, configs, doctor, evaluate, export, help, run, torchtune
 from tora.commands.recipes import program
 from tora.errors import ConfigError, ToraError
 
@@ -40,6 +40,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     run.add_parser(commands)
+    evaluate.add_parser(commands)
+    export.add_parser(commands)
     configs.add_parsers(commands)
     help.add_parser(commands)
     bench.add_parser(commands)
@@ -50,7 +52,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if rest:
         # argparse does not match overrides that follow an option, as in `run RECIPE --config CONFIG key=value`
-        if args.command is not run.command or any(word.startswith("-") for word in rest):
+        if not hasattr(args, "overrides") or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides += rest
     return args

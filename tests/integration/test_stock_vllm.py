@@ -14,10 +14,13 @@ import torch
 from adapters import shake
 from peft import PeftModel
 from peft_reference import TOLERANCE, VisionReference
-from tiny import LINEARS, make_vl_model, picture
+from tiny import LINEARS, make_text_model, make_vl_model, picture
+from transformers import AutoModelForCausalLM
 from vision_learners import vl_config
 
 from learner.learner import Learner
+from tora.launch.policies import export_merged
+from tora.run.target import find
 
 pytest.importorskip("vllm")
 
@@ -30,13 +33,16 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 asked = json.load(sys.stdin)
-llm = LLM(asked["model"], dtype="float32", max_model_len=256, max_num_seqs=4, enforce_eager=True, enable_lora=True,
-    max_lora_rank=8, kv_cache_memory_bytes=16 << 20, lora_target_modules=asked["targets"],
-    enable_tower_connector_lora=asked["tower"], mm_device_do_normalize=False, limit_mm_per_prompt={"video": 0})
-images = [Image.open(io.BytesIO(bytes.fromhex(image))) for image in asked["images"]]
-prompt = {"prompt_token_ids": asked["prompt"], "multi_modal_data": {"image": images}}
+lora = dict(enable_lora=True, max_lora_rank=8, lora_target_modules=asked["targets"],
+    enable_tower_connector_lora=asked["tower"], mm_device_do_normalize=False,
+    limit_mm_per_prompt={"video": 0}) if "adapter" in asked else {}
+llm = LLM(asked["model"], dtype="float32", max_model_len=256, max_num_seqs=4, enforce_eager=True,
+    kv_cache_memory_bytes=16 << 20, **lora)
+images = [Image.open(io.BytesIO(bytes.fromhex(image))) for image in asked.get("images", [])]
+prompt = {"prompt_token_ids": asked["prompt"], **({"multi_modal_data": {"image": images}} if images else {})}
+request = LoRARequest("policy", 1, asked["adapter"]) if lora else None
 params = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
-(output,) = llm.generate([prompt], params, lora_request=LoRARequest("policy", 1, asked["adapter"]), use_tqdm=False)
+(output,) = llm.generate([prompt], params, lora_request=request, use_tqdm=False)
 sample = output.outputs[0]
 pairs = [(token, step[token].logprob) for token, step in zip(sample.token_ids, sample.logprobs)]
 print("ANSWER" + json.dumps({"prompt": list(output.prompt_token_ids), "pairs": pairs}))
@@ -55,6 +61,25 @@ def stock_vllm(**asked: Any) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.rpartition("ANSWER")[2])
+
+
+@pytest.mark.slow
+def test_a_merged_dora_is_served_as_in_peft(tmp_path: Path) -> None:
+    """vLLM refuses DoRA adapters; the merged folder is a model like any other."""
+    folder = make_text_model(tmp_path / "model")
+    learner = Learner(learner_config(folder, "dora"))
+    shake(learner.model)
+    learner.export(tmp_path / "adapter")
+    export_merged(find(str(tmp_path / "adapter")), tmp_path / "merged")
+    prompt = list(range(20, 60))
+    answer = stock_vllm(model=str(tmp_path / "merged"), prompt=prompt)
+    tokens, logprobs = zip(*answer["pairs"], strict=True)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert float((expected - torch.tensor(logprobs)).abs().max()) < TOLERANCE
 
 
 @pytest.mark.parametrize("train_vision", [pytest.param("none", marks=pytest.mark.slow), "lora"])

@@ -78,6 +78,8 @@ def check_tora(words: list[str]) -> None:
         config_file(args.name)
     elif words[0] == "help" and args.key:
         explain(args.key)
+    elif words[0] == "eval" and args.config:
+        config_file(args.config)
     elif words[0] == "bench" and args.config:
         assert args.config in shape_names()
     elif words[0] == "doctor" and args.parity:

@@ -23,10 +23,10 @@ from tora.models.hub import named
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_TOWER_LINEARS = ("attn.qkv", "attn.proj", "linear_fc1", "linear_fc2")
+TOWER_LINEARS = ("attn.qkv", "attn.proj", "linear_fc1", "linear_fc2")
 """PEFT targets that match exactly the linear layers of a vision tower and its mergers. A bare `proj` would match the
 patch embedding too, a convolution."""
-_TOWER_MODULE = "visual"
+TOWER_MODULE = "visual"
 _WEIGHTS = "adapter_model.safetensors"
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 """What torch.compile, FSDP, checkpointing and DDP put into names; some trainers save them."""
@@ -49,7 +49,7 @@ def peft_config(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: alpha_of(layer.rank, layer.scaling, cfg.use_rslora) for name, layer in layers.items()}
     others = {name: alpha for name, alpha in alphas.items() if not math.isclose(alpha, cfg.lora_alpha)}
-    tower = _TOWER_LINEARS if cfg.train_vision == "lora" else ()
+    tower = TOWER_LINEARS if cfg.train_vision == "lora" else ()
     base = named(cfg)
     return {
         "peft_type": "LORA",
@@ -63,7 +63,7 @@ def peft_config(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
         "use_rslora": cfg.use_rslora,
         "use_dora": cfg.lora_type != "lora",
         "target_modules": list(layers) if isinstance(cfg.lora_targets, str) else [*cfg.lora_targets, *tower],
-        "modules_to_save": [_TOWER_MODULE] if cfg.train_vision == "full" else None,
+        "modules_to_save": [TOWER_MODULE] if cfg.train_vision == "full" else None,
         "lora_dropout": cfg.lora_dropout,
         "bias": "none",
         "inference_mode": True,
@@ -114,7 +114,7 @@ def _check_settings(theirs: PeftConfig, cfg: ModelConfig, folder: Path) -> None:
             raise ConfigError(
                 f"the adapter in {str(folder)!r} has {field}={their_value}, and {key} makes it {our_value} in this run"
             )
-    expected = [_TOWER_MODULE] if cfg.train_vision == "full" else []
+    expected = [TOWER_MODULE] if cfg.train_vision == "full" else []
     if list(theirs.modules_to_save) != expected:
         raise ConfigError(
             f"the adapter in {str(folder)!r} has modules_to_save={list(theirs.modules_to_save)}, and a run with "

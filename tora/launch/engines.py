@@ -23,9 +23,12 @@ from tora.protocols import Engine
 from tora.tasks.prompts import RunPrompts
 
 if TYPE_CHECKING:
+    import torch
+
     from actors.episode import EpisodePlayer
     from actors.vllm_engine.weight_updates import WeightUpdate
     from learner.learner import Learner as Rank
+    from tora.models.decoder import Decoder
 
 
 INSTALL = "pip install -e '.[async_rl]', or '.[async_rl_cpu]' without a GPU"
@@ -199,7 +202,6 @@ def _weight_update(cfg: RunConfig) -> WeightUpdate:
 
 def make_torch_engine(cfg: RunConfig) -> Engine:
     """A torch engine with its own copy of the learner's model."""
-    from actors.torch_engine.engine import TorchEngine
     from learner.compile import compile_layers
     from learner.policy import build_policy
     from tora.distributed.device import device_for
@@ -208,10 +210,17 @@ def make_torch_engine(cfg: RunConfig) -> Engine:
     model = build_policy(cfg, device)
     if cfg.compile:
         compile_layers(model)
+    return torch_engine_of(cfg, model, device, shared=False)
+
+
+def torch_engine_of(cfg: RunConfig, model: Decoder, device: torch.device, *, shared: bool) -> Engine:
+    """A torch engine that generates with `model`, which is on `device`. `shared`: snapshots bring no tensors."""
+    from actors.torch_engine.engine import TorchEngine
+
     return TorchEngine(
         model,
         device=device,
-        shared=False,
+        shared=shared,
         max_rows=_max_rows(cfg),
         cuda_graphs=_cuda_graphs(cfg, device),
         processor=_image_processor(cfg),

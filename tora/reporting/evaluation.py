@@ -105,3 +105,15 @@ def interval(values_P: Sequence[float], level: float = 0.95, seed: int = 0) -> t
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def mean_intervals(
+    groups_P: Sequence[Group], num_samples: int, passes: Passes | None
+) -> dict[str, tuple[float, float]]:
+    """95% intervals of the mean reward and, if something passes, of each pass@k, by name."""
+    found = {"reward": interval([sum(r.reward for r in group.rollouts) / num_samples for group in groups_P])}
+    if passes is not None:
+        passed_P = num_passed(groups_P, passes)
+        for k in mean_pass_at(passed_P, num_samples):
+            found[f"pass@{k}"] = interval([pass_at_k(num_samples, c, k) for c in passed_P])
+    return found
