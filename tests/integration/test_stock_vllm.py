@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import shake
+from learners import config
 from peft import PeftModel
 from peft_reference import TOLERANCE, VisionReference
 from tiny import LINEARS, make_text_model, make_vl_model, picture
@@ -67,7 +68,7 @@ def stock_vllm(**asked: Any) -> dict[str, Any]:
 def test_a_merged_dora_is_served_as_in_peft(tmp_path: Path) -> None:
     """vLLM refuses DoRA adapters; the merged folder is a model like any other."""
     folder = make_text_model(tmp_path / "model")
-    learner = Learner(learner_config(folder, "dora"))
+    learner = Learner(config(folder, "dora"))
     shake(learner.model)
     learner.export(tmp_path / "adapter")
     export_merged(find(str(tmp_path / "adapter")), tmp_path / "merged")
