@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import tomllib
 import venv
 from pathlib import Path
@@ -46,17 +47,19 @@ def test_the_rayjob_fits_its_schema() -> None:
     wrong["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 1
     assert len(errors_in_job(wrong)) == 2, "the schema rejects a wrong type and an unknown key"
     spec = job["spec"]
-    assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"] > 0) == (
-        0,
-        True,
-        True,
-    )
+    assert spec["backoffLimit"] > 0 and "resume_from_checkpoint=auto" in spec["entrypoint"], "a retry goes on"
+    assert spec["shutdownAfterJobFinishes"] is True and spec["ttlSecondsAfterFinished"] > 0
+    assert spec["rayClusterSpec"]["enableInTreeAutoscaling"] is True, "else minReplicas and maxReplicas mean nothing"
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
     for group in groups:
         pod = group["template"]["spec"]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         (container,) = pod["containers"]
+        (hook,) = container["lifecycle"].values()
+        subprocess.run(["sh", "-n", "-c", hook["exec"]["command"][2]], check=True)
+        stop_s = int(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+        assert pod["terminationGracePeriodSeconds"] > stop_s
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
         assert mounts["/outputs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
@@ -105,6 +108,47 @@ def test_shell_files_parse(file: Path) -> None:
     subprocess.run(["bash", "-n", file], check=True)
     if shellcheck := shutil.which("shellcheck"):
         subprocess.run([shellcheck, file], check=True)
+
+
+FAKES = {
+    "scontrol": """if [ "$1" = show ]; then echo node1; else echo "scontrol $*" >>"$LOG"; fi""",
+    "srun": """echo "srun $SRUN_CPUS_PER_TASK $*" >>"$LOG"
+case "$*" in *hostname*) echo 10.1.2.3 172.17.0.1 ;; esac""",
+    "python": "echo 0123",
+    "tora": """echo "tora $*" >>"$LOG"
+trap 'kill "$!"; exit 130' TERM
+sleep "$NAP" & echo ready >>"$LOG"; wait "$!"; exit "$CODE\"""",
+}
+"""Slurm's commands and the run, as far as the batch file uses them."""
+
+
+@pytest.mark.parametrize(
+    ("nap", "code", "expected", "requeued"),
+    [("60", 0, 130, True), ("0", 0, 0, False), ("0", 1, 1, False)],
+    ids=["time limit", "finished", "failed"],
+)
+def test_slurm_puts_a_run_that_stopped_in_time_back(
+    tmp_path: Path, nap: str, code: int, expected: int, requeued: bool
+) -> None:
+    folder, log = tmp_path / ".venv/bin", tmp_path / "log"
+    folder.mkdir(parents=True)
+    for name, script in FAKES.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    slurm = {"SUBMIT_DIR": str(tmp_path), "JOB_NODELIST": "node1", "JOB_ID": "7", "CPUS_PER_TASK": "32"}
+    variables = {"LOG": str(log), "NAP": nap, "CODE": str(code), **{f"SLURM_{k}": v for k, v in slurm.items()}}
+    words = ["bash", DEPLOY / "slurm.sbatch", "quickstart", "resume_from_checkpoint=false"]
+    job = subprocess.Popen(words, env={**os.environ, **variables}, stdout=subprocess.DEVNULL)
+    while requeued and "ready" not in (log.read_text() if log.exists() else ""):
+        assert job.poll() is None
+        time.sleep(0.02)
+    if requeued:
+        job.terminate()
+    assert job.wait(30) == expected
+    said = log.read_text().splitlines()
+    assert "tora run quickstart resume_from_checkpoint=auto resume_from_checkpoint=false async_rl=true" in said
+    assert any("srun 32 --overlap --no-kill" in line and "--node-ip-address=10.1.2.3 " in line for line in said)
+    assert ("scontrol requeue 7" in said) is requeued
 
 
 def test_versions_agree() -> None:

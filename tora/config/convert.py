@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tora.config.schema import RunConfig
@@ -62,9 +62,11 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value, key)  # type: ignore[arg-type]
     if origin is Literal:
-        if value in args:
-            return value
-        raise ConfigError(f"{key}={show(value)} must be one of {', '.join(args)}{nearest(str(value), args)}.")
+        for arg in args:
+            if type(value) is type(arg) and value == arg:
+                return arg
+        names = choices(args)
+        raise ConfigError(f"{key}={show(value)} must be one of {', '.join(names)}{nearest(str(value), names)}.")
     if origin is list:
         if isinstance(value, list):
             return [_convert(args[0], item, f"{key}.{i}") for i, item in enumerate(value)]
@@ -91,6 +93,11 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
         if math.isfinite(number):
             return number
     raise ConfigError(f"{key}={show(value)} must be {SCALARS[kind]}.")
+
+
+def choices(args: Iterable[Any]) -> list[str]:
+    """The values of a `Literal` as in YAML."""
+    return [arg if isinstance(arg, str) else show(arg) for arg in args]
 
 
 def _inner(hint: Any) -> Any:

@@ -23,6 +23,8 @@ from tora.config.rules import check
 from tora.config.schema import Component, RunConfig
 from tora.errors import ConfigError, nearest
 
+RUN_ID = "run_id"
+"""A line of the `config.yaml` that a run writes: the run's identity, which is no setting and is passed over here."""
 _BASES = "base"
 """Folder in `configs/` with files for others to extend; they are not complete configs."""
 
@@ -145,6 +147,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {_reason(error)}.") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must contain keys and values.")
+    tree.pop(RUN_ID, None)
     extends = tree.pop("extends", [])
     merged: dict[str, Any] = {}
     for name in extends if isinstance(extends, list) else [extends]:

@@ -19,7 +19,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tora.config.bounds import bounds_of
-from tora.config.convert import SCALARS, join, show
+from tora.config.convert import SCALARS, choices, join, show
 from tora.config.schema import RunConfig
 
 TOP = ""
@@ -129,7 +129,7 @@ def _words(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_words(arg) for arg in args if arg is not type(None))
     if origin is Literal:
-        return f"one of {', '.join(args)}"
+        return f"one of {', '.join(choices(args))}"
     if origin is list:
         return "a list of components" if get_origin(args[0]) is dict else f"a list of {_words(args[0])}"
     if origin is Mapping:

@@ -230,8 +230,10 @@ class RunConfig:
     max_learner_restarts: Annotated[int, AtLeast(0), FREE] = 3
     """With `async_rl`: how many times the learner is restarted from the newest checkpoint after a rank is lost, before
     the run ends."""
-    resume_from_checkpoint: Annotated[bool, FREE] = False
-    """Continue from the newest checkpoint in `output_dir`. It is an error if there is none."""
+    resume_from_checkpoint: Annotated[Literal[True, False, "auto"], FREE] | None = None
+    """Whether to continue from the newest intact checkpoint in `output_dir`. true: it is an error if there is none.
+    false: start a new run. `auto`: continue if there is one, otherwise start, so that one command serves the first try
+    and every retry. null: `auto` in a submitted Ray job, otherwise false."""
 
     num_steps: Annotated[int, AtLeast(1)] = 100
     """Training steps of the whole run. A resumed run counts the steps already done."""

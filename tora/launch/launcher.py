@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tora.config.components import import_from
-from tora.config.load import dump_yaml, read_tree
+from tora.config.load import read_tree
 from tora.config.resuming import check_resumed
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
@@ -17,7 +17,7 @@ from tora.errors import ConfigError, TrainingError
 from tora.launch.engines import ROLLOUT_BASE, with_engine
 from tora.launch.in_process import in_process
 from tora.launch.on_ray import on_ray
-from tora.launch.ray_cluster import output_folder
+from tora.launch.ray_cluster import is_submitted_job, output_folder
 from tora.launch.signals import stop_signals
 from tora.models.hub import fetched, named
 from tora.reporting.metrics import MetricLog, NoLog
@@ -25,12 +25,12 @@ from tora.reporting.summary import print_summary, reward_curve
 from tora.run.canary import NUM_PROBES, Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.folder import RunFolder, held
+from tora.run.identity import ADAPTER, CONFIG, is_finished, new_run_id, run_id_in, write_config
 from tora.run.loop import Outcome
 from tora.run.recovery import train_and_export
 from tora.run.run import Run
 from tora.tasks.prompts import RunPrompts
 
-_CONFIG = "config.yaml"
 _log = logging.getLogger(__name__)
 
 
@@ -44,20 +44,32 @@ def run(cfg: RunConfig) -> bool:
     cfg = with_engine(cfg)
     folder = output_folder(cfg.output_dir)
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
-    cfg = _with_model(cfg, folder / _CONFIG)
-    _check_inputs(cfg, folder)
+    resumes = cfg.resume_from_checkpoint
+    if resumes is None:
+        resumes = "auto" if is_submitted_job() else False
+        cfg = replace(cfg, resume_from_checkpoint=resumes)
+    cfg = _with_model(cfg, folder / CONFIG)
+    if not resumes:
+        _check_inputs(cfg, folder)
     with (
-        _held(cfg, folder) as claim,
+        _held(folder, resumes=resumes is True) as claim,
         (on_ray if cfg.async_rl else in_process)(cfg) as site,
         stop_signals() as stop_requested,
     ):
         world = site.world
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=world.rank == 0)
-        resume = checkpoints.to_resume() if cfg.resume_from_checkpoint else None
+        resume = checkpoints.to_resume(may_start=resumes == "auto") if resumes else None
         if resume is not None:
-            changed = check_resumed(folder / _CONFIG, _portable(cfg))
+            changed = check_resumed(folder / CONFIG, _portable(cfg))
             if changed and world.rank == 0:
                 _log.warning("resuming with changed settings: %s", ", ".join(map(str, changed)))
+            if resumes == "auto" and is_finished(folder / ADAPTER, cfg.num_steps):
+                _log.warning(
+                    "the run in %s has finished its %d steps; another needs another output_dir", folder, cfg.num_steps
+                )
+                return True
+        elif resumes:
+            _check_inputs(cfg, folder)
         prompts = RunPrompts(cfg)
         learner = site.learner()
         state = RunState()
@@ -68,6 +80,10 @@ def run(cfg: RunConfig) -> bool:
                 raise ConfigError(
                     f"num_steps={cfg.num_steps} is less than the {state.step} steps of checkpoint {resume}."
                 )
+            _check_identity(resume, state, run_id_in(folder))
+            if resumes == "auto" and world.rank == 0:
+                _log.warning("run %s goes on from step %d in %s", state.run_id, state.step, folder)
+        state.run_id = state.run_id or new_run_id()
         log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
         world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
         rollouts = site.rollouts(prompts, state)
@@ -115,27 +131,36 @@ def _portable(cfg: RunConfig) -> RunConfig:
     return replace(cfg, model=named(cfg.model))
 
 
-def _held(cfg: RunConfig, folder: Path) -> AbstractContextManager[RunFolder | None]:
+def _held(folder: Path, *, resumes: bool) -> AbstractContextManager[RunFolder | None]:
     """The run's folder, held by rank 0; None on other ranks."""
     if World.from_environment().rank > 0:
         return nullcontext()
-    return held(folder, resumes=cfg.resume_from_checkpoint)
+    return held(folder, resumes=resumes)
 
 
 def _check_inputs(cfg: RunConfig, folder: Path) -> None:
     """Raises ConfigError if a new run would rename, with its folder, a folder that it starts from."""
-    if cfg.resume_from_checkpoint:
-        return
     for key, path in (("model.path", cfg.model.path), ("model.adapter_path", cfg.model.adapter_path)):
         if path and Path(path).resolve().is_relative_to(folder.resolve()):
             raise ConfigError(f"{key}={path} is in output_dir={folder}, which a new run renames; move one of them.")
+
+
+def _check_identity(checkpoint: Path, state: RunState, run_id: str | None) -> None:
+    """Raises ConfigError if a checkpoint is of another run than its folder. Either may have no id, from before there
+    were any; the state then has the other's."""
+    if state.run_id and run_id and state.run_id != run_id:
+        raise ConfigError(
+            f"checkpoint {checkpoint} is of run {state.run_id}, but {CONFIG} beside it is of run {run_id}. Move one of "
+            "them to another folder."
+        )
+    state.run_id = state.run_id or run_id or ""
 
 
 def _open(cfg: RunConfig, folder: RunFolder, state: RunState, *, resumes: bool) -> MetricLog:
     """Write the config and open the log. Unless the run is resumed, an earlier run in the folder is renamed."""
     if not resumes:
         folder.start_over()
-    (folder.path / _CONFIG).write_text(dump_yaml(_portable(cfg)))
+    write_config(folder.path, _portable(cfg), state.run_id)
     return MetricLog(cfg, folder.path, first_step=state.step)
 
 

@@ -95,11 +95,15 @@ def role_resources(role: Role) -> dict[str, float]:
     return {name: 0.001} if name in ray.cluster_resources() else {}
 
 
+def is_submitted_job() -> bool:
+    """Whether this process is the program of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray for a job's program
+
+
 def output_folder(output_dir: str) -> Path:
     """`output_dir` as an absolute path. A relative one is relative to TORA_OUTPUT_ROOT or the working directory.
 
     The working directory of a submitted job is a copy that Ray deletes, so a job uses the home folder instead.
     """
-    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray for a job's program
-    root = os.environ.get("TORA_OUTPUT_ROOT") or (Path.home() if is_job else Path.cwd())
+    root = os.environ.get("TORA_OUTPUT_ROOT") or (Path.home() if is_submitted_job() else Path.cwd())
     return (Path(root) / Path(output_dir).expanduser()).absolute()

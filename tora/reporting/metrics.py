@@ -59,8 +59,8 @@ class MetricLog:
         Raises ConfigError if a `metric_logger` cannot be built.
         """
         self.path = folder / "metrics.jsonl"
-        self._loggers = [build_logger(component, folder) for component in cfg.metric_logger]
         cut(self.path, first_step)
+        self._loggers = [build_logger(component, folder) for component in cfg.metric_logger]
         self._file = self.path.open("a")
         self._console = ConsoleLog(console or Console(), cfg.name, first_step, cfg.num_steps)
 

@@ -33,11 +33,15 @@ class RunState:
     """The highest held-out reward so far."""
     evals_since_best: int = 0
     """Evaluations since then."""
+    run_id: str = ""
+    """See `tora.run.identity`; empty in a checkpoint that has none."""
 
     def assign(self, other: RunState) -> None:
-        """Copy `other`'s fields, for holders of this object."""
+        """Copy `other`'s fields, for holders of this object. An empty `run_id` leaves this one's."""
+        run_id = other.run_id or self.run_id
         for each in fields(self):
             setattr(self, each.name, getattr(other, each.name))
+        self.run_id = run_id
 
 
 class Checkpoints:
@@ -45,7 +49,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, *, is_writer: bool = True) -> None:
         """`is_writer`: this rank writes. Every rank must call `save`, which is collective for the learners."""
-        self._folder, self._keep, self._is_writer = folder, keep, is_writer
+        self._folder, self._keep, self.is_writer = folder, keep, is_writer
         self._damaged: list[Path] = []
 
     def newest(self) -> Path | None:
@@ -60,16 +64,20 @@ class Checkpoints:
                 _log.warning("checkpoint %s is damaged and left out: %s", folder, clause)
         return None
 
-    def to_resume(self) -> Path:
-        """`newest`. Raises ConfigError if there is none, and names what is damaged."""
+    def to_resume(self, *, may_start: bool = False) -> Path | None:
+        """`newest`; None without any checkpoint if the run `may_start` instead.
+
+        Raises ConfigError if there is none otherwise, or none that is intact, and names what is damaged: a run that has
+        lost its checkpoints is not started over without being told to.
+        """
         folder = self.newest()
         if folder is None:
             damaged = [f"{bad.name} is damaged: {damage(bad)}" for bad in self._all()]
-            if not damaged:
-                raise ConfigError(f"resume_from_checkpoint=true, but {self._folder} holds no checkpoint")
-            raise ConfigError(
-                f"resume_from_checkpoint=true, but {self._folder} holds no intact checkpoint; {'; '.join(damaged)}"
-            )
+            asked = f"resume_from_checkpoint={'auto' if may_start else 'true'}"
+            if damaged:
+                raise ConfigError(f"{asked}, but {self._folder} holds no intact checkpoint; {'; '.join(damaged)}")
+            if not may_start:
+                raise ConfigError(f"{asked}, but {self._folder} holds no checkpoint")
         return folder
 
     def folder_of(self, step: int) -> Path:
@@ -85,7 +93,7 @@ class Checkpoints:
         """
         final = self.folder_of(state.step)
         temporary = self._folder / f".{final.name}"
-        if not self._is_writer:
+        if not self.is_writer:
             learner.save(temporary)
             return
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that died while writing
@@ -106,6 +114,7 @@ class Checkpoints:
         learner.save(temporary)
         save_groups(temporary, state.rollouts.finished)
         document = {
+            "run_id": state.run_id,
             "step": state.step,
             "seconds": state.seconds,
             "best_reward": state.best_reward,
@@ -125,4 +134,4 @@ class Checkpoints:
         document = json.loads((folder / _STATE).read_text())
         rollouts = RolloutState(document["cursor"], document["pending"], load_groups(folder, prompt_at))
         best, since = document.get("best_reward"), document.get("evals_since_best", 0)  # absent from older checkpoints
-        return RunState(document["step"], rollouts, document["seconds"], best, since)
+        return RunState(document["step"], rollouts, document["seconds"], best, since, document.get("run_id", ""))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from tora.errors import ConfigError
+from tora.run.identity import CONFIG, run_id_in
 
 LOCK = ".tora.lock"
 """Exists in every run's folder; locked for as long as the run lives, on the machine of its driver."""
@@ -67,10 +68,14 @@ class RunFolder:
             return []
         if not self.path.is_dir():
             raise ConfigError(f"output_dir={str(self.path)!r} is a file. Choose a folder.")
-        return [path for path in self.path.iterdir() if path.name != LOCK]
+        return [path for path in self.path.iterdir() if path.name not in (LOCK, f".{CONFIG}")]
 
     def _is_run(self) -> bool:
-        return all((self.path / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+        if all((self.path / name).is_file() for name in (CONFIG, "metrics.jsonl")):
+            return True
+        with suppress(ConfigError):  # a stranger's config.yaml may be anything
+            return run_id_in(self.path) is not None  # a run that died while it started
+        return False
 
 
 @contextmanager

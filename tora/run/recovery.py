@@ -36,7 +36,7 @@ def train_and_export(run: Run) -> Outcome:
                 if (folder := run.checkpoints.newest()) is not None:
                     run.learner.restore(folder)
             outcome = train(run)
-            run.learner.export(run.result_folder)
+            run.export()
             return outcome
         except (RolloutError, ConfigError):
             with suppress(LearnerLost):

@@ -14,6 +14,7 @@ from tora.rewards.accuracy import accuracy_reward
 from tora.run.best import is_best
 from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
+from tora.run.identity import result_name, write_identity
 from tora.types import Metrics, Prompt, Rollout
 
 
@@ -63,7 +64,7 @@ class Run:
     @property
     def result_folder(self) -> Path:
         """Where the trained policy is exported."""
-        return self.folder / ("model" if self.cfg.model.lora_type == "full" else "adapter")
+        return self.folder / result_name(self.cfg)
 
     @property
     def best_folder(self) -> Path:
@@ -92,6 +93,12 @@ class Run:
         if is_best(self.state, main) and self.cfg.eval.keep_best:
             self.learner.export(self.best_folder)
         return main
+
+    def export(self) -> None:
+        """Write the trained policy into `result_folder`, with the run's identity beside it."""
+        self.learner.export(self.result_folder)
+        if self.checkpoints.is_writer:
+            write_identity(self.result_folder, self.state.run_id, self.state.step)
 
     def save_after_failure(self) -> None:
         """Write a checkpoint of what the learner has, if there is none of it yet and the other ranks need not join."""

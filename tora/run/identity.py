@@ -1,0 +1,60 @@
+"""A run's identity: one id from its first step to its last, whatever process continues it. It is in the folder's
+`config.yaml`, in every checkpoint, beside the adapter, and names the run for metric loggers."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+
+import yaml
+
+from tora.config.load import RUN_ID, dump_yaml
+from tora.config.schema import RunConfig
+from tora.errors import ConfigError
+
+CONFIG = "config.yaml"
+ADAPTER = "adapter"
+"""The folder in the output folder that the policy is exported into."""
+IDENTITY = "tora_run.json"
+"""In the adapter's folder: which run exported it, and after how many steps."""
+
+
+def new_run_id() -> str:
+    """Such as `20261126-071500-3f9a1c`: the time of the start and three random bytes, in letters that every logger
+    takes."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def run_id_in(folder: Path) -> str | None:
+    """The id of the run in an output folder; None if there is no run, or one that has none."""
+    try:
+        tree = yaml.safe_load((folder / CONFIG).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{folder / CONFIG} cannot be read: {str(error).splitlines()[0]}.") from error
+    return str(tree[RUN_ID]) if isinstance(tree, dict) and tree.get(RUN_ID) else None
+
+
+def write_config(folder: Path, cfg: RunConfig, run_id: str) -> None:
+    """Write `config.yaml` under a temporary name and rename it, so that a crash leaves the old one or the new one."""
+    aside = folder / f".{CONFIG}"
+    aside.write_text(f"{RUN_ID}: {run_id}\n{dump_yaml(cfg)}")
+    os.replace(aside, folder / CONFIG)
+
+
+def is_finished(adapter: Path, num_steps: int) -> bool:
+    """Whether the run has exported its last step's policy into the adapter's folder."""
+    try:
+        return json.loads((adapter / IDENTITY).read_text())["step"] == num_steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_identity(adapter: Path, run_id: str, step: int) -> None:
+    """`step`: the policy version in the adapter's folder."""
+    if adapter.is_dir():
+        (adapter / IDENTITY).write_text(json.dumps({RUN_ID: run_id, "step": step}) + "\n")
