@@ -25,7 +25,7 @@ from tora.reporting.summary import print_summary, reward_curve
 from tora.run.canary import NUM_PROBES, Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.folder import RunFolder, held
-from tora.run.identity import ADAPTER, CONFIG, is_finished, new_run_id, run_id_in, write_config
+from tora.run.identity import CONFIG, is_finished, new_run_id, result_name, run_id_in, write_config
 from tora.run.loop import Outcome
 from tora.run.recovery import train_and_export
 from tora.run.run import Run
@@ -63,7 +63,7 @@ def run(cfg: RunConfig) -> bool:
             changed = check_resumed(folder / CONFIG, _portable(cfg))
             if changed and world.rank == 0:
                 _log.warning("resuming with changed settings: %s", ", ".join(map(str, changed)))
-            if resumes == "auto" and is_finished(folder / ADAPTER, cfg.num_steps):
+            if resumes == "auto" and is_finished(folder / result_name(cfg), cfg.num_steps):
                 _log.warning(
                     "the run in %s has finished its %d steps; another needs another output_dir", folder, cfg.num_steps
                 )

@@ -1,5 +1,5 @@
 """A run's identity: one id from its first step to its last, whatever process continues it. It is in the folder's
-`config.yaml`, in every checkpoint, beside the adapter, and names the run for metric loggers."""
+`config.yaml`, in every checkpoint, in the exported adapter, and names the run for metric loggers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 
 CONFIG = "config.yaml"
-ADAPTER = "adapter"
-"""The folder in the output folder that the policy is exported into."""
 IDENTITY = "tora_run.json"
-"""In the adapter's folder: which run exported it, and after how many steps."""
+"""In the folder of an exported policy: which run exported it, and after how many steps."""
+
+
+def result_name(cfg: RunConfig) -> str:
+    """The folder in the output folder that the trained policy is exported into."""
+    return "model" if cfg.model.lora_type == "full" else "adapter"
 
 
 def new_run_id() -> str:
@@ -46,15 +49,15 @@ def write_config(folder: Path, cfg: RunConfig, run_id: str) -> None:
     os.replace(aside, folder / CONFIG)
 
 
-def is_finished(adapter: Path, num_steps: int) -> bool:
-    """Whether the run has exported its last step's policy into the adapter's folder."""
+def is_finished(exported: Path, num_steps: int) -> bool:
+    """Whether the run has exported its last step's policy into the folder `exported`."""
     try:
-        return json.loads((adapter / IDENTITY).read_text())["step"] == num_steps
+        return json.loads((exported / IDENTITY).read_text())["step"] == num_steps
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def write_identity(adapter: Path, run_id: str, step: int) -> None:
-    """`step`: the policy version in the adapter's folder."""
-    if adapter.is_dir():
-        (adapter / IDENTITY).write_text(json.dumps({RUN_ID: run_id, "step": step}) + "\n")
+def write_identity(exported: Path, run_id: str, step: int) -> None:
+    """`step`: the policy version in the folder."""
+    if exported.is_dir():
+        (exported / IDENTITY).write_text(json.dumps({RUN_ID: run_id, "step": step}) + "\n")
