@@ -37,8 +37,8 @@ def test_every_key_has_a_mark_and_those_of_the_policy_are_fixed() -> None:
     by_key = marks()
     assert by_key.keys() == {entry.key for entry in entries() if not entry.is_section}
     fixed = {key for key, mark in by_key.items() if mark is Resume.FIXED}
-    names = ["path", "lora_type", "train_vision", "lora_rank", "lora_alpha", "use_rslora", "lora_targets"]
-    assert fixed == {*(f"model.{name}" for name in names), "model.quantize_base"}
+    names = ["path", "revision", "implementation", "lora_type", "train_vision", "lora_rank", "lora_alpha", "use_rslora"]
+    assert fixed == {*(f"model.{name}" for name in names), "model.lora_targets", "model.quantize_base"}
     assert by_key["optimizer"] is Resume.FIXED_COMPONENT
     assert by_key["loss"] is by_key["temperature"] is Resume.APPLIED
     assert by_key["metric_logger"] is by_key["rollout.num_workers"] is by_key["checkpoint.keep"] is Resume.FREE

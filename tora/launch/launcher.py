@@ -48,9 +48,9 @@ def run(cfg: RunConfig) -> bool:
     if resumes is None:
         resumes = "auto" if is_submitted_job() else False
         cfg = replace(cfg, resume_from_checkpoint=resumes)
-    cfg = _with_model(cfg, folder / CONFIG)
     if not resumes:
         _check_inputs(cfg, folder)
+    cfg = _with_model(cfg, folder / CONFIG)
     with (
         _held(folder, resumes=resumes is True) as claim,
         (on_ray if cfg.async_rl else in_process)(cfg) as site,
