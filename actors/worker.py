@@ -63,19 +63,21 @@ class RolloutWorker:
         eval_sampling: Sampling,
         group_size: int,
         seed: int,
+        eval_seed: int | None = None,
         part_tokens: int | None = None,
         eval_samples: int = 1,
         make_player: Callable[[], EpisodePlayer] | None = None,
     ) -> None:
         """Engine and rewarder are built here, in the process that uses them. `tokenizer` is only used to decode.
 
-        `eval_samples`: rollouts per evaluation prompt.
+        `eval_samples`: rollouts per evaluation prompt. `eval_seed`: of evaluations; None for `seed`.
         `part_tokens`: training rollouts are generated in parts of this many tokens; see `actors.continuation`.
         `make_player`: makes what plays episodes with environments; None for one turn without them.
         """
         self._engine, self._rewarder, self._tokenizer = make_engine(), make_rewarder(), tokenizer
         self._sampling, self._eval_sampling, self._eval_samples = sampling, eval_sampling, eval_samples
-        self._group_size, self._seed, self._part_tokens = group_size, seed, part_tokens
+        self._group_size, self._part_tokens = group_size, part_tokens
+        self._seeds = {TRAIN: seed, EVAL: seed if eval_seed is None else eval_seed}
         self._player = None if make_player is None else make_player()
 
     def run_group(self, prompt: Prompt) -> GroupResult:
@@ -92,7 +94,7 @@ class RolloutWorker:
     def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[GroupResult]:
         start = time.perf_counter()
         requests = [
-            SampleRequest(p.token_ids, group_size, group_seed(self._seed, purpose, p.id), sampling, p.images)
+            SampleRequest(p.token_ids, group_size, group_seed(self._seeds[purpose], purpose, p.id), sampling, p.images)
             for p in prompts_P
         ]
         part_tokens = self._part_tokens if purpose == TRAIN else None

@@ -57,6 +57,9 @@ class Sampling:
     ones; 1 is off."""
     stop_token_ids: tuple[int, ...] = ()
     """A stop token ends the completion and is part of it."""
+    stop: tuple[str, ...] = ()
+    """A string that ends the completion once the decoded text contains it; its tokens are part of the completion. It
+    may stand in one token, begin in the middle of one, or be a special token."""
 
     @property
     def reshapes(self) -> bool:
@@ -109,14 +112,14 @@ class Completion:
     versions: np.ndarray
     """[L] int64, the policy version that sampled each token."""
     stopped: bool
-    """Whether it ended with a stop token; False if it reached `max_tokens`."""
+    """Whether it ended with a stop token or a stop string; False if it reached `max_tokens`."""
 
 
 class StopReason(StrEnum):
     """Why a rollout ended."""
 
     STOP = "stop"
-    """The policy drew a stop token, and called no tool before it."""
+    """The policy drew a stop token, and called no tool before it, or it wrote a stop string."""
     LENGTH = "length"
     """It reached its token limit, or a tool's answer would have exceeded it."""
     TOOL_LIMIT = "tool_limit"

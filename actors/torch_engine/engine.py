@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from actors.torch_engine.cuda_graph import DecodeStep, GraphedStep
+from actors.torch_engine.stop_strings import StopStrings
 from actors.torch_engine.sampling import draw, log_distribution, log_policy
 from tora.adapters.inject import adapters_off, from_wire, num_trained_modules
 from tora.adapters.snapshot import digest, unpack
@@ -69,16 +71,19 @@ class TorchEngine:
         while_generating: Callable[[], AbstractContextManager[None]] = nullcontext,
         cuda_graphs: bool = False,
         processor: Callable[[], ImageProcessor] | None = None,
+        tokenizer: Callable[[], Any] | None = None,
     ) -> None:
         """`shared`: the learner trains this same model object.
 
         `max_rows`: rollouts decoded at once; a single request may exceed it. `while_generating`: a context entered for
         each call, in which a sharded model gathers its weights. `cuda_graphs`: only for an unsharded model on a GPU.
-        `processor`: makes the model's image processor, needed only for prompts with images.
+        `processor`: makes the model's image processor, needed only for prompts with images. `tokenizer`: makes its
+        tokenizer, needed only for stop strings.
         """
         self._model, self._device, self._shared, self._max_rows = model, device, shared, max_rows
         self._while_generating = while_generating
         self._read = ImageReader(model, processor, device)
+        self._tokenizer = tokenizer and cache(tokenizer)
         self._step: DecodeStep = GraphedStep(self._forward) if cuda_graphs else self._forward
         self._version: int | None = None
         self._turn = threading.Lock()
@@ -143,18 +148,18 @@ class TorchEngine:
 
     def _generate_batch(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         assert len({replace(r.sampling, max_tokens=0) for r in requests}) == 1, "one Sampling per call"
-        tokens_LB, logprobs_2LB, lengths_B = self._decode(requests)
-        stop = set(requests[0].sampling.stop_token_ids)
+        tokens_LB, logprobs_2LB, lengths_B, stopped_B = self._decode(requests)
         completions = [
-            self._completion(tokens_LB[:n, b], logprobs_2LB[:, :n, b], stop) for b, n in enumerate(lengths_B.tolist())
+            self._completion(tokens_LB[:n, b], logprobs_2LB[:, :n, b], bool(stopped_B[b]))
+            for b, n in enumerate(lengths_B.tolist())
         ]
         rows = iter(completions)
         return [[next(rows) for _ in range(r.num_samples)] for r in requests]
 
-    def _completion(self, tokens_L: np.ndarray, logprobs_2L: np.ndarray, stop: set[int]) -> Completion:
+    def _completion(self, tokens_L: np.ndarray, logprobs_2L: np.ndarray, stopped: bool) -> Completion:
         versions_L = np.full(len(tokens_L), self._version, dtype=np.int64)
         policy_L, sampling_L = logprobs_2L.copy()
-        return Completion(tokens_L.copy(), policy_L, sampling_L, versions_L, int(tokens_L[-1]) in stop)
+        return Completion(tokens_L.copy(), policy_L, sampling_L, versions_L, stopped)
 
     def _forward(self, token_B: torch.Tensor, cache: CachedAttention) -> torch.Tensor:
         return self._model(
@@ -203,9 +208,10 @@ class TorchEngine:
         arguments = {"tokens": tokens[None], "positions": where.unsqueeze(-2), "attend": attend, "images": seen}
         return _Packed(arguments, attend, lengths, next_)
 
-    def _decode(self, requests: Sequence[SampleRequest]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _decode(self, requests: Sequence[SampleRequest]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [L, B] int64; their log-probs [2, L, B] float32, under the policy and under the distribution they are
-        drawn from; and lengths [B]. Entries past a row's length are undefined."""
+        drawn from; lengths [B]; and whether each row ended with a stop token or string [B]. Entries past a row's length
+        are undefined."""
         sampling = requests[0].sampling
         max_tokens = max(r.sampling.max_tokens for r in requests)
         limit_B = torch.tensor([r.sampling.max_tokens for r in requests for _ in range(r.num_samples)]).to(self._device)
@@ -215,7 +221,9 @@ class TorchEngine:
         tokens_LB = torch.zeros_like(uniform_LB, dtype=torch.int64)
         logprobs_2LB = torch.zeros(2, *uniform_LB.shape, device=self._device)
         seen_BV = self._seen(requests, logits_BV) if sampling.repetition_penalty != 1 else None
+        strings = self._stop_strings(requests) if sampling.stop else None
         lengths_B = torch.zeros_like(tokens_LB[0])
+        stopped_B = torch.zeros_like(lengths_B, dtype=torch.bool)
         rows_B = torch.arange(len(lengths_B), device=self._device)  # original numbers of the rows still in the batch
         alive_B = torch.ones_like(rows_B, dtype=torch.bool)
         for step in range(max_tokens):
@@ -228,7 +236,11 @@ class TorchEngine:
             if seen_BV is not None:
                 seen_BV.scatter_(1, token_B[:, None], True)
             lengths_B[rows_B] += alive_B
-            alive_B = alive_B & ~torch.isin(token_B, stop) & (step + 1 < limit_B[rows_B])
+            ends_B = torch.isin(token_B, stop)
+            if strings is not None:
+                ends_B |= torch.tensor(strings.step(rows_B.tolist(), token_B.tolist()), device=self._device)
+            stopped_B[rows_B] |= alive_B & ends_B
+            alive_B = alive_B & ~ends_B & (step + 1 < limit_B[rows_B])
             num_alive = int(alive_B.sum())
             if num_alive == 0 or step + 1 == max_tokens:
                 break
@@ -239,7 +251,11 @@ class TorchEngine:
                 seen_BV = None if seen_BV is None else seen_BV[remaining]
             logits_BV = self._step(token_B, cache)
             cache.advance()
-        return tokens_LB.cpu().numpy(), logprobs_2LB.cpu().numpy(), lengths_B.cpu().numpy()
+        return tokens_LB.cpu().numpy(), logprobs_2LB.cpu().numpy(), lengths_B.cpu().numpy(), stopped_B.cpu().numpy()
+
+    def _stop_strings(self, requests: Sequence[SampleRequest]) -> StopStrings:
+        assert self._tokenizer is not None, "stop strings need a tokenizer"
+        return StopStrings(self._tokenizer(), requests)
 
     def _seen(self, requests: Sequence[SampleRequest], logits_BV: torch.Tensor) -> torch.Tensor:
         """[B, V] bool: which tokens each row's prompt contains."""

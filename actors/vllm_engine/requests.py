@@ -65,10 +65,12 @@ def sampling_params(request: SampleRequest) -> SamplingParams:
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
+            stop=list(sampling.stop),
             ignore_eos=True,  # only the request's own stop tokens count
             logprobs=int(sampling.reshapes),  # the sampled token's, and the policy's: see `policy_logprobs`
             flat_logprobs=True,
-            detokenize=False,
+            detokenize=bool(sampling.stop),
+            skip_special_tokens=False,  # a stop string may be one
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
     except VLLMClientError as error:

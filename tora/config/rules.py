@@ -36,11 +36,26 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
     yield from _broken_updates(cfg)
     yield from _broken_learner(cfg)
     yield from _broken_environments(cfg)
+    yield from _broken_stop(cfg)
     longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
     if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
         yield (
             f"rollout.max_model_len={cfg.rollout.max_model_len} must be at least "
             f"max_prompt_tokens + max_generated_tokens, which is {longest}."
+        )
+
+
+def _broken_stop(cfg: RunConfig) -> Iterator[str]:
+    of_eval = None if cfg.eval is None else cfg.eval.stop
+    for key, strings in (("stop", cfg.stop), ("eval.stop", of_eval or [])):
+        if "" in strings:
+            yield f"{key}={show(strings)} must not hold an empty string."
+        if strings and (cfg.environment_factory is not None or cfg.tools):
+            yield f"{key}={show(strings)} has no place in rollouts with environment_factory or tools, whose turns end."
+    if cfg.stop and cfg.rollout.partial is not None:
+        yield (
+            f"stop={show(cfg.stop)} needs rollout.partial=null: a string could begin in one part of a rollout and end "
+            "in the next."
         )
 
 

@@ -172,6 +172,10 @@ class EvalConfig:
     """As the top-level `min_p`, for the evaluation."""
     repetition_penalty: Annotated[float, Above(0)] = 1.0
     """As the top-level `repetition_penalty`, for the evaluation."""
+    stop: list[str] | None = None
+    """As the top-level `stop`, for the evaluation. null: the same strings."""
+    seed: Annotated[int, AtLeast(0), AtMost(2**63 - 1)] | None = None
+    """Seed of the evaluation's sampling. null: the run's."""
 
 
 @dataclass(kw_only=True)
@@ -183,7 +187,7 @@ class RunConfig:
     if that is set, otherwise at the working directory, or at the home folder in a submitted Ray job. A folder left by
     an earlier run is renamed, not overwritten, unless the run resumes from it; one that holds anything else, or that
     another run is using, is an error."""
-    seed: Annotated[int, AtLeast(0)] = 0
+    seed: Annotated[int, AtLeast(0), AtMost(2**63 - 1)] = 0
     """Seed of the adapter's initial weights, the order of prompts and the sampling of rollouts."""
     device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
     """Where to run. `auto`: on GPUs if there are any, otherwise on the CPU. With `cuda` a run on a cluster waits for
@@ -194,7 +198,7 @@ class RunConfig:
     """With bf16: keep the float32 sums of the head's product, in the learner and the engines. false rounds logits to
     bf16, which moves a log-prob by several hundredths of a nat, and the more the lower the temperature. null: true on a
     GPU, whose kernels write float32 directly; false on a CPU, where it needs a second product."""
-    num_threads: Annotated[int, AtLeast(0), FREE] = 0
+    num_threads: Annotated[int, AtLeast(0), AtMost(4096), FREE] = 0
     """CPU threads of each learner process. 0: PyTorch's default."""
 
     import_from: Annotated[list[str] | None, FREE] = None
@@ -269,6 +273,11 @@ class RunConfig:
     them."""
     min_p: Annotated[float, AtLeast(0), AtMost(1)] = 0.0
     """Sample only from tokens at least this many times as likely as the most likely one. 0: from all of them."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion, such as `["</answer>"]`; they stay in it. Not with `rollout.partial` and not with
+    tools."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end a completion, in training and evaluation, besides the model's own end tokens."""
     repetition_penalty: Annotated[float, Above(0)] = 1.0
     """Above 1: tokens that the prompt or the completion already contains become less likely. 1: off."""
     ppo_epochs: Annotated[int, AtLeast(1)] = 1

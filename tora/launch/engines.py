@@ -21,6 +21,7 @@ from tora.models.names import LINEARS
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.tasks.prompts import RunPrompts
+from tora.tasks.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "group_size": cfg.grpo_samples,
         "eval_samples": cfg.eval.samples if cfg.eval else 1,
         "seed": cfg.seed,
+        "eval_seed": None if cfg.eval is None else cfg.eval.seed,
         "part_tokens": cfg.rollout.partial,
         "make_player": None if prompts.turns is None else partial(_make_player, cfg, prompts.turns, prompts.tokenizer),
     }
@@ -224,6 +226,7 @@ def torch_engine_of(cfg: RunConfig, model: Decoder, device: torch.device, *, sha
         max_rows=_max_rows(cfg),
         cuda_graphs=_cuda_graphs(cfg, device),
         processor=_image_processor(cfg),
+        tokenizer=partial(load_tokenizer, Path(cfg.model.path)),
     )
 
 
@@ -240,6 +243,7 @@ def shared_torch_engine(cfg: RunConfig, learner: Rank) -> Engine:
         while_generating=partial(unsharded, learner.model, reshard_after_forward=cfg.fsdp_reshard_after_forward),
         cuda_graphs=_cuda_graphs(cfg, learner.device) and learner.world.size == 1,
         processor=_image_processor(cfg),
+        tokenizer=partial(load_tokenizer, Path(cfg.model.path)),
     )
 
 

@@ -177,6 +177,7 @@ class RunPrompts:
             self.tokenizer.chat_template if images is None else images.template, cfg.chat_template_kwargs or {}
         )
         limit, limited_by = prompt_limit(cfg)
+        vocab_size = read_config(model).get_text_config().vocab_size
         stop = stop_token_ids(model, self.tokenizer)
         self.turns = _turn_template(cfg, self.tokenizer, stop, images)
         """What stands between the turns of an episode; None for a run without environment and tools."""
@@ -193,7 +194,7 @@ class RunPrompts:
                 turns=self.turns,
                 template_variables=cfg.chat_template_kwargs,
                 shuffle=cfg.shuffle,
-                vocab_size=read_config(model).get_text_config().vocab_size,
+                vocab_size=vocab_size,
                 source=str(dataset["_component_"]),
             )
 
@@ -208,8 +209,11 @@ class RunPrompts:
                 found = stream_of(dataset).sequential(cfg.eval.num_prompts, number * _FIRST_HELD_OUT_ID)
                 self.held_out += found
                 self.eval_sets[name] = len(found)
-        self.sampling = _sampling(cfg, cfg.max_generated_tokens, stop)
-        self.eval_sampling = _sampling(cfg.eval or cfg, cfg.max_generated_tokens, stop)
+        ends = _all_stop_tokens(cfg, stop, vocab_size)
+        longest, strings = cfg.max_generated_tokens, tuple(cfg.stop)
+        own = None if cfg.eval is None else cfg.eval.stop
+        self.sampling = _sampling(cfg, longest, ends, strings)
+        self.eval_sampling = _sampling(cfg.eval or cfg, longest, ends, strings if own is None else tuple(own))
 
     def first(self, count: int) -> list[Prompt]:
         """The first training prompts that are not dropped. Raises ConfigError as `at` does."""
@@ -227,7 +231,20 @@ def _usable(prompt_at: Callable[[int], Prompt], count: int, end: int | None = No
     return found
 
 
-def _sampling(cfg: RunConfig | EvalConfig, max_tokens: int, stop: tuple[int, ...]) -> Sampling:
+def _all_stop_tokens(cfg: RunConfig, own: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """The model's end tokens and the config's. Raises ConfigError if the model has no such token."""
+    for token in cfg.stop_token_ids:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"stop_token_ids has {token}, and the model's tokens are 0 to {vocab_size - 1}")
+    ends = tuple(sorted({*own, *cfg.stop_token_ids}))
+    if not ends and not cfg.stop:
+        _log.warning("the model names no end token: every completion will have max_generated_tokens; set stop_token_ids")
+    return ends
+
+
+def _sampling(
+    cfg: RunConfig | EvalConfig, max_tokens: int, stop_tokens: tuple[int, ...], stop: tuple[str, ...]
+) -> Sampling:
     return Sampling(
         max_tokens,
         temperature=cfg.temperature,
@@ -235,7 +252,8 @@ def _sampling(cfg: RunConfig | EvalConfig, max_tokens: int, stop: tuple[int, ...
         top_p=cfg.top_p,
         min_p=cfg.min_p,
         repetition_penalty=cfg.repetition_penalty,
-        stop_token_ids=stop,
+        stop_token_ids=stop_tokens,
+        stop=stop,
     )
 
 

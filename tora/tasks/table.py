@@ -66,7 +66,7 @@ def load_files(path: str, split: str) -> Table:
         raise ConfigError(f"dataset path {path!r} stands for files of several kinds: {', '.join(sorted(kinds))}")
     if all(file.stat().st_size == 0 for file in files):
         raise ConfigError(f"{path} has no rows")
-    options = {"sep": "\t"} if kinds == {".tsv"} else {}
+    options: dict[str, Any] = {"sep": "\t"} if kinds == {".tsv"} else {}
     data_files = [glob.escape(str(file)) for file in files]
     return _load(path, _READERS[kinds.pop()], data_files=data_files, split=split, **options)
 
