@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from actors.torch_engine.cuda_graph import DecodeStep, GraphedStep
-from actors.torch_engine.stop_strings import StopStrings
 from actors.torch_engine.sampling import draw, log_distribution, log_policy
+from actors.torch_engine.stop_strings import StopStrings
 from tora.adapters.inject import adapters_off, from_wire, num_trained_modules
 from tora.adapters.snapshot import digest, unpack
 from tora.batching.packing import distinct

@@ -14,7 +14,9 @@ from decoders import packed_logits
 from distributions import SETTINGS, expected
 from fakes import make_prompt, make_rollout
 from learners import config, make_batch
-from tiny import make_text_model
+from stops import cut, free_texts
+from tiny import make_text_model, make_tokenizer
+from torch_engines import engine_of
 from vllm_engines import LONG_PROMPT, PROMPT, start_engine
 
 from learner.learner import Learner
@@ -83,3 +85,30 @@ def test_equal_policies_have_ratio_one(
     assert abs(metrics["mismatch_max_ratio"] - 1) < 1e-4
     assert metrics["mismatch_kl"] < 1e-6
     assert metrics["learner/grad_norm"] > 0
+
+
+def test_stop_strings_end_vllms_completions_where_they_end_the_torch_engines(
+    folder: Path, learner: Learner, completions: dict[str, list[list[Completion]]]
+) -> None:
+    """The texts differ, since the engines draw differently; each is cut where a whole decoding has the string."""
+    tokenizer = make_tokenizer()
+    engine = start_engine(folder)
+    engine.install(learner.snapshot())
+    free = [SampleRequest(ids, 4, 7, Sampling(24)) for ids in PROMPTS]
+    ids_PG = [[c.token_ids.tolist() for c in group] for group in engine.generate(free)]
+    stop = free_texts(tokenizer, ids_PG)
+    stopped = engine.generate([replace(request, sampling=Sampling(24, stop=stop)) for request in free])
+    engine.close()
+    seen = 0
+    for before, after in zip((ids for g in ids_PG for ids in g), (c for g in stopped for c in g), strict=True):
+        expected = cut(tokenizer, before, stop)
+        assert after.token_ids.tolist() == expected
+        assert len(after.logprobs) == len(after.sampling_logprobs) == len(after.versions) == len(expected)
+        assert after.stopped == any(text in tokenizer.decode(expected) for text in stop)
+        seen += len(expected) < len(before)
+    assert seen
+    torch_engine = engine_of(learner, tokenizer=make_tokenizer)
+    for request in free:
+        unbound = [c.token_ids.tolist() for c in torch_engine.generate([request])[0]]
+        bound = torch_engine.generate([replace(request, sampling=Sampling(24, stop=stop))])[0]
+        assert [c.token_ids.tolist() for c in bound] == [cut(tokenizer, ids, stop) for ids in unbound]

@@ -238,7 +238,9 @@ def _all_stop_tokens(cfg: RunConfig, own: tuple[int, ...], vocab_size: int) -> t
             raise ConfigError(f"stop_token_ids has {token}, and the model's tokens are 0 to {vocab_size - 1}")
     ends = tuple(sorted({*own, *cfg.stop_token_ids}))
     if not ends and not cfg.stop:
-        _log.warning("the model names no end token: every completion will have max_generated_tokens; set stop_token_ids")
+        _log.warning(
+            "the model names no end token: every completion will have max_generated_tokens; set stop_token_ids"
+        )
     return ends
 
 
