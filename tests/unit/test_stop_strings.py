@@ -40,10 +40,10 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(tmp_pa
     stops = free_texts(make_tokenizer(), free)
     assert generate(stop=stops) == [[cut(make_tokenizer(), ids, stops) for ids in group] for group in free]
     assert generate(stop=stops) != free
-    flags = [
-        c.stopped for g in engine.generate([SampleRequest(PROMPTS[0], 4, 11, Sampling(24, stop=stops))]) for c in g
+    (group,) = engine.generate([SampleRequest(PROMPTS[0], 4, 11, Sampling(24, stop=stops))])
+    assert [c.stopped for c in group] == [
+        cut(make_tokenizer(), ids, stops) != ids or _ends(ids, stops) for ids in free[0]
     ]
-    assert flags == [cut(make_tokenizer(), ids, stops) != ids or _ends(ids, stops) for ids in free[0]]
 
 
 def _ends(ids: list[int], stops: tuple[str, ...]) -> bool:
