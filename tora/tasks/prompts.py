@@ -232,7 +232,7 @@ def _usable(prompt_at: Callable[[int], Prompt], count: int, end: int | None = No
 
 
 def _all_stop_tokens(cfg: RunConfig, own: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """The model's end tokens and the config's. Raises ConfigError if the model has no such token."""
+    """The model's end tokens and the config's. Raises ConfigError if the config names one that the model lacks."""
     for token in cfg.stop_token_ids:
         if not 0 <= token < vocab_size:
             raise ConfigError(f"stop_token_ids has {token}, and the model's tokens are 0 to {vocab_size - 1}")
