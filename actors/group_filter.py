@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterable
 
 from tora.batching.signal import has_signal, max_refills
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError
-from tora.types import Group
+from tora.types import Group, Prompt
 
+_SHOWN = 80
+"""Characters of a prompt in a warning."""
 _log = logging.getLogger(__name__)
 
 
@@ -29,6 +32,7 @@ class SignalFilter:
     def admit(self, group: Group) -> bool:
         """Whether the group is trained on. Raises RolloutError if too many rollouts have failed."""
         self._generated.append(group)
+        show_printed([group])
         self._failed.add(group)
         if len(group.rollouts) < 2:
             return False
@@ -42,6 +46,20 @@ class SignalFilter:
         generated, drops = self._generated, self._drops
         self._generated, self._drops = [], 0
         return generated, drops
+
+
+def show_printed(groups: Iterable[Group]) -> None:
+    """What reward functions printed where the user does not see it."""
+    for group in groups:
+        for line in group.printed:
+            print(line)
+
+
+def shown(prompt: Prompt) -> str:
+    """The end of the prompt's last message, enough to recognise it."""
+    content = prompt.source if isinstance(prompt.source, str) else prompt.source[-1].get("content") or ""
+    text = content if isinstance(content, str) else " ".join(str(part.get("text", "<image>")) for part in content)
+    return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"
 
 
 class FailedRollouts:
@@ -64,11 +82,12 @@ class FailedRollouts:
                 self._warned.add(None)
                 _log.warning("%s, for a rollout of prompt %d, which is left out", self._last, group.prompt.id)
         for failure in group.failures:
-            self._last = f"reward {failure.name} {failure.reason}"
+            self._last = f"reward {failure.name} {failure.reason}{failure.place}"
             if failure.name not in self._warned:
                 self._warned.add(failure.name)
                 scores = "" if failure.parts is None else f", and scores {failure.parts.get(failure.name, 0.0):g}"
-                _log.warning("%s, for a rollout of prompt %d%s", self._last, group.prompt.id, scores)
+                prompt = f"{group.prompt.id} ({shown(group.prompt)!r})"
+                _log.warning("%s, for a rollout of prompt %s%s", self._last, prompt, scores)
         failed, total = (sum(column) for column in zip(*self._recent, strict=True))
         if len(self._recent) == self._recent.maxlen and failed > self._max_share * total:
             raise RolloutError(

@@ -44,7 +44,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.buffer import Buffer, Slot, split_by_deadline
-from actors.group_filter import SignalFilter
+from actors.group_filter import SignalFilter, show_printed
 from actors.prompt_cursor import PromptCursor
 from actors.rollout_metrics import sync_metrics
 from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
@@ -281,7 +281,9 @@ class AsyncRollouts:
                 results = await seat.evaluate(prompts)
             except WorkerLost:
                 continue
-            return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
+            groups = [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
+            show_printed(groups)
+            return groups
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
         return self._run_on_loop(self._logprobs(requests, adapter))

@@ -15,6 +15,7 @@ from actors.finite import check_total, split_by_logprobs
 from tora.adapters.snapshot import engine_digest
 from tora.errors import SyncError
 from tora.protocols import Engine, Rewarder
+from tora.rewards.notes import Notes, TrainerState
 from tora.tasks.encode import as_messages
 from tora.types import (
     Completion,
@@ -64,13 +65,15 @@ class RolloutWorker:
         group_size: int,
         seed: int,
         eval_seed: int | None = None,
+        num_steps: int = 0,
         part_tokens: int | None = None,
         eval_samples: int = 1,
         make_player: Callable[[], EpisodePlayer] | None = None,
     ) -> None:
         """Engine and rewarder are built here, in the process that uses them. `tokenizer` is only used to decode.
 
-        `eval_samples`: rollouts per evaluation prompt. `eval_seed`: of evaluations; None for `seed`.
+        `eval_samples`: rollouts per evaluation prompt. `eval_seed`: of evaluations; None for `seed`. `num_steps`: of
+        the run, which reward functions are told.
         `part_tokens`: training rollouts are generated in parts of this many tokens; see `actors.continuation`.
         `make_player`: makes what plays episodes with environments; None for one turn without them.
         """
@@ -78,6 +81,7 @@ class RolloutWorker:
         self._sampling, self._eval_sampling, self._eval_samples = sampling, eval_sampling, eval_samples
         self._group_size, self._part_tokens = group_size, part_tokens
         self._seeds = {TRAIN: seed, EVAL: seed if eval_seed is None else eval_seed}
+        self._version, self._num_steps = 0, num_steps
         self._player = None if make_player is None else make_player()
 
     def run_group(self, prompt: Prompt) -> GroupResult:
@@ -124,8 +128,9 @@ class RolloutWorker:
                 kept_mass=_kept_mass(sound[g]),
             )
 
-        rollouts, failures = self._rollouts(prompt, texts_G, ids_G, {}, rollout) if sound else ((), ())
-        return GroupResult(rollouts, failures, seconds, bad_logprobs)
+        notes = Notes()
+        rollouts, failures = self._rollouts(prompt, texts_G, ids_G, {}, rollout, notes) if sound else ((), ())
+        return GroupResult(rollouts, failures, seconds, bad_logprobs, notes.metrics, notes.printed)
 
     def _score_episodes(self, group: PlayedGroup, seconds: float) -> GroupResult:
         assert self._player is not None
@@ -149,8 +154,9 @@ class RolloutWorker:
                 kept_mass=_kept_mass(completions_G[g]),
             )
 
-        rollouts, failures = self._rollouts(prompt, messages_G, ids_G, known, rollout)
-        return GroupResult(rollouts, (*lost, *failures), seconds, bad_logprobs)
+        notes = Notes()
+        rollouts, failures = self._rollouts(prompt, messages_G, ids_G, known, rollout, notes)
+        return GroupResult(rollouts, (*lost, *failures), seconds, bad_logprobs, notes.metrics, notes.printed)
 
     def _rollouts(
         self,
@@ -159,12 +165,17 @@ class RolloutWorker:
         ids_G: Sequence[list[int]],
         known: Mapping[int, list[float | FailedReward | None]],
         make: Callable[[int, Mapping[str, float]], Rollout],
+        notes: Notes,
     ) -> tuple[tuple[Rollout, ...], tuple[FailedReward, ...]]:
         """The rollouts that have a reward, made by `make` from their number and reward parts, and the failures, also of
         rollouts that have one all the same."""
-        scored_G = [self._with_total(scored) for scored in self._rewarder(prompt, texts_G, ids_G, known)]
+        state = TrainerState(self._version, self._num_steps)
+        answers_G = self._rewarder(prompt, texts_G, ids_G, known, state=state, notes=notes)
+        scored_G = [self._with_total(scored) for scored in answers_G]
         parts_G = [scored.parts if isinstance(scored, FailedReward) else scored for scored in scored_G]
-        rollouts = tuple(make(g, parts) for g, parts in enumerate(parts_G) if parts is not None)
+        rollouts = tuple(
+            replace(make(g, parts), extras=notes.extras_at(g)) for g, parts in enumerate(parts_G) if parts is not None
+        )
         return rollouts, tuple(scored for scored in scored_G if isinstance(scored, FailedReward))
 
     def _with_total(self, scored: dict[str, float] | FailedReward) -> dict[str, float] | FailedReward:
@@ -177,6 +188,7 @@ class RolloutWorker:
         report = self._engine.install(snapshot)
         if report.nbytes:
             verify_install(snapshot, report)
+        self._version = snapshot.version
         return report
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:

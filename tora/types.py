@@ -10,7 +10,7 @@ this module imports without torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -148,6 +148,8 @@ class Rollout:
     kept_mass: float = 1.0
     """Mean over tokens of the policy's probability divided by the one drawn with. Under truncation alone this is the
     policy's probability of the kept tokens."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What reward functions said of it with TRL's `log_extra`, by column."""
     turns: int = 1
     tool_calls: int = 0
     """Malformed ones included."""
@@ -178,6 +180,8 @@ class FailedReward:
     parts: Mapping[str, float] | None = None
     """The rollout's unweighted scores if it stays in its group all the same, as one that took too long does; None if it
     is left out."""
+    place: str = field(default="", compare=False)
+    """Where a function raised: ` (my_rewards.py, line 3: return 1 / 0)`; empty if it did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +211,10 @@ class Group:
     """One per failed reward, of rollouts left out and of those that stay."""
     bad_logprobs: tuple[BadLogprob, ...] = ()
     """One per rollout left out for it."""
+    logged: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What reward functions logged with TRL's `log_metric`, by name."""
+    printed: Sequence[str] = ()
+    """Lines that reward functions printed on a machine whose output the user does not see."""
 
     @property
     def num_left_out(self) -> int:
@@ -237,10 +245,12 @@ class GroupResult:
     seconds: float = 0.0
     """Wall time of the engine call that sampled it, possibly together with other groups."""
     bad_logprobs: tuple[BadLogprob, ...] = ()
-    """See `Group.bad_logprobs`."""
+    """See `Group`, as for the next two."""
+    logged: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    printed: Sequence[str] = ()
 
     def with_prompt(self, prompt: Prompt) -> Group:
-        return Group(prompt, self.rollouts, self.seconds, self.failures, self.bad_logprobs)
+        return Group(prompt, self.rollouts, self.seconds, self.failures, self.bad_logprobs, self.logged, self.printed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,7 @@ def test_a_config_that_names_no_function_is_refused_at_once(modules: None) -> No
     with pytest.raises(ConfigError, match=r"odd_rewards.*goood"):
         RewardProcesses([{"_component_": "odd_rewards.goood"}], timeout_s=1, num_processes=1)
     Path("broken_rewards.py").write_text("raise RuntimeError('no weights here')")
-    with pytest.raises(RuntimeError, match="no weights here"):
+    with pytest.raises(ConfigError, match=r"RuntimeError: no weights here \(.*broken_rewards.py, line 1\)"):
         RewardProcesses([{"_component_": "broken_rewards.f"}], timeout_s=1, num_processes=1)
 
 
@@ -288,7 +288,9 @@ def test_answers_that_hang_are_counted_and_named_once(caplog: pytest.LogCaptureF
     assert batch.metrics["reward/failed_share"] == 0.25
     assert batch.metrics["reward/failed/mine"] == 3
     assert sum(len(m.lengths_B) for m in batch.micro_batches) == 3 * 4
-    assert caplog.messages == ["reward mine took longer than 1 s, for a rollout of prompt 0, and scores 0"]
+    assert caplog.messages == [
+        "reward mine took longer than 1 s, for a rollout of prompt 0 ('question 0'), and scores 0"
+    ]
 
 
 def test_answers_that_all_hang_end_the_run() -> None:

@@ -66,7 +66,7 @@ def test_instantiate_refuses(user_module: str) -> None:
 def test_a_module_that_fails_to_import_says_so_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_broken_rewards.py").write_text("import not_installed_anywhere\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+    with pytest.raises(ConfigError, match=r"ModuleNotFoundError: No module named 'not_installed_anywhere' \("):
         locate("my_broken_rewards.score")
 
 

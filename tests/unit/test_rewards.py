@@ -135,7 +135,9 @@ def test_called_once_a_group_as_trl_calls():
         return [1.0, 0]
 
     assert score(rewarder(mine), TEXT, ["a", "b"]) == [{"mine": 1.0}, {"mine": 0.0}]
+    trls = {key: calls[0][-1].pop(key) for key in ("completion_ids", "trainer_state", "log_metric", "log_extra")}
     assert calls == [(["1 + 1 ="] * 2, ["a", "b"], ["2"] * 2, [3] * 2, {})]
+    assert trls["completion_ids"] == [[97], [98]]
 
 
 def test_chat_prompts_get_chat_completions():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -49,6 +50,9 @@ def make_batch(
     for name, number in Counter(failure.name for failure in failures).items():
         metrics[f"reward/failed/{name}"] = float(number)
     metrics["rollout/bad_logprobs"] = float(sum(len(group.bad_logprobs) for group in generated))
+    for name in sorted({name for group in generated for name in group.logged}):
+        logged = [value for group in generated for value in group.logged.get(name, ()) if math.isfinite(value)]
+        metrics[f"logged/{name}"] = float(np.mean(logged)) if logged else math.nan
     for part in rollouts[0].reward_parts:
         metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
     micro = micro_batches(

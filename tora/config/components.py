@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import Any
 
 from tora.config.convert import join, show
 from tora.config.schema import Component
-from tora.errors import ConfigError, nearest
+from tora.errors import ConfigError, first_line, nearest
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OWN = ("tora", "actors", "learner")
@@ -56,7 +57,7 @@ def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
 def locate(path: str) -> Callable[..., Any]:
     """The callable at a dotted path, which may be a former one; modules in the working directory count.
 
-    Raises ConfigError if there is none. What a module raises when it is imported passes through.
+    Raises ConfigError if there is none, or if its module raises when it is imported.
     """
     path = _present(path)
     import_from(())
@@ -99,6 +100,9 @@ def check_reward(component: Component, key: str) -> None:
     parameters, including `**columns`, receive the dataset's columns. Raises ConfigError as `check_component` does.
     """
     path, definition, _ = _definition_of(component, key)
+    if isinstance(definition, ast.ClassDef):
+        made_by = (node for node in definition.body if isinstance(node, _Function) and node.name == "__init__")
+        definition = next(made_by, None)
     if isinstance(definition, _Function) and not definition.decorator_list:
         own = {name: value for name, value in component.items() if name != "_component_"}
         settings = ["name", "weight", "timeout_score", "accuracy"]
@@ -168,8 +172,21 @@ def _import_longest(path: str) -> tuple[ModuleType, list[str]]:
             return importlib.import_module(name), parts[i:]
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # the module exists but imports one that does not
+                raise _not_importable(path, error) from error  # the module exists but imports one that does not
+        except ConfigError:
+            raise
+        except Exception as error:  # a user's module may raise anything
+            raise _not_importable(path, error) from error
     raise ConfigError(f"_component_={path}: there is no module {parts[0]}.")
+
+
+def _not_importable(path: str, error: Exception) -> ConfigError:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    if isinstance(error, SyntaxError):
+        place = f" ({error.filename}, line {error.lineno})"
+    reason = error.msg if isinstance(error, SyntaxError) else first_line(error)
+    return ConfigError(f"_component_={path} cannot be imported: {type(error).__name__}: {reason}{place}.")
 
 
 def _keywords(signature: inspect.Signature) -> list[str] | None:

@@ -78,6 +78,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is dict:
         if isinstance(value, dict):
             return value
+        if isinstance(value, str) and "." in value:
+            return {"_component_": value}
         raise ConfigError(f"{key}={show(value)} must hold _component_ and its arguments.")
     return _convert_scalar(hint, value, key)
 

@@ -58,7 +58,11 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
 
     return {
         "make_rewarder": partial(
-            RewardProcesses, cfg.rewards, timeout_s=cfg.reward_timeout_s, num_processes=cfg.reward_processes
+            RewardProcesses,
+            cfg.rewards,
+            timeout_s=cfg.reward_timeout_s,
+            num_processes=cfg.reward_processes,
+            collects_prints=cfg.async_rl,
         ),
         "tokenizer": prompts.tokenizer,
         "sampling": prompts.sampling,
@@ -66,6 +70,7 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "group_size": cfg.grpo_samples,
         "eval_samples": cfg.eval.samples if cfg.eval else 1,
         "seed": cfg.seed,
+        "num_steps": cfg.num_steps,
         "eval_seed": None if cfg.eval is None else cfg.eval.seed,
         "part_tokens": cfg.rollout.partial,
         "make_player": None if prompts.turns is None else partial(_make_player, cfg, prompts.turns, prompts.tokenizer),

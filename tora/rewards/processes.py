@@ -31,6 +31,8 @@ from typing import Any
 
 from tora.config.schema import Component
 from tora.errors import RolloutError
+from tora.rewards.notes import AT_START, Notes, TrainerState
+from tora.rewards.printed import Printed
 from tora.rewards.rewarder import (
     Call,
     Column,
@@ -65,13 +67,17 @@ def spawn(module: str, timeout_s: float) -> tuple[subprocess.Popen[bytes], Conne
 class RewardProcesses:
     """The `tora.protocols.Rewarder` for a config's `rewards`. Thread-safe."""
 
-    def __init__(self, components: Sequence[Component], *, timeout_s: float, num_processes: int) -> None:
-        """Starts one child; while all children are busy, more are started, up to `num_processes`.
+    def __init__(
+        self, components: Sequence[Component], *, timeout_s: float, num_processes: int, collects_prints: bool = False
+    ) -> None:
+        """Starts one child; while all children are busy, more are started, up to `num_processes`. `collects_prints`:
+        what functions print is among the notes too, for a machine whose output the user does not see.
 
         Raises ConfigError as `build_rewarder` does, what a reward function's module raises when it is imported, and
         RolloutError if the child does not start.
         """
         self._components, self._timeout_s, self._num_processes = components, timeout_s, num_processes
+        self._collects_prints = collects_prints
         self._free = threading.BoundedSemaphore(num_processes)
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
@@ -79,7 +85,7 @@ class RewardProcesses:
         self._closed = False
         first = self._start()
         self._idle.append(first)
-        self._is_async = first.is_async
+        self._is_async, self._take_images = first.is_async, first.take_images
         self._weights = setting_by_name(components, "weight", 1.0)
         self._timeout_scores = setting_by_name(components, "timeout_score", 0.0)
         self._names = list(self._weights)
@@ -90,15 +96,20 @@ class RewardProcesses:
         texts: Sequence[Completion],
         token_ids: Sequence[Sequence[int]],
         known: Mapping[int, Column] = MappingProxyType({}),
+        *,
+        state: TrainerState = AT_START,
+        notes: Notes | None = None,
     ) -> list[dict[str, float] | FailedReward]:
         """See `Rewarder`. Raises RolloutError if a new child does not start."""
-        bare = replace(prompt, images=())
-        calls = [Call(index, texts, token_ids) for index in range(len(self._names)) if index not in known]
+        notes = Notes() if notes is None else notes
+        bare = prompt if self._take_images else replace(prompt, images=())
+        numbers = [index for index in range(len(self._names)) if index not in known]
+        calls = [Call(index, texts, token_ids, state=state) for index in numbers]
         together = [call for call in calls if self._is_async[call.index]]
         answers = {call.index: self._ask(bare, [call])[0] for call in calls if call not in together}
         if together:
             answers |= zip((call.index for call in together), self._ask(bare, together), strict=True)
-        columns = {**known, **{call.index: self._complete(bare, call, answers[call.index]) for call in calls}}
+        columns = {**known, **{call.index: self._complete(bare, call, answers[call.index], notes) for call in calls}}
         return combine([columns[index] for index in range(len(self._names))], self._names)
 
     def total(self, parts: Mapping[str, float]) -> float:
@@ -112,15 +123,20 @@ class RewardProcesses:
             self._all.clear()
             self._idle.clear()
 
-    def _complete(self, prompt: Prompt, call: Call, answer: Column | Unanswered) -> Column:
-        """The call's column; repeated for each completion alone if `answer` has no score for any."""
+    def _complete(self, prompt: Prompt, call: Call, answer: Column | Unanswered, notes: Notes) -> Column:
+        """The call's column; repeated for each completion alone if `answer` has no score for any. `notes` gets those of
+        the call, or of the calls that replace it."""
         is_lost = isinstance(answer, Unanswered) or all(isinstance(score, FailedReward) for score in answer)
         if len(call.texts) > 1 and is_lost:
             pairs = zip(call.texts, call.token_ids, strict=True)
-            alone = [Call(call.index, [text], [ids]) for text, ids in pairs]
-            return [
+            alone = [Call(call.index, [text], [ids], state=call.state) for text, ids in pairs]
+            column = [
                 score for each in self._ask_each(prompt, alone, answer) for score in self._settled(call.index, each)
             ]
+            for place, each in enumerate(alone):
+                notes.add(each.notes, [place])
+            return column
+        notes.add(call.notes, range(len(call.texts)))
         return self._settled(call.index, answer, len(call.texts))
 
     def _ask_each(
@@ -145,11 +161,19 @@ class RewardProcesses:
         return [FailedReward(name, answer.reason, parts)] * count
 
     def _ask(self, prompt: Prompt, calls: Sequence[Call]) -> list[Column | Unanswered]:
-        """One child's answers. If there are several calls, all must be of async functions."""
+        """One child's answers, and the calls' notes in them. If there are several calls, all must be of async
+        functions."""
         extra_s = _CANCEL_S if self._is_async[calls[0].index] else 0.0
         with self._child() as child:
             answer = child.ask((prompt, calls), self._timeout_s, extra_s)
-        return [answer] * len(calls) if isinstance(answer, Unanswered) else answer
+        if isinstance(answer, Unanswered):
+            return [answer] * len(calls)
+        columns, noted, printed = answer
+        for call, theirs in zip(calls, noted, strict=True):
+            call.notes.add(theirs, range(len(call.texts)))
+        if self._collects_prints:
+            calls[0].notes.printed += printed
+        return columns
 
     @contextmanager
     def _child(self):
@@ -186,8 +210,10 @@ class _Child:
             raise answer
         if isinstance(answer, Unanswered):
             raise RolloutError(f"a process for reward functions did not start: it {answer.reason}")
-        self.is_async: list[bool] = answer
+        self.is_async: list[bool] = answer[0]
         """For each function."""
+        self.take_images: bool = answer[1]
+        """Whether any function does."""
 
     @property
     def alive(self) -> bool:
@@ -231,7 +257,9 @@ def serve() -> None:
     except Exception as error:  # a mistake in the config, or an error in a user's module
         connection.send(error)
         return
-    connection.send([rewarder.is_async(index) for index in range(len(rewarder.rewards))])
+    numbers = range(len(rewarder.rewards))
+    connection.send((list(map(rewarder.is_async, numbers)), any(map(rewarder.takes_images, numbers))))
+    sys.stdout = printed = Printed(sys.stdout)
     # If a function holds the interpreter lock forever and the parent is gone, only the kernel can end it.
     most_s, hard = int(timeout_s * (os.cpu_count() or 1)) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]
     while True:
@@ -241,7 +269,8 @@ def serve() -> None:
             return
         if hard == resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + most_s, hard))
-        connection.send(rewarder.columns(prompt, calls, timeout_s))
+        columns = rewarder.columns(prompt, calls, timeout_s)
+        connection.send((columns, [call.notes for call in calls], printed.take()))
 
 
 def end_with_parent(parent: int) -> None:

@@ -10,8 +10,9 @@ import asyncio
 import inspect
 import math
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from numbers import Real
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from typing import Any
 from tora.config.components import locate
 from tora.config.schema import Component
 from tora.errors import ConfigError, nearest
+from tora.rewards.notes import AT_START, Notes, TrainerState
 from tora.types import FailedReward, Prompt
 
 Completion = str | list[dict[str, Any]]
@@ -28,7 +30,10 @@ Column = list[float | FailedReward | None]
 """A reward function's scores, one for each completion."""
 RewardFunction = Callable[..., Any]
 """Returns a sequence of numbers and None, or an awaitable of one."""
-_ARGUMENTS = ("prompts", "completions", "completion_ids")
+_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
+"""Those of TRL's signature, which hide a dataset column of the same name."""
+_NOT_THE_USERS = ("/tora/rewards/rewarder.py", "/site-packages/", "/lib/python3", "<frozen")
+"""Parts of the paths of files in which an error is not the user's to find."""
 _OWN_KEYS = ("_component_", "name", "weight", "timeout_score", "accuracy")
 
 
@@ -42,6 +47,9 @@ class Call:
     token_ids: Sequence[Sequence[int]]
     environments: Sequence[Any] | None = None
     """For a function that takes them, the environment of each completion."""
+    state: TrainerState = AT_START
+    notes: Notes = field(default_factory=Notes)
+    """Filled by the function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +74,14 @@ class FunctionRewarder:
         texts: Sequence[Completion],
         token_ids: Sequence[Sequence[int]],
         known: Mapping[int, Column] = MappingProxyType({}),
+        *,
+        state: TrainerState = AT_START,
+        notes: Notes | None = None,
     ) -> list[dict[str, float] | FailedReward]:
         """See `combine`. Without a time limit."""
-        calls = [Call(index, texts, token_ids) for index in range(len(self.rewards)) if index not in known]
+        notes = Notes() if notes is None else notes
+        numbers = [index for index in range(len(self.rewards)) if index not in known]
+        calls = [Call(index, texts, token_ids, state=state, notes=notes) for index in numbers]
         answers = zip((call.index for call in calls), self.columns(prompt, calls), strict=True)
         columns = {**known, **{index: answer for index, answer in answers if not isinstance(answer, Unanswered)}}
         return combine([columns[index] for index in sorted(columns)], [name for name, _, _ in self.rewards])
@@ -76,6 +89,10 @@ class FunctionRewarder:
     def takes_environments(self, index: int) -> bool:
         """Whether a function has a parameter `environments`."""
         return "environments" in inspect.signature(self.rewards[index][1]).parameters
+
+    def takes_images(self, index: int) -> bool:
+        """Whether a function names a parameter `images` or `image`."""
+        return not {"images", "image"}.isdisjoint(inspect.signature(self.rewards[index][1]).parameters)
 
     def is_async(self, index: int) -> bool:
         """Whether a function is `async def`, or an object whose `__call__` is."""
@@ -203,7 +220,32 @@ def _build(component: Component) -> tuple[str, RewardFunction, float]:
     for key in bound:
         if key not in named:
             raise ConfigError(f"rewards: {path} has no argument {key!r}{nearest(key, named)}")
+    if inspect.isclass(function):
+        return _name(component), _instance(path, function, bound), float(component.get("weight", 1.0))
     return _name(component), partial(function, **bound) if bound else function, float(component.get("weight", 1.0))
+
+
+def _instance(path: str, kind: type, arguments: dict[str, Any]) -> RewardFunction:
+    try:
+        made = kind(**arguments)
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        reason = f"{type(error).__name__}: {error}{place_of(error)}"
+        raise ConfigError(f"rewards: {path} cannot be made: it raised {reason}") from error
+    if not callable(made):
+        raise ConfigError(f"rewards: {path} is a class whose instances cannot be called; give it a method __call__")
+    return made
+
+
+def place_of(error: BaseException) -> str:
+    """Where it was raised, in parentheses: the innermost line that is not of a library; empty if unknown."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_THE_USERS)]
+    if not own:
+        return ""
+    line = f": {own[-1].line}" if own[-1].line else ""
+    return f" ({own[-1].filename}, line {own[-1].lineno}{line})"
 
 
 class _BadResult(Exception):
@@ -212,17 +254,27 @@ class _BadResult(Exception):
 
 def _arguments(function: RewardFunction, prompt: Prompt, call: Call) -> dict[str, Any]:
     bound = function.keywords if isinstance(function, partial) else {}
-    columns: dict[str, Any] = {
-        key: [value] * len(call.texts) for key, value in prompt.columns.items() if key not in bound
-    }
     parameters = inspect.signature(function).parameters
-    if "completion_ids" in parameters:
-        columns["completion_ids"] = [list(ids) for ids in call.token_ids]
-    if "environments" in parameters:
-        columns["environments"] = call.environments
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    count = len(call.texts)
     are_messages = not isinstance(prompt.source, str)
-    completions = [_as_messages(text) if are_messages else text for text in call.texts]
-    return {"prompts": [prompt.source] * len(call.texts), "completions": completions, **columns}
+    offered: dict[str, Any] = {
+        **{key: [value] * count for key, value in prompt.columns.items()},
+        "prompts": [prompt.source] * count,
+        "completions": [_as_messages(text) if are_messages else text for text in call.texts],
+        "completion_ids": [list(ids) for ids in call.token_ids],
+        "trainer_state": call.state,
+        "log_metric": call.notes.log_metric,
+        "log_extra": call.notes.extra_of(count),
+    }
+    if "images" in parameters or "image" in parameters:
+        from tora.models.vision.processor import decode
+
+        pictures = [decode(image) for image in prompt.images]
+        offered |= {"images": [pictures] * count, "image": [pictures[0] if pictures else None] * count}
+    if "environments" in parameters:
+        offered["environments"] = call.environments
+    return {key: value for key, value in offered.items() if (takes_any or key in parameters) and key not in bound}
 
 
 def _as_messages(completion: Completion) -> list[dict[str, Any]]:
@@ -242,8 +294,9 @@ def _checked(name: str, scores: Any, count: int) -> Column:
 
 
 def _failed(name: str, error: BaseException, count: int) -> Column:
-    reason = str(error) if isinstance(error, _BadResult) else f"raised {type(error).__name__}: {error}"
-    return [FailedReward(name, reason)] * count
+    if isinstance(error, _BadResult):
+        return [FailedReward(name, str(error))] * count
+    return [FailedReward(name, f"raised {type(error).__name__}: {error}", place=place_of(error))] * count
 
 
 async def _result(awaitable: Awaitable[Any]) -> Any:
