@@ -34,8 +34,6 @@ from tora.types import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from tora.rewards.notes import Notes, TrainerState
-
 
 class Engine(Protocol):
     """One generator. Takes token ids, returns token ids and log-probs; knows nothing of Ray, prompts or rewards."""
@@ -81,15 +79,15 @@ class Rewarder(Protocol):
         token_ids: Sequence[Sequence[int]],
         known: Mapping[int, list[float | FailedReward | None]] = ...,
         *,
-        state: TrainerState = ...,
-        notes: Notes | None = ...,
+        state: Any = ...,
+        notes: Any = ...,
     ) -> list[dict[str, float] | FailedReward]:
         """One entry per completion: its unweighted reward parts, in the config's order, or the failure, which may have
         parts too.
 
         Each completion is given as text without special tokens, or as the messages of an episode, and as its token ids.
-        `known`: the scores of functions that have been called already, by the reward's number. `state`: TRL's
-        `trainer_state`. `notes` is given what the functions log and print.
+        `known`: the scores of functions that have been called already, by the reward's number. `state`: a
+        `tora.rewards.notes.TrainerState`. `notes`, a `Notes`, is given what the functions log and print.
         """
         ...
 

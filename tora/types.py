@@ -58,8 +58,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """A stop token ends the completion and is part of it."""
     stop: tuple[str, ...] = ()
-    """A string that ends the completion once the decoded text contains it; its tokens are part of the completion. It
-    may stand in one token, begin in the middle of one, or be a special token."""
+    """A string ends the completion once the decoded text contains it, and is part of it. It may be a special token."""
 
     @property
     def reshapes(self) -> bool:
@@ -178,8 +177,7 @@ class FailedReward:
     reason: str
     """A clause with that as its subject: `returned nan`."""
     parts: Mapping[str, float] | None = None
-    """The rollout's unweighted scores if it stays in its group all the same, as one that took too long does; None if it
-    is left out."""
+    """The rollout's unweighted scores if it stays in its group, as one that took too long does; None if it does not."""
     place: str = field(default="", compare=False)
     """Where a function raised: ` (my_rewards.py, line 3: return 1 / 0)`; empty if it did not."""
 
@@ -214,7 +212,7 @@ class Group:
     logged: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """What reward functions logged with TRL's `log_metric`, by name."""
     printed: Sequence[str] = ()
-    """Lines that reward functions printed on a machine whose output the user does not see."""
+    """Lines that reward functions printed where the user does not see them."""
 
     @property
     def num_left_out(self) -> int:

@@ -24,7 +24,7 @@ AT_LEAST = {
     2: "grpo_samples",
     0: "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
     "rollout.max_restarts max_learner_restarts max_failed_rewards max_bad_steps max_idle_steps min_p eval.top_k "
-    "eval.min_p model.lora_dropout",
+    "eval.min_p model.lora_dropout eval.seed",
 }
 ABOVE_0 = (
     "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
@@ -35,17 +35,18 @@ AT_MOST_1 = "top_p min_p eval.top_p eval.min_p rollout.gpu_memory_utilization ma
 CASES = [(key, bound - 1, f"at least {bound}") for bound, keys in AT_LEAST.items() for key in keys.split()]
 CASES += [(key, 0, "greater than 0") for key in ABOVE_0.split()]
 CASES += [(key, 1.5, "at most 1") for key in AT_MOST_1.split()]
-CASES += [("model.lora_dropout", 1, "less than 1")]
+CASES += [("model.lora_dropout", 1, "less than 1"), ("num_threads", 4097, "at most 4096")]
+CASES += [(key, 2**63, f"at most {2**63 - 1}") for key in ("seed", "eval.seed")]
 
 
 def numbers(config: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys of all number fields, with `int` or `float`."""
+    """Dotted keys of all fields with one number, with `int` or `float`."""
     found: dict[str, str] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             found |= numbers(value, f"{prefix}{field.name}.")
-        elif kind := re.search(r"\b(int|float)\b", str(field.type)):
+        elif "list[" not in str(field.type) and (kind := re.search(r"\b(int|float)\b", str(field.type))):
             found[prefix + field.name] = kind[1]
     return found
 

@@ -84,7 +84,7 @@ def test_the_explained_metrics_are_those_of_the_code() -> None:
     rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     explained = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     of_mismatch = set(mismatch(*np.zeros((2, 3))))
-    placeholders = {"reward/NAME", "reward/failed/NAME", "version", "eval/pass@K", "eval/NAME/reward"}
+    placeholders = {"reward/NAME", "reward/failed/NAME", "logged/NAME", "version", "eval/pass@K", "eval/NAME/reward"}
     assert explained == METRICS | of_mismatch | placeholders
 
 

@@ -99,8 +99,9 @@ def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
 def _datasets(component: Component, key: str) -> Iterator[tuple[str, Component]]:
     """The component, and those that a mixture mixes, without their weights."""
     yield key, component
-    mixed = component.get("datasets")
-    for i, part in enumerate(mixed if isinstance(mixed, list) else ()):
+    mixed: Any = component.get("datasets")
+    parts: list[Any] = mixed if isinstance(mixed, list) else []
+    for i, part in enumerate(parts):
         if isinstance(part, dict):
             own = {name: value for name, value in part.items() if name != "weight"}
             yield from _datasets(own, f"{key}.datasets.{i}")

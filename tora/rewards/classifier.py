@@ -14,8 +14,8 @@ from tora.rewards.functions import Completion
 class reward_model:
     """Scores a prompt with its completion by the output of a sequence classifier, as text or as chat messages.
 
-    Its tokenizer's own chat template renders the conversation; a tokenizer without one gets prompt and completion as two
-    texts. Asynchronous only so that a worker holds one copy of the model, whatever `reward_processes` is.
+    Its tokenizer's own chat template renders the conversation; a tokenizer without one gets prompt and completion as
+    two texts. Asynchronous only so that a worker holds one copy of the model, whatever `reward_processes` is.
     """
 
     def __init__(
@@ -68,9 +68,10 @@ class reward_model:
     def _encode(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> Any:
         options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": self._max_tokens}
         if self._tokenizer.chat_template is None:
-            texts = [p if isinstance(p, str) else _plain(p) for p in prompts], [
-                c if isinstance(c, str) else _plain(c) for c in completions
-            ]
+            texts = (
+                [p if isinstance(p, str) else _plain(p) for p in prompts],
+                [c if isinstance(c, str) else _plain(c) for c in completions],
+            )
             return self._tokenizer(*texts, return_tensors="pt", **options)
         chats = [_messages(p, "user") + _messages(c, "assistant") for p, c in zip(prompts, completions, strict=True)]
         rendered = [self._tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]

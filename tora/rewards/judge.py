@@ -106,7 +106,8 @@ class llm_judge:
             text = await self._answer(question)
         found = self._pattern.findall(text)
         if not found:
-            raise RuntimeError(f"the judge's answer has no score, a match of {self._pattern.pattern!r}: {text[-200:]!r}")
+            pattern = self._pattern.pattern
+            raise RuntimeError(f"the judge's answer has no score, which matches {pattern!r}: {text[-200:]!r}")
         last = found[-1] if isinstance(found[-1], str) else next(filter(None, found[-1]), "")
         return float(last) / self._scale
 
