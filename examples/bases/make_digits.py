@@ -51,13 +51,13 @@ def answer_text(rng: random.Random, indices: tuple[int, ...], worked_share: floa
     return f"{work}<answer>{first + second}</answer>"
 
 
-def make_processor(texts: list[str]) -> Any:
+def make_processor(texts: list[str], chat_template: str = CHAT_TEMPLATE) -> Any:
     sizes: dict[str, Any] = {"patch_size": PATCH, "merge_size": MERGE}
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=PIXELS, **sizes),
-        tokenizer=make_tokenizer(texts, CHAT_TEMPLATE, SPECIAL_TOKENS),
+        tokenizer=make_tokenizer(texts, chat_template, SPECIAL_TOKENS),
         video_processor=Qwen3VLVideoProcessor(**sizes),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,14 +59,20 @@ def batch_of(rows: list[tuple[list[int], list[bool]]], pad: int) -> dict[str, to
 
 
 def next_turns(
-    model: Any, tokenizer: Any, contexts: list[list[int]], temperature: float, **inputs: Any
+    model: Any,
+    tokenizer: Any,
+    contexts: list[list[int]],
+    temperature: float,
+    inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda tokens_BL: {},
 ) -> list[tuple[str, list[int]]]:
-    """The next turn in each context: its text, and its ids with the stop token. `inputs`: further ones of the model."""
+    """The next turn in each context: its text, and its ids with the stop token. `inputs`: the
+    model's others, from the padded ids [B, L]."""
     if not contexts:
         return []
     padded = tokenizer.pad({"input_ids": contexts}, return_tensors="pt")
     draws = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    tokens_BL = model.generate(**padded, **inputs, max_new_tokens=64, **draws)[:, padded["input_ids"].shape[1] :]
+    prompts_BL = padded["input_ids"]
+    tokens_BL = model.generate(**padded, **inputs(prompts_BL), max_new_tokens=64, **draws)[:, prompts_BL.shape[1] :]
     turns = []
     for ids in tokens_BL.tolist():
         end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)

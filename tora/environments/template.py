@@ -8,6 +8,7 @@ renderings of the template, so this holds only for a template that leaves earlie
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ Messages = list[dict[str, Any]]
 _THINK = "<think>\n"
 _TURN = _THINK + 'I ask.\n</think>\n\n<tool_call>\n{"name": "tool", "arguments": {}}\n</tool_call>'
 """A turn in the form that models with and without reasoning write it."""
+
+_ASKED: Messages = [{"role": "user", "content": "?"}]
 
 
 class TurnTemplate:
@@ -81,10 +84,12 @@ class TurnTemplate:
         return "".join(letters[0] for letters in common)
 
     def _after_turn(self, messages: Messages) -> str:
-        asked: Messages = [{"role": "user", "content": "?"}]
-        turn = [*asked, {"role": "assistant", "content": _TURN}]
-        start = _with_turn(self._render(asked, turn_follows=True))
-        return self._after_stop(self._render([*turn, *messages], turn_follows=True)[len(start) :])
+        turn = [*_ASKED, {"role": "assistant", "content": _TURN}]
+        return self._after_stop(self._render([*turn, *messages], turn_follows=True)[len(self._first_turn) :])
+
+    @cached_property
+    def _first_turn(self) -> str:
+        return _with_turn(self._render(_ASKED, turn_follows=True))
 
     def _after_stop(self, text: str) -> str:
         stop = next((stop for stop in self._stops if text.startswith(stop)), None)
