@@ -257,6 +257,7 @@ def agents(
     factory: str = "envs.Counter",
     part_tokens: int | None = None,
     timeout_s: float = 10.0,
+    memory_gib: float = 8.0,
 ) -> Iterator[Agents]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = ImageProcessor(folder) if has_image_processor(folder) else None
@@ -265,6 +266,7 @@ def agents(
 
     def make_player() -> EpisodePlayer:
         limits = {"timeout_s": timeout_s, "reward_timeout_s": timeout_s, "num_processes": 2}
+        limits["memory_gib"] = memory_gib
         environments = EnvironmentProcesses({"_component_": factory}, [], rewards, **limits)
         return EpisodePlayer(environments, template, parse, tokenizer, max_tool_calling_iterations=iterations)
 

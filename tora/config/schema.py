@@ -363,6 +363,9 @@ class RunConfig:
     environment_processes: Annotated[int, AtLeast(1)] = 4
     """Maximum number of processes per rollout worker that hold environments and run tools. Another one starts only when
     all are in use."""
+    environment_memory_gib: Annotated[float, Above(0)] = 8.0
+    """GiB of memory that such a process may allocate. Allocations beyond it fail in the environment, and a process that
+    holds more than three quarters of it takes no new groups and is replaced."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
     """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss`, `CISPOLoss`, `DPPOLoss` or
     `SAPOLoss`. The files `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml`, `cispo.yaml`, `dppo.yaml` and `sapo.yaml` set

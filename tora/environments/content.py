@@ -26,6 +26,17 @@ class Content:
         return self.parts if isinstance(self.parts, str) else "".join(part.get("text", "") for part in self.parts)
 
 
+_LONGEST = 1_000_000
+"""Characters: far more than fit into any episode, few enough to be tokenised in a second."""
+
+
+def text_content(text: str) -> Content:
+    """Text that a tokenizer takes. Raises ValueError if it is absurdly long."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"the answer has {len(text):,} characters, more than {_LONGEST:,}")
+    return Content(text.encode("utf-8", "replace").decode())  # lone surrogates become question marks
+
+
 def content_of(value: Any) -> Content | None:
     """An image or a list of chat parts as content; None if it is neither. Raises ValueError if a part cannot be
     shown."""
@@ -35,4 +46,5 @@ def content_of(value: Any) -> Content | None:
         return None
     images: list[bytes] = []
     parts = without_images(value, iter(()), images)
-    return Content(parts, tuple(images))
+    shown = [part if "text" not in part else {**part, "text": text_content(str(part["text"])).parts} for part in parts]
+    return Content(shown, tuple(images))

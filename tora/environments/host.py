@@ -22,13 +22,15 @@ from typing import Any
 from tora.config.components import instantiate, locate
 from tora.config.schema import Component
 from tora.environments.base import resolve, tool_methods
-from tora.environments.content import Content, content_of
+from tora.environments.content import Content, content_of, text_content
 from tora.environments.tools import ToolCall
 from tora.errors import ConfigError
 from tora.rewards.processes import end_with_parent
 from tora.rewards.rewarder import Call, Column, Unanswered, build_rewarder
 from tora.types import Prompt
 
+_LONGEST_ERROR = 2000
+"""Characters of an error that the policy is told."""
 Key = tuple[int, int]
 """A group, and a rollout in it."""
 
@@ -40,6 +42,8 @@ class Setup:
     factory: Component | None
     tools: tuple[str, ...]
     rewards: tuple[Component, ...]
+    memory_gib: float
+    """How much the host may allocate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ class Host:
             return None  # tools alone
         observation = resolve(seat.environment.reset(**row))
         if observation is None or isinstance(observation, str):
-            return Content(observation) if observation else None
+            return text_content(observation) if observation else None
         shown = content_of(observation)
         if shown is None:
             kind = type(observation).__name__
@@ -145,9 +149,9 @@ class Host:
             return ToolResult(told(f"Tool {call.name} not found."), Raised("", ""))
         try:
             value = resolve(seat.tools[call.name](**call.arguments))
-            return ToolResult(content_of(value) or Content(str(value)))
+            return ToolResult(content_of(value) or text_content(str(value)))
         except Exception as error:  # a user's code may raise anything
-            return ToolResult(told(str(error)), _raised(error))
+            return ToolResult(told(message_of(error)), _raised(error))
 
     def _score(self, keys: Sequence[Key], prompt: Prompt, call: Call, limit_s: float) -> Column | Unanswered:
         environments = [self._seats[key].environment for key in keys]
@@ -164,12 +168,19 @@ class Host:
 
 def told(error: str) -> Content:
     """A tool's error as the policy sees it, in TRL's form."""
-    return Content(str({"error": error}))
+    return text_content(str({"error": error[:_LONGEST_ERROR]}))
+
+
+def message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a user's exception may fail even here
+        return "its message cannot be shown"
 
 
 def _raised(error: BaseException) -> Raised:
     trace = "".join(traceback.format_exception(error))
-    return Raised(f"raised {type(error).__name__}: {error}", trace)
+    return Raised(f"raised {type(error).__name__}: {message_of(error)}", trace)
 
 
 def serve() -> None:
@@ -185,7 +196,11 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
-        host = Host(connection.recv(), send)
+        setup: Setup = connection.recv()
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        asked = int(setup.memory_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (asked if hard == resource.RLIM_INFINITY else min(asked, hard), hard))
+        host = Host(setup, send)
     except Exception as error:  # a mistake in the config, or an error in a user's module
         connection.send(error)
         return

@@ -8,6 +8,7 @@ because one environment holds its interpreter lock, costs the rollouts that it h
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from tora.config.schema import Component
@@ -30,6 +32,9 @@ _CANCEL_S = 2.0
 """Seconds that an async reward function may take to end once its limit has cancelled it."""
 _PING_S = 2.0
 """A process that does not answer a ping within this time is taken to be stuck as a whole."""
+
+_FULL = 0.75
+"""Share of a process's memory limit above which it takes no new groups."""
 
 
 class _Lost(Exception):
@@ -48,13 +53,15 @@ class EnvironmentProcesses:
         timeout_s: float,
         reward_timeout_s: float,
         num_processes: int,
+        memory_gib: float = 8.0,
     ) -> None:
-        """Starts one process; more are started, up to `num_processes`, while all hold groups.
+        """Starts one process; more are started, up to `num_processes`, while all hold groups. `memory_gib`: see
+        `RunConfig.environment_memory_gib`.
 
         Raises `ConfigError` if a component does not exist or the environment cannot be made, what a module raises when
         it is imported, and `RolloutError` if the process does not start.
         """
-        self._setup = Setup(factory, tuple(tools), tuple(rewards))
+        self._setup = Setup(factory, tuple(tools), tuple(rewards), memory_gib)
         timeout_scores = setting_by_name(rewards, "timeout_score", 0.0)
         self.reward_names, self.timeout_scores = [*timeout_scores], [*timeout_scores.values()]
         self.timeout_s, self.reward_timeout_s, self._num_processes = timeout_s, reward_timeout_s, num_processes
@@ -69,6 +76,8 @@ class EnvironmentProcesses:
         """The environments of a group of `size` rollouts. Raises `RolloutError` if a new process does not start."""
         with self._lock:
             self._all = [process for process in self._all if not process.ended]
+            for process in self._all:
+                self._retire_if_full(process)
             usable = [process for process in self._all if not process.retired]
             least = min(usable, key=lambda process: process.num_sessions, default=None)
             if least is None or (least.num_sessions and len(usable) < self._num_processes):
@@ -76,6 +85,20 @@ class EnvironmentProcesses:
                 self._all.append(least)
             least.num_sessions += 1
             return Session(self, least, [(next(self._numbers), index) for index in range(size)])
+
+    def _retire_if_full(self, process: _Process) -> None:
+        """Memory that an environment has leaked comes back only with its process."""
+        if process.retired or process.gib < _FULL * self._setup.memory_gib:
+            return
+        _log.warning(
+            "a process of environments holds %.1f GiB and is replaced; environment_memory_gib=%g sets how much it may "
+            "hold",
+            process.gib,
+            self._setup.memory_gib,
+        )
+        process.retired = True
+        if process.num_sessions == 0:
+            process.kill()
 
     def show(self, where: str, raised: Raised) -> None:
         """Log a traceback, once for each place and kind of error."""
@@ -204,6 +227,15 @@ class _Process:
     @property
     def ended(self) -> bool:
         return self._is_lost
+
+    @property
+    def gib(self) -> float:
+        """Memory that the process holds."""
+        try:
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            return 0.0  # it has ended
+        return pages * resource.getpagesize() / 2**30
 
     def ask(self, operation: str, *arguments: Any) -> Future[Any]:
         """The future raises `_Lost` if the process ends first. `close` has no answer."""

@@ -45,6 +45,7 @@ class TurnTemplate:
             raise ConfigError("environments and tools need a chat template, and the model has none")
         self._tokenizer, self._processor = tokenizer, processor
         self.schemas, self._variables = [*schemas], dict(variables or {})
+        self._newest: tuple[str | Messages, str] | None = None
         self._stops = [tokenizer.decode([token]) for token in stop_token_ids]
         self._check()
 
@@ -58,7 +59,7 @@ class TurnTemplate:
 
         Raises `ConfigError` if there is no message, or its placeholders are not those of `images`.
         """
-        return self._encode(self._prompt_text(self._messages(source)), images)
+        return self._encode(self._start_of(source), images)
 
     def opening(self, source: str | Messages, observation: Content | None) -> tuple[int, ...]:
         """Token ids from the end of `prompt` to the first turn: the observation and the template's text after it.
@@ -67,7 +68,7 @@ class TurnTemplate:
         """
         messages, shown = self._messages(source), observation or Content("")
         self._check_takes(shown.images)
-        start = self._prompt_text(messages)
+        start = self._start_of(source)
         whole = self._render(_with_observation(messages, shown.parts), turn_follows=True)
         if not whole.startswith(start):
             raise ConfigError("the chat template puts the end of a message, such as its images, before its beginning")
@@ -77,6 +78,13 @@ class TurnTemplate:
         """Token ids from a turn's stop token, exclusive, to the next turn: the tools' answers, `{"role": "tool"}`,
         whose placeholders stand for `images`. Raises as `opening` does."""
         return self._encode(self._after_turn(messages), images)
+
+    def _start_of(self, source: str | Messages) -> str:
+        """The text of `prompt`. The newest is kept, since all rollouts of a group begin with it."""
+        newest = self._newest
+        if newest is None or newest[0] != source:
+            newest = self._newest = source, self._prompt_text(self._messages(source))
+        return newest[1]
 
     def _prompt_text(self, messages: Messages) -> str:
         endings = [self._render(_with_observation(messages, end), turn_follows=True) for end in ("A", "B", "")]

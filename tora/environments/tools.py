@@ -78,7 +78,11 @@ def _schema(function: Callable[..., Any]) -> dict[str, Any]:
 
     try:
         return get_json_schema(function)
-    except (DocstringParsingException, TypeHintParsingException, NameError) as error:  # a hint may name what is not there
+    except (
+        DocstringParsingException,
+        TypeHintParsingException,
+        NameError,
+    ) as error:  # a hint may name what is not there
         raise ConfigError(f"the tool {function.__name__} cannot be described to the model: {error}") from error
 
 

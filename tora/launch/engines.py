@@ -89,6 +89,7 @@ def _make_player(cfg: RunConfig, turns: TurnTemplate, tokenizer: Any) -> Episode
         timeout_s=cfg.environment_timeout_s,
         reward_timeout_s=cfg.reward_timeout_s,
         num_processes=cfg.environment_processes,
+        memory_gib=cfg.environment_memory_gib,
     )
     parser = make_parser(cfg.tool_parser, tokenizer, turns.schemas)
     iterations = cfg.max_tool_calling_iterations
