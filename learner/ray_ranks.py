@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.learner import Learner
 from tora.config.schema import RunConfig
+from tora.distributed.process_group import STORE_KEY
 from tora.errors import LearnerLost, ToraError
 from tora.types import MicroBatch, PolicySnapshot, SnapshotRef, StepResult, TrainBatch
 
@@ -33,7 +35,7 @@ class LearnerRank(Learner):
     def location(self) -> tuple[str, int, list[str]]:
         """This node's address, a free port on it, and the GPUs that Ray assigned to this rank."""
         with socket.socket() as probe:
-            probe.bind(("", 0))
+            probe.bind((ray.util.get_node_ip_address(), 0))
             port = probe.getsockname()[1]
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return ray.util.get_node_ip_address(), port, gpus
@@ -163,12 +165,13 @@ def torchrun_variables(locations: Sequence[tuple[str, int, list[str]]]) -> list[
     Every rank sees the GPUs of all ranks on its node, so that LOCAL_RANK selects one as it does under torchrun.
     """
     address, port, _ = locations[0]
-    result = []
+    key, result = secrets.token_hex(32), []
     for rank, (node, _, gpus) in enumerate(locations):
         on_node = [r for r, location in enumerate(locations) if location[0] == node]
         variables = {
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
+            STORE_KEY: key,
             "RANK": str(rank),
             "WORLD_SIZE": str(len(locations)),
             "LOCAL_RANK": str(on_node.index(rank)),

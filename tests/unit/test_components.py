@@ -11,7 +11,7 @@ from tora import rewards
 from tora.config.components import check_component, check_reward, instantiate, locate
 from tora.config.load import load_config
 from tora.errors import ConfigError
-from tora.reporting.metrics import build_logger
+from tora.reporting.loggers import build_logger
 from tora.rewards.processes import RewardProcesses
 from tora.rewards.rewarder import build_rewarder
 from tora.types import Prompt
@@ -125,4 +125,4 @@ def test_former_paths_reach_the_rewarder_here_and_in_its_processes() -> None:
 def test_former_paths_reach_a_metric_logger(tmp_path: Path) -> None:
     """Only reward functions have former paths, so one stands in: the error shows that its signature was read."""
     with pytest.raises(ConfigError, match="missing a required argument: 'prompts'"):
-        build_logger({"_component_": f"{FORMER}.answer_tag"}, tmp_path)
+        build_logger({"_component_": f"{FORMER}.answer_tag"}, load_config("quickstart"), tmp_path, "id")

@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +15,7 @@ import wandb
 from fakes import make_rollout
 from rich.console import Console
 
-from tora.config.schema import RunConfig
+from tora.config.load import load_config
 from tora.reporting.console import duration
 from tora.reporting.evaluation import EvalResult
 from tora.reporting.metrics import MetricLog, read_rows
@@ -34,9 +33,10 @@ METRICS = {
 
 
 def make_log(folder: Path, *, first_step: int = 0, loggers: list[dict] | None = None, terminal: bool = False):
-    cfg = SimpleNamespace(name="demo", num_steps=4, metric_logger=loggers or [])
+    cfg = load_config("quickstart", ["name=demo", "num_steps=4", f"output_dir={folder}"])
+    cfg.metric_logger = loggers or []
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    return MetricLog(cast(RunConfig, cfg), folder, first_step, console), cast(Any, console.file)
+    return MetricLog(cfg, folder, first_step, console, "20261126-1"), cast(Any, console.file)
 
 
 def test_rows_are_on_disk_at_once_and_carry_their_step(tmp_path: Path):

@@ -21,6 +21,7 @@ from tora.config.components import check_component, check_path, check_reward
 from tora.config.convert import build, defaults, join, show
 from tora.config.rules import check
 from tora.config.schema import Component, RunConfig
+from tora.config.secrets import redacted
 from tora.errors import ConfigError, nearest
 
 RUN_ID = "run_id"
@@ -133,8 +134,8 @@ def to_dict(cfg: RunConfig) -> dict[str, Any]:
 
 
 def dump_yaml(cfg: RunConfig) -> str:
-    """The whole config as YAML; `load_config` reads an equal config back from it."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+    """The whole config as YAML, without secrets; but for these `load_config` reads an equal config back from it."""
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(to_dict(cfg))))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

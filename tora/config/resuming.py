@@ -13,6 +13,7 @@ from tora.config.convert import join, show
 from tora.config.load import read_tree, to_dict
 from tora.config.marks import Resume
 from tora.config.schema import RunConfig
+from tora.config.secrets import redacted
 from tora.errors import ConfigError
 
 
@@ -46,7 +47,7 @@ def check_resumed(config_yaml: Path, cfg: RunConfig) -> list[Change]:
 
 def changes(before: Mapping[str, Any], cfg: RunConfig) -> Iterator[Change]:
     """Every key whose value differs from that in `before`, a config as a tree, in the schema's order."""
-    yield from _changes(RunConfig, before, to_dict(cfg), "", Resume.APPLIED)
+    yield from _changes(RunConfig, redacted(before), redacted(to_dict(cfg)), "", Resume.APPLIED)
 
 
 def marks(schema: type = RunConfig, prefix: str = "", inherited: Resume = Resume.APPLIED) -> dict[str, Resume]:

@@ -399,4 +399,5 @@ class RunConfig:
     metric_logger: Annotated[list[Component], FREE] = field(default_factory=list)
     """Metric loggers in addition to the console and `metrics.jsonl`, such as torchtune's
     `torchtune.training.metric_logging.WandBLogger` and `TensorBoardLogger`. A logger with a `log_dir` parameter writes
-    to the run's folder unless the config says otherwise."""
+    to the run's folder unless the config says otherwise, and one with `run_id` or `run_name` gets the run's. Also
+    `tora.reporting.trackio.TrackioLogger`."""

@@ -6,6 +6,7 @@ Functions marked collective must be called by every rank.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+STORE_KEY = "TORA_STORE_KEY"
+"""The environment variable with the secret of a run whose ranks Tora starts; torchrun's ranks have none."""
 _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -63,8 +66,24 @@ def join(world: World, device: torch.device, *, alone: bool = False) -> None:
     if world.size == 1:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(**options, store=store, rank=0, world_size=1)
+    elif STORE_KEY in os.environ:
+        dist.init_process_group(**options, store=_private_store(world), rank=world.rank, world_size=world.size)
     else:
         dist.init_process_group(**options)
+
+
+def _private_store(world: World) -> dist.Store:
+    """A store at MASTER_ADDR:MASTER_PORT that listens on that address alone, where torch's own listens on all, and
+    keeps its keys under the run's secret."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listener = None
+    if world.rank == 0:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((address, port), family=family).detach()
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        address, port, world.size, is_master=world.rank == 0, wait_for_workers=False, master_listen_fd=listener
+    )
+    return dist.PrefixStore(os.environ[STORE_KEY], store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def group_options(device: torch.device) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _open(cfg: RunConfig, folder: RunFolder, state: RunState, *, resumes: bool) 
     if not resumes:
         folder.start_over()
     write_config(folder.path, _portable(cfg), state.run_id)
-    return MetricLog(cfg, folder.path, first_step=state.step)
+    return MetricLog(_portable(cfg), folder.path, first_step=state.step, run_id=state.run_id)
 
 
 def _report(finished: Run, outcome: Outcome) -> None:

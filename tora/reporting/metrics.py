@@ -5,33 +5,24 @@ A training row has the index of its step, an evaluation row the number of comple
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
-from tora.config.components import instantiate, locate
-from tora.config.schema import Component, RunConfig
+from tora.config.schema import RunConfig
 from tora.reporting.console import ConsoleLog
 from tora.reporting.evaluation import EvalResult
+from tora.reporting.loggers import build_logger
 from tora.reporting.strict_json import to_json
 from tora.types import Metrics, Prompt, Rollout
 
 _log = logging.getLogger(__name__)
-
-
-class Logger(Protocol):
-    """The interface of torchtune's metric loggers."""
-
-    def log_dict(self, payload: Mapping[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class NoLog:
@@ -53,14 +44,21 @@ class NoLog:
 class MetricLog:
     """Implements `tora.run.run.Log`."""
 
-    def __init__(self, cfg: RunConfig, folder: Path, first_step: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        folder: Path,
+        first_step: int = 0,
+        console: Console | None = None,
+        run_id: str = "",
+    ) -> None:
         """Writes into `folder`. Rows of `first_step` and later, which a resumed run writes again, are removed.
 
         Raises ConfigError if a `metric_logger` cannot be built.
         """
         self.path = folder / "metrics.jsonl"
         cut(self.path, first_step)
-        self._loggers = [build_logger(component, folder) for component in cfg.metric_logger]
+        self._loggers = [build_logger(component, cfg, folder, run_id) for component in cfg.metric_logger]
         self._file = self.path.open("a")
         self._console = ConsoleLog(console or Console(), cfg.name, first_step, cfg.num_steps)
 
@@ -108,14 +106,6 @@ def eval_metrics(result: EvalResult) -> Metrics:
     metrics |= {f"eval/pass@{k}": value for k, value in result.pass_at.items()}
     metrics |= {"eval/length_mean": result.length, "eval/truncated_share": result.truncated}
     return {key.replace("/", f"/{result.name}/", 1) if result.name else key: value for key, value in metrics.items()}
-
-
-def build_logger(component: Component, folder: Path) -> Logger:
-    """The component's logger. A `log_dir` parameter gets `folder` unless the component sets `log_dir` or `dir`."""
-    parameters = inspect.signature(locate(component["_component_"])).parameters
-    if "log_dir" in parameters and not {"log_dir", "dir"} & component.keys():
-        component = {**component, "log_dir": str(folder)}
-    return instantiate(component)
 
 
 def read_rows(metrics_jsonl: Path) -> list[dict[str, Any]]:
