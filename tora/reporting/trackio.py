@@ -18,7 +18,7 @@ class TrackioLogger:
             import trackio
         except ImportError as error:
             raise ConfigError("tora.reporting.trackio.TrackioLogger needs trackio: pip install trackio.") from error
-        self._trackio = trackio
+        self._trackio: Any = trackio
         self._arguments = {"project": project, "name": f"{run_name}-{run_id}", "resume": "allow", **arguments}
         self._started = False
 
