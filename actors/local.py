@@ -25,6 +25,9 @@ from tora.types import (
     TrainBatch,
 )
 
+_LEAST_AT_ONCE = 128
+"""Prompts of an evaluation that each rank's engine gets at once, or more if it has room for more."""
+
 
 class LocalRollouts:
     def __init__(
@@ -35,13 +38,15 @@ class LocalRollouts:
         eval_prompts: Sequence[Prompt],
         state: RolloutState,
         world: World,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`prompt_at` is the prompt stream. `state` is from `state()` when the run was interrupted.
+        """`prompt_at` is the prompt stream. `state` is from `state()` when the run was interrupted. `stop_requested`:
+        whether this rank was asked to stop, which ends evaluations.
 
         Every rank reads the same stream and generates its share of each round; all ranks then have all groups.
         """
         self._cfg, self._worker, self._eval_prompts, self._world = cfg, worker, eval_prompts, world
-        self._prompt_at = prompt_at
+        self._prompt_at, self._stop_requested = prompt_at, stop_requested
         self._cursor = PromptCursor(prompt_at, state)
         self._filter = SignalFilter(cfg)
 
@@ -62,8 +67,15 @@ class LocalRollouts:
         report = self._worker.forward(snapshot)
         return sync_metrics([report], time.perf_counter() - start)
 
-    def evaluate(self) -> list[Group]:
-        return self._on_all_ranks(self._worker.evaluate, self._eval_prompts)
+    def evaluate(self) -> list[Group] | None:
+        """In parts that fill the engines, between which a stop takes effect."""
+        groups: list[Group] = []
+        at_once = self._world.size * max(_LEAST_AT_ONCE, self._cfg.rollout.concurrency * self._cfg.grpo_samples)
+        for start in range(0, len(self._eval_prompts), at_once):
+            if self._world.any(self._stop_requested()):
+                return None
+            groups += self._on_all_ranks(self._worker.evaluate, self._eval_prompts[start : start + at_once])
+        return groups
 
     def _on_all_ranks(
         self, answer: Callable[[Sequence[Prompt]], list[GroupResult]], prompts: Sequence[Prompt]

@@ -20,7 +20,8 @@
 
 Nobody waits for a lost worker: its calls fail at once with `WorkerLost`, and every call has a time limit. The first
 `publish` waits until `num_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns
-when a stop is requested. Waiting for groups or for a seat to come up ends when the run fails.
+when a stop is requested, and `publish`, `evaluate` and `logprobs` with what they have by then. Waiting for groups or
+for a seat to come up ends when the run fails.
 
 Dispatch gives a slot from the buffer to the seat that is up, has room and has the fewest tokens outstanding. The slots
 of a lost worker go to the next seat with room, before any new slot. A slot ends with one group, put once, so no group
@@ -37,8 +38,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,20 +71,21 @@ class AsyncRollouts:
         *,
         version: int,
         timing: SeatTiming | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Starts the workers. Nothing is generated before the first `publish`.
 
         `make_worker` is called for every worker, including each replacement. `prompt_at` is the prompt stream. The run
-        starts from `state` at policy version `version`.
+        starts from `state` at policy version `version`. `stop_requested` ends every wait.
         """
         self._cfg, self._make_worker, self._eval_prompts, self._prompt_at = cfg, make_worker, eval_prompts, prompt_at
-        self._timing = timing or SeatTiming()
+        self._timing, self._stop_requested = timing or SeatTiming(), stop_requested
         self._reset(state, version)
         self._snapshot: Any = None
         self._published = asyncio.Event()
         self._started = False
         """Whether the first publish is done."""
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         self._losses = self._losses_in_a_row = self._reruns = 0
@@ -109,6 +112,32 @@ class AsyncRollouts:
 
     def _run_on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _wait_for(self, coroutine: Coroutine[Any, Any, T], stop_requested: Callable[[], bool]) -> T:
+        """The coroutine's result. It learns of a requested stop through `_stopping`."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        while not wait_for_futures([future], timeout=_STOP_POLL_S).done:
+            if stop_requested():
+                self._loop.call_soon_threadsafe(self._stop_waiting)
+        return future.result()
+
+    def _stop_waiting(self) -> None:
+        self._stopping.set()
+        self._changed.set()
+
+    async def _all_or_stop(self, calls: Iterable[Coroutine[Any, Any, T]]) -> list[T] | None:
+        """All results, or None if a stop is requested first. Raises the first error of a call."""
+        together = asyncio.gather(*calls)
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({together, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return together.result() if together.done() else None
+        finally:
+            stopping.cancel()
+            if not together.done():
+                together.cancel()
+                with suppress(asyncio.CancelledError):
+                    await together
 
     async def _add_seat(self) -> None:
         seat = Seat(
@@ -214,18 +243,10 @@ class AsyncRollouts:
             self._buffer.release(slot)
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch | None:
-        batch = asyncio.run_coroutine_threadsafe(self._next_batch(step), self._loop)
-        while not wait_for_futures([batch], timeout=_STOP_POLL_S).done:
-            if stop_requested():
-                self._loop.call_soon_threadsafe(self._stop_waiting)
-        return batch.result()
-
-    def _stop_waiting(self) -> None:
-        self._stopping = True
-        self._changed.set()
+        return self._wait_for(self._next_batch(step), stop_requested)
 
     async def _next_batch(self, step: int) -> TrainBatch | None:
-        await self._wait_until(lambda: self._stopping or self._buffer.can_take(step))
+        await self._wait_until(lambda: self._stopping.is_set() or self._buffer.can_take(step))
         if not self._buffer.can_take(step):
             return None
         groups = self._buffer.take(step)
@@ -245,30 +266,33 @@ class AsyncRollouts:
     # Snapshots, evaluation, log-probs
 
     def publish(self, snapshot: Any) -> Metrics:
-        return self._run_on_loop(self._publish(snapshot))
+        return self._wait_for(self._publish(snapshot), self._stop_requested)
 
     async def _publish(self, snapshot: Any) -> Metrics:
         start = time.perf_counter()
         self._snapshot = snapshot
         if self._started:
-            reports = await asyncio.gather(*(_none_if_lost(seat.forward(snapshot)) for seat in self._seats_up()))
+            calls = [_none_if_lost(seat.forward(snapshot)) for seat in self._seats_up()]
+            reports = await self._all_or_stop(calls) or []
         else:
             self._published.set()
             required = self._seats[: self._cfg.rollout.num_workers]
-            await self._wait_until(lambda: all(seat.up for seat in required))
-            reports = [seat.report for seat in required]
+            await self._wait_until(lambda: self._stopping.is_set() or all(seat.up for seat in required))
+            reports = [seat.report for seat in required if seat.up]
             self._started, self._last_batch = True, time.perf_counter()
         self._buffer.advance(snapshot.version)
         self._paused = False
         self._dispatch()
         return sync_metrics([report for report in reports if report is not None], time.perf_counter() - start)
 
-    def evaluate(self) -> list[Group]:
-        return self._run_on_loop(self._evaluate())
+    def evaluate(self) -> list[Group] | None:
+        return self._wait_for(self._evaluate(), self._stop_requested)
 
-    async def _evaluate(self) -> list[Group]:
+    async def _evaluate(self) -> list[Group] | None:
         count = max(1, len(self._seats_up()))
-        shares = await asyncio.gather(*(self._evaluate_share(self._eval_prompts[i::count]) for i in range(count)))
+        shares = await self._all_or_stop(self._evaluate_share(self._eval_prompts[i::count]) for i in range(count))
+        if shares is None:
+            return None
         by_id = {group.prompt.id: group for share in shares for group in share}
         return [by_id[prompt.id] for prompt in self._eval_prompts]
 
@@ -286,11 +310,13 @@ class AsyncRollouts:
             return groups
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        return self._run_on_loop(self._logprobs(requests, adapter))
+        return self._wait_for(self._logprobs(requests, adapter), self._stop_requested)
 
     async def _logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> dict[int, list[np.ndarray]]:
         seats = self._seats_up()
-        answers = await asyncio.gather(*(_none_if_lost(seat.logprobs(requests, adapter)) for seat in seats))
+        answers = await self._all_or_stop(_none_if_lost(seat.logprobs(requests, adapter)) for seat in seats)
+        if answers is None:
+            return {}
         return {seat.number: answer for seat, answer in zip(seats, answers, strict=True) if answer is not None}
 
     # State

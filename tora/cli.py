@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from tora.commands import bench, configs, doctor, evaluate, export, help, run, torchtune
 from tora.commands.recipes import program
 from tora.errors import ConfigError, ToraError
+from tora.launch.signals import STOPPED, Stop
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
+    """Run one command and return its exit code. `stop`: what listens to this process's signals, if anything does."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if torchtune.is_torchtunes(argv):
             torchtune.delegate(argv)
             return 0
         args = _parse(argv)
+        args.stop = stop
         return args.command(args)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ToraError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return STOPPED
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

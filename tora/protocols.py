@@ -137,11 +137,12 @@ class Rollouts(Protocol):
         ...
 
     def publish(self, snapshot: Any) -> Metrics:
-        """Install the snapshot in every worker. Returns the sync's metrics."""
+        """Install the snapshot in every worker. Returns the sync's metrics. A requested stop ends the wait."""
         ...
 
-    def evaluate(self) -> list[Group]:
-        """Run the held-out prompts under the newest policy version; one group per prompt, in their order."""
+    def evaluate(self) -> list[Group] | None:
+        """Run the held-out prompts under the newest policy version; one group per prompt, in their order. None if a
+        stop was requested before the end."""
         ...
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:

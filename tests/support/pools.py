@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,10 +43,18 @@ def running(
     state: Any = None,
     version: int = 0,
     timing: SeatTiming | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Iterator[AsyncRollouts]:
     held_out = [make_prompt(i) for i in range(5)]
     rollouts = AsyncRollouts(
-        cfg, make_worker, prompt_at, held_out, state or RolloutState(), version=version, timing=timing
+        cfg,
+        make_worker,
+        prompt_at,
+        held_out,
+        state or RolloutState(),
+        version=version,
+        timing=timing,
+        stop_requested=stop_requested,
     )
     try:
         yield rollouts

@@ -10,23 +10,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_OVERRIDES = ["batch_size=4", "grpo_samples=4", "eval=null", "dtype=fp32"]
+import psutil
+
+_OVERRIDES = ["batch_size=4", "grpo_samples=4", "dtype=fp32"]
+_KEPT = "torchinductor_"
+"""Prefix of the folder of compiled kernels, which later runs use."""
 
 
 @contextmanager
-def tora_run(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+def tora_run(folder: Path, *overrides: str, evaluates: bool = False) -> Iterator[subprocess.Popen[bytes]]:
     """`tora run quickstart` as a terminal would start it; its output goes to `folder` with the suffix `.log`.
 
-    It has no evaluations, so each row of its metrics is a training step. Ends the run if it is still going. Raises
-    AssertionError if it leaves temporary files.
+    Unless it `evaluates`, each row of its metrics is a training step. Ends the run if it is still going. Raises
+    AssertionError if it leaves processes, shared memory or temporary files, or a traceback in its output.
     """
-    words = [*_OVERRIDES, f"output_dir={folder}", *overrides]
+    words = [*_OVERRIDES, *(() if evaluates else ("eval=null",)), f"output_dir={folder}", *overrides]
     scratch = tempfile.mkdtemp(dir="/tmp")  # short: Ray puts sockets below it, and their paths are limited
-    with (folder.parent / f"{folder.name}.log").open("wb") as log:
+    before, output = set(os.listdir("/dev/shm")), folder.parent / f"{folder.name}.log"
+    with output.open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "tora", "run", "quickstart", *words],
             stdout=log,
@@ -40,9 +45,43 @@ def tora_run(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGTERM)
                 child.wait(60)
-            left = [file.name for file in Path(scratch).glob("tora-*")]
+            child.wait()
+            processes, files, memory = left_behind(scratch, before)
             shutil.rmtree(scratch, ignore_errors=True)
-        assert not left
+        assert not processes and not files and not memory, (processes, files, memory)
+        assert "Traceback" not in output.read_text(errors="replace")
+
+
+def left_behind(scratch: str, memory: set[str], within_s: float = 10.0) -> tuple[list[str], list[str], set[str]]:
+    """Processes that still use the scratch folder, its files, and files of /dev/shm that were not among `memory`. Waits
+    for all of them to go."""
+    deadline = time.monotonic() + within_s
+    while True:
+        users = [process for process in psutil.process_iter() if uses(process, scratch)]
+        left = [process.name() for process in users if process.is_running()]
+        files = [name for name in os.listdir(scratch) if not name.startswith(_KEPT)]
+        shared = {name for name in os.listdir("/dev/shm") if name not in memory and was_made_by_a_run(name)}
+        if not (left or files or shared) or time.monotonic() > deadline:
+            return left, files, shared
+        time.sleep(0.1)
+
+
+def was_made_by_a_run(shared: str) -> bool:
+    """Whether a file of /dev/shm is one that torch, vLLM or multiprocessing makes, and no living process holds it."""
+    for process in psutil.process_iter():
+        with suppress(OSError):
+            if shared in Path(f"/proc/{process.pid}/maps").read_text():
+                return False
+    return True
+
+
+def uses(process: psutil.Process, folder: str) -> bool:
+    """Whether its temporary files or its output lie in a folder, which holds for all processes of a run."""
+    with suppress(psutil.Error, OSError):
+        if process.environ().get("TMPDIR", "").startswith(folder):
+            return process.status() != psutil.STATUS_ZOMBIE
+        return folder in " ".join(process.cmdline()) or os.readlink(f"/proc/{process.pid}/fd/1").startswith(folder)
+    return False
 
 
 def wait_for(holds: Callable[[], Any], child: subprocess.Popen[bytes], seconds: float = 240) -> None:

@@ -16,6 +16,7 @@ from tora.commands import torchtune
 from tora.config.load import config_file, load_config
 from tora.config.schema import RunConfig
 from tora.errors import RolloutError
+from tora.launch.signals import Stop
 
 HEAVY = ("torch", "transformers", "ray", "vllm", "torchtune", "numpy", "rich")
 LORA = ["lora_grpo_single_device", "--config", "qwen3/0.6B_lora_grpo_single_device"]
@@ -26,7 +27,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """Collects the configs that reach `tora.launch.launcher.run`, which reports runs of 13 steps as interrupted."""
     configs: list[RunConfig] = []
 
-    def run(cfg: RunConfig) -> bool:
+    def run(cfg: RunConfig, stop: Stop | None) -> bool:
         configs.append(cfg)
         return cfg.num_steps != 13
 
@@ -118,15 +119,15 @@ RANKS = ["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "qwen3/0.
 def test_several_ranks_start_under_torchrun(
     launched: list[RunConfig], models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Replaced(Exception):
-        pass
+    started: list[tuple[list[str], int]] = []
 
-    def execv(path: str, words: list[str]) -> None:
-        raise Replaced(" ".join(words))
+    def run_ranks(words: list[str], count: int, stop: Stop | None) -> int:
+        started.append((words, count))
+        return 3
 
-    monkeypatch.setattr("os.execv", execv)
-    with pytest.raises(Replaced, match=r"--nproc_per_node=2 -m tora run qwen3/0\.6B_lora_grpo seed=3 learner_ranks=2"):
-        main(["run", *RANKS, "seed=3"])
+    monkeypatch.setitem(sys.modules, "tora.launch.local_ranks", SimpleNamespace(run_ranks=run_ranks))
+    assert main(["run", *RANKS, "seed=3"]) == 3
+    assert started == [(["-m", "tora", "run", "qwen3/0.6B_lora_grpo", "seed=3", "learner_ranks=2"], 2)]
     assert main(["run", *RANKS, "async_rl=true"]) == 0, "on Ray the ranks are Ray actors"
     assert launched[0].learner_ranks == 2
 
@@ -171,7 +172,7 @@ def test_unknown_options_are_not_taken_for_overrides(models: Path, capsys: pytes
 def test_a_failed_run_is_one_sentence(
     models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(cfg: RunConfig) -> bool:
+    def run(cfg: RunConfig, stop: Stop | None) -> bool:
         raise RolloutError("The worker is gone.")
 
     monkeypatch.setitem(sys.modules, "tora.launch.launcher", SimpleNamespace(run=run))

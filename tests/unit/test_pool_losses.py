@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import FakeWorker, make_snapshot
 from pools import (
@@ -24,7 +26,7 @@ from pools import (
 
 from actors.seat import SeatTiming, WorkerHandle
 from tora.errors import RolloutError, SyncError, WorkerLost
-from tora.types import GroupResult, Prompt, SyncReport
+from tora.types import GroupResult, LogprobRequest, Prompt, SyncReport
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
@@ -139,3 +141,39 @@ def test_an_evaluation_survives_its_worker() -> None:
 
 def test_restart_delays_grow_to_a_minute() -> None:
     assert [SeatTiming().restart_delay_s(n) for n in (0, 1, 2, 10, 10_000)] == [1, 2, 4, 60, 60]
+
+
+@pytest.mark.parametrize("wait", ["publish", "evaluate", "logprobs"])
+def test_a_stop_ends_every_wait(wait: str) -> None:
+    stop = threading.Event()
+
+    class Endless(FakeWorker):
+        async def forward(self, snapshot: Any) -> SyncReport:
+            if snapshot.version:
+                stop.set()
+                await asyncio.sleep(3600)
+            return await super().forward(snapshot)
+
+        async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+            stop.set()
+            await asyncio.sleep(3600)
+            return []
+
+        async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
+            stop.set()
+            await asyncio.sleep(3600)
+            return []
+
+    with running(config(1), Endless, stop_requested=stop.is_set) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        began = time.perf_counter()
+        match wait:
+            case "publish":
+                assert rollouts.publish(make_snapshot(1))["sync/workers"] == 0
+            case "evaluate":
+                assert rollouts.evaluate() is None
+            case "logprobs":
+                assert rollouts.logprobs([], adapter=True) == {}
+        assert time.perf_counter() - began < 2
+        state = rollouts.state()
+        assert state.cursor > 0 and len(state.pending) + len(state.finished) == state.cursor

@@ -117,3 +117,27 @@ def test_bad_steps_are_counted_in_a_row() -> None:
     assert count(3, (batch, bad), (empty, good), (batch, bad)) == 2, "a step without anything to train says nothing"
     with pytest.raises(TrainingError, match=r"max_bad_steps=1\), the last being step 1: .*; no checkpoint yet\.$"):
         count(1, (batch, bad))
+
+
+def test_a_run_may_be_ended_at_once_until_its_first_step_and_while_its_learner_restarts(tmp_path: Path) -> None:
+    told: list[tuple[bool, int]] = []
+    run = make_run(tmp_path, [FakeLearner(dies_in=3), FakeLearner()])
+    run.let_save = lambda saves: told.append((saves, run.state.step))
+    train_and_export(run)
+    assert told == [(True, 0), (False, 2), (True, 2)]
+
+
+def test_a_learner_lost_while_the_run_stops_is_not_restarted(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [FakeLearner(dies_in=3), FakeLearner()])
+
+    class Stopping(FakeLearner):
+        """The stop arrives in the step in which the learner dies."""
+
+        def step(self, batch: TrainBatch) -> StepResult:
+            if self.version == 3:
+                run.stop_requested = lambda: True
+            return super().step(batch)
+
+    run.learner = Stopping(dies_in=3)
+    with pytest.raises(LearnerLost, match="while the run was stopping"):
+        train_and_export(run)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from tora.commands.recipes import RECIPES, program
 from tora.errors import ConfigError, nearest
+from tora.launch.signals import STOPPED, Stop
 
 if TYPE_CHECKING:
     from tora.config.schema import RunConfig
@@ -50,10 +50,12 @@ def command(args: argparse.Namespace) -> int:
     for clause in missing_folders(cfg):
         raise ConfigError(f"{clause}; `{program()} download` fetches models.")
     if cfg.learner_ranks > 1 and not cfg.async_rl:
-        _check_ranks(cfg.learner_ranks) if "RANK" in os.environ else _torchrun(config, [*args.overrides, *ranks], cfg)
+        if "RANK" not in os.environ:
+            return _torchrun(config, [*args.overrides, *ranks], cfg, args.stop)
+        _check_ranks(cfg.learner_ranks)
     from tora.launch.launcher import run
 
-    return 0 if run(cfg) else 130
+    return 0 if run(cfg, args.stop) else STOPPED
 
 
 def _check_recipe(recipe: str, cfg: RunConfig) -> None:
@@ -76,10 +78,10 @@ def _check_ranks(learner_ranks: int) -> None:
         raise ConfigError(f"learner_ranks={learner_ranks} must equal the {world} ranks that torchrun started.")
 
 
-def _torchrun(config: str, overrides: Sequence[str], cfg: RunConfig) -> NoReturn:
-    """Replaces this process with torchrun, which runs the same command in `cfg.learner_ranks` ranks on this machine."""
+def _torchrun(config: str, overrides: Sequence[str], cfg: RunConfig, stop: Stop | None) -> int:
+    """Runs the same command in `cfg.learner_ranks` ranks on this machine. The exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.num_threads or 1))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    ranks = ["--standalone", f"--nproc_per_node={cfg.learner_ranks}"]
-    words = ["-m", "torch.distributed.run", *ranks, "-m", "tora", "run", config, *overrides]
-    os.execv(sys.executable, [sys.executable, *words])
+    from tora.launch.local_ranks import run_ranks
+
+    return run_ranks(["-m", "tora", "run", config, *overrides], cfg.learner_ranks, stop)

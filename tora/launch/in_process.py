@@ -10,6 +10,7 @@ from tora.config.schema import RunConfig
 from tora.distributed.device import device_for
 from tora.distributed.process_group import World, leave
 from tora.launch.engines import largest_rank, make_vllm_engine, shared_torch_engine, with_packing, worker_arguments
+from tora.launch.signals import Stop
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
@@ -21,7 +22,8 @@ _GPU_SHARE = 0.5
 class InProcess:
     """Learner and rollouts of this process. Call `learner` before `rollouts`: the torch engine shares its model."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, stop: Stop) -> None:
+        self._stop = stop
         self.world = World.from_environment()
         on_gpu = device_for(cfg.device, self.world.local_rank).type == "cuda"
         self._cfg = with_packing(cfg, on_gpu=on_gpu)
@@ -43,13 +45,13 @@ class InProcess:
             else partial(shared_torch_engine, self._cfg, self._learner)
         )
         worker = RolloutWorker(make_engine, **worker_arguments(self._cfg, prompts))
-        return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts, self.world)
+        return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts, self.world, self._stop)
 
 
 @contextmanager
-def in_process(cfg: RunConfig) -> Iterator[InProcess]:
+def in_process(cfg: RunConfig, stop: Stop) -> Iterator[InProcess]:
     """Leaves the process group at the end."""
     try:
-        yield InProcess(cfg)
+        yield InProcess(cfg, stop)
     finally:
         leave()

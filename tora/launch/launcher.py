@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tora.launch.engines import ROLLOUT_BASE, with_engine
 from tora.launch.in_process import in_process
 from tora.launch.on_ray import on_ray
 from tora.launch.ray_cluster import is_submitted_job, output_folder
-from tora.launch.signals import stop_signals
+from tora.launch.signals import Stop
 from tora.models.hub import fetched, named
 from tora.reporting.metrics import MetricLog, NoLog
 from tora.reporting.summary import print_summary, reward_curve
@@ -34,16 +35,18 @@ from tora.tasks.prompts import RunPrompts
 _log = logging.getLogger(__name__)
 
 
-def run(cfg: RunConfig) -> bool:
-    """Train, evaluate, export and report; False if a signal stopped the run before its last step.
+def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
+    """Train, evaluate, export and report; False if `stop` was requested before the end.
 
-    Under torchrun every rank calls this; only rank 0 writes and reports. Raises ConfigError if opening the
-    data or the model reveals a mistake in the config, and TrainingError if `max_idle_steps` ended the run.
+    A run whose checkpoint and adapter have all of `num_steps` says so and ends. Under torchrun every rank calls this;
+    only rank 0 writes and reports. Raises ConfigError if opening the data or the model reveals a mistake in the config,
+    and TrainingError if `max_idle_steps` ended the run.
     """
     import_from(cfg.import_from or ())
     cfg = with_engine(cfg)
     folder = output_folder(cfg.output_dir)
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
+    stop = stop or Stop()
     resumes = cfg.resume_from_checkpoint
     if resumes is None:
         resumes = "auto" if is_submitted_job() else False
@@ -52,9 +55,8 @@ def run(cfg: RunConfig) -> bool:
         _check_inputs(cfg, folder)
     cfg = _with_model(cfg, folder / CONFIG)
     with (
-        _held(folder, resumes=resumes is True) as claim,
-        (on_ray if cfg.async_rl else in_process)(cfg) as site,
-        stop_signals() as stop_requested,
+        _held(folder, stop, resumes=resumes is True) as claim,
+        (on_ray if cfg.async_rl else in_process)(cfg, stop) as site,
     ):
         world = site.world
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=world.rank == 0)
@@ -63,11 +65,11 @@ def run(cfg: RunConfig) -> bool:
             changed = check_resumed(folder / CONFIG, _portable(cfg))
             if changed and world.rank == 0:
                 _log.warning("resuming with changed settings: %s", ", ".join(map(str, changed)))
-            if resumes == "auto" and is_finished(folder / result_name(cfg), cfg.num_steps):
-                _log.warning(
-                    "the run in %s has finished its %d steps; another needs another output_dir", folder, cfg.num_steps
-                )
-                return True
+            if is_finished(folder / result_name(cfg), cfg.num_steps):
+                if world.rank == 0:
+                    told = "the run in %s has finished its %d steps; another needs another output_dir"
+                    _log.warning(told, folder, cfg.num_steps)
+                return not stop.requested
         elif resumes:
             _check_inputs(cfg, folder)
         prompts = RunPrompts(cfg)
@@ -76,10 +78,6 @@ def run(cfg: RunConfig) -> bool:
         if resume is not None:
             learner.restore(resume)
             state = checkpoints.read(resume, prompts.at)
-            if state.step > cfg.num_steps:
-                raise ConfigError(
-                    f"num_steps={cfg.num_steps} is less than the {state.step} steps of checkpoint {resume}."
-                )
             _check_identity(resume, state, run_id_in(folder))
             if resumes == "auto" and world.rank == 0:
                 _log.warning("run %s goes on from step %d in %s", state.run_id, state.step, folder)
@@ -100,7 +98,8 @@ def run(cfg: RunConfig) -> bool:
             state=state,
             prompt_at=prompts.at,
             is_alone=world.size == 1,
-            stop_requested=lambda: world.any(stop_requested()),
+            stop_requested=lambda: world.any(stop.requested),
+            let_save=stop.let_save,
             eval_sets=prompts.eval_sets,
         )
         try:
@@ -109,11 +108,12 @@ def run(cfg: RunConfig) -> bool:
             log.close()
             rollouts.close()
             shutil.rmtree(folder / ROLLOUT_BASE, ignore_errors=True)
-    if world.rank == 0:
-        _report(assembled, outcome)
+        if world.rank == 0:
+            _report(assembled, outcome)
+        stopped = world.any(stop.requested)  # a barrier: torchrun ends the other ranks when the first one has ended
     if outcome.end == "idle":
         raise TrainingError(outcome.reason)
-    return outcome.end != "stopped" or state.step == cfg.num_steps
+    return not stopped
 
 
 def _with_model(cfg: RunConfig, pinned: Path) -> RunConfig:
@@ -131,11 +131,18 @@ def _portable(cfg: RunConfig) -> RunConfig:
     return replace(cfg, model=named(cfg.model))
 
 
-def _held(folder: Path, *, resumes: bool) -> AbstractContextManager[RunFolder | None]:
+@contextmanager
+def _held(folder: Path, stop: Stop, *, resumes: bool) -> Iterator[RunFolder | None]:
     """The run's folder, held by rank 0; None on other ranks."""
     if World.from_environment().rank > 0:
-        return nullcontext()
-    return held(folder, resumes=resumes)
+        yield None
+        return
+    with held(folder, resumes=resumes) as claim:
+        stop.at_end(claim.leave)
+        stop.at_end(lambda: shutil.rmtree(folder / ROLLOUT_BASE, ignore_errors=True))
+        if stop.leftovers is not None:
+            stop.leftovers.delete(folder / ROLLOUT_BASE)
+        yield claim
 
 
 def _check_inputs(cfg: RunConfig, folder: Path) -> None:

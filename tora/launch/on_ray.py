@@ -11,6 +11,7 @@ from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.launch.engines import largest_rank, make_torch_engine, make_vllm_engine, with_packing, worker_arguments
 from tora.launch.ray_cluster import gpus_per_device, ray_session, role_resources
+from tora.launch.signals import Stop
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
@@ -19,8 +20,8 @@ from tora.tasks.prompts import RunPrompts
 class OnRay:
     """Learner ranks and rollout workers, each a Ray actor. All are requested before any is waited for."""
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self._cfg, self.world = cfg, World()
+    def __init__(self, cfg: RunConfig, stop: Stop | None = None) -> None:
+        self._cfg, self.world, self._stop = cfg, World(), stop or Stop()
         self._gpus = gpus_per_device(_num_devices(cfg), cfg.device)
         self._cfg = with_packing(cfg, on_gpu=self._gpus > 0)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
@@ -63,7 +64,15 @@ class OnRay:
             "max_concurrency": self._cfg.rollout.concurrency + 4,
         }
         make_worker = partial(RayWorker, arguments, **options)
-        return AsyncRollouts(self._cfg, make_worker, prompts.at, prompts.held_out, state.rollouts, version=state.step)
+        return AsyncRollouts(
+            self._cfg,
+            make_worker,
+            prompts.at,
+            prompts.held_out,
+            state.rollouts,
+            version=state.step,
+            stop_requested=self._stop,
+        )
 
 
 def _num_devices(cfg: RunConfig) -> int:
@@ -72,7 +81,8 @@ def _num_devices(cfg: RunConfig) -> int:
 
 
 @contextmanager
-def on_ray(cfg: RunConfig) -> Iterator[OnRay]:
+def on_ray(cfg: RunConfig, stop: Stop) -> Iterator[OnRay]:
     """Joins or starts a Ray cluster, and leaves or stops it at the end."""
-    with ray_session(_num_devices(cfg), big_objects=cfg.model.lora_type == "full"):
-        yield OnRay(cfg)
+    scratch = stop.leftovers.scratch if stop.leftovers is not None else None
+    with ray_session(_num_devices(cfg), big_objects=cfg.model.lora_type == "full", scratch=scratch):
+        yield OnRay(cfg, stop)

@@ -7,11 +7,14 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
+
+from tora.errors import ToraError
 
 _OBJECT_STORE_BYTES = 1 << 30
 _ENVIRONMENT = {
@@ -22,11 +25,13 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(num_cpus: int, *, big_objects: bool = False) -> Iterator[None]:
-    """Connects to the run's cluster. The arguments size a private one.
+def ray_session(num_cpus: int, *, big_objects: bool = False, scratch: Path | None = None) -> Iterator[None]:
+    """Connects to the run's cluster. The arguments size and place a private one.
 
     `num_cpus`: what all Ray actors together request. `big_objects`: snapshots of whole models, for which the object
-    store gets Ray's default share of memory instead of 1 GiB.
+    store gets Ray's default share of memory instead of 1 GiB. `scratch`: the folder for its files; null: a new one.
+
+    Raises ToraError if there is no cluster at RAY_ADDRESS.
     """
     joins_existing = "RAY_ADDRESS" in os.environ
     if not joins_existing:
@@ -38,7 +43,8 @@ def ray_session(num_cpus: int, *, big_objects: bool = False) -> Iterator[None]:
     import ray
 
     if joins_existing:
-        ray.init(log_to_driver=False)
+        with _own_signals():
+            _join()
         try:
             yield
         finally:
@@ -51,21 +57,47 @@ def ray_session(num_cpus: int, *, big_objects: bool = False) -> Iterator[None]:
     ray_constants.ENABLE_RAY_CLUSTER = False
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
-    scratch = tempfile.mkdtemp(prefix="tora-")  # holds sockets, whose paths must be short
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, num_cpus),
-        object_store_memory=None if big_objects else _OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=scratch,
-        _node_ip_address="127.0.0.1",
-    )
+    # holds sockets, whose paths must be short
+    folder = Path(tempfile.mkdtemp(prefix="tora-")) if scratch is None else scratch / "ray"
     try:
+        with _own_signals():
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, num_cpus),
+                object_store_memory=None if big_objects else _OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+                _node_ip_address="127.0.0.1",
+            )
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join() -> None:
+    import ray
+
+    try:
+        ray.init(log_to_driver=False)
+    except (ConnectionError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ToraError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined: {reason}") from error
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps this process's handlers of signals, which `ray.init` of 2.60 replaces by its own."""
+    from ray._private import utils
+
+    theirs = utils.set_sigterm_handler
+    if callable(signal.getsignal(signal.SIGTERM)):
+        utils.set_sigterm_handler = lambda sigterm_handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = theirs
 
 
 def gpus_per_device(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> float:

@@ -20,6 +20,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._is_new = not path.exists()
         self._lock: FileLock | None = None
 
     def lock(self) -> None:
@@ -40,6 +41,13 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def leave(self) -> None:
+        """Release the folder, and remove it if it was new and nothing was written into it."""
+        self.release()
+        if self._is_new and [p.name for p in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
 
     def check_may_start(self) -> None:
         """Raises ConfigError if a fresh run cannot start here: the folder holds something that is not a run."""
@@ -84,7 +92,6 @@ def held(path: Path, *, resumes: bool) -> Iterator[RunFolder]:
 
     Raises ConfigError as `RunFolder.lock` does and, unless the run resumes, as `check_may_start` does.
     """
-    is_new = not path.exists()
     folder = RunFolder(path)
     if not resumes:
         folder.check_may_start()
@@ -92,7 +99,4 @@ def held(path: Path, *, resumes: bool) -> Iterator[RunFolder]:
     try:
         yield folder
     finally:
-        folder.release()
-        if is_new and [p.name for p in path.iterdir()] == [LOCK]:
-            (path / LOCK).unlink()
-            path.rmdir()
+        folder.leave()

@@ -50,9 +50,9 @@ def write_config(folder: Path, cfg: RunConfig, run_id: str) -> None:
 
 
 def is_finished(exported: Path, num_steps: int) -> bool:
-    """Whether the run has exported its last step's policy into the folder `exported`."""
+    """Whether the run has exported its last step's policy, or that of a later step, into the folder `exported`."""
     try:
-        return json.loads((exported / IDENTITY).read_text())["step"] == num_steps
+        return json.loads((exported / IDENTITY).read_text())["step"] >= num_steps
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

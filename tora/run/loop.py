@@ -39,14 +39,15 @@ def train(run: Run) -> Outcome:
     """Train from `run.state.step` to `run.cfg.num_steps`, or until a stop is requested.
 
     Step k trains policy version k and produces version k + 1. A stop ends the loop after the current step, or at once
-    while it waits for rollouts; either way a checkpoint is saved. After a bad step a checkpoint that is due waits for
-    the next good step. Raises TrainingError after `max_bad_steps` bad steps in a row.
+    while it waits for rollouts, a sync or an evaluation; either way a checkpoint is saved. After a bad step a
+    checkpoint that is due waits for the next good step. Raises TrainingError after `max_bad_steps` bad steps in a row.
     """
     cfg, state = run.cfg, run.state
     start = time.perf_counter() - state.seconds
     sync = run.publish(state.step)
     bytes_per_sync = sync.get("sync/bytes", 0.0)
     before = run.evaluate() if cfg.eval and cfg.eval.at_start else None
+    run.let_save(True)
     after, after_step, end = None, 0, "finished"
     bad_steps, idle_steps, saved = BadSteps(cfg.max_bad_steps), IdleSteps(cfg.max_idle_steps), state.step
     for step in range(state.step, cfg.num_steps):

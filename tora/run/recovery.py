@@ -32,6 +32,7 @@ def train_and_export(run: Run) -> Outcome:
     for losses in range(limit + 1):
         try:
             if losses:
+                run.let_save(False)  # until the new learner trains, the newest checkpoint has everything
                 run.learner = run.make_learner()
                 if (folder := run.checkpoints.newest()) is not None:
                     run.learner.restore(folder)
@@ -49,6 +50,8 @@ def train_and_export(run: Run) -> Outcome:
                 step = run.state.step
                 how = f"resume_from_checkpoint=true continues from step {step}" if folder else "there is no checkpoint"
                 raise LearnerLost(f"{error}, and max_learner_restarts={limit} is used up; {how}.") from error
+            if run.stop_requested():
+                raise LearnerLost(f"{error} while the run was stopping") from error
             _log.warning("%s; restarting it from step %d", error, run.state.step)
             run.rollouts.rewind(run.state.rollouts, run.state.step)
             run.log.rewind(run.state.step)

@@ -58,6 +58,9 @@ class Run:
     """Whether no other rank runs this loop beside this one, so that it may save whatever happens to it."""
     stop_requested: Callable[[], bool]
     """Whether the user asked the run to stop. Collective if the run has several ranks."""
+    let_save: Callable[[bool], object] = lambda saves: None
+    """Called with whether a stop from now on leaves the run time to save. Where there is nothing to save, the process
+    ends at once."""
     eval_sets: Mapping[str, int] = field(default_factory=dict)
     """The number of prompts of each held-out set, by name."""
 
@@ -80,11 +83,13 @@ class Run:
         return {**metrics, **self.canary.check(version, self.learner, self.rollouts)}
 
     def evaluate(self) -> EvalResult | None:
-        """Score the held-out prompts and log the results; returns that of `eval.dataset`, None without `eval`."""
-        if self.cfg.eval is None:
+        """Score the held-out prompts and log the results; returns that of `eval.dataset`. None without `eval`, or if a
+        stop was requested."""
+        groups = self.rollouts.evaluate() if self.cfg.eval is not None else None
+        if self.cfg.eval is None or groups is None:
             return None
         passes = passes_by(accuracy_reward(self.cfg.rewards))
-        results = summarize_sets(self.rollouts.evaluate(), self.eval_sets, self.cfg.eval.samples, passes)
+        results = summarize_sets(groups, self.eval_sets, self.cfg.eval.samples, passes)
         for result in results:
             self.log.evaluation(self.state.step, result)
         main = results[0]
