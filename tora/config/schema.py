@@ -288,14 +288,12 @@ class RunConfig:
     max_tool_calling_iterations: Annotated[int, AtLeast(1)] | None = None
     """How often a rollout's tool calls are answered; a call after that ends it. null: until its tokens are used up."""
     environment_timeout_s: Annotated[float, Above(0)] = 30.0
-    """Seconds that an environment may take to reset, or to answer the tool calls of one turn. A slower one costs its
-    rollout."""
+    """Seconds to reset, or to answer the tool calls of one turn. A slower environment costs its rollout."""
     environment_processes: Annotated[int, AtLeast(1)] = 4
     """Maximum number of processes per rollout worker that hold environments and run tools. Another one starts only when
     all are in use."""
     environment_memory_gib: Annotated[float, Above(0)] = 8.0
-    """GiB of memory that such a process may allocate. Allocations beyond it fail in the environment, and a process that
-    holds more than three quarters of it takes no new groups and is replaced."""
+    """GiB that such a process may allocate. One that holds three quarters of it is replaced between groups."""
     loss: Component = field(default_factory=lambda: {"_component_": "learner.loss.GRPOLoss"})
     """The objective: `learner.loss.GRPOLoss`, `DrGRPOLoss`, `DAPOLoss`, `GSPOLoss`, `CISPOLoss`, `DPPOLoss` or
     `SAPOLoss`. The files `base/dr_grpo.yaml`, `dapo.yaml`, `gspo.yaml`, `cispo.yaml`, `dppo.yaml` and `sapo.yaml` set
