@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tora.models.vision.processor import ImageProcessor, decode
 from tora.rewards.functions import math_answer
 from tora.tasks.clevr import clevr
 from tora.tasks.digits import digits, picture, pictures_of, values
+from tora.tasks.digits_lookup import PLACES, DigitsLookup, digits_lookup
 from tora.tasks.geometry3k import geometry3k
 from tora.tasks.image_rows import encoded, take_images
 
@@ -112,3 +114,23 @@ def test_the_bases_processor_gives_eight_tokens_per_picture():
     processor = ImageProcessor(BASE)
     row = digits("test", 1)[0]
     assert processor.encode(row["prompt"], row["images"]).count(processor.image_token_id) == 8
+
+
+def test_a_digit_is_looked_up_by_its_place():
+    rows = digits_lookup("test", 8)
+    assert rows[3] == digits_lookup("test", 4)[3]
+    for row in (rows[i] for i in range(8)):
+        (part, question) = row["prompt"][0]["content"]
+        assert part == {"type": "image"} and Image.open(io.BytesIO(row["images"][0])).size == (32, 32)
+        assert set(row["indices"]) <= set(pictures_of("test"))
+        game = DigitsLookup()
+        game.reset(**row)
+        place = question["text"].removeprefix("Which digit is at the ").removesuffix("?")
+        index = row["indices"][PLACES.index(place)]
+        assert game.look(place).tobytes() == Image.open(io.BytesIO(picture((index,)))).tobytes()
+        assert row["answer"] == str(values((index,))[0])
+        with pytest.raises(ValueError, match="top left"):
+            game.look("middle")
+    for wrong in ({"split": "dev"}, {"num_rows": 0}):
+        with pytest.raises(ConfigError, match="digits_lookup: "):
+            digits_lookup(**wrong)
