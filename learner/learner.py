@@ -26,7 +26,7 @@ from learner.loss.kl import kind_of
 from learner.loss.protocol import Loss, build_loss
 from learner.mismatch import mismatch
 from learner.optim import OptimizerSettings, advance, build_optimizer, build_schedule
-from learner.policy import DTYPES, empty_policy, fill_policy, load_adapter, trains_full_weights
+from learner.policy import DTYPES, check_policy, empty_policy, fill_policy, load_adapter, trains_full_weights
 from learner.reference import Reference, adapted_reference, base_reference
 from learner.reward_kl import with_reward_kl
 from learner.training_state import load_training_state, save_training_state
@@ -78,6 +78,7 @@ class Learner:
             self.world, self.device, compute=self._compute, reshard_after_forward=reshard, cpu_offload=cpu_offload
         )
         fill_policy(model, self.cfg, self.device, shard)
+        check_policy(model, self.device)
         return model
 
     def _load_start(self) -> Reference | None:

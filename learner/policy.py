@@ -15,7 +15,9 @@ from tora.adapters.targets import adapter_shapes
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 from tora.models.base import Decoder
+from tora.models.generic import GenericDecoder
 from tora.models.load import empty_decoder, fill_decoder
+from tora.models.proof import prove
 from tora.models.quantize import check_shards
 from tora.models.vision.qwen3_vl import Qwen3VL
 
@@ -92,6 +94,12 @@ def fill_policy(
     fill_decoder(model, Path(cfg.model.path), device=device, quantize_base=cfg.model.quantize_base, on_loaded=on_loaded)
 
 
+def check_policy(model: Decoder, device: torch.device) -> None:
+    """Raises ConfigError if a loaded model does not compute what its class in transformers does. Collective."""
+    if isinstance(model, GenericDecoder):
+        prove(model, device)
+
+
 def load_adapter(model: Decoder, cfg: RunConfig) -> None:
     """Load `model.adapter_path`, if there is one, into the adapters. Collective. Raises ConfigError if it does not fit
     the config."""
@@ -103,5 +111,6 @@ def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
     """`empty_policy`, `fill_policy` and `load_adapter` in one: an unsharded policy on `device`."""
     model = empty_policy(cfg, device)
     fill_policy(model, cfg, device)
+    check_policy(model, device)
     load_adapter(model, cfg)
     return model

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from learner.learner import Learner
 from learner.logprobs import token_logprobs
 from tora.adapters.inject import adapter_layers, from_wire, full_weight_parameters, inject, snapshot
-from tora.adapters.snapshot import unpack
+from tora.adapters.merge import merge
+from tora.adapters.snapshot import split_by_module, unpack
 from tora.adapters.targets import adapter_shapes
 from tora.errors import ConfigError
 from tora.models.attention import AttentionContext
@@ -30,6 +31,7 @@ from tora.models.generic import GenericDecoder
 from tora.models.generic_support import head_map
 from tora.models.head import LogitMap
 from tora.models.load import load_decoder
+from tora.models.proof import prove
 from tora.models.shared_prefix import SharedPrefixAttention
 from tora.types import SampleRequest, Sampling
 
@@ -226,3 +228,57 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         save_file(damaged, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ConfigError, match=words):
             load_decoder(folder, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_merged_model_is_the_policy(tmp_path: Path, quantized: bool) -> None:
+    """Fused modules, a tied head, and a base that went through NF4."""
+    folder = make_family(tmp_path / "base", "phi4-mini")
+    cfg = config(folder, "dora_cache", quantize_base=quantized, model={"lora_targets": "all-linear"})
+    learner = Learner(cfg)
+    shake(learner.model)
+    adapters = split_by_module(unpack(learner.snapshot()))
+    report = merge(
+        folder,
+        tmp_path / "merged",
+        adapters=adapters,
+        weights={},
+        quantized_in=torch.float32 if quantized else None,
+    )
+    assert report.num_modules == len(adapters) == 8
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    (ids,) = random_sequences(30)
+    with torch.no_grad():
+        torch.testing.assert_close(packed_logits(learner.model, [ids]), merged(ids[None]).logits[0], atol=1e-4, rtol=0)
+
+
+def test_a_model_that_our_attention_would_change_is_refused_with_the_layer(tmp_path: Path) -> None:
+    """Here its code scales the second layer's scores by itself in one of the two kinds of attention."""
+    model = load_decoder(make_family(tmp_path, "gemma2"), dtype=torch.float32, device=CPU)
+    assert isinstance(model, GenericDecoder)
+    prove(model, CPU)
+    attention = model.hf.model.layers[1].self_attn
+    plain = attention.forward
+
+    def odd(*args: Any, **kwargs: Any) -> Any:
+        attention.scaling = 0.125 if "tora_attend" in kwargs else 0.5
+        return plain(*args, **kwargs)
+
+    attention.forward = odd
+    with pytest.raises(ConfigError, match=r"part from its own after model.layers.1, by .* is allowed"):
+        prove(model, CPU)
+    attention.forward = plain
+    attention.q_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ConfigError, match=r"by nan of their size"):
+        prove(model, CPU)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_to_bf16_is_no_difference(tmp_path: Path, family: str) -> None:
+    folder = make_family(tmp_path, family)
+    for quantize_base in (False, True):
+        if quantize_base and "moe" in family:
+            continue
+        model = load_decoder(folder, dtype=torch.bfloat16, device=CPU, quantize_base=quantize_base)
+        assert isinstance(model, GenericDecoder)
+        prove(model, CPU)

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B
 from tora.errors import ConfigError
-from tora.models.family import families
-from tora.models.load import read_config, shard_files, side_files, stream_tensors
-from tora.models.quantize import dequantize, is_quantized, quantize
+from tora.models.load import empty_decoder, shard_files, side_files, stream_tensors
+from tora.models.quantize import dequantize, quantize
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -65,7 +64,8 @@ def merge(
     was not. `dtype`: of all floating-point tensors written; None for those of the base's files.
     Raises ConfigError if an adapter belongs to no tensor of the base.
     """
-    names = families()[read_config(base).model_type].names
+    model = empty_decoder(base, dtype=torch.float32, device=torch.device("cpu"))
+    names, quantizable = model.names, model.quantizable()
     left, modules, update, rounding = set(adapters) | set(weights), 0, 0.0, 0.0
     out.mkdir(parents=True)
     for file in side_files(base):
@@ -80,7 +80,7 @@ def merge(
             if name in weights:
                 exact = weights[name].float()
                 left.discard(name)
-            elif quantized_in is not None and is_quantized(own or ""):
+            elif quantized_in is not None and own in quantizable:
                 exact = dequantize(quantize(tensor.to(quantized_in), name)).float()
             else:
                 exact = tensor

@@ -6,13 +6,16 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from tora.adapters.peft_config import PeftConfig, by_pattern, matches
 from tora.config.schema import ModelConfig
 from tora.errors import ConfigError
 from tora.models.base import Decoder
+from tora.models.load import empty_decoder
 from tora.models.names import TOWER
 
 
@@ -49,6 +52,21 @@ def adapter_shapes(model: Decoder, cfg: ModelConfig, start: PeftConfig | None = 
         tower = [n for n, m in model.named_modules() if n.startswith(TOWER) and isinstance(m, nn.Linear)]
         chosen |= {name: model.names.module_to_hf(name) for name in tower}
     return {name: _shape(hf, cfg, start) for name, hf in chosen.items()}
+
+
+def target_leaves(cfg: ModelConfig) -> tuple[str, ...]:
+    """Last names of the decoder's linear layers that may get an adapter: for engines, which know them by these.
+
+    Raises ConfigError if the model is not supported.
+    """
+    if not isinstance(cfg.lora_targets, str):
+        return tuple(dict.fromkeys(target.rpartition(".")[2] for target in cfg.lora_targets))
+    model = empty_decoder(
+        Path(cfg.path), dtype=torch.float32, device=torch.device("cpu"), implementation=cfg.implementation
+    )
+    names = [model.names.module_to_hf(name) for name in model.adaptable()]
+    chosen = [name for name in names if matches(cfg.lora_targets, name)]
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
 
 
 def _shape(hf_name: str, cfg: ModelConfig, start: PeftConfig | None) -> AdapterShape:

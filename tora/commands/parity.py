@@ -14,13 +14,15 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from tora.commands.parity_row import Method, ParityRow, Reference, compare
-from tora.config.schema import ModelConfig, RolloutConfig, RunConfig
+from tora.config.schema import ALL_LINEAR, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
 from tora.launch.engines import INSTALL, make_vllm_engine
+from tora.models.load import empty_decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.reporting.strict_json import to_json
 from tora.tasks.tokenizer import load_tokenizer
@@ -62,9 +64,11 @@ def _rows(model: Path, scratch: Path) -> Iterator[ParityRow]:
 
     reference: Reference | None = None
     rounding = 0.0
+    empty = empty_decoder(model, dtype=torch.float32, device=torch.device("cpu"))
+    bases = (False,) if empty.gap(full=False, quantize=True) else (False, True)
     prompts = _vision_prompts(model) if has_image_processor(model) else _text_prompts(model)
     for dtype in ("fp32", "bf16"):
-        for quantize_base in (False, True):
+        for quantize_base in bases:
             cfg = _config(model, scratch, dtype, quantize_base)
             engine = make_vllm_engine(cfg, gpu_share=0.5)
             try:
@@ -111,6 +115,7 @@ def _config(model: Path, scratch: Path, dtype: str, quantize_base: bool) -> RunC
         dtype="fp32" if dtype == "fp32" else "bf16",
         model=ModelConfig(
             path=str(model),
+            lora_targets=ALL_LINEAR,
             quantize_base=quantize_base,
             train_vision="lora" if has_image_processor(model) else "none",
         ),

@@ -17,7 +17,6 @@ from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.environments.template import TurnTemplate
 from tora.errors import ConfigError
-from tora.models.names import LINEARS
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.tasks.prompts import RunPrompts
@@ -140,6 +139,8 @@ def make_vllm_engine(cfg: RunConfig, gpu_share: float = 1.0, max_rank: int | Non
 
 def engine_config(cfg: RunConfig, model_path: str, gpu_share: float, max_rank: int | None = None) -> EngineConfig:
     """`model_path`: the folder that vLLM loads. `gpu_share`, `max_rank`: see `make_vllm_engine`."""
+    from tora.adapters.targets import target_leaves
+
     return EngineConfig(
         model_path=model_path,
         dtype=cfg.rollout.dtype or cfg.dtype,
@@ -147,7 +148,7 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float, max_rank: i
         max_model_len=longest_sequence(cfg),
         max_num_seqs=max(_max_rows(cfg), _MIN_SEQS),
         lora_rank=max_rank or cfg.model.lora_rank,
-        lora_targets=_target_leaves(cfg),
+        lora_targets=target_leaves(cfg.model),
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
         seed=cfg.seed,
@@ -190,12 +191,6 @@ def largest_rank(cfg: RunConfig) -> int:
     """
     start = cfg.model.adapter_path
     return max(cfg.model.lora_rank, read_peft_config(Path(start)).max_rank if start else 0)
-
-
-def _target_leaves(cfg: RunConfig) -> tuple[str, ...]:
-    """Last names of the linear layers that may get an adapter: all of them where a pattern selects them."""
-    targets = cfg.model.lora_targets
-    return LINEARS if isinstance(targets, str) else tuple(dict.fromkeys(t.rpartition(".")[2] for t in targets))
 
 
 def _weight_update(cfg: RunConfig) -> WeightUpdate:

@@ -10,7 +10,8 @@ Shapes: b batch, s sequence, H query heads, K key-value heads, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,13 +123,24 @@ class GenericDecoder(Decoder):
         tokens: torch.Tensor,
         *,
         positions: torch.Tensor,
-        attend: AttentionContext,
+        attend: AttentionContext | None,
         output_fn: Callable[[torch.Tensor], Any] = identity,
         images: Any = None,
     ) -> Any:
+        """Like `Decoder.forward`; without `attend` only inside `own_attention`."""
         assert images is None
-        out = self.hf.get_decoder()(tokens, position_ids=positions, use_cache=False, **{_ATTEND: attend})
+        ours = {} if attend is None else {_ATTEND: attend}
+        out = self.hf.get_decoder()(tokens, position_ids=positions, use_cache=False, **ours)
         return output_fn(out.last_hidden_state)
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Within the context the model has transformers' plain attention, for one document at a time."""
+        self.hf.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.hf.set_attn_implementation(NAME)
 
 
 def _at(index: int) -> Callable[..., Any]:
@@ -136,7 +148,7 @@ def _at(index: int) -> Callable[..., Any]:
     graph."""
 
     def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, _ATTEND: kwargs[_ATTEND].at(index)}
+        return args, {**kwargs, _ATTEND: kwargs[_ATTEND].at(index)} if _ATTEND in kwargs else kwargs
 
     return hook
 

@@ -22,8 +22,6 @@ _MODULES = {
     "input_layernorm": "sa_norm",
     "post_attention_layernorm": "mlp_norm",
 }
-LINEARS = tuple(name.rpartition(".")[2] for name in _MODULES if name.endswith("_proj"))
-"""Last names of a decoder layer's linear modules in Hugging Face's models."""
 _TO_HF = {ours: theirs for theirs, ours in _MODULES.items()}
 _LAYER = re.compile(r"(layers\.\d+\.)(.+)")
 
