@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tora.commands import bench, configs, doctor, evaluate, export, help, run, torchtune
+from tora.commands import bench, configs, doctor, evaluate, export, help, plan, run, torchtune
 from tora.commands.recipes import program
 from tora.errors import ConfigError, ToraError
 from tora.launch.signals import STOPPED, Stop
@@ -47,6 +47,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     evaluate.add_parser(commands)
     export.add_parser(commands)
     configs.add_parsers(commands)
+    plan.add_parser(commands)
     help.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)

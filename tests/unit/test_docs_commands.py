@@ -71,6 +71,8 @@ def check_tora(words: list[str]) -> None:
         if args.config:
             assert args.target in RECIPES
             _check_recipe(args.target, cfg)
+    elif words[0] == "plan":
+        load_config(args.config, args.overrides)
     elif words[0] == "validate":
         for name in args.configs:
             load_config(name)

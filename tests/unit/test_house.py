@@ -26,6 +26,7 @@ LAYERS = (
     ("tora.distributed",),
     ("tora.models",),
     ("tora.adapters",),
+    ("tora.plan",),
     ("tora.batching",),
     ("tora.reporting",),
     ("tora.rewards",),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -28,3 +30,15 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
 def _status(name: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
+
+
+def peak_total(device: torch.device, prepare: Callable[[], T], work: Callable[[T], object]) -> tuple[int, T]:
+    """Peak memory during `work`, minus memory before `prepare`, in bytes, and what `prepare` returned."""
+    before = _held(device)
+    made = prepare()
+    added = _held(device) - before
+    return added + peak_bytes(device, lambda: work(made)), made
+
+
+def _held(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")

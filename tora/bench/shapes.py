@@ -1,85 +1,13 @@
-"""Shapes of known models, as in their config.json, and folders of random weights in these shapes."""
+"""Folders of random weights in the shapes of known models."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from tora.bench.vision import vision_config, write_processor
-from tora.errors import ConfigError, nearest
+from tora.bench.vision import write_processor
+from tora.models.released import shape_config, shape_names
 
-_COLUMNS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_QWEN2: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 151936, "rope_theta": 1e6}
-_QWEN3: dict[str, Any] = {"model_type": "qwen3", "vocab_size": 151936, "rope_theta": 1e6, "head_dim": 128}
-_VISION_2B: dict[str, Any] = {
-    "depth": 24,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_heads": 16,
-    "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": [5, 11, 17],
-}
-_VISION_8B = {
-    **_VISION_2B,
-    "depth": 27,
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "deepstack_visual_indexes": [8, 16, 24],
-}
-_VISION_TINY = {
-    **_VISION_2B,
-    "depth": 2,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_heads": 2,
-    "deepstack_visual_indexes": [0],
-}
-_QWEN3_VL: dict[str, Any] = {**_QWEN3, "model_type": "qwen3_vl", "rope_theta": 5e6}
-_LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5}
-
-_TABLE: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int], bool]] = {
-    # name: family, columns, tied
-    "tiny": ({**_QWEN3, "vocab_size": 4096, "head_dim": 64}, (256, 768, 2, 4, 2), True),
-    "small": ({**_QWEN3, "vocab_size": 8192, "head_dim": 64}, (1024, 3072, 4, 16, 8), True),
-    "tiny_vl": (
-        {**_QWEN3_VL, "vocab_size": 4096, "head_dim": 64, "vision": _VISION_TINY},
-        (256, 768, 2, 4, 2),
-        True,
-    ),
-    "qwen3_vl/2B": ({**_QWEN3_VL, "vision": _VISION_2B}, (2048, 6144, 28, 16, 8), True),
-    "qwen3_vl/4B": ({**_QWEN3_VL, "vision": _VISION_2B}, (2560, 9728, 36, 32, 8), True),
-    "qwen3_vl/8B": ({**_QWEN3_VL, "vision": _VISION_8B}, (4096, 12288, 36, 32, 8), False),
-    "qwen2_5/0.5B": (_QWEN2, (896, 4864, 24, 14, 2), True),
-    "qwen2_5/1.5B": (_QWEN2, (1536, 8960, 28, 12, 2), True),
-    "qwen2_5/3B": (_QWEN2, (2048, 11008, 36, 16, 2), True),
-    "qwen2_5/7B": ({**_QWEN2, "vocab_size": 152064}, (3584, 18944, 28, 28, 4), False),
-    "qwen2_5/14B": ({**_QWEN2, "vocab_size": 152064}, (5120, 13824, 48, 40, 8), False),
-    "qwen2_5/32B": ({**_QWEN2, "vocab_size": 152064}, (5120, 27648, 64, 40, 8), False),
-    "qwen3/0.6B": (_QWEN3, (1024, 3072, 28, 16, 8), True),
-    "qwen3/1.7B": (_QWEN3, (2048, 6144, 28, 16, 8), True),
-    "qwen3/4B": (_QWEN3, (2560, 9728, 36, 32, 8), True),
-    "qwen3/8B": (_QWEN3, (4096, 12288, 36, 32, 8), False),
-    "qwen3/14B": (_QWEN3, (5120, 17408, 40, 40, 8), False),
-    "qwen3/32B": (_QWEN3, (5120, 25600, 64, 64, 8), False),
-    "smollm2/135M": (
-        {"model_type": "llama", "vocab_size": 49152, "rope_theta": 1e5, "head_dim": 64},
-        (576, 1536, 30, 9, 3),
-        True,
-    ),
-    "llama3_2/1B": ({**_LLAMA3, "head_dim": 64}, (2048, 8192, 16, 32, 8), True),
-    "llama3_2/3B": ({**_LLAMA3, "head_dim": 128}, (3072, 8192, 28, 24, 8), True),
-    "llama3_1/8B": ({**_LLAMA3, "head_dim": 128}, (4096, 14336, 32, 32, 8), False),
-}
-_ARCHITECTURES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-}
-
-
-def shape_names() -> list[str]:
-    return list(_TABLE)
+__all__ = ["shape_names", "write_random_model"]
 
 
 def write_random_model(name: str, folder: Path, *, dtype: str, seed: int = 0) -> Path:
@@ -87,25 +15,15 @@ def write_random_model(name: str, folder: Path, *, dtype: str, seed: int = 0) ->
 
     Raises ConfigError if the name is unknown.
     """
-    if name not in _TABLE:
-        raise ConfigError(f"There are no shapes named {name}{nearest(name, list(_TABLE))}.")
+    config = shape_config(name)
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig
 
     from tora.models.load import build_model
 
-    family, columns, tied = _TABLE[name]
-    settings = {**family, **dict(zip(_COLUMNS, columns, strict=True)), "tie_word_embeddings": tied}
-    settings["max_position_embeddings"] = 32768
-    model_type, vision = settings.pop("model_type"), settings.pop("vision", None)
     folder.mkdir(parents=True, exist_ok=True)
-    if vision is None:
-        config = AutoConfig.for_model(model_type, **settings)
-    else:
-        config = vision_config(model_type, settings, vision)
+    if hasattr(config, "vision_config"):
         write_processor(folder)
-    config.architectures = [_ARCHITECTURES[model_type]]
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = build_model(config)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
+from tora.models.released import MERGE, PATCH, TOKEN_IDS
 from tora.models.vision.processor import ImageProcessor
 
-PATCH, MERGE = 16, 2
 _PAD = "<|endoftext|>"
 _TOKENS = {
     "vision_bos_token": "<|vision_start|>",
@@ -17,38 +16,6 @@ _TOKENS = {
     "video_token": "<|video_pad|>",
 }
 _TEMPLATE = "<|vision_start|><|image_pad|><|vision_end|>"
-TOKEN_IDS = {name: i + 1 for i, name in enumerate(_TOKENS)}
-"""The model has no real vocabulary here; these are its first token ids."""
-
-
-def vision_config(model_type: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
-    """transformers' config of a Qwen3-VL with this text part and vision tower."""
-    from transformers import AutoConfig
-
-    pairs = text["head_dim"] // 2
-    side = pairs * 5 // 16
-    rope = {
-        "rope_type": "default",
-        "rope_theta": text.pop("rope_theta"),
-        "mrope_interleaved": True,
-        "mrope_section": [pairs - 2 * side, side, side],
-    }
-    return AutoConfig.for_model(
-        model_type,
-        text_config={**text, "rope_parameters": rope},
-        vision_config={
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "out_hidden_size": text["hidden_size"],
-            **vision,
-        },
-        image_token_id=TOKEN_IDS["image_token"],
-        video_token_id=TOKEN_IDS["video_token"],
-        vision_start_token_id=TOKEN_IDS["vision_bos_token"],
-        vision_end_token_id=TOKEN_IDS["vision_eos_token"],
-        tie_word_embeddings=text["tie_word_embeddings"],
-    )
 
 
 def write_processor(folder: Path) -> None:

@@ -128,6 +128,9 @@ class RunConfig:
     """With bf16: keep the float32 sums of the head's product, in the learner and the engines. false rounds logits to
     bf16, which moves a log-prob by several hundredths of a nat, and the more the lower the temperature. null: true on a
     GPU, whose kernels write float32 directly; false on a CPU, where it needs a second product."""
+    memory_plan: Annotated[Literal["refuse", "warn"], FREE] = "refuse"
+    """What happens to a run that does not fit into its GPU's memory by `tora plan`. `refuse`: it does not start.
+    `warn`: it starts with a warning, as a run on a CPU does unless its weights alone exceed the machine's memory."""
     num_threads: Annotated[int, AtLeast(0), AtMost(4096), FREE] = 0
     """CPU threads of each learner process. 0: PyTorch's default."""
 

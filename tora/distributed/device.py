@@ -48,6 +48,20 @@ def visible_gpus(dev: Path = Path("/dev")) -> list[Path]:
     return sorted(dev.glob("nvidia[0-9]*"))
 
 
+def machine_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes of a GPU's memory, or for a CPU of the machine's, or of what its container may use; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = [_number(root / "proc/meminfo", r"MemTotal:\s+(\d+) kB", 1024)]
+    found.append(_number(root / "sys/fs/cgroup/memory.max", r"(\d+)", 1))
+    return min((size for size in found if size is not None), default=None)
+
+
+def _number(file: Path, pattern: str, unit: int) -> int | None:
+    found = re.search(pattern, file.read_text()) if file.is_file() else None
+    return int(found[1]) * unit if found else None
+
+
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
     """The version of the loaded NVIDIA driver, such as 580.65.06; None if none is loaded."""
     found = re.search(r"Kernel Module\b.*?\s(\d{3}\.\d+(\.\d+)?)\s", file.read_text()) if file.is_file() else None

@@ -41,8 +41,14 @@ def with_engine(cfg: RunConfig) -> RunConfig:
     has_vllm = find_spec("vllm") is not None
     if cfg.rollout.engine == "vllm" and not has_vllm:
         raise ConfigError(f"rollout.engine=vllm needs vLLM: {INSTALL}; or set rollout.engine=torch.")
+    return resolved_engine(cfg, has_vllm=has_vllm)
+
+
+def resolved_engine(cfg: RunConfig, *, has_vllm: bool | None = None) -> RunConfig:
+    """`with_engine` whatever is installed. `has_vllm`: whether vLLM counts as installed; None for whether it is."""
     if cfg.rollout.engine != "auto":
         return cfg
+    has_vllm = find_spec("vllm") is not None if has_vllm is None else has_vllm
     # In a synchronous run the torch engine shares the learner's model, so whole weights need not be sent.
     servable = cfg.async_rl if cfg.model.lora_type == "full" else cfg.model.train_vision != "full"
     engine = "vllm" if has_vllm and servable else "torch"
@@ -95,10 +101,10 @@ def _make_player(cfg: RunConfig, turns: TurnTemplate, tokenizer: Any) -> Episode
     return EpisodePlayer(environments, turns, parser, tokenizer, max_tool_calling_iterations=iterations)
 
 
-_MEMORY = 0.9
+GPU_MEMORY = 0.9
 """Default share of an engine's part of a GPU that vLLM takes. The rest is for CUDA's context and what vLLM does not
 count."""
-_MIN_SEQS = 128
+MIN_SEQS = 128
 """vLLM's own default, for evaluations of a run with few rollouts in flight."""
 ROLLOUT_BASE = "rollout_base"
 """A folder in `output_dir` that lasts as long as the run, on every machine that has its own `output_dir`."""
@@ -146,13 +152,13 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float, max_rank: i
         dtype=cfg.rollout.dtype or cfg.dtype,
         lm_head_fp32=cfg.lm_head_fp32,
         max_model_len=longest_sequence(cfg),
-        max_num_seqs=max(_max_rows(cfg), _MIN_SEQS),
+        max_num_seqs=max(max_rows(cfg), MIN_SEQS),
         lora_rank=max_rank or cfg.model.lora_rank,
         lora_targets=target_leaves(cfg.model),
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
         seed=cfg.seed,
-        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization or _MEMORY * gpu_share,
+        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization or GPU_MEMORY * gpu_share,
         kv_cache_gib=cfg.rollout.kv_cache_gib,
         enforce_eager=cfg.rollout.enforce_eager,
         gpu=World.from_environment().local_rank,  # under torchrun; a Ray actor sees only its own
@@ -224,7 +230,7 @@ def torch_engine_of(cfg: RunConfig, model: Decoder, device: torch.device, *, sha
         model,
         device=device,
         shared=shared,
-        max_rows=_max_rows(cfg),
+        max_rows=max_rows(cfg),
         cuda_graphs=_cuda_graphs(cfg, device),
         processor=_image_processor(cfg),
         tokenizer=partial(load_tokenizer, Path(cfg.model.path)),
@@ -240,7 +246,7 @@ def shared_torch_engine(cfg: RunConfig, learner: Rank) -> Engine:
         learner.model,
         device=learner.device,
         shared=True,
-        max_rows=_max_rows(cfg),
+        max_rows=max_rows(cfg),
         while_generating=partial(unsharded, learner.model, reshard_after_forward=cfg.fsdp_reshard_after_forward),
         cuda_graphs=_cuda_graphs(cfg, learner.device) and learner.world.size == 1,
         processor=_image_processor(cfg),
@@ -256,5 +262,6 @@ def _cuda_graphs(cfg: RunConfig, device: Any) -> bool:
     return device.type == "cuda" and not cfg.rollout.enforce_eager
 
 
-def _max_rows(cfg: RunConfig) -> int:
+def max_rows(cfg: RunConfig) -> int:
+    """Rollouts that an engine decodes at once."""
     return cfg.rollout.concurrency * cfg.grpo_samples

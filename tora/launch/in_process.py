@@ -7,16 +7,13 @@ from contextlib import contextmanager
 from functools import partial
 
 from tora.config.schema import RunConfig
-from tora.distributed.device import device_for
 from tora.distributed.process_group import World, leave
 from tora.launch.engines import largest_rank, make_vllm_engine, shared_torch_engine, with_packing, worker_arguments
+from tora.launch.memory import SYNC_SHARE, here
 from tora.launch.signals import Stop
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
-
-_GPU_SHARE = 0.5
-"""The engine's share of a GPU, which the learner uses too."""
 
 
 class InProcess:
@@ -25,8 +22,8 @@ class InProcess:
     def __init__(self, cfg: RunConfig, stop: Stop) -> None:
         self._stop = stop
         self.world = World.from_environment()
-        on_gpu = device_for(cfg.device, self.world.local_rank).type == "cuda"
-        self._cfg = with_packing(cfg, on_gpu=on_gpu)
+        self.devices = here(cfg)
+        self._cfg = with_packing(cfg, on_gpu=self.devices.on_gpu)
 
     def learner(self) -> Learner:
         from learner.learner import Learner as Rank
@@ -40,7 +37,7 @@ class InProcess:
 
         vllm = self._cfg.rollout.engine == "vllm"
         make_engine = (
-            partial(make_vllm_engine, self._cfg, _GPU_SHARE, largest_rank(self._cfg))
+            partial(make_vllm_engine, self._cfg, SYNC_SHARE, largest_rank(self._cfg))
             if vllm
             else partial(shared_torch_engine, self._cfg, self._learner)
         )

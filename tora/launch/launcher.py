@@ -17,6 +17,7 @@ from tora.distributed.process_group import World
 from tora.errors import ConfigError, TrainingError
 from tora.launch.engines import ROLLOUT_BASE, with_engine
 from tora.launch.in_process import in_process
+from tora.launch.memory import check_memory
 from tora.launch.on_ray import on_ray
 from tora.launch.ray_cluster import is_submitted_job, output_folder
 from tora.launch.signals import Stop
@@ -59,6 +60,9 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
         (on_ray if cfg.async_rl else in_process)(cfg, stop) as site,
     ):
         world = site.world
+        plan = check_memory(cfg, site.devices)
+        if world.rank == 0 and plan is not None:
+            print(plan.line(), flush=True)
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, is_writer=world.rank == 0)
         resume = checkpoints.to_resume(may_start=resumes == "auto") if resumes else None
         if resume is not None:

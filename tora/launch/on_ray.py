@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from tora.config.schema import RunConfig
+from tora.distributed.device import machine_memory
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.launch.engines import largest_rank, make_torch_engine, make_vllm_engine, with_packing, worker_arguments
+from tora.launch.memory import Devices, here
 from tora.launch.ray_cluster import gpus_per_device, ray_session, role_resources
 from tora.launch.signals import Stop
 from tora.protocols import Learner, Rollouts
@@ -24,6 +30,7 @@ class OnRay:
         self._cfg, self.world, self._stop = cfg, World(), stop or Stop()
         self._gpus = gpus_per_device(_num_devices(cfg), cfg.device)
         self._cfg = with_packing(cfg, on_gpu=self._gpus > 0)
+        self.devices = _devices(cfg, self._gpus)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
             raise ConfigError(
                 f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs: with rollout.num_workers="
@@ -78,6 +85,14 @@ class OnRay:
 def _num_devices(cfg: RunConfig) -> int:
     """GPUs, or CPUs without any, that the run's actors need."""
     return cfg.learner_ranks + cfg.rollout.num_workers * cfg.rollout.tensor_parallel
+
+
+def _devices(cfg: RunConfig, share: float) -> Devices:
+    """As far as this machine tells: on a cluster of several, GPUs are taken to be like its own."""
+    if share == 0:
+        return here(cfg) if "RAY_ADDRESS" not in os.environ else Devices(False, None)
+    capacity = machine_memory(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    return Devices(True, capacity, math.ceil(_num_devices(cfg) * share))
 
 
 @contextmanager
