@@ -52,8 +52,8 @@ def machine_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes of a GPU's memory, or for a CPU of the machine's, or of what its container may use; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    found = [_number(root / "proc/meminfo", r"MemTotal:\s+(\d+) kB", 1024)]
-    found.append(_number(root / "sys/fs/cgroup/memory.max", r"(\d+)", 1))
+    found = [_number(root / "proc" / "meminfo", r"MemTotal:\s+(\d+) kB", 1024)]
+    found.append(_number(root / "sys" / "fs" / "cgroup" / "memory.max", r"(\d+)", 1))
     return min((size for size in found if size is not None), default=None)
 
 
