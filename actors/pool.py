@@ -52,7 +52,7 @@ from actors.rollout_metrics import sync_metrics
 from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
-from tora.errors import RolloutError, WorkerLost
+from tora.errors import RolloutError, WorkerLost, described
 from tora.types import Group, LogprobRequest, Metrics, Prompt, RolloutState, TrainBatch
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class AsyncRollouts:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
-        self._losses = self._losses_in_a_row = self._reruns = 0
+        self._losses = self._reruns = 0
         self._tokens_per_group = _RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
         self._tasks: set[asyncio.Task[None]] = set()
         self._seats: list[Seat] = []
@@ -175,12 +175,11 @@ class AsyncRollouts:
             self._fail(error)
             return
         self._losses += 1
-        self._losses_in_a_row += 1
         ids = sorted(slot.prompt.id for slot in seat.slots)
         reruns = f"; its prompts run again: {', '.join(map(str, ids))}" if ids else ""
         _log.warning("rollout worker %d is lost (%s)%s", seat.number, error, reruns)
-        if self._losses_in_a_row > self._cfg.rollout.max_restarts:
-            lost = f"{self._losses_in_a_row} rollout workers were lost in a row without finishing a group"
+        if seat.losses_in_a_row > self._cfg.rollout.max_restarts and not self._seats_up():
+            lost = f"{seat.losses_in_a_row} rollout workers were lost in a row without finishing a group"
             self._fail(RolloutError(f"{lost}; the last error: {error}"))
 
     def _fail(self, error: BaseException) -> None:
@@ -223,7 +222,6 @@ class AsyncRollouts:
         """`buffer` granted the slot. After a rewind it is no longer the pool's, and the group is discarded."""
         try:
             group = (await seat.run_group(slot, tokens)).with_prompt(slot.prompt)
-            self._losses_in_a_row = 0
             self._tokens_per_group.add(group.num_tokens)
             if buffer is self._buffer:
                 self._keep_or_drop(slot, group)
@@ -346,7 +344,10 @@ class AsyncRollouts:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(seat.close() for seat in self._seats))
+        endings = await asyncio.gather(*(seat.close() for seat in self._seats), return_exceptions=True)
+        for seat, ending in zip(self._seats, endings, strict=True):
+            if isinstance(ending, BaseException):  # the run is over: its result does not depend on this
+                _log.warning("rollout worker %d did not close: %s", seat.number, described(ending))
 
 
 async def _none_if_lost(answer: Awaitable[T]) -> T | None:

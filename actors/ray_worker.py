@@ -12,8 +12,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.worker import RolloutWorker
-from tora.errors import WorkerLost
-from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SnapshotRef, SyncReport
+from tora.errors import WorkerLost, portable_errors
+from tora.types import GroupResult, LogprobRequest, Occupancy, PolicySnapshot, Prompt, SnapshotRef, SyncReport
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 20
@@ -31,7 +31,24 @@ class RolloutActor(RolloutWorker):
         """Returns as soon as the cluster has placed this actor."""
 
     def build(self, arguments: Mapping[str, Any]) -> None:
-        super().__init__(**arguments)
+        with portable_errors():
+            super().__init__(**arguments)
+
+    def run_group(self, prompt: Prompt) -> GroupResult:
+        with portable_errors():
+            return super().run_group(prompt)
+
+    def evaluate(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
+        with portable_errors():
+            return super().evaluate(prompts_P)
+
+    def forward(self, snapshot: PolicySnapshot) -> SyncReport:
+        with portable_errors():
+            return super().forward(snapshot)
+
+    def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
+        with portable_errors():
+            return super().logprobs(requests, adapter=adapter)
 
 
 class RayWorker:
@@ -91,6 +108,8 @@ async def _result(ref: Awaitable[T]) -> T:
     try:
         return await ref
     except RayTaskError as error:
+        if isinstance(error.cause, RayError):  # a snapshot went with the learner's node: there will be another
+            raise WorkerLost(f"its argument is lost ({type(error.cause).__name__})") from error
         if isinstance(error.cause, Exception):
             raise error.cause from error  # `error` holds the actor's traceback
         raise

@@ -105,6 +105,7 @@ class Seat:
         self.num_evaluations = 0
         """Evaluations in flight here."""
         self._failures = 0
+        """Losses in a row, without a finished group, before the present worker."""
         self._worker: WorkerHandle | None = None
         self._lost: asyncio.Future[BaseException] | None = None
         """Resolves when the worker is lost, to the reason."""
@@ -127,6 +128,11 @@ class Seat:
                 self._events.on_worker_lost(self, error)
             await asyncio.sleep(self._timing.restart_delay_s(self._failures))
             self._failures += 1
+
+    @property
+    def losses_in_a_row(self) -> int:
+        """Workers lost here since the last finished group. For a seat that has just lost one."""
+        return self._failures + 1
 
     def reserve(self, slot: Slot, tokens: float) -> None:
         """Reserve capacity; call `run_group` next. `tokens`: prompt and expected completion tokens of the group."""

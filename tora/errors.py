@@ -1,8 +1,10 @@
 """The error hierarchy. Every error pickles, so that it keeps its type across processes."""
 
 import difflib
+import pickle
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ToraError(Exception):
@@ -57,3 +59,30 @@ def described(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def portable(error: BaseException) -> Exception:
+    """The error if any process can read it, else one of ours with its type and message as text.
+
+    An error class of a library or of a user's module may not pickle, or its module may be missing elsewhere.
+    """
+    ours = type(error).__module__ == "builtins" or type(error).__module__ == __name__
+    if ours and isinstance(error, Exception):
+        try:
+            pickle.loads(pickle.dumps(error))
+            return error
+        except Exception:  # its arguments may be anything
+            pass
+    kind = RolloutError if isinstance(error, RuntimeError | MemoryError | OSError) else ToraError
+    return kind(f"{type(error).__name__}: {described(error)}")
+
+
+@contextmanager
+def portable_errors() -> Iterator[None]:
+    """Raises errors as `portable` makes them."""
+    try:
+        yield
+    except Exception as error:
+        if (sent := portable(error)) is error:
+            raise
+        raise sent from None

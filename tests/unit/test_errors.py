@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tora.errors import described
+import pickle
+
+import pytest
+
+from tora.errors import RolloutError, SyncError, ToraError, described, portable, portable_errors
 
 
 def test_an_error_without_a_message_is_described_by_its_place() -> None:
@@ -15,3 +19,21 @@ def test_an_error_without_a_message_is_described_by_its_place() -> None:
         error.args = ()  # pytest fills in a message
         words = described(error)
     assert words.startswith("AssertionError in ") and __file__ in words and 'assert dtype == "float16"' in words
+
+
+class NeedsTwo(RuntimeError):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def test_errors_that_do_not_pickle_cross_processes_as_text() -> None:
+    with pytest.raises(TypeError):
+        pickle.loads(pickle.dumps(NeedsTwo("a", "b")))
+    sent = [
+        portable(e) for e in (NeedsTwo("a", "b"), KeyError("k"), ValueError(lambda: 0), SystemExit(3), SyncError("s"))
+    ]
+    assert [type(e) for e in sent] == [RolloutError, KeyError, ToraError, ToraError, SyncError]
+    assert str(sent[0]) == "NeedsTwo: a and b" and str(sent[3]) == "SystemExit: 3"
+    assert all(str(pickle.loads(pickle.dumps(e))) == str(e) for e in sent)
+    with pytest.raises(RolloutError, match="NeedsTwo"), portable_errors():
+        raise NeedsTwo("a", "b")

@@ -177,3 +177,28 @@ def test_a_stop_ends_every_wait(wait: str) -> None:
         assert time.perf_counter() - began < 2
         state = rollouts.state()
         assert state.cursor > 0 and len(state.pending) + len(state.finished) == state.cursor
+
+
+def test_losses_do_not_end_a_run_while_a_worker_is_up() -> None:
+    class Doomed(FakeWorker):
+        async def run_group(self, prompt: Prompt) -> GroupResult:
+            raise WorkerLost("its node is gone")
+
+    healthy = iter([FakeWorker(lambda: 0.01)])
+    with running(config(1, max_restarts=1, workers=4), lambda: next(healthy, None) or Doomed(), timing=QUICK) as pool:
+        pool.publish(make_snapshot(0))
+        for step in range(10):
+            batch = next_batch(pool, step)
+            pool.publish(make_snapshot(step + 1))
+        assert batch.metrics["rollout/workers_lost"] > 8
+
+
+def test_a_worker_that_does_not_close_fails_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Stubborn(FakeWorker):
+        async def close(self) -> None:
+            raise RuntimeError("its socket is gone")
+
+    workers = [Stubborn(), FakeWorker()]
+    with running(config(1), iter(workers).__next__) as rollouts:
+        rollouts.publish(make_snapshot(0))
+    assert "rollout worker 0 did not close: its socket is gone" in caplog.text and workers[1].closed

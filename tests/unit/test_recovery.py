@@ -141,3 +141,10 @@ def test_a_learner_lost_while_the_run_stops_is_not_restarted(tmp_path: Path) -> 
     run.learner = Stopping(dies_in=3)
     with pytest.raises(LearnerLost, match="while the run was stopping"):
         train_and_export(run)
+
+
+def test_a_new_checkpoint_starts_the_count_of_restarts_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [FakeLearner(dies_in=3), FakeLearner(dies_in=4), FakeLearner()])
+    run.cfg = dataclasses.replace(run.cfg, max_learner_restarts=1)
+    train_and_export(run)
+    assert run.state.step == 5

@@ -165,8 +165,8 @@ class RunConfig:
     """With `async_rl`: largest number of policy versions by which a rollout's oldest token may lag behind the learner
     when it is trained on. 0: generation and training alternate, as in a synchronous run."""
     max_learner_restarts: Annotated[int, AtLeast(0), FREE] = 3
-    """With `async_rl`: how many times the learner is restarted from the newest checkpoint after a rank is lost, before
-    the run ends."""
+    """With `async_rl`: how many times the learner is restarted from the same checkpoint after a rank is lost, before
+    the run ends. A newer checkpoint starts the count again."""
     resume_from_checkpoint: Annotated[Literal[True, False, "auto"], FREE] | None = None
     """Whether to continue from the newest intact checkpoint in `output_dir`. true: it is an error if there is none.
     false: start a new run. `auto`: continue if there is one, otherwise start, so that one command serves the first try

@@ -55,8 +55,8 @@ class RolloutConfig:
     start_timeout_s: Annotated[float, Above(0), FREE] = 1800.0
     """Seconds that a worker of an asynchronous run may take to start, from the time the cluster has room for it."""
     max_restarts: Annotated[int, AtLeast(0), FREE] = 8
-    """Workers of an asynchronous run that may be lost in a row, with no group finished in between, before the run ends.
-    0: the first loss ends it."""
+    """How often an asynchronous run may lose the workers of one place in a row, with no group finished there in
+    between, before it ends. Losses while another worker is up never end it. 0: the first loss of the last one does."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Precision of vLLM's weights. null: the learner's, which is `dtype` at the top level."""
     base: Literal["dequantized", "checkpoint"] = "dequantized"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tora.config.load import read_tree
 from tora.config.resuming import check_resumed
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
-from tora.errors import ConfigError, TrainingError
+from tora.errors import ConfigError, TrainingError, described
 from tora.launch.engines import ROLLOUT_BASE, with_engine
 from tora.launch.in_process import in_process
 from tora.launch.memory import check_memory
@@ -109,15 +109,24 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
         try:
             outcome = train_and_export(assembled)
         finally:
-            log.close()
-            rollouts.close()
-            shutil.rmtree(folder / ROLLOUT_BASE, ignore_errors=True)
+            with ExitStack() as last:  # each is called whatever the one before it raises
+                last.callback(shutil.rmtree, folder / ROLLOUT_BASE, ignore_errors=True)
+                last.callback(rollouts.close)
+                last.callback(_close, log)
         if world.rank == 0:
             _report(assembled, outcome)
         stopped = world.any(stop.requested)  # a barrier: torchrun ends the other ranks when the first one has ended
     if outcome.end == "idle":
         raise TrainingError(outcome.reason)
     return not stopped
+
+
+def _close(log: MetricLog | NoLog) -> None:
+    """A logger that cannot say goodbye, to a server for instance, is not worth a finished run."""
+    try:
+        log.close()
+    except Exception as error:
+        _log.warning("a metric logger did not close: %s", described(error))
 
 
 def _with_model(cfg: RunConfig, pinned: Path) -> RunConfig:

@@ -30,7 +30,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tora.config.schema import Component
-from tora.errors import RolloutError
+from tora.errors import RolloutError, portable
 from tora.rewards.notes import AT_START, Notes, TrainerState
 from tora.rewards.printed import Printed
 from tora.rewards.rewarder import (
@@ -254,8 +254,8 @@ def serve() -> None:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         rewarder = build_rewarder(connection.recv())
-    except Exception as error:  # a mistake in the config, or an error in a user's module
-        connection.send(error)
+    except BaseException as error:  # a mistake in the config, or whatever a user's module raises, SystemExit too
+        connection.send(portable(error))
         return
     numbers = range(len(rewarder.rewards))
     connection.send((list(map(rewarder.is_async, numbers)), any(map(rewarder.takes_images, numbers))))

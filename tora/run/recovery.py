@@ -26,10 +26,10 @@ def train_and_export(run: Run) -> Outcome:
     """`train`, then export the policy into `run.result_folder`.
 
     A run that its rollouts or its data end is saved first. Raises LearnerLost if a learner is lost after
-    `max_learner_restarts` restarts; `run.state` is then that of the newest checkpoint.
+    `max_learner_restarts` restarts from one checkpoint; `run.state` is then that of the newest checkpoint.
     """
-    limit = run.cfg.max_learner_restarts
-    for losses in range(limit + 1):
+    limit, losses, restarted_from = run.cfg.max_learner_restarts, 0, -1
+    while True:
         try:
             if losses:
                 run.let_save(False)  # until the new learner trains, the newest checkpoint has everything
@@ -46,7 +46,9 @@ def train_and_export(run: Run) -> Outcome:
         except LearnerLost as error:
             folder = run.checkpoints.newest()
             run.state.assign(run.checkpoints.read(folder, run.prompt_at) if folder else RunState())
-            if losses == limit:
+            losses = losses + 1 if run.state.step == restarted_from else 1
+            restarted_from = run.state.step
+            if losses > limit:
                 step = run.state.step
                 how = f"resume_from_checkpoint=true continues from step {step}" if folder else "there is no checkpoint"
                 raise LearnerLost(f"{error}, and max_learner_restarts={limit} is used up; {how}.") from error
@@ -55,4 +57,3 @@ def train_and_export(run: Run) -> Outcome:
             _log.warning("%s; restarting it from step %d", error, run.state.step)
             run.rollouts.rewind(run.state.rollouts, run.state.step)
             run.log.rewind(run.state.step)
-    raise AssertionError("the loop returns or raises")
