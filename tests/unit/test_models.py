@@ -1,7 +1,10 @@
 """The decoder of every model family against transformers in float32."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
@@ -133,3 +136,20 @@ def test_an_incompatible_folder_is_refused(tmp_path: Path, damage: Any, words: s
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=words):
         load_decoder(folder, dtype=torch.float32, device=CPU, implementation="native")
+
+
+def test_bin_files_are_refused_with_a_command_that_converts_them(tmp_path: Path) -> None:
+    folder = make_text_model(tmp_path / "base", "llama", dtype=torch.float16)
+    expected = load_decoder(folder, dtype=torch.float32, device=CPU).state_dict()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="which can run code as they are read") as refusal:
+        load_decoder(folder, dtype=torch.float32, device=CPU)
+    command = str(refusal.value).partition("convert them with ")[2]
+    words = [
+        word.replace("NEW_FOLDER", str(tmp_path / "new")).replace("FOLDER", str(folder)) for word in split(command)
+    ]
+    subprocess.run([sys.executable, *words[1:]], check=True)
+    converted = load_decoder(Path(new), dtype=torch.float32, device=CPU).state_dict()
+    assert expected.keys() == converted.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in expected.items()), "float16 survives"

@@ -72,6 +72,12 @@ def shard_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
+    if any(folder.glob("*.bin")):
+        raise ConfigError(
+            f"model.path {str(folder)!r} holds its weights in .bin files, which can run code as they are read; convert "
+            "them with python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            "[x.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for x in (M, T)]' FOLDER NEW_FOLDER"
+        )
     raise ConfigError(f"model.path {str(folder)!r} holds no safetensors file, the only format that Tora reads")
 
 
