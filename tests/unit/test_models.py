@@ -150,6 +150,6 @@ def test_bin_files_are_refused_with_a_command_that_converts_them(tmp_path: Path)
         word.replace("NEW_FOLDER", str(tmp_path / "new")).replace("FOLDER", str(folder)) for word in split(command)
     ]
     subprocess.run([sys.executable, *words[1:]], check=True)
-    converted = load_decoder(Path(new), dtype=torch.float32, device=CPU).state_dict()
+    converted = load_decoder(tmp_path / "new", dtype=torch.float32, device=CPU).state_dict()
     assert expected.keys() == converted.keys()
     assert all(torch.equal(converted[name], tensor) for name, tensor in expected.items()), "float16 survives"
