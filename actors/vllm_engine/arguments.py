@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -26,6 +27,17 @@ def engine_rank(rank: int) -> int:
     if not 0 < rank <= allowed[-1]:
         raise ValueError(f"lora_rank {rank} is outside the range that vLLM can serve, 1 to {allowed[-1]}")
     return next(r for r in allowed if r >= rank)
+
+
+def class_of_transformers(model_path: str) -> str | None:
+    """The architecture of a model that vLLM 0.32 serves with transformers' own class; None if it has a class itself."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    (name, *_) = json.loads(Path(model_path, "config.json").read_text()).get("architectures") or [None]
+    if name is None:
+        return None
+    served = getattr(ModelRegistry.models.get(name), "module_name", "transformers")
+    return name if served.endswith("transformers") else None
 
 
 def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:

@@ -1,7 +1,57 @@
-"""vLLM against the learner for families that run transformers' code: adapters on its modules, gains, and the base."""
+"""Families that run transformers' code, each on a tiny random model: vLLM against the learner, and whole runs."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-pytest.importorskip("vllm")
+import pytest
+import torch
+from families import FAMILIES, make_family
+from peft import PeftModel
+from runs import steps, train
+from transformers import AutoModelForCausalLM
+
+from tora.bench.models import make_config, vllm_gap
+from tora.errors import ConfigError
+from tora.launch.in_process import check_in_process
+
+SHARED_CODE = ("smollm3", "olmo2")
+"""vLLM serves these with transformers' own classes."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SHARED_CODE])
+def test_vllm_samples_from_the_learners_policy(tmp_path: Path, family: str) -> None:
+    """With LoRA and with DoRA, on all layers that may carry an adapter."""
+    pytest.importorskip("vllm")
+    assert vllm_gap(make_family(tmp_path, family), family) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_steps_of_grpo(tmp_path: Path, family: str, engine: str) -> None:
+    if engine == "vllm" and family in SHARED_CODE:
+        pytest.skip("refused: see below")
+    folder, targets = make_family(tmp_path / "base", family), FAMILIES[family].lora_targets
+    overrides = ["async_rl=false", f"rollout.engine={engine}", f"model.path={folder}", "model.lora_type=dora_cache"]
+    overrides += [f"model.lora_targets={targets if isinstance(targets, str) else '[' + ','.join(targets) + ']'}"]
+    rows = train("quickstart", tmp_path / "run", *overrides, "max_generated_tokens=24", "loss.kl_coeff=0.01")
+    assert [row["version"] for row in steps(rows)] == [1, 2, 3]
+    assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-8
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))
+    assert next(iter(adapted.peft_config.values())).use_dora  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["smollm3", "mistral"])
+def test_a_class_that_vllm_would_change_is_refused_beside_the_learner(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("vllm")
+    cfg = make_config(make_family(tmp_path, family), family, "vllm")
+    if family == "mistral":
+        check_in_process(cfg)
+        return
+    with pytest.raises(ConfigError, match=r"serves SmolLM3ForCausalLM with transformers' own classes"):
+        check_in_process(cfg)

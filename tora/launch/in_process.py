@@ -8,6 +8,7 @@ from functools import partial
 
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World, leave
+from tora.errors import ConfigError
 from tora.launch.engines import largest_rank, make_vllm_engine, shared_torch_engine, with_packing, worker_arguments
 from tora.launch.memory import SYNC_SHARE, here
 from tora.launch.signals import Stop
@@ -16,12 +17,29 @@ from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
 
 
+def check_in_process(cfg: RunConfig) -> None:
+    """Raises ConfigError if vLLM would change the class that the learner runs.
+
+    It compiles the classes that it takes from transformers in place, for the whole process.
+    """
+    if cfg.rollout.engine != "vllm":
+        return
+    from actors.vllm_engine.arguments import class_of_transformers
+
+    if name := class_of_transformers(cfg.model.path):
+        raise ConfigError(
+            f"vLLM serves {name} with transformers' own classes, which it changes for the whole process: in a "
+            "synchronous run this model needs rollout.engine=torch."
+        )
+
+
 class InProcess:
     """Learner and rollouts of this process. Call `learner` before `rollouts`: the torch engine shares its model."""
 
     def __init__(self, cfg: RunConfig, stop: Stop) -> None:
         self._stop = stop
         self.world = World.from_environment()
+        check_in_process(cfg)
         self.devices = here(cfg)
         self._cfg = with_packing(cfg, on_gpu=self.devices.on_gpu)
 
