@@ -43,9 +43,10 @@ def prove(model: GenericDecoder, device: torch.device) -> None:
                 model(document[None], positions=place[None], attend=None)
     names = {module: model.names.module_to_hf(name) for name, module in model.named_modules()}
     for index, layer in enumerate(chain(*model.stacks())):
-        ours, theirs = packed[layer][0], torch.cat(own[layer], 1)
+        ours, theirs = packed[layer][0].float(), torch.cat(own[layer], 1).float()
         gap = float((ours - theirs).abs().mean() / theirs.abs().mean())
-        bound = _BOUND.get(model.embedding.dtype, max(_BOUND.values())) * math.sqrt(index + 1)
+        # of the dtype that the layer computes in, not of its weights: full weights are held in float32
+        bound = _BOUND.get(packed[layer][0].dtype, max(_BOUND.values())) * math.sqrt(index + 1)
         if not gap <= bound:
             raise ConfigError(
                 f"{type(model.hf).__name__} cannot be trained: with Tora's attention its hidden states part from its "
@@ -55,11 +56,11 @@ def prove(model: GenericDecoder, device: torch.device) -> None:
 
 @contextmanager
 def _outputs(model: GenericDecoder) -> Iterator[dict[nn.Module, list[torch.Tensor]]]:
-    """The float32 outputs of each layer, in order of the forward passes within the context."""
+    """The outputs of each layer, in order of the forward passes within the context."""
     seen: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in chain(*model.stacks())}
 
     def keep(layer: nn.Module, _: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        seen[layer].append((output[0] if isinstance(output, tuple) else output).float())
+        seen[layer].append(output[0] if isinstance(output, tuple) else output)
 
     handles = [layer.register_forward_hook(keep) for layer in seen]
     try:
