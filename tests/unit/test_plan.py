@@ -97,6 +97,15 @@ def test_a_model_that_no_setting_makes_fit_is_refused_all_the_same() -> None:
         check_memory(cfg, Devices(True, nominal(16)))
 
 
+def test_a_run_says_its_plan_in_one_line() -> None:
+    line = planned(resolved("qwen3/0.6B_lora_grpo_single_device"), 24).line()
+    assert "\n" not in line
+    assert re.match(r"memory plan: GPU \d+\.\d GiB of 23\.6 GiB \(key-value cache \d", line)
+    assert line.endswith("cache for 77 rollouts of 1,024 tokens")
+    small = plan_run(cfg := resolved("quickstart"), model_shapes(cfg), Devices(False, 24 * GIB)).line()
+    assert " 0.0" not in small, "parts that do not show are left out"
+
+
 def test_a_user_may_start_it_anyway(caplog: pytest.LogCaptureFixture) -> None:
     cfg = resolved(WIDE, "activation_checkpointing=none", "memory_plan=warn")
     plan = check_memory(cfg, Devices(True, nominal(80)))

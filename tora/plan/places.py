@@ -32,6 +32,10 @@ class Place:
     def fits(self) -> bool:
         return self.capacity is None or self.total <= self.capacity
 
+    def largest(self) -> list[str]:
+        """The four largest parts that show in tenths of a GiB."""
+        return [f"{name} {size / GIB:.1f}" for name, size in self.parts.most_common(4) if size >= GIB / 20]
+
     def sentence(self) -> str:
         needed = f"The {self.title} needs {gib(self.total)}"
         return needed if self.capacity is None else f"{needed} of {gib(self.capacity)}"
@@ -72,7 +76,7 @@ class RunPlan:
         places = "; ".join(
             f"{place.title} {gib(place.total)}"
             + ("" if place.capacity is None else f" of {gib(place.capacity)}")
-            + f" ({', '.join(f'{name} {size / GIB:.1f}' for name, size in place.parts.most_common(4))})"
+            + f" ({', '.join(place.largest())})"
             for place in self.places
         )
         return f"memory plan: {places}; cache for {self.rollouts:,} rollouts of {self.longest:,} tokens"
