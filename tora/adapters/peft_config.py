@@ -118,6 +118,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
         raise ConfigError(f"model.adapter_path {str(folder)!r} holds no {CONFIG_FILE}")
     try:
         fields = json.loads(file.read_text())
+        if not isinstance(fields, dict):
+            raise TypeError(f"it holds a {type(fields).__name__}")
         _check(fields)
         return PeftConfig(
             r=int(fields["r"]),

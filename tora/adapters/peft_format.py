@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tora.adapters.inject import adapter_layers, full_weight_parameters, refresh
 from tora.adapters.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
@@ -20,6 +20,7 @@ from tora.distributed.sharding import copy_full
 from tora.errors import ConfigError
 from tora.models.base import Decoder
 from tora.models.hub import named
+from tora.models.weight_files import open_weights
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -127,7 +128,9 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / _WEIGHTS).is_file():
         raise ConfigError(f"model.adapter_path {str(folder)!r} holds no {_WEIGHTS}; other formats are not read")
     tensors: dict[str, torch.Tensor] = {}
-    for stored, tensor in load_file(folder / _WEIGHTS).items():
+    with open_weights(folder / _WEIGHTS) as file:
+        held = {stored: file.get_tensor(stored) for stored in file.keys()}  # noqa: SIM118  (a handle is not iterable)
+    for stored, tensor in held.items():
         name = _ADAPTER_NAME.sub(r".\1", _WRAPPERS.sub("", stored))
         name = name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
         name = name if name.startswith(_PREFIX) else f"{_PREFIX}{name}"

@@ -44,11 +44,14 @@ def explain(key: str) -> str:
 
     Raises ConfigError if the key is unknown, naming the nearest one.
     """
+    from tora.config.aliases import ours_for
     from tora.config.reference import entries, nearest_key, sections
 
     by_key = {entry.key: entry for entry in entries()}
     owner = next((entry for entry in by_key.values() if entry.is_component and key.startswith(f"{entry.key}.")), None)
     entry = by_key.get(key, owner)
+    if entry is None and (known := ours_for(key, None)) is not None:
+        raise ConfigError(f"Unknown key {key}; {known}")
     if entry is None:
         raise ConfigError(f"Unknown key {key}; the nearest is {nearest_key(key)}.")
     members = sections()[key] if entry.is_section else []

@@ -16,12 +16,23 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    run = commands.add_parser("run", help="train", allow_abbrev=False)
+    run = commands.add_parser(
+        "run",
+        help="train",
+        epilog=(
+            "examples:\n  %(prog)s quickstart async_rl=false\n  %(prog)s mine.yaml optimizer.lr=1e-5 num_steps=200\n"
+            "  %(prog)s lora_grpo_single_device --config qwen3/0.6B_lora_grpo_single_device"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     run.usage = (
         f"{run.prog} CONFIG [key=value ...]\n"
         f"       {run.prog} [--nproc_per_node N] RECIPE --config CONFIG [key=value ...]"
     )
-    run.add_argument("target", metavar="CONFIG|RECIPE", help=f"a config, or one of the recipes {', '.join(RECIPES)}")
+    run.add_argument(
+        "target", nargs="?", metavar="CONFIG|RECIPE", help=f"a config, or one of the recipes {', '.join(RECIPES)}"
+    )
     run.add_argument("--config", help="name, as listed by `ls`, or path of a YAML file")
     run.add_argument(
         "--nproc_per_node",
@@ -39,6 +50,8 @@ def add_parser(commands: Any) -> None:
 def command(args: argparse.Namespace) -> int:
     from tora.config.load import load_config, missing_folders
 
+    if args.target is None:
+        raise ConfigError(f"{program()} run needs a config, such as quickstart; `{program()} ls` lists them.")
     recipe = args.target if args.config is not None else None
     if recipe is None and args.target in RECIPES:
         raise ConfigError(f"The recipe {args.target} needs --config CONFIG; `{program()} ls` lists them.")

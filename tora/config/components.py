@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tora.config.aliases import ours_for
 from tora.config.convert import join, show
 from tora.config.schema import Component
 from tora.errors import ConfigError, first_line, nearest
@@ -159,6 +160,9 @@ def _present(path: str) -> str:
 def _refuse_unknown(path: str, own: Mapping[str, Any], names: Iterable[str], key: str) -> None:
     for name, value in own.items():
         if name not in names:
+            known = ours_for(str(name), value)
+            if known is not None:
+                raise ConfigError(f"{join(key, name)}={show(value)} is not an argument of {path}; {known}")
             near = nearest(str(name), names)
             raise ConfigError(f"{join(key, name)}={show(value)} is not an argument of {path}{near}.")
 

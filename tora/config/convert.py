@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from tora.config.aliases import ours_for
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError, nearest
 
@@ -42,6 +43,9 @@ def build(schema: type, tree: Any, key: str) -> Any:
     hints = get_type_hints(schema)
     for name, value in tree.items():
         if name not in hints:
+            known = ours_for(join(key, name), value)
+            if known is not None:
+                raise ConfigError(f"Unknown key {join(key, name)}; {known}")
             near = _nearest_key(str(name), list(hints), key)
             raise ConfigError(f"Unknown key {join(key, name)}={show(value)}; the nearest is {near}.")
     for field in dataclasses.fields(schema):

@@ -56,6 +56,10 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge, interpolate and check a config. Raises ConfigError if it has a mistake."""
     file = config_file(name_or_path)
     tree = _merge(_read(file, ()), _parse_overrides(overrides), "")
+    for field in dataclasses.fields(RunConfig):
+        has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if field.name not in tree and not has_default:
+            raise ConfigError(f"Missing key {field.name}.")
     try:
         tree = OmegaConf.create(_merge(defaults(RunConfig), tree, ""))
         tree = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
@@ -159,8 +163,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _find_base(name: str, path: Path) -> Path:
     for folder in (path.parent, configs_dir()):
-        if (folder / name).is_file():
-            return folder / name
+        for file in (folder / name, folder / f"{name}.yaml"):
+            if file.is_file():
+                return file
     bases = (base.relative_to(configs_dir()).as_posix() for base in (configs_dir() / _BASES).glob("*.yaml"))
     raise ConfigError(f"{path}: extends={show(name)} is not a file{nearest(name, bases)}.")
 

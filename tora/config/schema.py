@@ -135,8 +135,7 @@ class RunConfig:
     """CPU threads of each learner process. 0: PyTorch's default."""
 
     import_from: Annotated[list[str] | None, FREE] = None
-    """Folders in which modules of components, such as your rewards, are looked up after the working directory. null:
-    the folder of the config file."""
+    """Folders to import components from, after the working directory. null: the folder of the config file."""
 
     learner_ranks: Annotated[int, AtLeast(1), FREE] = 1
     """Learner processes, which share weights and work by FSDP2: under torchrun in a synchronous run, as Ray actors with
@@ -177,8 +176,7 @@ class RunConfig:
     batch_size: Annotated[int, AtLeast(1)] = 16
     """Prompts per step; each gives one group of `grpo_samples` rollouts."""
     shuffle: bool = True
-    """Read the rows of `dataset` in a new random order in each epoch, reproducibly by `seed`. false: in their own
-    order, as evaluation always does."""
+    """Read `dataset` in a new random order in each epoch, by `seed`. false: in its own order, as evaluation does."""
     grpo_samples: Annotated[int, AtLeast(2)] = 8
     """Rollouts per prompt: the group whose rewards are compared with one another."""
     max_prompt_tokens: Annotated[int, AtLeast(1)] = 1024
@@ -192,8 +190,7 @@ class RunConfig:
     """Variables for the model's chat template, such as `enable_thinking: false` for Qwen3. It is an error if the
     template does not mention one. null: none."""
     chat_template: str | None = None
-    """File with a Jinja chat template that takes the place of the model's own. A relative path is looked up in the
-    working directory first and then in the config's folder. null: the model's own."""
+    """File with a chat template, in the working directory or the config's folder. null: the model's own template."""
     max_generated_tokens: Annotated[int, AtLeast(1)] = 512
     """Longest completion in tokens, in training and evaluation. A completion that reaches it is cut off. With tools it
     covers all turns of a rollout and the tools' answers between them."""
@@ -207,8 +204,7 @@ class RunConfig:
     min_p: Annotated[float, AtLeast(0), AtMost(1)] = 0.0
     """Sample only from tokens at least this many times as likely as the most likely one. 0: from all of them."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end a completion, such as `["</answer>"]`; they stay in it. Not with `rollout.partial` and not with
-    tools."""
+    """Strings that end a completion, such as `["</answer>"]`; they stay in it. Not with `rollout.partial` or tools."""
     stop_token_ids: list[int] = field(default_factory=list)
     """Tokens that end a completion, in training and evaluation, besides the model's own end tokens."""
     repetition_penalty: Annotated[float, Above(0)] = 1.0

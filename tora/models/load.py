@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torchtune.modules import TiedLinear
 
 from tora.config.schema import Implementation
-from tora.errors import ConfigError
+from tora.errors import ConfigError, first_line
 from tora.models.base import Decoder
 from tora.models.decoder import NativeDecoder, RMSNorm, RotaryTable, build_decoder, native_gap
 from tora.models.family import families
@@ -24,6 +23,7 @@ from tora.models.generic import GenericDecoder, build_generic, cast_parameters, 
 from tora.models.generic_load import generic_sources
 from tora.models.quantize import FrozenLinear, quantize
 from tora.models.sources import HEAD, Source, check_complete, check_shape, check_tied, is_derived, own_parameters
+from tora.models.weight_files import open_weights
 
 
 def read_config(folder: Path) -> Any:
@@ -33,13 +33,35 @@ def read_config(folder: Path) -> Any:
         raise ConfigError(f"model.path {str(folder)!r} holds no config.json; `tune download` fetches a model")
     from transformers import AutoConfig
 
+    fields = _read_json(folder / "config.json")
+    if fields.get("quantization_config"):
+        method = fields["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(
+            f"model.path {str(folder)!r} cannot be trained: its weights are quantised ({method}); use the original "
+            "ones, with model.quantize_base=true for NF4"
+        )
     try:
         return AutoConfig.from_pretrained(folder)
-    except ValueError:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except ValueError as error:
+        kind = fields.get("model_type")
+        if kind is None:
+            lacks = f"config.json of {str(folder)!r} has no model_type; copy it from the model's page"
+            raise ConfigError(lacks) from error
         raise ConfigError(
             f"model_type {kind!r} of {str(folder)!r} is not known to transformers {_transformers_version()}"
-        ) from None
+        ) from error
+    except Exception as error:  # the library raises errors of many kinds for values that it does not expect
+        raise ConfigError(f"config.json of {str(folder)!r} cannot be used: {first_line(error)}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{str(file)!r} is no JSON: {first_line(error)}; download it again") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{str(file)!r} holds a {type(found).__name__}, expected names and values; download it again")
+    return found
 
 
 def _transformers_version() -> str:
@@ -68,7 +90,7 @@ def shard_files(folder: Path) -> list[Path]:
     """The folder's safetensors files, by its index if it has one. Raises ConfigError if there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -88,7 +110,7 @@ def side_files(folder: Path) -> list[Path]:
 
 def stream_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Pairs of Hugging Face name and CPU tensor, read one at a time."""
-    with safe_open(file, framework="pt") as shard:
+    with open_weights(file) as shard:
         for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
             yield name, shard.get_tensor(name)
 
@@ -151,7 +173,7 @@ def fill_decoder(
     names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     quantizable = model.quantizable()
     with ExitStack() as files:
-        opened = [files.enter_context(safe_open(path, framework="pt")) for path in shard_files(folder)]
+        opened = [files.enter_context(open_weights(path)) for path in shard_files(folder)]
         if isinstance(model, GenericDecoder):
             sources = generic_sources(model, folder, opened)
         else:

@@ -92,6 +92,10 @@ def held(path: Path, *, resumes: bool) -> Iterator[RunFolder]:
 
     Raises ConfigError as `RunFolder.lock` does and, unless the run resumes, as `check_may_start` does.
     """
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, for instance
+        raise ConfigError(f"output_dir={str(path)[:100]!r} cannot be written to: {error.strerror}.") from error
     folder = RunFolder(path)
     if not resumes:
         folder.check_may_start()

@@ -166,6 +166,7 @@ class RunPrompts:
     def __init__(self, cfg: RunConfig) -> None:
         """Raises ConfigError if the tokenizer, the image processor or a dataset cannot be loaded."""
         model = Path(cfg.model.path)
+        vocab_size = read_config(model).get_text_config().vocab_size  # first: its files name what is broken best
         self.tokenizer = load_tokenizer(model, cfg.chat_template)
         images = _image_processor(model, cfg.rollout.max_pixels)
         if images is not None and cfg.chat_template is not None:
@@ -177,7 +178,6 @@ class RunPrompts:
             self.tokenizer.chat_template if images is None else images.template, cfg.chat_template_kwargs or {}
         )
         limit, limited_by = prompt_limit(cfg)
-        vocab_size = read_config(model).get_text_config().vocab_size
         stop = stop_token_ids(model, self.tokenizer)
         self.turns = _turn_template(cfg, self.tokenizer, stop, images)
         """What stands between the turns of an episode; None for a run without environment and tools."""
