@@ -135,11 +135,12 @@ def train(seed: int) -> tuple[Any, Any]:
     asked = "\n".join(QUESTIONS.values())
     processor = make_processor([f"user\n{asked}\nassistant\nsystem\n{answer}" for answer in corpus])
     tokenizer = processor.tokenizer
+    model = make_model(tokenizer)
     with TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
+        model.config.save_pretrained(folder)
         reader = ImageProcessor(Path(folder))
     prompt = prompt_of(reader)
-    model = make_model(tokenizer)
     pretrain(model, loss_at, STEPS, PEAK_LR)
     return model, processor
 

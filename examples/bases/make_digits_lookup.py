@@ -80,11 +80,12 @@ def train(seed: int) -> tuple[Any, Any]:
     answers = "\n".join(answer_text(digit) for digit in range(10))
     processor = make_processor([f"system\nTools: look(place)\nuser\n{asked}{answers}"] * 50, CHAT_TEMPLATE)
     tokenizer = processor.tokenizer
+    model = make_model(tokenizer)
     with TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
+        model.config.save_pretrained(folder)
         reader = ImageProcessor(Path(folder))
     template = TurnTemplate(tokenizer, SCHEMAS, [tokenizer.eos_token_id], processor=reader)
-    model = make_model(tokenizer)
     pretrain(model, loss_at, STEPS, PEAK_LR)
     return model, processor
 
