@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 STOPS = (
@@ -24,9 +25,13 @@ def cut(tokenizer: Any, ids: list[int], stops: tuple[str, ...]) -> list[int]:
 
 
 def free_texts(tokenizer: Any, groups: list[list[list[int]]]) -> tuple[str, ...]:
-    """Two strings that stand somewhere in the completions: one of a single token, and one across two tokens."""
-    first, second = groups[0][0], groups[-1][-1]
-    pairs = (tokenizer.decode(second[i : i + 2]) for i in range(3, len(second) - 1))
-    across = next(text for text in pairs if "\ufffd" not in text and len(text) > 1)
-    single = next(text for i in range(5, len(first)) if "\ufffd" not in (text := tokenizer.decode(first[i : i + 1])))
-    return single, across
+    """Two strings that stand somewhere in the completions: one of a single token, and one across two tokens. Both are
+    ASCII, since random bytes are seldom whole characters."""
+    completions = [ids for group in groups for ids in group]
+    pairs = (tokenizer.decode(ids[i : i + 2]) for ids in completions for i in range(3, len(ids) - 1))
+    singles = (tokenizer.decode(ids[i : i + 1]) for ids in completions for i in range(5, len(ids)))
+    return _ascii(singles, 1), _ascii(pairs, 2)
+
+
+def _ascii(texts: Iterator[str], length: int) -> str:
+    return next(text for text in texts if len(text) == length and text.isascii() and text.isprintable())
