@@ -8,17 +8,23 @@ its deadline.
 The first rule keeps the second satisfiable: once everything in flight has finished, taking groups in deadline order
 always succeeds. So no group is discarded for its age, and no step waits for a group that a later step can still take.
 
+With S spare slots, S more may be granted, a step takes the B finished groups with the earliest deadlines as soon as
+there are B, and `expire` then drops every group whose deadline has passed. Now a slow group holds up no step. No group
+is trained after its deadline either way.
+
 Pure bookkeeping: no threads, no I/O.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from tora.config.schema import RunConfig
 from tora.types import Group, Prompt
 
 
@@ -34,13 +40,19 @@ class Slot:
 
 class Buffer:
     def __init__(
-        self, groups_per_step: int, max_staleness: int, *, version: int = 0, finished: Sequence[tuple[int, Group]] = ()
+        self,
+        groups_per_step: int,
+        max_staleness: int,
+        *,
+        version: int = 0,
+        finished: Sequence[tuple[int, Group]] = (),
+        spare: int = 0,
     ) -> None:
         """`version`: the policy version that the run starts from; all earlier steps count as taken.
 
         `finished`: groups of an interrupted run, each with its slot's version; all must pass `split_by_deadline`.
         """
-        self._per_step, self._bound = groups_per_step, max_staleness
+        self._per_step, self._bound, self._spare = groups_per_step, max_staleness, spare
         self._version = version
         self._taken = version * groups_per_step
         self._tickets = count()
@@ -63,8 +75,11 @@ class Buffer:
         self._version = version
 
     def may_grant(self) -> bool:
+        next_step = self._taken // self._per_step
+        if self._version + self._bound < next_step:
+            return False  # a spare slot, between a step and its version, would be late from the start
         granted = self._taken + len(self._in_flight) + len(self._ready)
-        return granted < (self._version + self._bound + 1) * self._per_step
+        return granted < (self._version + self._bound + 1) * self._per_step + self._spare
 
     def grant(self, prompt: Prompt) -> Slot:
         assert self.may_grant(), "check may_grant first"
@@ -89,6 +104,8 @@ class Buffer:
         """Whether `take(step)` may be called. Step `step` trains policy version `step`."""
         if len(self._ready) < self._per_step:
             return False
+        if self._spare:
+            return True
         rest = self._untaken - Counter(slot.version for slot, _ in self._ready[: self._per_step])
         return all(
             sum(number for version, number in rest.items() if version + self._bound <= later)
@@ -103,6 +120,18 @@ class Buffer:
         self._taken += len(taken)
         self._untaken -= Counter(slot.version for slot, _ in taken)
         return [group for _, group in taken]
+
+    def expire(self, step: int) -> tuple[list[Slot], list[Slot]]:
+        """Drop the groups that no step after `step` may train. Returns their slots: of those in flight, whose work is
+        now useless, and of those that are finished. Both are empty without spare slots, where every group is trained.
+        """
+        late = [slot for slot in self._in_flight.values() if slot.version + self._bound <= step]
+        for slot in late:
+            self.release(slot)
+        finished = [slot for slot, _ in self._ready if slot.version + self._bound <= step]
+        self._ready = [item for item in self._ready if item[0].version + self._bound > step]
+        self._untaken -= Counter(slot.version for slot in finished)
+        return late, finished
 
     def in_flight(self) -> list[int]:
         """Ids of the prompts in flight, which a resumed run generates again."""
@@ -134,3 +163,10 @@ def split_by_deadline(
         step = version + len(usable) // groups_per_step
         (usable if step <= slot_version + max_staleness else late).append((slot_version, group))
     return usable, late
+
+
+def spare_slots(cfg: RunConfig) -> int:
+    """Groups that are started beyond those that steps need; see `rollout.stragglers`."""
+    if cfg.rollout.stragglers == "wait":
+        return 0
+    return math.ceil(cfg.rollout.oversample * cfg.batch_size)

@@ -41,14 +41,16 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.buffer import Buffer, Slot, split_by_deadline
+from actors.buffer import Buffer, Slot, spare_slots, split_by_deadline
 from actors.group_filter import SignalFilter, show_printed
 from actors.prompt_cursor import PromptCursor
 from actors.rollout_metrics import sync_metrics
+from actors.running_mean import RunningMean
 from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
@@ -88,8 +90,9 @@ class AsyncRollouts:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
-        self._losses = self._reruns = 0
-        self._tokens_per_group = _RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
+        self._losses = self._reruns = self._aborted = 0
+        self._running: dict[Slot, asyncio.Task[None]] = {}
+        self._tokens_per_group = RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
         self._tasks: set[asyncio.Task[None]] = set()
         self._seats: list[Seat] = []
         self._last_batch = time.perf_counter()
@@ -106,7 +109,7 @@ class AsyncRollouts:
         pending = [*state.pending, *(group.prompt.id for _, group in late)]
         self._cursor = PromptCursor(self._prompt_at, RolloutState(state.cursor, pending))
         self._filter = SignalFilter(self._cfg)
-        self._buffer = Buffer(per_step, bound, version=version, finished=usable)
+        self._buffer = Buffer(per_step, bound, version=version, finished=usable, spare=spare_slots(self._cfg))
         self._retries: deque[Slot] = deque()
         self._paused = True
 
@@ -146,10 +149,11 @@ class AsyncRollouts:
         self._seats.append(seat)
         self._spawn(seat.run_forever())
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _latest_snapshot(self) -> Any:
         await self._published.wait()
@@ -212,7 +216,9 @@ class AsyncRollouts:
                 return
             tokens = len(slot.prompt.token_ids) + self._tokens_per_group.mean
             seat.reserve(slot, tokens)
-            self._spawn(self._run_slot(slot, seat, tokens, self._buffer))
+            task = self._spawn(self._run_slot(slot, seat, tokens, self._buffer))
+            task.add_done_callback(partial(self._on_slot_ended, slot, seat, tokens))
+            self._running[slot] = task
 
     def _least_loaded(self) -> Seat | None:
         free = (seat for seat in self._seats if seat.up and len(seat.slots) < seat.limit)
@@ -231,8 +237,23 @@ class AsyncRollouts:
                 self._retries.append(slot)
         except Exception as error:
             self._fail(error)
+
+    def _on_slot_ended(self, slot: Slot, seat: Seat, tokens: float, task: asyncio.Task[None]) -> None:
+        """Also of a task that was aborted, perhaps before it began."""
+        seat.release(slot, tokens)
+        if self._running.get(slot) is task:
+            del self._running[slot]
         self._dispatch()
         self._changed.set()
+
+    def _abort(self, slots: Iterable[Slot]) -> None:
+        """End the work on groups that nobody needs any more."""
+        for slot in slots:
+            if slot in self._retries:
+                self._retries.remove(slot)
+            if (task := self._running.get(slot)) is not None:
+                task.cancel()
+            self._aborted += 1
 
     def _keep_or_drop(self, slot: Slot, group: Group) -> None:
         if self._filter.admit(group):
@@ -248,6 +269,9 @@ class AsyncRollouts:
         if not self._buffer.can_take(step):
             return None
         groups = self._buffer.take(step)
+        late, finished = self._buffer.expire(step)
+        self._abort(late)
+        self._cursor.put_back(slot.prompt.id for slot in (*late, *finished))
         generated, drops = self._filter.drain()
         self._dispatch()
         now = time.perf_counter()
@@ -259,6 +283,7 @@ class AsyncRollouts:
         batch.metrics["rollout/workers"] = float(len(self._seats_up()))
         batch.metrics["rollout/workers_lost"] = float(self._losses)
         batch.metrics["rollout/groups_rerun"] = float(self._reruns)
+        batch.metrics["rollout/groups_aborted"] = float(self._aborted)
         return batch
 
     # Snapshots, evaluation, log-probs
@@ -326,10 +351,11 @@ class AsyncRollouts:
         return self._cursor.state(self._buffer.in_flight(), self._buffer.finished())
 
     def rewind(self, state: RolloutState, version: int) -> None:
-        """Workers stay up; the groups they are running are discarded when they finish."""
+        """Workers stay up; the groups that they are running are aborted."""
         self._run_on_loop(self._rewind(state, version))
 
     async def _rewind(self, state: RolloutState, version: int) -> None:
+        self._abort(list(self._running))
         self._reset(state, version)
 
     def close(self) -> None:
@@ -340,6 +366,7 @@ class AsyncRollouts:
         self._loop.close()
 
     async def _close(self) -> None:
+        self._paused = True
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -356,15 +383,3 @@ async def _none_if_lost(answer: Awaitable[T]) -> T | None:
         return await answer
     except WorkerLost:
         return None
-
-
-class _RunningMean:
-    """An exponential mean over roughly the last 32 values, starting from a guess."""
-
-    _WEIGHT = 1 / 32
-
-    def __init__(self, guess: float) -> None:
-        self.mean = guess
-
-    def add(self, value: float) -> None:
-        self.mean += self._WEIGHT * (value - self.mean)

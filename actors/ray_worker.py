@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Mapping, Sequence
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -57,7 +58,7 @@ class RayWorker:
 
         The pool restarts lost actors, not Ray: an actor that Ray restarted would serve the base model.
         """
-        self._arguments, self._options = arguments, options
+        self._arguments, self._options, self._tickets = arguments, options, count()
         self._actor = ray.remote(RolloutActor).options(**options).remote()
 
     async def start(self, limit_s: float) -> None:
@@ -75,7 +76,13 @@ class RayWorker:
             raise WorkerLost(f"its engine did not start within {limit_s:g} s") from error
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
-        return await _result(self._actor.run_group.remote(prompt))
+        """A call that is cancelled is aborted in the engine."""
+        ticket = next(self._tickets)
+        try:
+            return await _result(self._actor.run_group.remote(prompt, ticket))
+        except asyncio.CancelledError:
+            self._actor.abort.remote(ticket)
+            raise
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
         return await _result(self._actor.evaluate.remote(list(prompts)))

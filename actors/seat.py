@@ -144,10 +144,15 @@ class Seat:
         try:
             result = await self._call(lambda worker: worker.run_group(slot.prompt), self._cfg.group_timeout_s)
         finally:
-            self.slots.remove(slot)
-            self.outstanding_tokens -= tokens
+            self.release(slot, tokens)
         self._failures = 0
         return result
+
+    def release(self, slot: Slot, tokens: float) -> None:
+        """Undo `reserve`, once."""
+        if slot in self.slots:
+            self.slots.remove(slot)
+            self.outstanding_tokens -= tokens
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
         """Raises as `_call` does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.abort import Aborted, abortable
 from actors.continuation import generate_in_parts
 from actors.episode import EpisodePlayer, PlayedGroup
 from actors.finite import check_total, split_by_logprobs
@@ -83,9 +85,24 @@ class RolloutWorker:
         self._seeds = {TRAIN: seed, EVAL: seed if eval_seed is None else eval_seed}
         self._version, self._num_steps = 0, num_steps
         self._player = None if make_player is None else make_player()
+        self._running: dict[int, threading.Event] = {}
+        """The flags of the groups that are running, by ticket."""
 
-    def run_group(self, prompt: Prompt) -> GroupResult:
-        return self.run_groups([prompt])[0]
+    def run_group(self, prompt: Prompt, ticket: int = 0) -> GroupResult:
+        """`ticket`: the caller's name for this call in `abort`; an aborted call returns a result without rollouts."""
+        flag = self._running[ticket] = threading.Event()
+        try:
+            with abortable(flag):
+                return self.run_groups([prompt])[0]
+        except Aborted:
+            return GroupResult(())
+        finally:
+            self._running.pop(ticket, None)
+
+    def abort(self, ticket: int) -> None:
+        """End a call of `run_group` as soon as the engine can. Nothing happens if it is not running."""
+        if (flag := self._running.get(ticket)) is not None:
+            flag.set()
 
     def run_groups(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
         """Training rollouts, `group_size` per prompt, scored; one result per prompt, in order."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.abort import raise_if_aborted
 from actors.torch_engine.cuda_graph import DecodeStep, GraphedStep
 from actors.torch_engine.sampling import draw, log_distribution, log_policy
 from actors.torch_engine.stop_strings import StopStrings
@@ -126,6 +127,7 @@ class TorchEngine:
         result: list[list[Completion]] = []
         with self._turn, self._while_generating():
             for batch in _batches(requests, self._max_rows):
+                raise_if_aborted()
                 result += self._generate_batch(batch)
         return result
 
@@ -227,6 +229,7 @@ class TorchEngine:
         rows_B = torch.arange(len(lengths_B), device=self._device)  # original numbers of the rows still in the batch
         alive_B = torch.ones_like(rows_B, dtype=torch.bool)
         for step in range(max_tokens):
+            raise_if_aborted()
             drawn_BV = log_distribution(logits_BV, sampling, seen_BV)
             token_B = draw(drawn_BV, uniform_LB[step, rows_B], greedy=sampling.temperature == 0)
             tokens_LB[step, rows_B] = token_B

@@ -22,7 +22,7 @@ AT_LEAST = {
     "max_tool_calling_iterations environment_processes "
     "eval.num_prompts eval.every eval.samples eval.early_stop checkpoint.every checkpoint.keep",
     2: "grpo_samples",
-    0: "seed num_threads max_staleness top_k eval.temperature rollout.max_refills sync.canary_every "
+    0: "seed num_threads max_staleness top_k eval.temperature rollout.max_refills rollout.oversample sync.canary_every "
     "rollout.max_restarts max_learner_restarts max_failed_rewards max_bad_steps max_idle_steps min_p eval.top_k "
     "eval.min_p model.lora_dropout eval.seed",
 }

@@ -36,6 +36,54 @@ def test_staleness_never_exceeds_the_bound_and_nothing_stalls(bound: int, seed: 
                 buffer.advance(step)
 
 
+@pytest.mark.parametrize("bound", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(60))
+def test_with_spare_slots_no_group_is_trained_late_lost_or_waited_for(bound: int, seed: int) -> None:
+    """Some groups never finish; no other group is dropped before a step could have trained it."""
+    rng = random.Random(seed)
+    per_step = rng.randint(1, 6)
+    spare = rng.randint(1, 4)
+    buffer, running = Buffer(per_step, bound, spare=spare), list[Slot]()
+    prompt_id, step, trained, dropped = 0, 0, list[int](), list[int]()
+    stuck: set[Slot] = set()
+    while step < 40:
+        able = [slot for slot in running if slot not in stuck]
+        moves = ["start"] * buffer.may_grant() + ["finish"] * bool(able)
+        moves += ["train"] * buffer.can_take(step) if buffer.version == step else ["publish"]
+        assert moves, "deadlock: nothing can happen"
+        match rng.choice(moves):
+            case "publish":
+                buffer.advance(step)
+            case "start":
+                running.append(buffer.grant(make_prompt(prompt_id)))
+                if len(stuck & set(running)) < spare and rng.random() < 0.5:
+                    stuck.add(running[-1])
+                prompt_id += 1
+            case "finish":
+                slot = rng.choice(able)
+                running.remove(slot)
+                buffer.put(slot, make_group(slot.prompt, [0, 1], slot.version))
+            case "train":
+                groups = buffer.take(step)
+                late, finished = buffer.expire(step)
+                assert len(groups) == per_step and all(0 <= step - group.version <= bound for group in groups)
+                assert all(slot.version + bound == step for slot in (*late, *finished)), "as early as that, not later"
+                running = [slot for slot in running if slot not in late]
+                trained += [group.prompt.id for group in groups]
+                dropped += [slot.prompt.id for slot in (*late, *finished)]
+                step += 1
+    ready = [group.prompt.id for _, group in buffer.finished()]
+    assert sorted([*trained, *dropped, *ready, *buffer.in_flight()]) == list(range(prompt_id)), "each once"
+
+
+def test_without_spare_slots_nothing_expires() -> None:
+    buffer = Buffer(1, 0)
+    slot = buffer.grant(make_prompt(0))
+    buffer.put(slot, make_group(slot.prompt, [0, 1]))
+    buffer.take(0)
+    assert buffer.expire(0) == ([], [])
+
+
 def test_bound_zero_is_the_synchronous_schedule() -> None:
     buffer = Buffer(2, 0)
     slots = [buffer.grant(make_prompt(i)) for i in range(2)]

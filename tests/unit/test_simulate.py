@@ -1,6 +1,7 @@
 """The simulator: the real loop, pool and buffer around sleeping workers and a sleeping learner."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ def test_staleness_keeps_the_bound_when_latencies_vary(bound: int) -> None:
     assert max(measured.staleness) <= bound
     assert sum(measured.staleness.values()) == pytest.approx(1)
     assert measured.num_groups == 24 * 20
+
+
+def test_oversampling_hides_slow_groups() -> None:
+    waiting = Scenario(16, gen_latency=0.1, learn_latency=0.1, jitter=1.0, num_steps=12)
+    measured = simulate(replace(waiting, oversample=0.25), 1)
+    assert measured.seconds < 0.8 * simulate(waiting, 1).seconds
+    assert max(measured.staleness) <= 1 and measured.num_groups == 16 * 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("jitter", "bar"), [(0.5, 1.25), (1.0, 1.8)])
+def test_oversampling_keeps_the_pace_of_a_run_without_jitter(jitter: float, bar: float) -> None:
+    even = Scenario(16, gen_latency=0.2, learn_latency=0.2, jitter=0.0, num_steps=60)
+    measured = simulate(replace(even, jitter=jitter, oversample=0.25), 1)
+    assert measured.seconds <= bar * simulate(even, 1).seconds
 
 
 def test_a_slow_learner_never_waits() -> None:

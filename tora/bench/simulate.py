@@ -65,6 +65,8 @@ class Scenario:
     """Standard deviation of the logarithm of the seconds per group."""
     num_steps: int
     seed: int = 0
+    oversample: float | None = None
+    """`rollout.oversample`; None for steps that wait for slow groups."""
 
 
 @dataclass(slots=True)
@@ -224,9 +226,16 @@ def _config(scenario: Scenario, max_staleness: int) -> RunConfig:
         model=ModelConfig(path=""),
         dataset={},
         rewards=[],
-        rollout=RolloutConfig(num_workers=scenario.num_actors, concurrency=1),
+        rollout=_rollout_config(scenario),
         sync=SyncConfig(canary_every=0),
     )
+
+
+def _rollout_config(scenario: Scenario) -> RolloutConfig:
+    cfg = RolloutConfig(num_workers=scenario.num_actors, concurrency=1)
+    if scenario.oversample is not None:
+        cfg.stragglers, cfg.oversample = "oversample", scenario.oversample
+    return cfg
 
 
 def _prompt(prompt_id: int) -> Prompt:
@@ -242,11 +251,14 @@ def run(args: argparse.Namespace) -> int:
         "gen_latency": 0,
         "learn_latency": 0,
         "jitter": 0,
+        "oversample": 0,
     }.items():
         value = getattr(args, name)
         if value is not None and not minimum <= value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {minimum}.")
-    scenario = Scenario(args.actors, args.gen_latency, args.learn_latency, args.jitter, args.steps)
+    scenario = Scenario(
+        args.actors, args.gen_latency, args.learn_latency, args.jitter, args.steps, oversample=args.oversample
+    )
     asynchronous = simulate(scenario, args.staleness)
     synchronous = simulate(scenario, 0)
     without_sleep = simulate(Scenario(args.actors, 0.0, 0.0, 0.0, max(args.steps, 20)), args.staleness)

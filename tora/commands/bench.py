@@ -51,6 +51,9 @@ def add_parser(commands: Any) -> None:
     simulated.add_argument(
         "--jitter", type=float, default=0.0, help="standard deviation of the logarithm of the time per group"
     )
+    simulated.add_argument(
+        "--oversample", type=float, metavar="SHARE", help="rollout.stragglers=oversample with this share"
+    )
     simulated.add_argument("--staleness", type=int, default=1, help="max_staleness")
     simulated.add_argument("--steps", type=int, default=20, help="steps to time")
     bench.set_defaults(command=command)

@@ -90,6 +90,13 @@ class RolloutConfig:
     """Size of vLLM's KV cache on a CPU, in GiB. No effect on a GPU."""
     enforce_eager: Annotated[bool, FREE] = False
     """Generate without CUDA graphs: less memory and a faster start, but slower decoding. No effect on a CPU."""
+    stragglers: Literal["wait", "oversample"] = "wait"
+    """What a step of an asynchronous run does about slow groups. `wait`: it waits for those that no later step may
+    train. `oversample`: more groups are started, each step trains the first `batch_size` that finish, and those that
+    grow too old are aborted and their prompts generated again; batches then lean towards what is generated fast."""
+    oversample: Annotated[float, AtLeast(0)] = 0.25
+    """With `stragglers=oversample`: groups that are started beyond those that steps need, as a share of
+    `batch_size`."""
     max_refills: Annotated[float, AtLeast(0)] | None = None
     """How many groups without a training signal (all rewards equal, to within a millionth) a step may drop and replace,
     as a multiple of `batch_size`. Beyond that they are kept; their advantages are 0, so that only a KL or entropy term

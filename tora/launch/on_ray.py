@@ -67,8 +67,8 @@ class OnRay:
             "num_gpus": self._gpus * self._cfg.rollout.tensor_parallel,
             "resources": role_resources("rollout"),
             "scheduling_strategy": "SPREAD",
-            # one thread per group in flight, and one each for evaluation, log-probs, snapshots and the heartbeat
-            "max_concurrency": self._cfg.rollout.concurrency + 4,
+            # one thread per group in flight, and one each for evaluation, log-probs, snapshots, heartbeats and aborts
+            "max_concurrency": self._cfg.rollout.concurrency + 5,
         }
         make_worker = partial(RayWorker, arguments, **options)
         return AsyncRollouts(
