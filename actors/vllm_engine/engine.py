@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed
 
-from actors.abort import Aborted, current_flag
 from actors.vllm_engine.arguments import engine_args
 from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.images import EngineInputs
@@ -218,7 +217,6 @@ class VLLMEngine:
             started.set_result(None)
             while self._wait_for_work():
                 self._run_commands()
-                self._end_aborted()
                 if self._running:
                     for output in self._step(llm):
                         self._deliver(output)
@@ -293,9 +291,6 @@ class VLLMEngine:
             return
         if not command.prompts:
             command.future.set_result([])
-        if command.aborted():
-            command.future.set_exception(Aborted())
-            return
         command.policy = self._newest
         for index, (prompt, params) in enumerate(zip(command.prompts, command.params, strict=True)):
             name = str(next(self._request_ids))
@@ -303,19 +298,6 @@ class VLLMEngine:
             self._llm.add_request(name, prompt, params, lora_request=lora)
             self._running[name] = (command, index)
             self._in_flight[self._newest.slot] += 1
-
-    def _end_aborted(self) -> None:
-        """Take the requests of aborted calls out of vLLM."""
-        names = [name for name, (command, _) in self._running.items() if command.aborted()]
-        if not names:
-            return
-        self._llm.abort_request(names)
-        for name in names:
-            command, _ = self._running.pop(name)
-            assert command.policy is not None
-            self._in_flight[command.policy.slot] -= 1
-            if not command.future.done():
-                command.future.set_exception(Aborted())
 
     def _deliver(self, output: Any) -> None:
         """`output`: a finished request with all its samples; vLLM returns no others here."""
@@ -349,12 +331,7 @@ class _Generate:
     """The newest when the requests began."""
     done: dict[int, Any] = field(default_factory=dict)
     """Answers by index into `prompts`."""
-    flag: threading.Event | None = field(default_factory=current_flag)
-    """The caller's, see `actors.abort`."""
     future: Future[list[Any]] = field(default_factory=Future)
-
-    def aborted(self) -> bool:
-        return self.flag is not None and self.flag.is_set()
 
 
 @dataclass(eq=False)

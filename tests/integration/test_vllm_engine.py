@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +20,6 @@ pytest.importorskip("vllm")
 from peft_reference import RANK, TOLERANCE, Reference, Tensors
 from vllm_engines import LONG_PROMPT, PROMPT, request, start_engine, wait_until
 
-from actors.abort import Aborted, abortable
 from actors.vllm_engine.engine import VLLMEngine
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.errors import RolloutError, SyncError
@@ -335,29 +333,3 @@ def test_a_rollout_in_parts_continues_under_the_newest_version(served: Served) -
         assert served.reference.error("lora", 1, asked, first) < TOLERANCE
         continued = request((*LONG_PROMPT, *first.token_ids.tolist()), max_tokens=30)
         assert served.reference.error("dora", 2, continued, rest) < TOLERANCE
-
-
-def test_an_aborted_call_leaves_vllm_and_the_others_go_on(served: Served) -> None:
-    served.install("dora", 1)
-    alone = served.engine.generate([request(seed=5)])
-    flag = threading.Event()
-
-    def endless() -> None:
-        with abortable(flag):
-            served.engine.generate([request(seed=6, max_tokens=200), request(LONG_PROMPT, seed=7, max_tokens=100)])
-
-    with ThreadPoolExecutor(2) as threads, served.gate.shut():
-        aborted = threads.submit(endless)
-        served.gate.wait_for_engine()
-        served.gate.allow(3)
-        other = threads.submit(served.engine.generate, [request(seed=5)])
-        flag.set()
-        served.gate.open()
-        with pytest.raises(Aborted):
-            aborted.result(60)
-        assert [c.token_ids.tolist() for c in other.result(60)[0]] == [c.token_ids.tolist() for c in alone[0]]
-    with abortable(flag), pytest.raises(Aborted):
-        served.engine.generate([request()])
-    for _ in range(3):
-        served.install("lora", served.version)  # the slots are free: no install waits for the aborted call
-    served.check("lora", served.version - 1, request(seed=9))
