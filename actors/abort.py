@@ -1,7 +1,7 @@
 """Ends the generation of a group that nobody needs any more, whatever its worker is doing for it.
 
-The thread that runs a group is given a flag; every call that it makes of the torch engine, for a part or for a turn, ends
-with `Aborted` once the flag is set. vLLM does not look at it.
+The thread that runs a group is given a flag; every call that it makes of the torch engine, for a part or for a turn,
+ends with `Aborted` once the flag is set. vLLM does not look at it.
 """
 
 from __future__ import annotations
