@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from tora.commands import bench, completion, configs, doctor, evaluate, export, help, plan, run, torchtune
+from tora.commands import bench, completion, configs, doctor, evaluate, export, help, plan, report, run, torchtune
 from tora.commands.recipes import RECIPES, program
 from tora.errors import ConfigError, ToraError
 from tora.launch.signals import STOPPED, Stop
@@ -75,6 +75,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     run.add_parser(commands)
     evaluate.add_parser(commands)
     export.add_parser(commands)
+    report.add_parsers(commands)
     configs.add_parsers(commands)
     plan.add_parser(commands)
     help.add_parser(commands)

@@ -88,7 +88,6 @@ class LogprobRequest:
     completion: tuple[int, ...]
     """Token ids whose log-probs are asked for."""
     images: tuple[bytes, ...] = field(default=(), repr=False)
-    """Images of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +305,7 @@ class TrainBatch:
     metrics: Metrics = field(default_factory=dict)
     prompt_ids: tuple[int, ...] = ()
     """Prompts of all the step's groups, also of those that no micro-batch has: groups without a signal."""
+    groups: tuple[Group, ...] = ()  # those groups, for the log; the learner does not get them
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from agents import Agents, Dots, agents, always_look, make_tool_model
+from agents import Agents, agents, always_look, make_tool_model
 from transformers import AutoTokenizer
+
+from tora.types import Completion, SampleRequest
 
 ENVIRONMENT = '''
 import ctypes, os, re, signal, threading, time
@@ -90,6 +93,20 @@ CASES = [
     ("get_reward", "nan", "returned nan"),
     ("get_reward", "sleep", "took longer"),
 ]
+
+
+class Dots:
+    """An engine that always says "." and stops."""
+
+    def __init__(self, word: int, stop: int) -> None:
+        self._ids = np.array([word, stop])
+
+    def generate(self, requests: list[SampleRequest]) -> list[list[Completion]]:
+        half = np.full(2, -0.5, dtype=np.float32)
+        one = Completion(self._ids, half, half, np.zeros(2, dtype=np.int64), stopped=True)
+        return [[one] * request.num_samples for request in requests]
+
+    def close(self) -> None: ...
 
 
 @pytest.fixture(scope="module")

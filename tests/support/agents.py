@@ -25,7 +25,7 @@ from tora.environments.tools import Parsed, ToolCall, ToolParser
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.rewards.processes import RewardProcesses
-from tora.types import Completion, Group, Prompt, SampleRequest, Sampling, StopReason
+from tora.types import Group, Prompt, Sampling, StopReason
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -286,20 +286,6 @@ def agents(
         yield Agents(worker, template)
     finally:
         worker.close()
-
-
-class Dots:
-    """An engine that always says "." and stops."""
-
-    def __init__(self, word: int, stop: int) -> None:
-        self._ids = np.array([word, stop])
-
-    def generate(self, requests: list[SampleRequest]) -> list[list[Completion]]:
-        half = np.full(2, -0.5, dtype=np.float32)
-        one = Completion(self._ids, half, half, np.zeros(2, dtype=np.int64), stopped=True)
-        return [[one] * request.num_samples for request in requests]
-
-    def close(self) -> None: ...
 
 
 def write_environments(folder: Path) -> None:

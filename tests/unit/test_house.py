@@ -37,6 +37,7 @@ LAYERS = (
     ("tora.launch",),
     ("tora.bench",),
     ("tora.commands",),
+    ("tora.trainer",),
     ("tora.cli",),
     ("tora.__main__",),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,17 +26,27 @@ from tora.types import Prompt
 LOGGERS = "torchtune.training.metric_logging"
 METRICS = {
     "reward/mean": 0.25,
-    "loss/total": -0.01,
+    "rollout/length_mean": 17.0,
+    "rollout/truncated_share": 0.05,
+    "policy_kl": 1e-3,
+    "learner/lr": 1e-4,
     "staleness/max": 1.0,
     "rollout/tokens_per_s": 2100.0,
     "version": 1.0,
 }
 
 
-def make_log(folder: Path, *, first_step: int = 0, loggers: list[dict] | None = None, terminal: bool = False):
+def make_log(
+    folder: Path,
+    *,
+    first_step: int = 0,
+    loggers: list[dict] | None = None,
+    terminal: bool = False,
+    width: int = 120,
+):
     cfg = load_config("quickstart", ["name=demo", "num_steps=4", f"output_dir={folder}"])
     cfg.metric_logger = loggers or []
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
     return MetricLog(cfg, folder, first_step, console, "20261126-1"), cast(Any, console.file)
 
 
@@ -82,18 +93,23 @@ def test_console_without_a_terminal_prints_plain_lines(tmp_path: Path):
     )
     log.close()
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step 1/4  reward 0.250  loss -0.0100  staleness 1  2,100 tok/s  version 1")
+    assert lines[0].startswith("step 1/4  reward 0.250  length 17  cut off 5%  kl 1.0e-03  lr 1.0e-04  2,100 tok/s")
+    assert "staleness 1" in lines[0]
     assert lines[1] == "after 1 steps: held-out reward 0.500, accuracy 0.750 over 4 prompts"
     assert lines[2:] == ["  │ <image> 1?", "  │ so [bold]", "  │ <answer>2</answer>", "  reward 1"]
     assert "\x1b" not in out.getvalue()
 
 
-def test_console_on_a_terminal_shows_a_bar_and_restores_the_cursor(tmp_path: Path):
-    log, out = make_log(tmp_path, terminal=True)
-    log.step(0, METRICS)
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_console_on_a_terminal_shows_a_panel_that_fits_and_restores_the_cursor(tmp_path: Path, width: int):
+    log, out = make_log(tmp_path, terminal=True, width=width)
+    log.step(0, {**METRICS, "staleness/max": 0.0})
     log.close()
     shown = out.getvalue()
-    assert "1/4" in shown and "reward 0.250" in shown and "2,100 tok/s" in shown
+    assert "1/4" in shown and "left" in shown and "reward 0.250" in shown and "length 17" in shown
+    assert ("lr 1.0e-04" in shown) == (width >= 80) and ("2,100 tok/s" in shown) == (width >= 120)
+    lines = [re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", line).strip("\r") for line in shown.splitlines()]
+    assert max(map(len, lines)) <= min(width, 120), "the panel is cut nowhere"
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 
 

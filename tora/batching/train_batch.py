@@ -8,10 +8,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tora.batching.advantage import advantages
 from tora.batching.batch import micro_batches
 from tora.batching.signal import has_signal, regularizer_of
 from tora.config.schema import RunConfig
 from tora.types import Group, Metrics, StopReason, TrainBatch
+
+
+def group_advantages(cfg: RunConfig, groups_P: Sequence[Group]) -> list[list[float]]:
+    """The advantage of each group's rollouts, before a KL penalty that is part of the reward."""
+    sizes = [len(group.rollouts) for group in groups_P]
+    rollouts = [rollout for group in groups_P for rollout in group.rollouts]
+    if not rollouts:
+        return [[] for _ in sizes]
+    advantages_B = advantages(
+        np.array([rollout.reward for rollout in rollouts], dtype=np.float64),
+        np.repeat(np.arange(len(sizes)), sizes),
+        np.array([rollout.num_sampled for rollout in rollouts], dtype=np.int64),
+        cfg.advantage,
+        cfg.normalize_advantages,
+    )
+    return [part.tolist() for part in np.split(advantages_B, np.cumsum(sizes)[:-1])]
 
 
 def make_batch(
@@ -37,6 +54,7 @@ def make_batch(
         "rollout/length_mean": float(np.mean([r.num_sampled for r in rollouts])),
         "rollout/mixed_share": float(np.mean([r.versions[0] != r.versions[-1] for r in rollouts])),
         "rollout/kept_mass": float(np.mean([r.kept_mass for r in rollouts])),
+        "rollout/truncated_share": float(np.mean([r.truncated for r in rollouts])),
         "rollout/stopped_share": float(np.mean([r.stop_reason is StopReason.STOP for r in rollouts])),
         "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }
@@ -71,4 +89,4 @@ def make_batch(
         seed=(cfg.seed, version),
     )
     metrics["learner/tokens"] = float(sum(len(m.tokens_T) for m in micro))
-    return TrainBatch(micro, cfg.temperature, metrics, tuple(group.prompt.id for group in groups_P))
+    return TrainBatch(micro, cfg.temperature, metrics, tuple(group.prompt.id for group in groups_P), tuple(groups_P))

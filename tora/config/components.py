@@ -55,12 +55,40 @@ def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
     return _call(target, signature, path, args, {**taken, **own})
 
 
+_OBJECTS = "python"
+_objects: dict[str, Callable[..., Any]] = {}
+
+
+def register(name: str, target: Callable[..., Any]) -> str:
+    """A dotted path, `python.NAME`, under which `locate` finds an object of a program in this process. A later one of
+    the same name gets another path."""
+    path, number = f"{_OBJECTS}.{name}", 1
+    while _objects.get(path, target) is not target:
+        number += 1
+        path = f"{_OBJECTS}.{name}_{number}"
+    _objects[path] = target
+    return path
+
+
+def registered(components: Iterable[Component]) -> dict[str, Callable[..., Any]]:
+    """The objects among the components, by their path."""
+    paths = [str(component.get("_component_")) for component in components]
+    return {path: _objects[path] for path in paths if path in _objects}
+
+
+def restore(objects: Mapping[str, Callable[..., Any]]) -> None:
+    """Have `locate` find in this process what `registered` has found in another."""
+    _objects.update(objects)
+
+
 def locate(path: str) -> Callable[..., Any]:
     """The callable at a dotted path, which may be a former one; modules in the working directory count.
 
     Raises ConfigError if there is none, or if its module raises when it is imported.
     """
     path = _present(path)
+    if path in _objects:
+        return _objects[path]
     import_from(())
     module, names = _import_longest(path)
     found: Any = module

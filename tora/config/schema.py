@@ -328,3 +328,7 @@ class RunConfig:
     `torchtune.training.metric_logging.WandBLogger` and `TensorBoardLogger`. A logger with a `log_dir` parameter writes
     to the run's folder unless the config says otherwise, and one with `run_id` or `run_name` gets the run's. Also
     `tora.reporting.trackio.TrackioLogger`."""
+    log_completions: Annotated[int, AtLeast(0), FREE] = 10
+    """Steps between tables of completions, `completions/step_N.parquet` in `output_dir`: prompt, completion, each
+    reward, advantage and images of every rollout trained on. Weights & Biases, TensorBoard and trackio show the first
+    rows. 0: none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from actors.vllm_engine.config import EngineConfig
 from tora.adapters.peft_config import read_peft_config
+from tora.config.components import registered, restore
 from tora.config.rules import check
-from tora.config.schema import RunConfig
+from tora.config.schema import Component, RunConfig
 from tora.distributed.process_group import World
 from tora.environments.template import TurnTemplate
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor, has_image_processor
-from tora.protocols import Engine
+from tora.protocols import Engine, Rewarder
 from tora.tasks.prompts import RunPrompts
 from tora.tasks.tokenizer import load_tokenizer
 
@@ -61,14 +62,20 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """Keyword arguments of `RolloutWorker`, except `make_engine`."""
     from tora.rewards.processes import RewardProcesses
 
-    return {
-        "make_rewarder": partial(
+    objects = registered(cfg.rewards)
+    make_rewarder = (
+        partial(_rewarder_of_objects, cfg.rewards, objects)
+        if objects
+        else partial(
             RewardProcesses,
             cfg.rewards,
             timeout_s=cfg.reward_timeout_s,
             num_processes=cfg.reward_processes,
             collects_prints=cfg.async_rl,
-        ),
+        )
+    )
+    return {
+        "make_rewarder": make_rewarder,
         "tokenizer": prompts.tokenizer,
         "sampling": prompts.sampling,
         "eval_sampling": prompts.eval_sampling,
@@ -80,6 +87,15 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "part_tokens": cfg.rollout.partial,
         "make_player": None if prompts.turns is None else partial(_make_player, cfg, prompts.turns, prompts.tokenizer),
     }
+
+
+def _rewarder_of_objects(components: list[Component], objects: Mapping[str, Callable[..., Any]]) -> Rewarder:
+    """Functions of a program that no other process can import, called in the process of the rollout worker: Ray sends
+    them along. Without time limits."""
+    from tora.rewards.rewarder import build_rewarder
+
+    restore(objects)
+    return build_rewarder(components)
 
 
 def _make_player(cfg: RunConfig, turns: TurnTemplate, tokenizer: Any) -> EpisodePlayer:

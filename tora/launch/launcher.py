@@ -9,12 +9,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+from rich.text import Text
+
 from tora.config.components import import_from
 from tora.config.load import read_tree
 from tora.config.resuming import check_resumed
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
 from tora.errors import ConfigError, TrainingError, described
+from tora.launch.banner import banner
 from tora.launch.engines import ROLLOUT_BASE, with_engine
 from tora.launch.in_process import in_process
 from tora.launch.memory import check_memory
@@ -181,6 +185,9 @@ def _open(cfg: RunConfig, folder: RunFolder, state: RunState, *, resumes: bool) 
     if not resumes:
         folder.start_over()
     write_config(folder.path, _portable(cfg), state.run_id)
+    console = Console()
+    for line in banner(cfg, step=state.step):
+        console.print(Text(line), soft_wrap=True)
     return MetricLog(_portable(cfg), folder.path, first_step=state.step, run_id=state.run_id)
 
 

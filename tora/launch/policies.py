@@ -6,17 +6,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tora.distributed.device import device_for
+from tora.errors import ConfigError, nearest
 from tora.launch.engines import largest_rank, make_vllm_engine, torch_engine_of, with_engine, worker_arguments
 from tora.protocols import Engine
 from tora.run.target import Target
+from tora.tasks.encode import encode_prompt
 from tora.tasks.prompts import RunPrompts
-from tora.types import Group, Prompt
+from tora.tasks.tokenizer import load_tokenizer, stop_token_ids
+from tora.types import Group, Prompt, SampleRequest, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -119,3 +122,26 @@ def answers(
         groups += [result.with_prompt(prompt) for result, prompt in zip(worker.evaluate(share), share, strict=True)]
         progress(len(groups))
     return groups
+
+
+def generate(
+    target: Target, prompts: Sequence[str | list[dict[str, Any]]], *, max_tokens: int | None = None, **sampling: Any
+) -> list[str]:
+    """One completion of each prompt, in order, by the torch engine. `max_tokens`: the config's by default; `sampling`:
+    fields of `Sampling`, greedy by default. Raises ConfigError for a field that does not exist."""
+    from tora.adapters.snapshot import pack
+
+    cfg, device = target.cfg, device_for(target.cfg.device)
+    tokenizer = load_tokenizer(Path(cfg.model.path), cfg.chat_template)
+    stop = stop_token_ids(Path(cfg.model.path), tokenizer)
+    names = [each.name for each in fields(Sampling)]
+    for name in sampling:
+        if name not in names:
+            raise ConfigError(f"generate has no argument {name}{nearest(name, names)}")
+    given = {"temperature": 0.0, "stop_token_ids": stop, **sampling}
+    settings = Sampling(max_tokens or cfg.max_generated_tokens, **given)
+    ids = [encode_prompt(tokenizer, prompt, cfg.chat_template_kwargs) for prompt in prompts]
+    engine = torch_engine_of(cfg, load_policy(target, device), device, shared=True)
+    engine.install(pack(target.step or 0, {}))
+    answers = engine.generate([SampleRequest(each, 1, number, settings) for number, each in enumerate(ids)])
+    return [tokenizer.decode(answer[0].token_ids.tolist(), skip_special_tokens=True) for answer in answers]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -13,12 +16,17 @@ from tora.types import Metrics, Prompt, Rollout
 
 _SHOWN = (
     ("reward/mean", "reward {:.3f}"),
-    ("loss/total", "loss {:.4f}"),
-    ("staleness/max", "staleness {:.0f}"),
+    ("rollout/length_mean", "length {:.0f}"),
+    ("rollout/truncated_share", "cut off {:.0%}"),
+    ("policy_kl", "kl {:.1e}"),
+    ("learner/lr", "lr {:.1e}"),
     ("rollout/tokens_per_s", "{:,.0f} tok/s"),
-    ("version", "version {:.0f}"),
 )
-"""Metrics shown for each step, with their formats."""
+"""Metrics shown for each step, with their formats, the most important first."""
+_STALENESS = ("staleness/max", "staleness {:.0f}")
+"""Shown once it is above 0: in a synchronous run it never is."""
+_WIDEST = 120
+"""Columns of the panel on a wider terminal."""
 _LONGEST_SAMPLE = 1200
 """Characters of a prompt or completion that are shown."""
 
@@ -31,15 +39,20 @@ class ConsoleLog:
         self._num_steps = num_steps
         self._step_seconds: list[float] = []
         self._progress = _progress(console) if console.is_terminal else None
-        self._task = TaskID(0)
+        self._task, self._numbers = TaskID(0), Text("waiting for the first rollouts", style="dim", no_wrap=True)
         if self._progress is not None:
-            self._task = self._progress.add_task(name, total=num_steps, completed=first_step, numbers="")
-            self._progress.start()
+            self._task = self._progress.add_task("step", total=num_steps, completed=first_step)
+            panel = Panel(Group(self._progress, self._numbers), title=name, title_align="left", width=_width(console))
+            self._live = Live(panel, console=console, refresh_per_second=2)
+            self._live.start()
 
     def step(self, step: int, metrics: Metrics) -> None:
-        numbers = [shape.format(metrics[key]) for key, shape in _SHOWN if key in metrics]
+        shown = [*_SHOWN, _STALENESS] if metrics.get("staleness/max") else _SHOWN
+        numbers = [shape.format(metrics[key]) for key, shape in shown if key in metrics]
         if self._progress is not None:
-            self._progress.update(self._task, completed=step + 1, numbers=" · ".join(numbers))
+            self._numbers.plain = self._fitting(numbers)
+            self._progress.update(self._task, completed=step + 1)
+            self._live.refresh()
             return
         self._step_seconds.append(metrics.get("time/step_s", 0.0))
         # the median: a first step with warm-up or compilation is far slower than the rest
@@ -61,7 +74,13 @@ class ConsoleLog:
 
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            self._live.stop()
+
+    def _fitting(self, numbers: Sequence[str]) -> str:
+        """As many of the numbers as one line of the panel has room for."""
+        while len(text := " · ".join(numbers)) > _width(self._console) - 4:
+            numbers = numbers[:-1]
+        return text
 
     def _print(self, text: Text) -> None:
         # soft_wrap keeps each message on one line of a log file
@@ -70,13 +89,19 @@ class ConsoleLog:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=None),
+        TextColumn("step"),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
+        expand=True,
     )
+
+
+def _width(console: Console) -> int:
+    """Of the panel, in columns."""
+    return min(console.width, _WIDEST)
 
 
 def duration(seconds: float) -> str:

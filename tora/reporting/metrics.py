@@ -16,11 +16,13 @@ from typing import Any
 from rich.console import Console
 
 from tora.config.schema import RunConfig
+from tora.reporting.completions import rollout_rows, write_parquet
 from tora.reporting.console import ConsoleLog
 from tora.reporting.evaluation import EvalResult
 from tora.reporting.loggers import build_logger
 from tora.reporting.strict_json import to_json
-from tora.types import Metrics, Prompt, Rollout
+from tora.reporting.tables import log_table
+from tora.types import Group, Metrics, Prompt, Rollout
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class NoLog:
     def evaluation(self, step: int, result: EvalResult) -> None: ...
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None: ...
+
+    def completions(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> None: ...
 
     def warning(self, sentence: str) -> None: ...
 
@@ -57,6 +61,7 @@ class MetricLog:
         Raises ConfigError if a `metric_logger` cannot be built.
         """
         self.path = folder / "metrics.jsonl"
+        self._tables = folder / "completions"
         cut(self.path, first_step)
         self._loggers = [build_logger(component, cfg, folder, run_id) for component in cfg.metric_logger]
         self._file = self.path.open("a")
@@ -73,6 +78,16 @@ class MetricLog:
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None:
         self._console.sample(prompt, rollout)
+
+    def completions(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> None:
+        """Writes `completions/step_N.parquet`, N from 1, and shows the first rows in loggers with `log_table`."""
+        rows = rollout_rows(groups, advantages)
+        try:
+            write_parquet(rows, self._tables / f"step_{step + 1}.parquet")
+        except OSError as error:
+            self.warning(f"no table of completions of step {step + 1}: {error}")
+        for logger in self._loggers:
+            log_table(logger, rows, step)
 
     def warning(self, sentence: str) -> None:
         _log.warning(sentence)

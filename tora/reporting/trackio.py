@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tora.errors import ConfigError
+from tora.reporting.tables import TABLE, Row, table_cells
 
 
 class TrackioLogger:
@@ -36,6 +37,13 @@ class TrackioLogger:
     def log_dict(self, payload: Mapping[str, float], step: int) -> None:
         self._start()
         self._trackio.log(dict(payload), step=step)
+
+    def log_table(self, rows: Sequence[Row], step: int) -> None:
+        import pandas
+
+        self._start()
+        names, cells = table_cells(rows, None)
+        self._trackio.log({TABLE: self._trackio.Table(dataframe=pandas.DataFrame(cells, columns=names))}, step=step)
 
     def close(self) -> None:
         if self._started:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tora.reporting.evaluation import EvalResult
@@ -58,7 +58,7 @@ def train(run: Run) -> Outcome:
             end = "stopped"
             break
         generated = time.perf_counter()
-        result = run.learner.step(batch)
+        result = run.learner.step(replace(batch, groups=()))
         learned = time.perf_counter()
         state.step, state.seconds = step + 1, learned - start
         sync = run.publish(result.version)
@@ -70,6 +70,7 @@ def train(run: Run) -> Outcome:
         }
         metrics = {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **times}
         run.log.step(step, metrics, batch.prompt_ids)
+        run.log_completions(step, batch)
         if sentence := idle_steps.add(step + 1, batch):
             run.log.warning(sentence)
         if sentence := bad_steps.add(step + 1, batch, result):

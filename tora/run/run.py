@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from tora.batching.train_batch import group_advantages
 from tora.config.schema import RunConfig
 from tora.protocols import Learner, Rollouts
 from tora.reporting.evaluation import EvalResult, passes_by, summarize_sets
@@ -15,7 +16,7 @@ from tora.run.best import is_best
 from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.identity import result_name, write_identity
-from tora.types import Metrics, Prompt, Rollout
+from tora.types import Group, Metrics, Prompt, Rollout, TrainBatch
 
 
 class Log(Protocol):
@@ -26,6 +27,10 @@ class Log(Protocol):
     def evaluation(self, step: int, result: EvalResult) -> None: ...
 
     def sample(self, prompt: Prompt, rollout: Rollout) -> None: ...
+
+    def completions(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> None:
+        """The step's rollouts; `advantages` are those of each group's."""
+        ...
 
     def warning(self, sentence: str) -> None:
         """Show a message to the user; writes no row."""
@@ -104,6 +109,11 @@ class Run:
         self.learner.export(self.result_folder)
         if self.checkpoints.is_writer:
             write_identity(self.result_folder, self.state.run_id, self.state.step)
+
+    def log_completions(self, step: int, batch: TrainBatch) -> None:
+        """Log the rollouts of every `log_completions`-th step, the first among them."""
+        if self.cfg.log_completions and step % self.cfg.log_completions == 0:
+            self.log.completions(step, batch.groups, group_advantages(self.cfg, batch.groups))
 
     def save_after_failure(self) -> None:
         """Write a checkpoint of what the learner has, if there is none of it yet and the other ranks need not join."""

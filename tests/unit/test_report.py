@@ -1,0 +1,129 @@
+"""The HTML pages of `tora report` and `tora compare`, read as text, and in a browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from fakes import make_group, make_prompt
+from tiny import picture
+
+from tora.cli import main
+from tora.reporting.charts import line_chart, short, timeline
+from tora.reporting.completions import rollout_rows, write_parquet
+from tora.reporting.page import compare, report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SCRIPT = "<script>alert(1)</script>"
+
+
+def make_run(folder: Path, *, lr: float = 1e-3, steps: int = 5) -> Path:
+    folder.mkdir()
+    config = {
+        "name": folder.name,
+        "num_steps": 9,
+        "model": {"path": "/a/tiny"},
+        "optimizer": {"lr": lr},
+        "note": SCRIPT,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    rows: list[dict] = [{"step": 0, "eval/reward": 0.125}]
+    for step in range(steps):
+        times = {"time/rollout_s": 1.5, "time/learner_s": 0.5, "learner/tokens": 0 if step == 3 else 9}
+        rows.append({"step": step, "version": step + 1, "reward/mean": 0.25 + step / 8, "loss/total": None, **times})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    group = make_group(make_prompt(1), [0.0, 1.0])
+    prompt = replace(group.prompt, source=SCRIPT, images=(picture(16, 16),))
+    write_parquet(rollout_rows([replace(group, prompt=prompt)], [[-1.0, 1.0]]), folder / "completions/step_10.parquet")
+    write_parquet(rollout_rows([group], [[-1.0, 1.0]]), folder / "completions/step_9.parquet")
+    return folder
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is not closed, and collects the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta", "img", "line", "circle", "polyline", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "circle", "polyline", "rect"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def parsed(page: str) -> str:
+    parser = Balanced()
+    parser.feed(page)
+    assert not parser.open
+    return parser.text
+
+
+def test_a_report_has_settings_curves_completions_images_and_failures(tmp_path: Path) -> None:
+    page = report(make_run(tmp_path / "one"))
+    text = parsed(page)
+    for words in ("5 of 9", "optimizer.lr", "0.001", "Best completions of step 10", "Worst", "trained nothing"):
+        assert words in text, words
+    assert "data:image/png;base64," in page and page.count("<polyline") == 2 and "waiting for generation" in text
+    assert "<script" not in page and SCRIPT in text, "what a prompt holds is text"
+    assert not re.search(r"(src|href)=['\"]?http", page), "it needs no network"
+
+
+def test_a_comparison_overlays_and_shows_what_differs(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", lr=2e-3)]
+    text = parsed(compare(runs))
+    settings = text[text.index("Settings that differ") :]
+    assert "optimizer.lr" in settings and "0.002" in settings and "num_steps" not in settings
+    assert compare(runs).count("<polyline") == 4
+    assert "No setting differs" in compare([runs[0], runs[0]])
+
+
+def test_a_run_without_steps_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    (run / "metrics.jsonl").write_text("")
+    shutil.rmtree(run / "completions")
+    assert "No step yet" in parsed(report(run))
+
+
+@pytest.mark.parametrize("words", [["report", "{tmp}"], ["compare", "{tmp}"], ["compare", "{tmp}", "{tmp}"]])
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main([word.format(tmp=tmp_path) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("is no run" in error or "two runs or more" in error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_charts_leave_out_what_is_not_finite() -> None:
+    nan = float("nan")
+    assert line_chart("a", {"x": [(0, nan)], "y": []}) == "" and timeline([(0, nan, 1)]) == "" and timeline([]) == ""
+    chart = line_chart("a", {"x": [(0, 1.0), (1, nan), (2, 1.0)]})
+    assert chart.count("<circle") == 2 and "nan" not in chart
+    assert [short(v) for v in (0, 0.5, 1e-7, 12345.0)] == ["0", "0.5", "1.0e-07", "1.2e+04"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_values_and_nothing_is_wider_than_the_window(tmp_path: Path, width: int) -> None:
+    assert CHROMIUM is not None
+    page = tmp_path / "page.html"
+    probe = "<script>document.title=[document.documentElement.scrollWidth<=innerWidth,document.querySelector('dd')"
+    probe += ".textContent,document.querySelectorAll('polyline').length].join('|')</script></body>"
+    page.write_text(report(make_run(tmp_path / "one")).replace("</body>", probe))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run([CHROMIUM, *options, profile, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "<title>true|5 of 9|2</title>" in done.stdout

@@ -1,0 +1,1 @@
+"""Runs from Python: `GRPOTrainer` and `GRPOConfig`, with TRL's argument names."""
