@@ -80,7 +80,7 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 
 def short(value: float) -> str:
-    """Three significant digits."""
-    if value == 0 or 0.01 <= abs(value) < 10_000:
-        return f"{value:.3g}"
-    return f"{value:.1e}"
+    """Three significant digits, or a whole number from a thousand on."""
+    if 1000 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.1e}"
