@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tora.errors import ConfigError, nearest
@@ -198,7 +198,10 @@ def model_tree(model: Any, peft_config: Any) -> dict[str, Any]:
     path = str(model)
     if peft_config is None:
         return {"path": path, "lora_type": "full"}
-    value: Callable[[str], Any] = lambda name: getattr(peft_config, name, None)  # noqa: E731
+
+    def value(name: str) -> Any:
+        return getattr(peft_config, name, None)
+
     if str(getattr(value("peft_type"), "value", value("peft_type"))) != "LORA":
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, expected a peft.LoraConfig")
     for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules"):
