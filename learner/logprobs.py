@@ -19,7 +19,9 @@ from tora.models.head import LogitMap, head_logits
 
 CHUNK_BYTES = 1 << 27
 """Size of one chunk's float32 logits; peak memory is at most 2.5 times as much. 128 MiB hold 220 tokens of a vocabulary
-of 151,936, enough rows that the product is not bound by reading the head."""
+of 151,936, enough rows on a CPU that the product is not bound by reading the head."""
+_GPU_CHUNKS = 4
+"""A GPU computes so many chunks at once, because it multiplies faster than it reads, beside what it holds anyway."""
 
 
 _PLAIN = LogitMap()
@@ -43,8 +45,9 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden_NH, head_VH, targets_N, temperature, fp32, logit_map)  # pyright: ignore[reportReturnType]
 
 
-def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
-    rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+def _chunks(num_tokens: int, head_VH: torch.Tensor) -> Iterator[slice]:
+    size = CHUNK_BYTES * (_GPU_CHUNKS if head_VH.device.type == "cuda" else 1)
+    rows = max(1, size // (4 * len(head_VH)))
     return (slice(start, start + rows) for start in range(0, num_tokens, rows))
 
 
@@ -63,7 +66,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs_N, normaliser_N, entropy_N = (
             hidden_NH.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)
         )
-        for c in _chunks(len(targets_N), len(head_VH)):
+        for c in _chunks(len(targets_N), head_VH):
             logits_CV = logit_map(head_logits(hidden_NH[c], head_VH, fp32=fp32)).div_(temperature)
             normaliser_N[c] = logits_CV.logsumexp(1)
             log_p_CV = logits_CV.sub_(normaliser_N[c, None])
@@ -86,7 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
         scale_N1 = gradient_N[:, None] / ctx.temperature
         grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for c in _chunks(len(targets_N), len(head_VH)):
+        for c in _chunks(len(targets_N), head_VH):
             logits_CV = ctx.logit_map(head_logits(hidden_NH[c], head_VH, fp32=ctx.fp32))
             slope = ctx.logit_map.slope(logits_CV)
             log_p_CV = logits_CV.div_(ctx.temperature).sub_(normaliser_N[c, None])

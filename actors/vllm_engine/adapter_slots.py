@@ -152,8 +152,9 @@ def read(
     """The slot's tensors for each module in `sent`, on the CPU, by Hugging Face name and suffix. `written`: the event
     after which the slot holds them.
 
-    Under tensor parallelism this rank's part is what its slot holds, and the rest is copied from `sent`. A module
-    without a gain reads back as a gain of ones. Raises SyncError if the slot holds an adapter on any other module.
+    Under tensor parallelism this rank's part is what its slot holds, and the rest is copied from `sent`. In layers with
+    gains, a module without one reads back as a gain of ones. Raises SyncError if the slot holds an adapter on any other
+    module.
     """
     places = find_places(manager, sent)
     others = [
@@ -178,7 +179,11 @@ def read(
     for place in others:
         if view(found, spans[place]):
             raise SyncError(f"the engine's {place.layer} is adapted, but the snapshot has no tensors for it")
-    held = {name: {s: view(found, spans[name, s]) for s in (LORA_A, LORA_B, GAIN)} for name in places}
+    held: dict[str, dict[str, torch.Tensor]] = {name: {} for name in places}
+    for key in parts:
+        if not isinstance(key, Place):
+            name, suffix = key
+            held[name][suffix] = view(found, spans[key])
     for name, place in places.items():
         layer = manager.modules[place.layer]
         if layer.tp_size > 1:
@@ -190,10 +195,11 @@ def read(
 def _part(layer: Any, slot: int, part: int, sent: Tensors) -> dict[str, torch.Tensor]:
     """Views of what the slot holds for one module."""
     rank = sent[LORA_A].shape[0]
+    gain = {GAIN: layer.gain_part(slot, part)} if layer.has_gains else {}
     return {
         LORA_A: layer.lora_a_stacked[part][slot, 0, :rank],
         LORA_B: layer.lora_b_stacked[part][slot, 0, :, :rank],
-        GAIN: layer.gain_part(slot, part),
+        **gain,
     }
 
 
@@ -207,4 +213,5 @@ def _with_local_part(layer: Any, part: int, suffix: str, whole: torch.Tensor, mi
 
 def _is_adapted(layer: GainLayer, slot: int, part: int) -> torch.Tensor:
     """A bool on the device."""
-    return layer.lora_b_stacked[part][slot].any() | (layer.gain_part(slot, part) != 1).any()
+    adapted = layer.lora_b_stacked[part][slot].any()
+    return adapted | (layer.gain_part(slot, part) != 1).any() if layer.has_gains else adapted

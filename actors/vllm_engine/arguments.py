@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from actors.vllm_engine.config import EngineConfig
+from actors.vllm_engine.config import HAS_GAINS, EngineConfig
 from actors.vllm_engine.images import image_args, vision_linears
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
         worker_extension_cls="actors.vllm_engine.worker_extension.SnapshotExtension",
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
-        # Changes the key of vLLM's cache of compiled code: code that stock vLLM had cached would drop the gains.
-        additional_config={"tora_gain_layers": 1},
+        # Part of the key of vLLM's cache of compiled code: code of stock vLLM, or without gains, would drop the gains.
+        additional_config={"tora_gain_layers": 1, HAS_GAINS: config.gains},
         disable_log_stats=True,
         use_tqdm_on_load=False,
         **adapters,

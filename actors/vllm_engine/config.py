@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+HAS_GAINS = "tora_has_gains"
+"""Key of vLLM's `additional_config`: whether adapters may have gains; true without it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -36,6 +39,8 @@ class EngineConfig:
     """Largest adapter rank to serve, rounded up to the next rank that vLLM supports."""
     lora_targets: tuple[str, ...]
     """The decoder's linear layers that may carry an adapter, by their last name: `q_proj`, `down_proj`."""
+    gains: bool = True
+    """Whether adapters may have gains, as DoRA's do. Without, plain LoRA costs no more than in vLLM."""
     adapt_vision: bool = False
     """Also serve adapters on every linear layer of the vision tower."""
     max_pixels: int | None = None

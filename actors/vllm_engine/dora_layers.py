@@ -18,8 +18,11 @@ from typing import Any, cast
 
 import torch
 import vllm.lora.utils as lora_utils
+from vllm.config import get_current_vllm_config
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.linear import RowParallelLinear
+
+from actors.vllm_engine.config import HAS_GAINS
 
 
 def install() -> None:
@@ -36,6 +39,8 @@ def install() -> None:
 class GainLayer(BaseLinearLayerWithLoRA):
     """Mixin placed before each of vLLM's LoRA linear layers."""
 
+    has_gains: bool
+    """Whether slots may have gains. Fixed when the model is built, so that plain LoRA costs what it costs in vLLM."""
     gain_SO: torch.Tensor
     """[S+1, O] float32, 1 where a slot has no gain. bfloat16 would round each row by up to 0.4 %."""
     offset_SO: torch.Tensor | None
@@ -43,11 +48,15 @@ class GainLayer(BaseLinearLayerWithLoRA):
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         super().create_lora_weights(max_loras, lora_config, model_config)
+        # part of the key of vLLM's cache of compiled code
+        self.has_gains = get_current_vllm_config().additional_config.get(HAS_GAINS, True)
+        self._slots_with_gain: set[int] = set()
+        if not self.has_gains:
+            return
         shape, device = (max_loras + 1, sum(self.part_sizes)), self.lora_a_stacked[0].device
         self.register_buffer("gain_SO", torch.ones(shape, device=device), persistent=False)
         offset_SO = None if self.gained_bias_O is None else torch.zeros(shape, device=device)
         self.register_buffer("offset_SO", offset_SO, persistent=False)
-        self._slots_with_gain: set[int] = set()
 
     @property
     def part_sizes(self) -> list[int]:
@@ -107,12 +116,16 @@ class GainLayer(BaseLinearLayerWithLoRA):
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`output`: W x + bias."""
-        # vLLM's kernels add to an output of any dtype, in place
+        if not self.has_gains and output.device.type != "cpu":
+            return super()._apply_lora_to_output(x, output)  # vLLM's kernel rounds the sum once by itself
+        # in place, into an output of another dtype than x: see `cpu_lora` and `gpu_lora`
         return self.scale(super()._apply_lora_to_output(x, output.float())).to(output.dtype)
 
     def _apply_async_impl(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """vLLM's path with VLLM_LORA_ENABLE_DUAL_STREAM, which rounds W x + bias + B A x itself."""
         output = super()._apply_async_impl(x, bias)
+        if not self.has_gains:
+            return output
         return self.scale(output.float()).to(output.dtype)
 
     def scale(self, output: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
-"""vLLM on a GPU in float32: LoRA products by torch. vLLM 0.32's Triton kernels take only 16-bit weights, and assert it
-at start-up.
+"""vLLM's LoRA products on a GPU, for dtypes that its Triton kernels do not take.
+
+vLLM 0.32's and 0.33's kernels assert 16-bit weights at start-up; float32 products are torch's. And in a packed layer
+the kernels read B as if it had the output's dtype, so a 16-bit product for a float32 output is computed apart.
 
 Shape letters: T tokens of a batch, S slots, I inputs, O outputs, R rank.
 """
@@ -23,7 +25,10 @@ def install() -> None:
 
 
 def wrap(punica_wrapper: Any) -> None:
-    """Give a class of vLLM's LoRA products a float32 path; 16-bit ones stay as they are. A second call does nothing."""
+    """Have a class of vLLM's LoRA products take float32 inputs, and 16-bit inputs with a float32 output.
+
+    16-bit inputs with an output of their own dtype stay as they are. A second call does nothing.
+    """
     inner: Callable[..., None] = punica_wrapper.add_lora_linear
     if getattr(inner, "takes_float32", False):
         return
@@ -39,7 +44,11 @@ def wrap(punica_wrapper: Any) -> None:
         **kwargs: Any,
     ) -> None:
         if x.dtype != torch.float32:
-            inner(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
+            # zeros, because the kernels leave rows without adapter alone
+            own = y if y.dtype == x.dtype else torch.zeros_like(y, dtype=x.dtype)
+            inner(self, own, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
+            if own is not y:
+                y += own
             return
         # the wrapper's public property slices these indices by a Python int, which a graph would freeze
         slot_T = self._token_lora_indices[: x.shape[0]]

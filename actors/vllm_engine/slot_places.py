@@ -92,6 +92,8 @@ def _full_sizes(layer: Any, part: int) -> tuple[int, int]:
 def check_fits(name: str, tensors: Tensors, layer: Any, part: int) -> None:
     if not isinstance(layer, GainLayer) or part >= layer.n_slices:
         raise SyncError(f"the engine cannot serve an adapter on {name}, a {type(layer).__name__}")
+    if GAIN in tensors and not layer.has_gains:
+        raise SyncError(f"{name} has a gain, but the engine was started for plain LoRA, whose layers have none")
     rank_max = layer.lora_a_stacked[part].shape[2]
     size_in, size_out = _full_sizes(layer, part)
     rank = tensors[LORA_A].shape[0]

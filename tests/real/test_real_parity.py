@@ -49,7 +49,7 @@ def config(model: Path, folder: Path, dtype: str, lora_type: str) -> RunConfig:
 def vllm(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Engine]]:
-    engine = make_vllm_engine(config(smollm2, tmp_path_factory.mktemp("vllm"), request.param, "lora"))
+    engine = make_vllm_engine(config(smollm2, tmp_path_factory.mktemp("vllm"), request.param, "dora"))
     yield request.param, engine
     engine.close()
 

@@ -6,7 +6,7 @@ Import vLLM, or set up what it needs to be told first, before this module.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
 from actors.vllm_engine import dora_layers
+from actors.vllm_engine.config import HAS_GAINS
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B
 
 HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 32, 16, 4, 2, 48
@@ -57,13 +58,19 @@ def adapter(modules: Sequence[str], rank: int, seed: int, *, gains: Sequence[str
 
 
 def layers(
-    dtype: torch.dtype, *, rank: int = 0, ranks: int = 1, device: str = "cpu", bias: bool = True
+    dtype: torch.dtype,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    device: str = "cpu",
+    bias: bool = True,
+    gains: bool = True,
 ) -> dict[str, Any]:
     """qkv, gate_up and down_proj with empty slots, holding this rank's part of `weights`."""
     config = LoRAConfig(max_lora_rank=RANK_MAX, max_loras=SLOTS, lora_dtype=dtype)
     dora_layers.install()
     given: dict[str, Any] = {"bias": bias, "params_dtype": dtype}
-    with _tensor_parallel(rank, ranks), set_current_vllm_config(VllmConfig()), torch.device(device):
+    with _tensor_parallel(rank, ranks), _vllm_config(gains), torch.device(device):
         bases = {
             "qkv": QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, prefix="qkv", **given),
             "gate_up": MergedColumnParallelLinear(HIDDEN, [WIDE, WIDE], prefix="gate_up", **given),
@@ -100,6 +107,10 @@ def manager(made: Mapping[str, Any]) -> Any:
     )
     found.activate_adapter = lambda i: found.lora_index_to_id.__setitem__(found.lora_index_to_id.index(None), i)
     return found
+
+
+def _vllm_config(gains: bool) -> AbstractContextManager[Any]:
+    return set_current_vllm_config(VllmConfig(additional_config={HAS_GAINS: gains}))
 
 
 @contextmanager

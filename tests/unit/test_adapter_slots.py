@@ -104,6 +104,17 @@ def test_an_adapter_that_the_snapshot_lacks_is_found(monkeypatch: pytest.MonkeyP
         extension.read_snapshot(snapshot, 1)
 
 
+def test_layers_for_plain_lora_have_no_gains_and_refuse_them() -> None:
+    made = layers(torch.bfloat16, gains=False)
+    extension, snapshot = worker(made), pack(1, ADAPTERS["lora"])
+    assert not [name for layer in made.values() for name, _ in layer.named_buffers() if "gain" in name]
+    extension.write_snapshot(extension.stage_snapshot(snapshot), 1)
+    held = extension.read_snapshot(snapshot, 1)
+    assert (held.sha256, held.num_modules) == (engine_digest(snapshot, "bfloat16"), len(SIZES))
+    with pytest.raises(SyncError, match="started for plain LoRA"):
+        extension.stage_snapshot(pack(2, ADAPTERS["partly, small rank"]))
+
+
 class Recorder(HostStreams):
     """The order in which a sync uses the streams."""
 

@@ -53,9 +53,11 @@ def test_vllms_wrapper_takes_float32_and_leaves_16_bits_alone(monkeypatch: pytes
     expected = base.double() + 0.5 * torch.cat([by_hand(x, *part) for part in parts], 1)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
     assert not calls
-    PunicaWrapperGPU.add_lora_linear(wrapper, y, x.bfloat16(), *stacked, 0.5, SIZES, add_inputs=True)
+    PunicaWrapperGPU.add_lora_linear(wrapper, y.bfloat16(), x.bfloat16(), *stacked, 0.5, SIZES, add_inputs=True)
     ((args, kwargs),) = calls
     assert args[0] is wrapper and args[5:] == (0.5, SIZES) and kwargs == {"add_inputs": True}
+    PunicaWrapperGPU.add_lora_linear(wrapper, y, x.bfloat16(), *stacked, 0.5, SIZES)
+    assert calls[1][0][1].dtype == torch.bfloat16, "the kernels read B in the output's dtype"
 
 
 def test_the_product_has_static_shapes_for_a_graph() -> None:

@@ -84,24 +84,24 @@ def run(folder: Path, *, dtype: str, rank: int, rows: Sequence[int], new_tokens:
     twentieth."""
     snapshots = {kind: random_snapshot(folder, 0, rank, gains=kind == "dora") for kind in ("lora", "dora")}
     for name, update in UPDATES.items():
-        engine = _engine(folder, dtype, rank, update)
-        try:
-            for kind, snapshot in snapshots.items():
+        for kind, snapshot in snapshots.items():
+            engine = _engine(folder, dtype, rank, update, gains=kind == "dora")
+            try:
                 yield _syncs(engine, name, kind, rank, snapshot, rows[0], rounds)
-            for batch in rows if name == "between_rollouts" else ():
-                for kind, snapshot in snapshots.items():
+                for batch in rows if name == "between_rollouts" else ():
                     yield _speed(engine, kind, rank, snapshot, batch, new_tokens, max(2, rounds // 20))
-        finally:
-            engine.close()
+            finally:
+                engine.close()
 
 
-def _engine(folder: Path, dtype: str, rank: int, update: WeightUpdate) -> VLLMEngine:
+def _engine(folder: Path, dtype: str, rank: int, update: WeightUpdate, *, gains: bool) -> VLLMEngine:
     config = EngineConfig(
         model_path=str(folder),
         dtype="fp32" if dtype == "fp32" else "bf16",
         max_model_len=1024,
         lora_rank=rank,
         lora_targets=_TARGETS,
+        gains=gains,
         seed=0,
         gpu_memory_utilization=0.8,
         kv_cache_gib=1.0,

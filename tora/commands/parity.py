@@ -70,7 +70,8 @@ def _rows(model: Path, scratch: Path) -> Iterator[ParityRow]:
     for dtype in ("fp32", "bf16"):
         for quantize_base in bases:
             cfg = _config(model, scratch, dtype, quantize_base)
-            engine = make_vllm_engine(cfg, gpu_share=0.5)
+            with_gains = replace(cfg, model=replace(cfg.model, lora_type="dora"))
+            engine = make_vllm_engine(with_gains, gpu_share=0.5)
             try:
                 for version, lora_type in enumerate(("lora", "dora")):
                     cfg = replace(cfg, model=replace(cfg.model, lora_type=lora_type))

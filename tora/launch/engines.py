@@ -171,6 +171,7 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float, max_rank: i
         max_num_seqs=max(max_rows(cfg), MIN_SEQS),
         lora_rank=max_rank or cfg.model.lora_rank,
         lora_targets=target_leaves(cfg.model),
+        gains=cfg.model.lora_type != "lora",
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
         seed=cfg.seed,
