@@ -62,7 +62,10 @@ def steps(folder: Path, *, model: str, big_model: str | None) -> list[Step]:
         ),
         Step("doctor", (*TORA, "doctor"), 10, "the installation has no fault"),
         Step(
-            "tests", (sys.executable, "-m", "pytest", "-n0", "-m", "gpu", "tests/gpu"), 40, "each finding's own proof"
+            "tests",
+            (sys.executable, "-m", "pytest", "-n0", "-m", "gpu", str(Path("tests", "gpu"))),
+            40,
+            "each finding's own proof",
         ),
         Step(
             "parity",
