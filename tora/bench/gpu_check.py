@@ -27,7 +27,7 @@ from tora.bench.gpu_steps import Step, steps
 from tora.reporting.strict_json import to_json
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = Path("outputs/gpu_check")
+FOLDER = Path("outputs", "gpu_check")
 Record = dict[str, Any]
 """A step's `status` (ok, outside, alarm, failed), `seconds`, `figures` and `notes`."""
 Run = Callable[[Sequence[str], Path, float], int | None]
