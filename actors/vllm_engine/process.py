@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actors.vllm_engine import internals
 from tora.types import Occupancy
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+_log = logging.getLogger(__name__)
 _REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """Run the engine in this process. By default vLLM on a CPU starts one process for the engine and one for the worker."""
 _DEFAULTS = {
@@ -68,11 +71,14 @@ def build(args: EngineArgs, gpu: int) -> LLMEngine:
     Raises ValueError if vLLM rejects the arguments; its other errors pass through.
     """
     import pydantic
+    import vllm
     from vllm.model_executor.models import registry
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor import Executor
 
+    if line := internals.warning(vllm.__version__):
+        _log.warning(line)
     # vLLM 0.32 inspects the model's class in a new Python process, to keep CUDA out of a process that will fork. This
     # process does not fork, and the new one would take seconds and lack the import fixes of `tora.compat`.
     registry._run_in_subprocess = lambda inspect: inspect()
