@@ -49,7 +49,8 @@ class GainLayer(BaseLinearLayerWithLoRA):
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         super().create_lora_weights(max_loras, lora_config, model_config)
         # part of the key of vLLM's cache of compiled code
-        self.has_gains = get_current_vllm_config().additional_config.get(HAS_GAINS, True)
+        additional: Any = get_current_vllm_config().additional_config
+        self.has_gains = additional.get(HAS_GAINS, True)
         self._slots_with_gain: set[int] = set()
         if not self.has_gains:
             return
