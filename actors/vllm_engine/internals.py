@@ -70,6 +70,7 @@ INTERNALS: Mapping[str, str] = {
     "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.add_lora_linear": "float32, which its kernels refuse",
     "vllm.model_executor.layers.linear:RowParallelLinear": "its first rank alone adds the bias",
     "vllm.config:get_current_vllm_config": "whether adapters may have gains, while the model is built",
+    "vllm.model_executor.models.registry:ModelRegistry": "whether vLLM has a model of an architecture",
     # whole weights
     "vllm.v1.worker.gpu_worker:Worker.reload_weights": "replaces the served weights",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": "a tied head is repacked on a CPU",
