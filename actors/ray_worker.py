@@ -35,9 +35,9 @@ class RolloutActor(RolloutWorker):
         with portable_errors():
             super().__init__(**arguments)
 
-    def run_group(self, prompt: Prompt) -> GroupResult:
+    def run_group(self, prompt: Prompt, ticket: int = 0) -> GroupResult:
         with portable_errors():
-            return super().run_group(prompt)
+            return super().run_group(prompt, ticket)
 
     def evaluate(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
         with portable_errors():

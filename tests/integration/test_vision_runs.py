@@ -34,7 +34,7 @@ def train(folder: Path, *overrides: str, config: str = "quickstart_vl") -> list[
     """The rows of a short run's steps."""
     rows = short_run(config, folder, *overrides)
     assert [row["version"] for row in rows if "canary/gap_mean" in row] == [2]
-    (exported,) = (folder / "adapter").glob("*.safetensors")
+    (exported,) = [file for kind in ("adapter", "model") for file in (folder / kind).glob("*.safetensors")]
     assert load_file(exported)
     return steps(rows)
 

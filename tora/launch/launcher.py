@@ -29,7 +29,7 @@ from tora.models.hub import fetched, named
 from tora.reporting.metrics import MetricLog, NoLog
 from tora.reporting.summary import print_summary, reward_curve
 from tora.run.canary import NUM_PROBES, Canary
-from tora.run.checkpoints import Checkpoints, RunState
+from tora.run.checkpoints import Checkpoints, RunState, step_of
 from tora.run.folder import RunFolder, held
 from tora.run.identity import CONFIG, is_finished, new_run_id, result_name, run_id_in, write_config
 from tora.run.loop import Outcome
@@ -73,7 +73,8 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
             changed = check_resumed(folder / CONFIG, _portable(cfg))
             if changed and world.rank == 0:
                 _log.warning("resuming with changed settings: %s", ", ".join(map(str, changed)))
-            if is_finished(folder / result_name(cfg), cfg.num_steps):
+            has_all = resumes == "auto" or step_of(resume) >= cfg.num_steps
+            if has_all and is_finished(folder / result_name(cfg), cfg.num_steps):
                 if world.rank == 0:
                     told = "the run in %s has finished its %d steps; another needs another output_dir"
                     _log.warning(told, folder, cfg.num_steps)

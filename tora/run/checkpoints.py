@@ -44,6 +44,10 @@ class RunState:
         self.run_id = run_id
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 class Checkpoints:
     """Folders `FOLDER/step_000010`, ...; only the newest `keep` are kept."""
 

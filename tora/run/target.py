@@ -17,7 +17,7 @@ from tora.config.load import config_file, is_hub_name, load_config, read_tree
 from tora.config.schema import ModelConfig, RunConfig
 from tora.errors import ConfigError
 from tora.models.hub import fetched
-from tora.run.checkpoints import Checkpoints
+from tora.run.checkpoints import Checkpoints, step_of
 from tora.run.manifest import damage
 
 Tree = Mapping[str, Any]
@@ -115,14 +115,14 @@ def _of_run(run: Path, overrides: Sequence[str], checkpoint: str | None, tree: T
         if found is None:
             raise ConfigError(f"{run} has neither a result nor a checkpoint.")
     else:
-        steps = [int(path.name.removeprefix("step_")) for path in sorted((run / "checkpoints").glob("step_??????"))]
+        steps = [step_of(path) for path in sorted((run / "checkpoints").glob("step_??????"))]
         if not (checkpoint.isdigit() and int(checkpoint) in steps):
             there = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"--checkpoint={checkpoint} is not one of {run}, which are {there}.")
         found = checkpoints.folder_of(int(checkpoint))
         if clause := damage(found):
             raise ConfigError(f"checkpoint {found} is damaged: {clause}.")
-    step = int(found.name.removeprefix("step_"))
+    step = step_of(found)
     return Target(cfg, run, found, step, f"{run.name}-step{step}")
 
 
