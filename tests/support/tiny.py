@@ -12,6 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tora  # noqa: F401  (installs the import fixes that transformers' classes need; they load at first use)
+from tora.bench.families import randomize
 
 Family = Literal["qwen3", "qwen2", "llama"]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -141,18 +142,6 @@ def make_vl_model(
         chat_template=_CHAT_TEMPLATE,
     ).save_pretrained(folder)
     return folder
-
-
-def randomize(model: torch.nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.15, generator=generator)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.2, generator=generator)
-            else:  # norms: scales of 1 would hide a norm in the wrong place
-                parameter.uniform_(0.5, 1.5, generator=generator)
 
 
 def make_tokenizer(*, vision: bool = False) -> transformers.PreTrainedTokenizerFast:
