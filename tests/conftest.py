@@ -18,15 +18,26 @@ for name, value in {
 
 import tora  # noqa: E402, F401  (its import fixes must precede transformers and peft)
 
+_WITHOUT_ENGINES = {
+    f"tests/integration/test_{name}.py"
+    for name in (
+        *("async_rewards", "bad_environments", "bad_values_end_to_end", "compile", "distributed"),
+        *("distributed_reference", "environments", "memory_plan", "optimizer_ranks", "reward_processes"),
+        *("vision_scale", "vision_torch_runs"),
+    )
+}
+"""Integration tests that start neither vLLM nor Ray."""
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2`, engines and clusters run one at a time, in one process; the files of other tests fill the other."""
+    """With `-n 2`, vLLM and Ray run one at a time, in one process; the files of other tests fill the other."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "engines" if nodeid.startswith("tests/integration/") else nodeid.split("::")[0]
+            file = nodeid.split("::")[0]
+            return "engines" if file.startswith("tests/integration/") and file not in _WITHOUT_ENGINES else file
 
     return Scheduling(config, log)
 
