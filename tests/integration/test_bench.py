@@ -9,7 +9,6 @@ from adapters import build, model_config
 from tora.bench.measure import shapes_of
 from tora.bench.rows import Samples, Setting, make_row, ratio
 from tora.bench.shapes import shape_names, write_random_model
-from tora.bench.sync import UPDATES
 from tora.cli import main
 from tora.config.load import config_names
 from tora.errors import ConfigError
@@ -39,15 +38,23 @@ def test_a_vision_model_is_measured_with_an_image(tmp_path: Path) -> None:
 
 def test_sync_measures_an_engine(tmp_path: Path) -> None:
     words = ["bench", "sync", "--rounds", "2", "--rows", "2", "--rank", "4", "--dtype", "fp32"]
+    updates = ["between_rollouts", "in_flight_recompute_kv"]
+    words += ["--only", ",".join(updates)]
     assert main([*words, "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     syncs, speeds = [r for r in rows if "stall_ms" in r], [r for r in rows if "ratio" in r]
-    assert [(r["update"], r["lora_type"]) for r in syncs] == [(u, k) for u in UPDATES for k in ("lora", "dora")]
+    assert [(r["update"], r["lora_type"]) for r in syncs] == [(u, k) for u in updates for k in ("lora", "dora")]
     assert 0 < syncs[0]["nbytes"] < syncs[1]["nbytes"]
     for row in syncs:
         assert 0 < row["stall_ms"][0] <= row["stall_ms"][1] and row["install_ms"] > row["stall_ms"][0]
         assert row["copy_ms"][0] > 0 and row["tokens_per_s"] > 0
     assert [r["lora_type"] for r in speeds] == ["lora", "dora"] and all(r["ratio"] > 0 for r in speeds)
+
+
+def test_only_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "learner", "--only", "lora,qora"]) == 2
+    assert "--only qora: bench learner has full, lora, dora, dora_cache, qlora" in capsys.readouterr().err
+    assert main(["bench", "sync", "--only", "lora"]) == 2
 
 
 def test_ratios_compare_rounds_in_pairs() -> None:

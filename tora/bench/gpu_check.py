@@ -1,6 +1,6 @@
 """The first hour with a GPU as one command: `deploy/gpu_check.sh`. Proves that Tora works on it, and measures it.
 
-    ./deploy/gpu_check.sh [--dry-run] [--model FOLDER] [--big-model FOLDER] [--again STEP] [--fresh]
+    ./deploy/gpu_check.sh [--dry-run] [--model FOLDER] [--big-model FOLDER] [--only STEP] [--again STEP] [--fresh]
 
 Each step is a program of its own, with what it should measure and from where on that is an alarm. A step that was fine
 is not run again, so after an interruption, or a cure, the same command continues. Writes `report.json` after each step.
@@ -39,13 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     parser.add_argument("--model", default=str(ROOT / "configs/bases/chain_sum"), help="model folder for parity")
     parser.add_argument("--big-model", help="folder of Qwen3-8B, for three real steps")
+    parser.add_argument("--only", action="append", default=[], metavar="STEP", help="run just this step; may repeat")
     parser.add_argument("--again", action="append", default=[], metavar="STEP", help="run this step again")
     parser.add_argument("--fresh", action="store_true", help="forget the steps that were fine")
     args = parser.parse_args(argv)
     plan = steps(FOLDER.absolute(), model=args.model, big_model=args.big_model)
-    if unknown := set(args.again) - {step.name for step in plan}:
+    if unknown := {*args.again, *args.only} - {step.name for step in plan}:
         print(f"There is no step {min(unknown)}; the steps are {', '.join(step.name for step in plan)}.")
         return 2
+    plan = [step for step in plan if not args.only or step.name in args.only]
     if args.dry_run:
         print_plan(plan)
         return 0

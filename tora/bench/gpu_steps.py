@@ -124,9 +124,9 @@ def steps(folder: Path, *, model: str, big_model: str | None) -> list[Step]:
             bench(
                 "sync",
                 *("sync", "--config", "qwen3/8B", "--rank", "8", "--rows", "128", "--new-tokens", "256"),
-                *("--rounds", "40"),
+                *("--rounds", "40", "--only", "between_rollouts"),
             ),
-            90,
+            40,
             "weight syncs into vLLM while it decodes 128 rows of Qwen3-8B, and what an adapter costs it",
             figures.sync,
             {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from tora.bench.rows import print_rows, write_json
 from tora.bench.shapes import write_random_model
+from tora.errors import ConfigError
 
 _CPU_SHAPES, _GPU_SHAPES = "tiny", "qwen2_5/1.5B"
 
@@ -43,7 +45,9 @@ def _table(args: argparse.Namespace, folder: Path, shapes: str, gpu: bool) -> li
     names = ("tokens", "sequence", "image", "rows", "new_tokens", "rounds")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     compiled = {"both": (False, True), "yes": (True,), "no": (False,)}[args.compile or ("both" if gpu else "no")]
-    settings = [s for s in all_settings(compiled) if args.only is None or s.name in args.only.split(",")]
+    settings = all_settings(compiled)
+    only = _only(args, [s.name for s in settings])
+    settings = [s for s in settings if s.name in only]
     rows = run(
         folder,
         settings,
@@ -58,15 +62,25 @@ def _table(args: argparse.Namespace, folder: Path, shapes: str, gpu: bool) -> li
 
 
 def _sync(args: argparse.Namespace, folder: Path) -> list[object]:
-    from tora.bench.sync import describe, run
+    from tora.bench.sync import UPDATES, describe, run
 
+    updates = _only(args, list(UPDATES))
     batches = [args.rows] if args.rows else [16, 64]
     new_tokens, rounds = args.new_tokens or 32, args.rounds or 100
     rows = []
-    for row in run(folder, dtype=args.dtype, rank=args.rank, rows=batches, new_tokens=new_tokens, rounds=rounds):
+    options = {"dtype": args.dtype, "rank": args.rank, "rows": batches, "new_tokens": new_tokens, "rounds": rounds}
+    for row in run(folder, updates, **options):
         print(describe(row), flush=True)
         rows.append(row)
     return rows
+
+
+def _only(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """`names`, or those of them that `--only` asks for. Raises ConfigError if it asks for another."""
+    asked = names if args.only is None else args.only.split(",")
+    if unknown := set(asked) - set(names):
+        raise ConfigError(f"--only {min(unknown)}: bench {args.what} has {', '.join(dict.fromkeys(names))}.")
+    return [name for name in names if name in asked]
 
 
 def _device(gpu: bool) -> str:

@@ -27,10 +27,13 @@ def write_random_model(name: str, folder: Path, *, dtype: str, seed: int = 0) ->
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = build_model(config)
-    generator = torch.Generator().manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU draws 8B weights for minutes
+    generator, options = torch.Generator(device).manual_seed(seed), {"device": device, "dtype": getattr(torch, dtype)}
     tensors = {}
     for ours, place in model.named_parameters():
-        value = torch.randn(place.shape, generator=generator) * 0.02 if place.ndim > 1 else torch.ones(place.shape)
-        tensors[model.names.parameter_to_hf(ours)] = value.to(getattr(torch, dtype))
+        value = torch.ones(place.shape, **options)
+        if place.ndim > 1:
+            value.normal_(0, 0.02, generator=generator)
+        tensors[model.names.parameter_to_hf(ours)] = value.cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -24,7 +24,7 @@ _PROMPT = tuple(range(1, 65))
 UPDATES: dict[str, WeightUpdate] = {
     "between_rollouts": BetweenRollouts(2),
     "in_flight": InFlight(recompute_kv=False),
-    "in_flight, recompute_kv": InFlight(recompute_kv=True),
+    "in_flight_recompute_kv": InFlight(recompute_kv=True),
 }
 
 
@@ -79,11 +79,14 @@ def random_snapshot(folder: Path, version: int, rank: int, *, gains: bool) -> Po
     return pack(version, tensors)
 
 
-def run(folder: Path, *, dtype: str, rank: int, rows: Sequence[int], new_tokens: int, rounds: int) -> Iterator[Row]:
-    """`rows`: batch sizes to time; the first is also used for syncs. `rounds`: number of syncs; speeds take a
-    twentieth."""
+def run(
+    folder: Path, updates: Sequence[str], *, dtype: str, rank: int, rows: Sequence[int], new_tokens: int, rounds: int
+) -> Iterator[Row]:
+    """`updates`: keys of `UPDATES`. `rows`: batch sizes to time, with `between_rollouts`; the first is also used for
+    syncs. `rounds`: number of syncs; speeds take a twentieth."""
     snapshots = {kind: random_snapshot(folder, 0, rank, gains=kind == "dora") for kind in ("lora", "dora")}
-    for name, update in UPDATES.items():
+    for name in updates:
+        update = UPDATES[name]
         for kind, snapshot in snapshots.items():
             engine = _engine(folder, dtype, rank, update, gains=kind == "dora")
             try:

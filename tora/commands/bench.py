@@ -27,7 +27,10 @@ def add_parser(commands: Any) -> None:
         "minute per setting",
     )
     bench.add_argument(
-        "--only", metavar="NAME,...", help="only these: full, lora, dora, dora_cache, qlora, qdora, qdora_cache"
+        "--only",
+        metavar="NAME,...",
+        help="only these: full, lora, dora, dora_cache, qlora, qdora, qdora_cache; for sync: between_rollouts, "
+        "in_flight, in_flight_recompute_kv",
     )
     bench.add_argument(
         "--together", action="store_true", help="on a GPU: keep all models in memory and measure them in turn"
