@@ -84,7 +84,7 @@ class VLLMEngine:
         self._running: dict[str, tuple[_Generate, int]] = {}  # by vLLM's request id
         self._request_ids = count()
         started: Future[None] = Future()
-        self._environment = Environment()
+        self._environment = Environment(float32=config.dtype == "fp32")
         self._environment.prepare()
         try:
             args = engine_args(config, update)

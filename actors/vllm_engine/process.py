@@ -30,6 +30,11 @@ _DEFAULTS = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default every engine is pinned to the same cores
 }
+_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}
+"""Triton's products of float32 are TF32 by default, 10 bits of mantissa. vLLM's attention in float32 is such a kernel: on
+an H200 log-probs of the quick-start's base were 0.002 off."""
+_WHILE_UP = ("VLLM_", *_FLOAT32)
+"""Variables, or their beginnings, that are read while vLLM runs."""
 
 
 class Environment:
@@ -37,25 +42,27 @@ class Environment:
 
     At start-up vLLM sets LD_PRELOAD, LOCAL_WORLD_SIZE and others for child processes that an in-process engine does not
     have. They would disturb the learner's torchrun variables and later subprocesses, so they are restored once vLLM is
-    up. Variables named VLLM_* are read while vLLM runs and are restored after it has shut down.
+    up. Those of `_WHILE_UP` are restored after it has shut down.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, float32: bool) -> None:
+        """`float32`: the engine computes in float32."""
         self._before = dict(os.environ)
+        self._defaults = {**_DEFAULTS, **(_FLOAT32 if float32 else {})}
 
     def prepare(self) -> None:
         """Call before vllm is imported."""
-        for name, value in _DEFAULTS.items():
+        for name, value in self._defaults.items():
             os.environ.setdefault(name, value)
         os.environ.update(_REQUIRED)
 
     def restore_except_vllm(self) -> None:
-        """All variables except VLLM_*. Call once vLLM is up."""
-        self._restore({name for name in self._before.keys() | os.environ.keys() if not name.startswith("VLLM_")})
+        """All variables but those of `_WHILE_UP`. Call once vLLM is up."""
+        self._restore({name for name in self._before.keys() | os.environ.keys() if not name.startswith(_WHILE_UP)})
 
     def restore_vllm(self) -> None:
-        """VLLM_* variables. Call once vLLM has shut down."""
-        self._restore({name for name in self._before.keys() | os.environ.keys() if name.startswith("VLLM_")})
+        """The variables of `_WHILE_UP`. Call once vLLM has shut down."""
+        self._restore({name for name in self._before.keys() | os.environ.keys() if name.startswith(_WHILE_UP)})
 
     def _restore(self, names: set[str]) -> None:
         for name in names:

@@ -18,11 +18,11 @@ from tora.types import LogprobRequest, SampleRequest, Sampling
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_is_the_cpus(dtype: torch.dtype) -> None:
-    """Codes are looked up in pairs, by uint16 where the weights have 16 bits."""
+    """Codes are looked up in pairs, by uint16 where the weights have 16 bits. Blocks' scales may round differently."""
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
     here = quantize(weight.cuda(), "w")
     there = quantize(weight, "w")
-    torch.testing.assert_close(dequantize(here).cpu(), dequantize(there), rtol=0, atol=0)
+    torch.testing.assert_close(dequantize(here).cpu(), dequantize(there), rtol=1e-6, atol=0)
 
 
 def test_chunks_of_a_gpu_give_the_cpus_log_probs() -> None:

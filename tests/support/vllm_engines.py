@@ -44,7 +44,7 @@ def start_engine(
         lora_rank=RANK,
         lora_targets=LINEARS,
         seed=0,
-        gpu_memory_utilization=0.3,
+        gpu_memory_utilization=0.1,
         kv_cache_gib=0.02,
         enforce_eager=True,
     )

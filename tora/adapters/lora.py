@@ -49,7 +49,8 @@ class LoRALinear(nn.Module):
         for name, buffer in self.named_buffers():
             if buffer.is_meta:
                 setattr(self, name, torch.empty_like(buffer, device=self.weight.device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        # drawn on the CPU, so that a seed means the same adapter on every device
+        self.lora_a.copy_(nn.init.kaiming_uniform_(torch.empty_like(self.lora_a, device="cpu"), a=math.sqrt(5)))
         nn.init.zeros_(self.lora_b)
 
     def adapter_params(self) -> list[str]:
