@@ -273,9 +273,9 @@ def test_an_error_in_the_engines_thread_reaches_every_caller(tmp_path: Path) -> 
     gate = StepGate()
     engine = start_engine(folder, gate=gate)
     changed = {name for name, value in os.environ.items() if before.get(name) != value}
-    assert all(
-        name.startswith(("VLLM_", "TRITON_F32")) for name in changed
-    ), "LD_PRELOAD and the like must not reach child processes"
+    assert all(name.startswith(("VLLM_", "TRITON_F32")) for name in changed), (
+        "LD_PRELOAD and the like must not reach child processes"
+    )
     assert os.environ["TRITON_F32_DEFAULT"] == "ieee", "kernels may be compiled at any later step"
     reference = Reference(folder)
     engine.install(reference.snapshot(0, "lora", 1))

@@ -88,3 +88,30 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ConfigError), held(path, resumes=resumes):
                 pass
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("before", ["nothing", "an empty folder", "a run"])
+def test_a_run_that_is_undone_leaves_what_was_there_before(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "run"
+    if before == "a run":
+        write_run(path, keep="me")
+    elif before == "an empty folder":
+        path.mkdir()
+    at_first = {p.relative_to(tmp_path): p.is_file() and p.read_text() for p in tmp_path.rglob("*") if p.name != LOCK}
+    with pytest.raises(ConfigError), held(path, resumes=False) as folder:
+        folder.start_over()
+        (path / "completions").mkdir()
+        for name in ("config.yaml", "metrics.jsonl", "completions/step_1.parquet"):
+            (path / name).write_text("new")
+        folder.undo()
+        raise ConfigError("a mistake")
+    folder.leave()  # a stop handler may call it again
+    now = {p.relative_to(tmp_path): p.is_file() and p.read_text() for p in tmp_path.rglob("*") if p.name != LOCK}
+    assert now == at_first
+
+
+def test_a_resumed_run_is_never_undone(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    with held(tmp_path / "run", resumes=True) as folder:
+        folder.undo()
+    assert (tmp_path / "run" / "config.yaml").read_text() == "name: a"

@@ -91,33 +91,31 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
             if resumes == "auto" and world.rank == 0:
                 _log.warning("run %s goes on from step %d in %s", state.run_id, state.step, folder)
         state.run_id = state.run_id or new_run_id()
-        log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
-        world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
-        rollouts = site.rollouts(prompts, state)
-        probes = prompts.first(NUM_PROBES)
-        assembled = Run(
-            cfg=cfg,
-            folder=folder,
-            learner=learner,
-            make_learner=site.learner,
-            rollouts=rollouts,
-            canary=Canary.from_config(cfg, probes, prompts.image_token),
-            log=log,
-            checkpoints=checkpoints,
-            state=state,
-            prompt_at=prompts.at,
-            is_alone=world.size == 1,
-            stop_requested=lambda: world.any(stop.requested),
-            let_save=stop.let_save,
-            eval_sets=prompts.eval_sets,
-        )
-        try:
+        with _undone_unless_trained(claim, state), ExitStack() as last:  # each is called whatever others raise
+            log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
+            last.callback(_close, log)
+            world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
+            last.callback(shutil.rmtree, folder / ROLLOUT_BASE, ignore_errors=True)
+            rollouts = site.rollouts(prompts, state)
+            last.callback(rollouts.close)
+            probes = prompts.first(NUM_PROBES)
+            assembled = Run(
+                cfg=cfg,
+                folder=folder,
+                learner=learner,
+                make_learner=site.learner,
+                rollouts=rollouts,
+                canary=Canary.from_config(cfg, probes, prompts.image_token),
+                log=log,
+                checkpoints=checkpoints,
+                state=state,
+                prompt_at=prompts.at,
+                is_alone=world.size == 1,
+                stop_requested=lambda: world.any(stop.requested),
+                let_save=stop.let_save,
+                eval_sets=prompts.eval_sets,
+            )
             outcome = train_and_export(assembled)
-        finally:
-            with ExitStack() as last:  # each is called whatever the one before it raises
-                last.callback(shutil.rmtree, folder / ROLLOUT_BASE, ignore_errors=True)
-                last.callback(rollouts.close)
-                last.callback(_close, log)
         if world.rank == 0:
             _report(assembled, outcome)
         stopped = world.any(stop.requested)  # a barrier: torchrun ends the other ranks when the first one has ended
@@ -161,6 +159,17 @@ def _held(folder: Path, stop: Stop, *, resumes: bool) -> Iterator[RunFolder | No
         if stop.leftovers is not None:
             stop.leftovers.delete(folder / ROLLOUT_BASE)
         yield claim
+
+
+@contextmanager
+def _undone_unless_trained(claim: RunFolder | None, state: RunState) -> Iterator[None]:
+    """A new run that a mistake of its user ends before the first step leaves no folder, and the earlier one in place."""
+    try:
+        yield
+    except ConfigError:
+        if claim is not None and state.step == 0:
+            claim.undo()
+        raise
 
 
 def _check_inputs(cfg: RunConfig, folder: Path) -> None:

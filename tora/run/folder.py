@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,9 @@ class RunFolder:
         self.path = path
         self._is_new = not path.exists()
         self._lock: FileLock | None = None
+        self._is_fresh = False  # whether all that the folder holds is of this run
+        self._renamed: Path | None = None
+        self._is_undone = False
 
     def lock(self) -> None:
         """Raises ConfigError if another run holds the folder, or if no folder can be made there."""
@@ -43,11 +47,30 @@ class RunFolder:
             self._lock = None
 
     def leave(self) -> None:
-        """Release the folder, and remove it if it was new and nothing was written into it."""
+        """Release the folder, and remove it if it was new and nothing was written into it. See `undo`."""
         self.release()
-        if self._is_new and [p.name for p in self.path.iterdir()] == [LOCK]:
+        if self._is_undone:
+            self._is_undone = False
+            self._empty()
+            if self._renamed is not None and not self.path.exists():
+                self._renamed.rename(self.path)
+        elif self._is_new and self.path.exists() and [p.name for p in self.path.iterdir()] == [LOCK]:
             (self.path / LOCK).unlink()
             self.path.rmdir()
+
+    def _empty(self) -> None:
+        """Remove what is in the folder, and the folder itself unless it was there before without a run."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        if self._is_new or self._renamed is not None:
+            self.path.rmdir()
+
+    def undo(self) -> None:
+        """Let `leave` remove what this run wrote and put the earlier run back, if the run began with `start_over`."""
+        self._is_undone = self._is_fresh
 
     def check_may_start(self) -> None:
         """Raises ConfigError if a fresh run cannot start here: the folder holds something that is not a run."""
@@ -61,6 +84,7 @@ class RunFolder:
 
     def start_over(self) -> None:
         """Rename the folder to the first free `FOLDER.1`, `FOLDER.2`, ... if it holds a run, and hold a new one."""
+        self._is_fresh = True
         if not self._contents():
             return
         self.check_may_start()
@@ -68,6 +92,7 @@ class RunFolder:
         while (renamed := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         self.path.rename(renamed)
+        self._renamed = renamed
         self.release()
         self.lock()
 
