@@ -163,7 +163,7 @@ def _held(folder: Path, stop: Stop, *, resumes: bool) -> Iterator[RunFolder | No
 
 @contextmanager
 def _undone_unless_trained(claim: RunFolder | None, state: RunState) -> Iterator[None]:
-    """A new run that a mistake of its user ends before the first step leaves no folder, and the earlier one in place."""
+    """A new run that a mistake of its user ends before the first step leaves no folder, and an earlier one in place."""
     try:
         yield
     except ConfigError:
