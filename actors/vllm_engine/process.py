@@ -31,8 +31,8 @@ _DEFAULTS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default every engine is pinned to the same cores
 }
 _FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}
-"""Triton's products of float32 are TF32 by default, 10 bits of mantissa. vLLM's attention in float32 is such a kernel: on
-an H200 log-probs of the quick-start's base were 0.002 off."""
+"""Triton's products of float32 are TF32 by default, 10 bits of mantissa. vLLM's attention in float32 is such a kernel:
+on an H200 log-probs of the quick-start's base were 0.002 off."""
 _WHILE_UP = ("VLLM_", *_FLOAT32)
 """Variables, or their beginnings, that are read while vLLM runs."""
 
