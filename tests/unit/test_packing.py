@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from learner.learner import Learner
 from tora.batching.batch import micro_batches
 from tora.bench.packing import PaddedLearner
-from tora.models.attention import PackedAttention
+from tora.models.attention import PackedAttention, Scores
 from tora.models.varlen import VarlenAttention, supports_varlen
 
 PLAIN: dict[str, Any] = {
@@ -141,6 +141,6 @@ def test_varlen_attention_equals_packed_attention(monkeypatch: pytest.MonkeyPatc
     lengths = [5, 1, 17, 8]
     inputs = attention_inputs(lengths, "cpu", torch.float32)
     varlen, packed = VarlenAttention(torch.tensor(lengths)), PackedAttention(torch.tensor(lengths))
-    for how in ({}, {"scale": 0.2}, {"window": 3}, {"scale": 0.2, "window": 6}, {"cap": 2.0}):
-        torch.testing.assert_close(varlen(*inputs, **how), packed(*inputs, **how))
+    for scores in (Scores(), Scores(0.2), Scores(window=3), Scores(0.2, 6), Scores(cap=2.0)):
+        torch.testing.assert_close(varlen(*inputs, scores), packed(*inputs, scores))
     assert not supports_varlen(torch.device("cpu"), torch.bfloat16)

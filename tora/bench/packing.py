@@ -23,7 +23,7 @@ from tora.batching.batch import micro_batches
 from tora.bench.learner import make_config
 from tora.bench.rows import Setting, ratio
 from tora.bench.shapes import write_random_model
-from tora.models.attention import LayerAttention, PackedAttention, sdpa
+from tora.models.attention import PLAIN, LayerAttention, PackedAttention, Scores, sdpa
 from tora.models.base import Decoder
 from tora.types import Group, Prompt, Rollout, StopReason, TrainBatch
 
@@ -34,17 +34,9 @@ class Causal:
     def at(self, layer: int) -> LayerAttention:
         return self
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-        cap: float | None = None,
-    ) -> torch.Tensor:
-        assert window is None, "measured on models without sliding windows"
-        return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, scale, cap).transpose(1, 2)
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
+        assert scores.window is None, "measured on models without sliding windows"
+        return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, scores).transpose(1, 2)
 
 
 class PaddedLearner(Learner):

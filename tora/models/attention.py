@@ -9,29 +9,31 @@ head size; b and s are any batch and sequence size, n either number of heads.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 
+class Scores(NamedTuple):
+    """How a layer computes its attention scores. A tuple, because layers are compiled."""
+
+    scale: float | None = None
+    """None for 1/√D."""
+    window: int | None = None
+    """A token sees itself and the `window` - 1 tokens before it; None for all before it."""
+    cap: float | None = None
+    """Scores become cap · tanh(score / cap) before the mask."""
+
+
+PLAIN = Scores()
+
+
 class LayerAttention(Protocol):
     """The attention of one layer, on rotated queries and keys."""
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-        cap: float | None = None,
-    ) -> torch.Tensor:
-        """q [b, s, H, D], k and v [b, s, K, D] -> [b, s, H, D].
-
-        `scale`: of the scores; None for 1/√D. `window`: a token sees itself and the `window` - 1 tokens before it; None
-        for all before it. `cap`: scores become cap · tanh(score / cap) before the mask.
-        """
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
+        """q [b, s, H, D], k and v [b, s, K, D] -> [b, s, H, D]."""
         ...
 
 
@@ -49,14 +51,13 @@ def sdpa(
     k_BKSD: torch.Tensor,
     v_BKSD: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float | None = None,
-    cap: float | None = None,
+    scores: Scores = PLAIN,
     *,
     grouped: bool = True,
 ) -> torch.Tensor:
-    """[B, H, L, D]. `mask`: what each query sees, bool, broadcastable to [B, H, L, S]; None for causal. `scale` and
-    `cap`: as for `LayerAttention`. With a cap, for which torch has no kernel, scores are held in full. `grouped`: K may
-    be less than H."""
+    """[B, H, L, D]. `mask`: what each query sees, the window included, bool, broadcastable to [B, H, L, S]; None for
+    causal. With a cap, for which torch has no kernel, scores are held in full. `grouped`: K may be less than H."""
+    scale, cap = scores.scale, scores.cap
     if cap is None:
         # an argument, because comparing head counts could give the compiler a symbol, which it rejects here
         return F.scaled_dot_product_attention(
@@ -103,18 +104,10 @@ class PackedAttention:
         """[1, T, n, D] -> [B, n, L, D]"""
         return x_1TND[0].index_select(0, self.pad_BL).unflatten(0, self.shape).transpose(1, 2)
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-        cap: float | None = None,
-    ) -> torch.Tensor:
-        longest = self.shape[1]
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
+        longest, window = self.shape[1], scores.window
         mask = None if window is None or longest <= window else causal(longest, window, q.device)
-        out_BHLD = sdpa(self._documents(q), self._documents(k), self._documents(v), mask, scale, cap)
+        out_BHLD = sdpa(self._documents(q), self._documents(k), self._documents(v), mask, scores)
         return out_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_T)[None]
 
 
@@ -127,18 +120,10 @@ class PrefillAttention(PackedAttention):
         """Per layer [B, K, L, D]; entries beyond a document's length are undefined."""
         self.values: list[torch.Tensor] = []
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-        cap: float | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
         self.keys.append(self._documents(k))
         self.values.append(self._documents(v))
-        return super().__call__(q, k, v, scale, window, cap)
+        return super().__call__(q, k, v, scores)
 
 
 _GROWTH = 8 * 17
@@ -219,29 +204,18 @@ class _LayerCache:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys, self.values = keys, values
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-        cap: float | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
         slot_B111 = self.lengths_B.view(-1, 1, 1, 1)
         self.keys.scatter_(2, slot_B111.expand(-1, k.shape[2], 1, k.shape[3]), k.transpose(1, 2))
         self.values.scatter_(2, slot_B111.expand(-1, v.shape[2], 1, v.shape[3]), v.transpose(1, 2))
         mask_B11S = self.mask_B11S
-        if window is not None:
+        if scores.window is not None:
             slots_S = torch.arange(self.keys.shape[2], device=q.device)
-            mask_B11S = mask_B11S & (slots_S > slot_B111 - window)
+            mask_B11S = mask_B11S & (slots_S > slot_B111 - scores.window)
         # The query heads of a key-value head are a sequence of queries: the same products as with `enable_gqa`, for
         # which torch has no fused kernel on a GPU when there is a mask.
         q_BKGD = q[:, 0].unflatten(1, (k.shape[2], -1))
-        if cap is None:
-            out_BKGD = F.scaled_dot_product_attention(q_BKGD, self.keys, self.values, attn_mask=mask_B11S, scale=scale)
-        else:
-            out_BKGD = sdpa(q_BKGD, self.keys, self.values, mask_B11S, scale, cap)
+        out_BKGD = sdpa(q_BKGD, self.keys, self.values, mask_B11S, scores, grouped=False)
         return out_BKGD.flatten(1, 2)[:, None]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tora.errors import ConfigError
-from tora.models.attention import AttentionContext, LayerAttention
+from tora.models.attention import AttentionContext, LayerAttention, Scores
 from tora.models.base import Decoder, identity
 from tora.models.generic_support import check_config, head_map, is_router
 from tora.models.quantize import FrozenLinear
@@ -47,7 +47,7 @@ def _attention(
     left out: training and sampling must have the same policy."""
     assert tora_attend is not None and s_aux is None, "refused by the checks of `build`"
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return tora_attend(q, k, v, scaling, sliding_window, softcap), None
+    return tora_attend(q, k, v, Scores(scaling, sliding_window, softcap)), None
 
 
 def _to_hf(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tora.models.attention import AttentionContext, LayerAttention, PackedAttention, sdpa
+from tora.models.attention import PLAIN, AttentionContext, LayerAttention, PackedAttention, Scores, sdpa
 from tora.models.varlen import VarlenAttention, supports_varlen
 
 
@@ -52,24 +52,16 @@ class SharedPrefixAttention:
     def at(self, layer: int) -> LayerAttention:
         return self
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-        cap: float | None = None,
-    ) -> torch.Tensor:
-        mask_B1LS = self._mask_B1LS
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
+        mask_B1LS, window = self._mask_B1LS, scores.window
         if window is not None and self._span > window:
             distance_BLS = self._query_place_BL[:, :, None] - self._key_place_BS[:, None]
             mask_B1LS = mask_B1LS & (distance_BLS < window)[:, None]
         q_BHLD = _rows(q, self._query_BL, self._query_shape)
         k_BHSD, v_BHSD = (_repeat_heads(_rows(x, self._key_BS, self._key_shape), q.shape[2]) for x in (k, v))
-        out_BHLD = sdpa(q_BHLD, k_BHSD, v_BHSD, mask_B1LS, scale, cap, grouped=False)
+        out_BHLD = sdpa(q_BHLD, k_BHSD, v_BHSD, mask_B1LS, scores, grouped=False)
         completions = out_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self._unpad)[None]
-        return torch.cat([self._prompts(q, k, v, scale, window, cap), completions], 1)
+        return torch.cat([self._prompts(q, k, v, scores), completions], 1)
 
 
 def _rows(x_1TND: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from tora.models.attention import LayerAttention, PackedAttention
+from tora.models.attention import PLAIN, LayerAttention, PackedAttention, Scores
 
 _CAUSAL = (-1, 0)
 """Attention window: unlimited to the left, none to the right."""
@@ -32,22 +32,14 @@ class VarlenAttention:
     def at(self, layer: int) -> LayerAttention:
         return self
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-        cap: float | None = None,
-    ) -> torch.Tensor:
-        if cap is not None or q.shape[3] > _MAX_HEAD:  # the kernel knows no cap
-            return PackedAttention(self.lengths_B)(q, k, v, scale, window, cap)
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
+        if scores.cap is not None or q.shape[3] > _MAX_HEAD:  # the kernel knows no cap
+            return PackedAttention(self.lengths_B)(q, k, v, scores)
         out_THD = varlen_attn(
             *(q[0], k[0], v[0]),
             *(self.ends, self.ends, self.longest, self.longest),
-            scale=scale,
-            window_size=_CAUSAL if window is None else (window - 1, 0),
+            scale=scores.scale,
+            window_size=_CAUSAL if scores.window is None else (scores.window - 1, 0),
             enable_gqa=True,
         )
         assert isinstance(out_THD, torch.Tensor)  # other outputs are optional and were not requested
