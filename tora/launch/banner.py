@@ -22,7 +22,8 @@ def banner(cfg: RunConfig, *, step: int = 0) -> list[str]:
     kind = "all weights" if model.lora_type == "full" else f"{model.lora_type} of rank {model.lora_rank}"
     base = "NF4" if model.quantize_base else cfg.dtype
     name = Path(named(model).path).name if Path(model.path).is_absolute() else model.path
-    where = f"{cfg.rollout.num_workers} workers on Ray" if cfg.async_rl else "in this process"
+    workers = f"{cfg.rollout.num_workers} worker{'s' if cfg.rollout.num_workers > 1 else ''}"
+    where = f"{workers} on Ray" if cfg.async_rl else "in this process"
     ranks = f", {cfg.learner_ranks} ranks" if cfg.learner_ranks > 1 else ""
     groups, size = f"{cfg.batch_size} prompts x {cfg.grpo_samples} rollouts", cfg.batch_size * cfg.grpo_samples
     resumed = f", from step {step}" if step else ""
