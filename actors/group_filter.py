@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+import re
+from collections import defaultdict, deque
 from collections.abc import Iterable
 
 from tora.batching.signal import has_signal, max_refills
@@ -13,6 +14,8 @@ from tora.types import Group, Prompt
 
 _SHOWN = 80
 """Characters of a prompt in a warning."""
+_MOST_KINDS = 10
+"""Kinds of failures of one reward that are named; further ones are only counted."""
 _log = logging.getLogger(__name__)
 
 
@@ -69,8 +72,8 @@ class FailedRollouts:
         """`window`: the number of most recent groups to average over. A window that is not yet full never raises."""
         self._max_share = max_share
         self._recent: deque[tuple[int, int]] = deque(maxlen=window)
-        self._warned: set[str | None] = set()
-        """Names of rewards, and None for the engine."""
+        self._warned: dict[str | None, set[str]] = defaultdict(set)
+        """Reasons without their numbers, by the name of the reward, and of the engine under None."""
 
     def add(self, group: Group) -> None:
         """Raises RolloutError if more than `max_share` of the recent rollouts have failed."""
@@ -78,13 +81,11 @@ class FailedRollouts:
         self._recent.append((failed, group.num_left_out + len(group.rollouts)))
         for bad in group.bad_logprobs:
             self._last = f"the engine's log-prob of token {bad.index} is {bad.value} under policy version {bad.version}"
-            if None not in self._warned:
-                self._warned.add(None)
+            if self._is_new(None, ""):
                 _log.warning("%s, for a rollout of prompt %d, which is left out", self._last, group.prompt.id)
         for failure in group.failures:
             self._last = f"reward {failure.name} {failure.reason}{failure.place}"
-            if failure.name not in self._warned:
-                self._warned.add(failure.name)
+            if self._is_new(failure.name, failure.reason):
                 scores = "" if failure.parts is None else f", and scores {failure.parts.get(failure.name, 0.0):g}"
                 prompt = f"{group.prompt.id} ({shown(group.prompt)!r})"
                 _log.warning("%s, for a rollout of prompt %s%s", self._last, prompt, scores)
@@ -94,3 +95,10 @@ class FailedRollouts:
                 f"{failed} of the last {total} rollouts failed, more than max_failed_rewards={self._max_share:g}; the "
                 f"last: {self._last}"
             )
+
+    def _is_new(self, name: str | None, reason: str) -> bool:
+        kind, known = re.sub(r"\d+", "", reason), self._warned[name]
+        if kind in known or len(known) == _MOST_KINDS:
+            return False
+        known.add(kind)
+        return True

@@ -293,6 +293,21 @@ def test_answers_that_hang_are_counted_and_named_once(caplog: pytest.LogCaptureF
     ]
 
 
+def test_each_kind_of_failure_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A second kind was hidden by the first of the same reward; a reason with a number of its own must not flood."""
+    signal = SignalFilter(config(0))
+    reasons = [
+        "ended its process",
+        "took longer than 1 s",
+        "took longer than 2 s",
+        *(f"raised {c}" for c in "abcdefghij"),
+    ]
+    for i, reason in enumerate(reasons):
+        signal.admit(replace(make_group(make_prompt(i), [0, 1, 1]), failures=(FailedReward("mine", reason),)))
+    named = [message.partition(", for")[0] for message in caplog.messages]
+    assert named == [f"reward mine {reason}" for reason in [*reasons[:2], *reasons[3:11]]]
+
+
 def test_answers_that_all_hang_end_the_run() -> None:
     signal = SignalFilter(config(0))
     with pytest.raises(RolloutError, match=r"rollouts failed, .* the last: reward mine took longer"):
