@@ -20,7 +20,8 @@ from learner.learner import Learner
 from tora.batching.batch import micro_batches
 from tora.bench.packing import PaddedLearner
 from tora.models.attention import PackedAttention, Scores
-from tora.models.varlen import VarlenAttention, supports_varlen
+from tora.models.varlen import VarlenAttention, VarlenFrameAttention, supports_varlen
+from tora.models.vision.layout import FrameAttention
 
 PLAIN: dict[str, Any] = {
     "loss": LOSS,
@@ -125,13 +126,13 @@ def reference_varlen_attn(
     """`varlen_attn` as torch documents it; torch has no CPU kernel for it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     lengths_q, lengths_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
-    assert (max(lengths_q), max(lengths_k)) == (max_q, max_k) and window_size[1] == 0
+    assert (max(lengths_q), max(lengths_k)) == (max_q, max_k) and window_size[1] in (0, -1)
     documents = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
     rows = [[x.transpose(0, 1)[None] for x in document] for document in documents]
     out = []
     for q, k, v in rows:
         distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
-        seen = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        seen = ((window_size[1] < 0) | (distance >= 0)) & ((window_size[0] < 0) | (distance <= window_size[0]))
         out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa))
     return torch.cat([x[0].transpose(0, 1) for x in out])
 
@@ -143,4 +144,7 @@ def test_varlen_attention_equals_packed_attention(monkeypatch: pytest.MonkeyPatc
     varlen, packed = VarlenAttention(torch.tensor(lengths)), PackedAttention(torch.tensor(lengths))
     for scores in (Scores(), Scores(0.2), Scores(window=3), Scores(0.2, 6), Scores(cap=2.0)):
         torch.testing.assert_close(varlen(*inputs, scores), packed(*inputs, scores))
+    frames = VarlenFrameAttention(torch.tensor(lengths)), FrameAttention(torch.tensor(lengths))
+    q, k, v = (x.repeat_interleave(heads, 2) for x, heads in zip(inputs, (1, 2, 2), strict=True))
+    torch.testing.assert_close(*(attend(q, k, v) for attend in frames))
     assert not supports_varlen(torch.device("cpu"), torch.bfloat16)

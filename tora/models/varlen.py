@@ -8,8 +8,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from tora.models.attention import PLAIN, LayerAttention, PackedAttention, Scores
 
-_CAUSAL = (-1, 0)
-"""Attention window: unlimited to the left, none to the right."""
+_CAUSAL, _ALL = (-1, 0), (-1, -1)
+"""Attention windows: unlimited to the left, none or unlimited to the right."""
 _MAX_HEAD = 256
 """Largest head of the kernel."""
 
@@ -35,12 +35,25 @@ class VarlenAttention:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
         if scores.cap is not None or q.shape[3] > _MAX_HEAD:  # the kernel knows no cap
             return PackedAttention(self.lengths_B)(q, k, v, scores)
+        return self._documents(q, k, v, _CAUSAL if scores.window is None else (scores.window - 1, 0), scores.scale)
+
+    def _documents(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int, int], scale: float | None = None
+    ) -> torch.Tensor:
         out_THD = varlen_attn(
             *(q[0], k[0], v[0]),
             *(self.ends, self.ends, self.longest, self.longest),
-            scale=scores.scale,
-            window_size=_CAUSAL if scores.window is None else (scores.window - 1, 0),
+            scale=scale,
+            window_size=window,
             enable_gqa=True,
         )
         assert isinstance(out_THD, torch.Tensor)  # other outputs are optional and were not requested
         return out_THD[None]
+
+
+class VarlenFrameAttention(VarlenAttention):
+    """Computes the same as `tora.models.vision.layout.FrameAttention`, if `supports_varlen`."""
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
+        assert scores == PLAIN
+        return self._documents(q, k, v, _ALL)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tora.models.base import Decoder
-from tora.models.vision.layout import vision_layout
+from tora.models.vision.layout import VisionLayout, vision_layout
 from tora.models.vision.mrope import multimodal_positions
 from tora.models.vision.processor import ImageProcessor, Pixels
 from tora.models.vision.qwen3_vl import ImageInputs, Qwen3VL
@@ -78,7 +78,7 @@ def image_inputs(
     feature_M = np.concatenate([[], *(first[i] + np.arange(n) for i, n in zip(image_I, counts_I, strict=True))])
     inputs = ImageInputs(
         patches_ND=torch.from_numpy(pixels.patches_ND).to(device, model.visual.pos_embed.weight.dtype),
-        layout=vision_layout(pixels.grid_IT, merge=model.visual.merge, side=model.visual.side, device=device),
+        layout=_layout(model, pixels.grid_IT, device),
         index_M=torch.from_numpy(index_M).to(device),
         feature_M=torch.from_numpy(feature_M.astype(np.int64)).to(device),
     )
@@ -100,7 +100,12 @@ def dummy_image(model: Qwen3VL, device: torch.device) -> ImageInputs:
     no_index = torch.empty(0, dtype=torch.int64, device=device)
     return ImageInputs(
         patches_ND=torch.zeros(merge**2, model.visual.patch_numel, device=device),
-        layout=vision_layout(grid_IT, merge=merge, side=model.visual.side, device=device),
+        layout=_layout(model, grid_IT, device),
         index_M=no_index,
         feature_M=no_index,
     )
+
+
+def _layout(model: Qwen3VL, grid_IT: np.ndarray, device: torch.device) -> VisionLayout:
+    tower, dtype = model.visual, model.embedding.dtype
+    return vision_layout(grid_IT, merge=tower.merge, side=tower.side, device=device, dtype=dtype)

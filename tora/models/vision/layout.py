@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tora.models.attention import PackedAttention
+from tora.models.attention import PLAIN, LayerAttention, PackedAttention, Scores
+from tora.models.varlen import VarlenFrameAttention, supports_varlen
 
 
 class FrameAttention(PackedAttention):
@@ -27,7 +28,8 @@ class FrameAttention(PackedAttention):
         self.mask = None if bool(inside.all()) else inside
         """[I, 1, 1, longest] bool; None if no image is padded."""
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
+        assert scores == PLAIN
         out = F.scaled_dot_product_attention(*(self._documents(x) for x in (q, k, v)), attn_mask=self.mask)
         return out.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_T)[None]
 
@@ -42,16 +44,20 @@ class VisionLayout:
     """int64: indices of the four learned positions around each patch, with the grid stretched over the image."""
     corner_weight_N4: torch.Tensor
     """float32: their bilinear weights, which sum to 1."""
-    attention: FrameAttention
+    attention: LayerAttention
 
 
-def vision_layout(grid_IT: np.ndarray, *, merge: int, side: int, device: torch.device) -> VisionLayout:
-    """`grid_IT`: int64 [I, 3], see `Pixels`; `side`: rows of the square grid of learned positions."""
+def vision_layout(
+    grid_IT: np.ndarray, *, merge: int, side: int, device: torch.device, dtype: torch.dtype
+) -> VisionLayout:
+    """`grid_IT`: int64 [I, 3], see `Pixels`; `side`: rows of the square grid of learned positions; `dtype`: the
+    tower's."""
     assert (grid_IT[:, 0] == 1).all(), "an image has one frame"
     parts = [_image_layout(rows, columns, merge, side) for _, rows, columns in grid_IT.tolist()]
     coordinate_N2, corner_N4, corner_weight_N4 = (torch.cat(tensors).to(device) for tensors in zip(*parts, strict=True))
     lengths_I = torch.from_numpy(grid_IT.prod(1)).to(device)
-    return VisionLayout(coordinate_N2, corner_N4, corner_weight_N4, FrameAttention(lengths_I))
+    attention = (VarlenFrameAttention if supports_varlen(device, dtype) else FrameAttention)(lengths_I)
+    return VisionLayout(coordinate_N2, corner_N4, corner_weight_N4, attention)
 
 
 @lru_cache(maxsize=64)
