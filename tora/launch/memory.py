@@ -96,6 +96,14 @@ def check_memory(cfg: RunConfig, devices: Devices) -> RunPlan | None:
     return plan
 
 
+def snapshot_bytes(cfg: RunConfig) -> int | None:
+    """Of the trained weights in float32, which a sync sends; None for a model that transformers' code runs."""
+    config = _model_config(cfg)
+    if implementation_of(config, cfg.model.implementation) != "native":
+        return None
+    return training_of(cfg, read_shapes(config), _start(cfg)).gradient_bytes
+
+
 def remedy(cfg: RunConfig, shapes: Shapes, devices: Devices, start: PeftConfig | None = None) -> str:
     """A sentence with settings that would make the run fit."""
     ways = advice(cfg, lambda other: plan_run(other, shapes, devices, start).fits, on_gpu=devices.on_gpu)

@@ -15,7 +15,7 @@ from tora.distributed.device import machine_memory
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.launch.engines import largest_rank, make_torch_engine, make_vllm_engine, with_packing, worker_arguments
-from tora.launch.memory import Devices, here
+from tora.launch.memory import Devices, here, snapshot_bytes
 from tora.launch.ray_cluster import gpus_per_device, ray_session, role_resources
 from tora.launch.signals import Stop
 from tora.protocols import Learner, Rollouts
@@ -99,5 +99,5 @@ def _devices(cfg: RunConfig, share: float) -> Devices:
 def on_ray(cfg: RunConfig, stop: Stop) -> Iterator[OnRay]:
     """Joins or starts a Ray cluster, and leaves or stops it at the end."""
     scratch = stop.leftovers.scratch if stop.leftovers is not None else None
-    with ray_session(_num_devices(cfg), big_objects=cfg.model.lora_type == "full", scratch=scratch):
+    with ray_session(_num_devices(cfg), snapshot_bytes=snapshot_bytes(cfg), scratch=scratch):
         yield OnRay(cfg, stop)

@@ -14,9 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from tora.distributed.device import machine_memory
 from tora.errors import ToraError
 
-_OBJECT_STORE_BYTES = 1 << 30
+_GROUPS_BYTES = 2**30
+"""Of shared memory, for groups and batches."""
+_VERSIONS = 4
+"""Snapshots that are held at a time: the newest, the one before it that workers still fetch, and both while they are
+written and read."""
+_RAYS_SHARE = 0.3
+"""Of the machine's memory, that Ray takes by default."""
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keep 127.0.0.1, do not replace it by the network address
@@ -25,11 +34,11 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(num_cpus: int, *, big_objects: bool = False, scratch: Path | None = None) -> Iterator[None]:
+def ray_session(num_cpus: int, *, snapshot_bytes: int | None = 0, scratch: Path | None = None) -> Iterator[None]:
     """Connects to the run's cluster. The arguments size and place a private one.
 
-    `num_cpus`: what all Ray actors together request. `big_objects`: snapshots of whole models, for which the object
-    store gets Ray's default share of memory instead of 1 GiB. `scratch`: the folder for its files; null: a new one.
+    `num_cpus`: what all Ray actors together request. `snapshot_bytes`: of one sync, None if not known; it sizes the
+    object store. `scratch`: the folder for its files; null: a new one.
 
     Raises ToraError if there is no cluster at RAY_ADDRESS.
     """
@@ -63,7 +72,7 @@ def ray_session(num_cpus: int, *, big_objects: bool = False, scratch: Path | Non
         with _own_signals():
             ray.init(
                 num_cpus=max(os.cpu_count() or 1, num_cpus),
-                object_store_memory=None if big_objects else _OBJECT_STORE_BYTES,
+                object_store_memory=object_store_bytes(snapshot_bytes, machine_memory(torch.device("cpu"))),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -139,3 +148,14 @@ def output_folder(output_dir: str) -> Path:
     """
     root = os.environ.get("TORA_OUTPUT_ROOT") or (Path.home() if is_submitted_job() else Path.cwd())
     return (Path(root) / Path(output_dir).expanduser()).absolute()
+
+
+def object_store_bytes(snapshot_bytes: int | None, machine: int | None) -> int | None:
+    """The size of a private cluster's object store; None for Ray's default, which is the most that it gets.
+
+    `machine`: bytes of memory, None if not known.
+    """
+    if snapshot_bytes is None:
+        return None
+    needed = _GROUPS_BYTES + _VERSIONS * snapshot_bytes
+    return needed if machine is None or needed <= _RAYS_SHARE * machine else None
