@@ -163,10 +163,11 @@ def test_steps_that_train_nothing_are_said_once_in_a_row_and_end_the_run(tmp_pat
         for number in (1, 3)
     ]
     assert (outcome.end, run.state.step, names(tmp_path)[-1]) == ("idle", 4, "step_000004")
-    assert outcome.reason.startswith("2 steps in a row trained nothing")
+    assert outcome.reason.startswith("2 steps in a row trained nothing") and not outcome.all_idle
     run = make(tmp_path / "never", Evaluated([], idle=(0, 1, 2, 3, 4)))
     run.cfg = replace(run.cfg, max_idle_steps=0)
-    assert train(run).end == "finished"
+    outcome = train(run)
+    assert (outcome.end, outcome.all_idle) == ("finished", True)
 
 
 def test_several_sets_have_prompts_of_their_own() -> None:

@@ -153,3 +153,23 @@ def test_a_secret_from_the_environment_is_read_again(tmp_path: Path, monkeypatch
     (tmp_path / "config.yaml").write_text(dump_yaml(cfg))
     assert PLANTED not in dump_yaml(cfg) and load_config(str(tmp_path / "config.yaml")) == cfg
     assert check_resumed(tmp_path / "config.yaml", cfg) == []
+
+
+class Refusing(Keyed):
+    def __init__(self) -> None:
+        raise PermissionError("the server says no\nand more")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [(WANDB, "No API key configured. Use `wandb login`"), ("test_loggers.Refusing", "says no$")]
+)
+def test_a_logger_that_cannot_start_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
+) -> None:
+    for name, value in (("WANDB_API_KEY", ""), ("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc"))):
+        monkeypatch.setenv(name, value)
+    cfg = load_config("quickstart", [f"output_dir={tmp_path}"])
+    cfg.metric_logger = [{"_component_": path}]
+    with pytest.raises(ConfigError, match=words) as caught:
+        MetricLog(cfg, tmp_path, run_id="7")
+    assert str(caught.value).startswith(f"metric_logger {path} cannot start: ") and "\n" not in str(caught.value)

@@ -220,11 +220,13 @@ def _report(finished: Run, outcome: Outcome) -> None:
 
 
 def _ending(finished: Run, outcome: Outcome) -> str:
-    """How the run ended before its last step, as a clause; empty if it reached that."""
+    """How the run ended before its last step, or that no step trained anything, as a clause; empty otherwise."""
     of = f"after step {finished.state.step} of {finished.cfg.num_steps}"
     if outcome.end == "stopped" and finished.state.step < finished.cfg.num_steps:
         return f"stopped {of}; resume_from_checkpoint=true continues"
     if outcome.end == "early":
         assert finished.cfg.eval is not None
         return f"ended {of}: held-out reward did not rise in {finished.cfg.eval.early_stop} evaluations"
-    return f"ended {of}: nothing to train" if outcome.end == "idle" else ""
+    if outcome.end == "idle":
+        return f"ended {of}: nothing to train"
+    return "trained nothing: in no group did rewards differ" if outcome.all_idle else ""

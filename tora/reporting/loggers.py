@@ -11,6 +11,7 @@ from tora.config.components import instantiate, locate
 from tora.config.load import to_dict
 from tora.config.schema import Component, RunConfig
 from tora.config.secrets import redacted
+from tora.errors import ConfigError, first_line
 
 
 class Logger(Protocol):
@@ -26,7 +27,7 @@ def build_logger(component: Component, cfg: RunConfig, folder: Path, run_id: str
 
     Parameters called `log_dir`, `run_id` and `run_name` get the run's folder, id and name unless the component sets
     them (for `log_dir` also as `dir`). Weights & Biases gets id and name as `wandb.init` calls them, so that a resumed
-    run goes on in the same place.
+    run goes on in the same place. Raises ConfigError if the logger cannot be made, without a login for instance.
     """
     target = locate(component["_component_"])
     parameters = inspect.signature(target).parameters
@@ -37,9 +38,15 @@ def build_logger(component: Component, cfg: RunConfig, folder: Path, run_id: str
     if getattr(target, "__name__", "") == "WandBLogger":
         # a resumed run may have other settings than it started with
         values |= {"id": run_id, "resume": "allow", "name": cfg.name, "allow_val_change": True}
-    logger = instantiate({**values, **component})
-    if (log_config := getattr(logger, "log_config", None)) is not None:
-        from omegaconf import OmegaConf
+    try:
+        logger = instantiate({**values, **component})
+        if (log_config := getattr(logger, "log_config", None)) is not None:
+            from omegaconf import OmegaConf
 
-        log_config(OmegaConf.create(redacted(to_dict(cfg), references=False)))
+            log_config(OmegaConf.create(redacted(to_dict(cfg), references=False)))
+    except ConfigError:
+        raise
+    except Exception as error:  # each service's client raises errors of its own
+        said = first_line(error)
+        raise ConfigError(f"metric_logger {component['_component_']} cannot start: {said}") from error
     return logger

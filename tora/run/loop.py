@@ -33,6 +33,8 @@ class Outcome:
     """Training time, including that before a resume."""
     reason: str = ""
     """With `idle`: a sentence."""
+    all_idle: bool = False
+    """Whether no step of this process trained anything."""
 
 
 def train(run: Run) -> Outcome:
@@ -93,4 +95,6 @@ def train(run: Run) -> Outcome:
         if last:
             break
     seconds = time.perf_counter() - start
-    return Outcome(before, after, after_step, end, int(bytes_per_sync), seconds, idle_steps.sentence)
+    return Outcome(
+        before, after, after_step, end, int(bytes_per_sync), seconds, idle_steps.sentence, idle_steps.all_idle
+    )
