@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tora.config.components import instantiate
+from tora.config.components import make
 from tora.config.schema import Component, RunConfig
 from tora.errors import ConfigError
 
@@ -37,7 +37,7 @@ def build_optimizer(component: Component, parameters: Iterable[torch.nn.Paramete
     sharded = next((p for p in trained if isinstance(p, DTensor)), None)
     if sharded is not None:
         _check_sharded(component, sharded)
-    return instantiate(component, trained)
+    return make(component, "optimizer", trained)
 
 
 def _check_sharded(component: Component, like: DTensor) -> None:
@@ -47,7 +47,7 @@ def _check_sharded(component: Component, like: DTensor) -> None:
     probe.grad = torch.zeros_like(probe)
     try:
         with torch.compiler.set_stance("force_eager"):
-            instantiate(component, [probe]).step()
+            make(component, "optimizer", [probe]).step()
     except RuntimeError as error:
         raise ConfigError(
             f"optimizer._component_={component['_component_']} cannot train weights that are sharded over ranks: "
@@ -61,12 +61,12 @@ def build_schedule(component: Component, optimizer: torch.optim.Optimizer, num_s
     A schedule that starts at 0, as a warm-up does, runs one step ahead, and one step longer: a step at learning rate 0
     would train nothing. So step k of W warm-up steps has (k + 1) / W of the learning rate.
     """
-    schedule = instantiate(component, optimizer, num_training_steps=num_steps)
+    schedule = make(component, "lr_scheduler", optimizer, num_training_steps=num_steps)
     if any(schedule.get_last_lr()):
         return schedule
     for group in optimizer.param_groups:
         _assign(group, "lr", group["initial_lr"])
-    schedule = instantiate(component, optimizer, num_training_steps=num_steps + 1)
+    schedule = make(component, "lr_scheduler", optimizer, num_training_steps=num_steps + 1)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no optimizer step came before
         schedule.step()
     return schedule

@@ -6,6 +6,15 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+_NOT_THE_USERS = (
+    "/tora/rewards/rewarder.py",
+    "/tora/config/components.py",
+    "/site-packages/",
+    "/lib/python3",
+    "<frozen",
+)
+"""Parts of the paths of files in which an error is not the user's to find."""
+
 
 class ToraError(Exception):
     """Base of all errors that Tora raises deliberately."""
@@ -59,6 +68,16 @@ def described(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def place_of(error: BaseException) -> str:
+    """Where it was raised, in parentheses: the innermost line that is not of a library; empty if unknown."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_THE_USERS)]
+    if not own:
+        return ""
+    line = f": {own[-1].line}" if own[-1].line else ""
+    return f" ({own[-1].filename}, line {own[-1].lineno}{line})"
 
 
 def portable(error: BaseException) -> Exception:

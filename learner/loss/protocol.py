@@ -8,7 +8,7 @@ import torch
 
 from learner.loss.inputs import LossInputs
 from learner.loss.kl import KLPlace, KLType
-from tora.config.components import instantiate
+from tora.config.components import make
 from tora.config.schema import Component
 from tora.errors import ConfigError
 
@@ -75,7 +75,7 @@ _MEMBERS = ("kl_coeff", "kl_type", "kl_in", "reference", "proximal", "__call__")
 
 def build_loss(component: Component) -> Loss:
     """The config's loss. Raises ConfigError if it cannot be built or lacks a member of `Loss`."""
-    loss = instantiate(component)
+    loss = make(component, "loss")
     if missing := [name for name in _MEMBERS if not hasattr(loss, name)]:
         raise ConfigError(
             f"loss._component_={component['_component_']} lacks {', '.join(missing)}; "

@@ -6,7 +6,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+from learner.loss.protocol import build_loss
+from learner.optim import build_optimizer, build_schedule
 from tora import rewards
 from tora.config.components import check_component, check_reward, instantiate, locate
 from tora.config.load import load_config
@@ -14,6 +17,7 @@ from tora.errors import ConfigError
 from tora.reporting.loggers import build_logger
 from tora.rewards.processes import RewardProcesses
 from tora.rewards.rewarder import build_rewarder
+from tora.tasks.prompts import RunPrompts
 from tora.types import Prompt
 
 FORMER, PRESENT = "tora.tasks.rewards", "tora.rewards"
@@ -30,6 +34,12 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
             def open_ended(**anything):
                 return anything
+
+            def loss():
+                raise KeyError("x")
+
+            def rows():
+                raise FileNotFoundError("my.json")
 
             number = 3
             """
@@ -126,3 +136,31 @@ def test_former_paths_reach_a_metric_logger(tmp_path: Path) -> None:
     """Only reward functions have former paths, so one stands in: the error shows that its signature was read."""
     with pytest.raises(ConfigError, match="missing a required argument: 'prompts'"):
         build_logger({"_component_": f"{FORMER}.answer_tag"}, load_config("quickstart"), tmp_path, "id")
+
+
+MINE = "my_own_components"
+RAISING = {
+    "optimizer": ("torch.optim.AdamW", {"lr": 1e-3, "eps": "1e-8"}, '"eps": "1e-8"}: it raised TypeError: '),
+    "lr_scheduler": ("torch.optim.lr_scheduler.OneCycleLR", {"max_lr": 1}, "it raised ValueError: You must define"),
+    "loss": (f"{MINE}.loss", {}, f'/{MINE}.py, line 8: raise KeyError("x"))'),
+    "dataset": (f"{MINE}.rows", {}, f"/{MINE}.py, line 11: raise FileNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("key", RAISING)
+def test_a_component_that_raises_is_one_sentence(key: str, user_module: str) -> None:
+    path, arguments, words = RAISING[key]
+    component = {"_component_": path, **arguments}
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ConfigError) as caught:
+        if key == "optimizer":
+            build_optimizer(component, [parameter])
+        elif key == "loss":
+            build_loss(component)
+        elif key == "dataset":
+            RunPrompts(load_config("quickstart", [f"dataset={MINE}.rows"]))
+        else:
+            build_schedule(component, torch.optim.SGD([parameter], lr=1.0), 4)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{key}: {path} cannot be made"), sentence
+    assert words in sentence and "\n" not in sentence, sentence

@@ -168,6 +168,7 @@ def test_a_logger_that_cannot_start_is_one_sentence(
 ) -> None:
     for name, value in (("WANDB_API_KEY", ""), ("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc"))):
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     cfg = load_config("quickstart", [f"output_dir={tmp_path}"])
     cfg.metric_logger = [{"_component_": path}]
     with pytest.raises(ConfigError, match=words) as caught:

@@ -20,7 +20,7 @@ from typing import Any
 from tora.config.aliases import ours_for
 from tora.config.convert import join, show
 from tora.config.schema import Component
-from tora.errors import ConfigError, first_line, nearest
+from tora.errors import ConfigError, ToraError, first_line, nearest, place_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OWN = ("tora", "actors", "learner")
@@ -53,6 +53,19 @@ def instantiate(component: Component, *args: Any, **offered: Any) -> Any:
     _refuse_unknown(path, own, names, "")
     taken = {name: value for name, value in offered.items() if name in names}
     return _call(target, signature, path, args, {**taken, **own})
+
+
+def make(component: Component, key: str, *args: Any, **offered: Any) -> Any:
+    """`instantiate`, for what a user's config names under `key`: what the callable raises becomes a ConfigError."""
+    try:
+        return instantiate(component, *args, **offered)
+    except (ToraError, MemoryError):
+        raise
+    except Exception as error:  # a user's code, or a library's with a user's arguments
+        own = {name: value for name, value in component.items() if name != "_component_"}
+        given = f" from {show(own)}" if own else ""
+        reason = f"{type(error).__name__}: {first_line(error)}{place_of(error)}"
+        raise ConfigError(f"{key}: {component['_component_']} cannot be made{given}: it raised {reason}") from error
 
 
 _OBJECTS = "python"

@@ -10,7 +10,6 @@ import asyncio
 import inspect
 import math
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -20,7 +19,7 @@ from typing import Any
 
 from tora.config.components import locate
 from tora.config.schema import Component
-from tora.errors import ConfigError, nearest
+from tora.errors import ConfigError, nearest, place_of
 from tora.rewards.notes import AT_START, Notes, TrainerState
 from tora.types import FailedReward, Prompt
 
@@ -32,8 +31,6 @@ RewardFunction = Callable[..., Any]
 """Returns a sequence of numbers and None, or an awaitable of one."""
 _ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
 """Those of TRL's signature, which hide a dataset column of the same name."""
-_NOT_THE_USERS = ("/tora/rewards/rewarder.py", "/site-packages/", "/lib/python3", "<frozen")
-"""Parts of the paths of files in which an error is not the user's to find."""
 _OWN_KEYS = ("_component_", "name", "weight", "timeout_score", "accuracy")
 
 
@@ -236,16 +233,6 @@ def _instance(path: str, kind: type, arguments: dict[str, Any]) -> RewardFunctio
     if not callable(made):
         raise ConfigError(f"rewards: {path} is a class whose instances cannot be called; give it a method __call__")
     return made
-
-
-def place_of(error: BaseException) -> str:
-    """Where it was raised, in parentheses: the innermost line that is not of a library; empty if unknown."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_THE_USERS)]
-    if not own:
-        return ""
-    line = f": {own[-1].line}" if own[-1].line else ""
-    return f" ({own[-1].filename}, line {own[-1].lineno}{line})"
 
 
 class _BadResult(Exception):

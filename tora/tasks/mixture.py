@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tora.config.components import instantiate
+from tora.config.components import make
 from tora.config.schema import Component
 from tora.errors import ConfigError
 from tora.tasks.dataset import Dataset, check_dataset
@@ -62,6 +62,6 @@ def mixture(datasets: list[Component]) -> Mixture:
         if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
             raise ConfigError(f"mixture: datasets.{number}.weight={weight!r} must be a number greater than 0")
         own = {key: value for key, value in component.items() if key != "weight"}
-        parts.append(check_dataset(instantiate(own), str(own.get("_component_"))))
+        parts.append(check_dataset(make(own, "dataset"), str(own.get("_component_"))))
         weights.append(float(weight))
     return Mixture(parts, weights)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tora.config.components import instantiate
+from tora.config.components import make
 from tora.config.schema import Component, EvalConfig, OverlongPrompts, RunConfig
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import tool_schemas
@@ -182,9 +182,9 @@ class RunPrompts:
         self.turns = _turn_template(cfg, self.tokenizer, stop, images)
         """What stands between the turns of an episode; None for a run without environment and tools."""
 
-        def stream_of(dataset: Component) -> PromptStream:
+        def stream_of(dataset: Component, key: str) -> PromptStream:
             return PromptStream(
-                instantiate(dataset),
+                make(dataset, key),
                 self.tokenizer,
                 limit,
                 cfg.seed,
@@ -198,7 +198,7 @@ class RunPrompts:
                 source=str(dataset["_component_"]),
             )
 
-        self.at: Callable[[int], Prompt] = stream_of(cfg.dataset).prompt
+        self.at: Callable[[int], Prompt] = stream_of(cfg.dataset, "dataset").prompt
         """The training prompt at a position. Raises OverlongPrompt for one that is dropped."""
         self.held_out: list[Prompt] = []
         """Prompts for evaluation, of all sets; empty if there is none."""
@@ -206,7 +206,8 @@ class RunPrompts:
         """The number of prompts of each set by name, in the order of `held_out`; that of `eval.dataset` has no name."""
         if cfg.eval is not None:
             for number, (name, dataset) in enumerate({"": cfg.eval.dataset, **cfg.eval.more}.items(), start=1):
-                found = stream_of(dataset).sequential(cfg.eval.num_prompts, number * _FIRST_HELD_OUT_ID)
+                key = f"eval.more.{name}" if name else "eval.dataset"
+                found = stream_of(dataset, key).sequential(cfg.eval.num_prompts, number * _FIRST_HELD_OUT_ID)
                 self.held_out += found
                 self.eval_sets[name] = len(found)
         ends = _all_stop_tokens(cfg, stop, vocab_size)
