@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from tora.config.schema import CheckpointConfig
 from tora.errors import ConfigError, LearnerLost, RolloutError, SyncError
 from tora.run.checkpoints import Checkpoints, RunState
+from tora.run.disk import DiskError, disk_errors
 from tora.run.loop import train
 from tora.run.manifest import MANIFEST, damage, seal
 from tora.run.recovery import train_and_export
@@ -130,6 +131,31 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, error: E
     assert [s.split(":")[0] for s in run.log.sentences] == ["no checkpoint of step 2", "no checkpoint of step 3"]
     assert all("No space left" in s for s in run.log.sentences)
     assert names(tmp_path) == ["step_000004", "step_000005"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EROFS, "Read-only file system"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.ENOENT, "No such file"), False),
+        (RolloutError("every worker is lost"), False),
+        (KeyError("x"), False),
+    ],
+)
+def test_a_full_disk_ends_a_run_with_what_is_whole(tmp_path: Path, error: Exception, says: bool) -> None:
+    run = make_run(tmp_path, [FakeLearner()])
+    train_and_export(run)
+    with pytest.raises(DiskError if says else type(error)) as caught, disk_errors("out", run.checkpoints):
+        raise error
+    if says:
+        words = "step_000005 is whole, and resume_from_checkpoint=true continues from it once there is room."
+        assert str(caught.value).startswith("output_dir=out takes no more files: ") and str(caught.value).endswith(
+            words
+        )
+        with pytest.raises(DiskError, match="there is no checkpoint"), disk_errors("x", Checkpoints(tmp_path / "x", 2)):
+            raise error
 
 
 class FailingRollouts(FakeRollouts):

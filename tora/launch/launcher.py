@@ -30,6 +30,7 @@ from tora.reporting.metrics import MetricLog, NoLog
 from tora.reporting.summary import print_summary, reward_curve
 from tora.run.canary import NUM_PROBES, Canary
 from tora.run.checkpoints import Checkpoints, RunState, step_of
+from tora.run.disk import disk_errors
 from tora.run.folder import RunFolder, held
 from tora.run.identity import CONFIG, is_finished, new_run_id, result_name, run_id_in, write_config
 from tora.run.loop import Outcome
@@ -91,33 +92,34 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
             if resumes == "auto" and world.rank == 0:
                 _log.warning("run %s goes on from step %d in %s", state.run_id, state.step, folder)
         state.run_id = state.run_id or new_run_id()
-        with _undone_unless_trained(claim, state), ExitStack() as last:  # each is called whatever others raise
-            log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
-            last.callback(_close, log)
-            world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
-            last.callback(shutil.rmtree, folder / ROLLOUT_BASE, ignore_errors=True)
-            rollouts = site.rollouts(prompts, state)
-            last.callback(rollouts.close)
-            probes = prompts.first(NUM_PROBES)
-            assembled = Run(
-                cfg=cfg,
-                folder=folder,
-                learner=learner,
-                make_learner=site.learner,
-                rollouts=rollouts,
-                canary=Canary.from_config(cfg, probes, prompts.image_token),
-                log=log,
-                checkpoints=checkpoints,
-                state=state,
-                prompt_at=prompts.at,
-                is_alone=world.size == 1,
-                stop_requested=lambda: world.any(stop.requested),
-                let_save=stop.let_save,
-                eval_sets=prompts.eval_sets,
-            )
-            outcome = train_and_export(assembled)
-        if world.rank == 0:
-            _report(assembled, outcome)
+        with _undone_unless_trained(claim, state), disk_errors(cfg.output_dir, checkpoints):
+            with ExitStack() as last:  # each is called whatever others raise
+                log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
+                last.callback(_close, log)
+                world.any(False)  # a barrier: no rank writes into the folder before rank 0 has opened it
+                last.callback(shutil.rmtree, folder / ROLLOUT_BASE, ignore_errors=True)
+                rollouts = site.rollouts(prompts, state)
+                last.callback(rollouts.close)
+                probes = prompts.first(NUM_PROBES)
+                assembled = Run(
+                    cfg=cfg,
+                    folder=folder,
+                    learner=learner,
+                    make_learner=site.learner,
+                    rollouts=rollouts,
+                    canary=Canary.from_config(cfg, probes, prompts.image_token),
+                    log=log,
+                    checkpoints=checkpoints,
+                    state=state,
+                    prompt_at=prompts.at,
+                    is_alone=world.size == 1,
+                    stop_requested=lambda: world.any(stop.requested),
+                    let_save=stop.let_save,
+                    eval_sets=prompts.eval_sets,
+                )
+                outcome = train_and_export(assembled)
+            if world.rank == 0:
+                _report(assembled, outcome)
         stopped = world.any(stop.requested)  # a barrier: torchrun ends the other ranks when the first one has ended
     if outcome.end == "idle":
         raise TrainingError(outcome.reason)
