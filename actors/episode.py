@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from actors.continuation import concatenate, derived_seed, generate_in_parts
+from tora.environments.content import Parts
 from tora.environments.host import ToolResult, told
 from tora.environments.processes import EnvironmentProcesses, Session
 from tora.environments.template import TurnTemplate
@@ -38,6 +39,9 @@ class Episode:
         self.images: tuple[bytes, ...] = ()
         """What the environment showed so far."""
         self.messages: list[dict[str, Any]] = []
+        """The turns and their answers, which reward functions get."""
+        self.opening: str | Parts = ""
+        """What the environment said at first."""
         self.stop_reason: StopReason | None = None
         self.failure: FailedReward | None = None
         self.turns = self.tool_calls = self.tool_errors = 0
@@ -83,6 +87,7 @@ class Episode:
             tool_calls=self.tool_calls,
             tool_errors=self.tool_errors,
             images=self.images,
+            messages=([{"role": "environment", "content": self.opening}] if self.opening else []) + self.messages,
         )
 
     def next_request(self, num_samples: int) -> SampleRequest:
@@ -186,6 +191,7 @@ class EpisodePlayer:
             if isinstance(observation, FailedReward):
                 e.failure = observation
                 continue
+            e.opening = observation.parts if observation else ""
             try:
                 opening = self._template.opening(prompt.source, observation)
             except ValueError as error:  # an image that the model cannot take

@@ -155,6 +155,8 @@ class Rollout:
     """Calls that were malformed, named no tool, or raised."""
     images: tuple[bytes, ...] = field(default=(), repr=False)
     """Encoded images that the environment showed, in the order of their placeholders."""
+    messages: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    """An episode as a conversation: what the environment said at first, the turns, and the tools' answers."""
 
     @property
     def truncated(self) -> bool:
@@ -231,18 +233,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class GroupResult:
-    """A rollout worker's answer to one prompt: a `Group` without the prompt, which the caller still has.
-
-    The prompt's images and the dataset's columns therefore travel to the worker but not back.
-    """
+    """A rollout worker's answer to one prompt: a `Group` without the prompt, which the caller still has, so that its
+    images and the dataset's columns travel to the worker but not back. The fields are `Group`'s."""
 
     rollouts: tuple[Rollout, ...]
     failures: tuple[FailedReward, ...] = ()
-    """See `Group.failures`."""
     seconds: float = 0.0
-    """Wall time of the engine call that sampled it, possibly together with other groups."""
     bad_logprobs: tuple[BadLogprob, ...] = ()
-    """See `Group`, as for the next two."""
     logged: Mapping[str, Sequence[float]] = field(default_factory=dict)
     printed: Sequence[str] = ()
 

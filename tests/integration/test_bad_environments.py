@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from agents import Agents, agents, always_look, make_tool_model
+from runs import steps, train
 from transformers import AutoTokenizer
 
+from tora.reporting.completions import read_parquet
 from tora.types import Completion, SampleRequest
 
 ENVIRONMENT = '''
@@ -31,19 +33,19 @@ class Bad:
             self.bad = True
         except FileExistsError:
             self.bad = False
-        return self.act("reset")
+        return self._act("reset")
 
     def look(self) -> str:
         """
         Look.
         """
         self.calls += 1
-        return self.act("look") or "nothing"
+        return self._act("look") or "nothing"
 
     def get_reward(self):
-        return self.act("get_reward") or float(self.calls)
+        return self._act("get_reward") or float(self.calls)
 
-    def act(self, where):
+    def _act(self, where):
         if not self.bad or where != self.row["where"]:
             return None
         how = self.row["how"]
@@ -59,7 +61,7 @@ class Bad:
         if how == "memory": self.held = [bytearray(2**26) for _ in range(2**10)]
         if how == "leak": self.held = getattr(self, "held", None) or bytearray(450 * 2**20)
         if how == "files": os.closerange(3, 256)
-        if how == "recursion": return self.act(where)
+        if how == "recursion": return self._act(where)
         if how == "list": return [1]
         if how == "nan": return float("nan")
         if how == "huge": return "x" * 2_000_000
@@ -140,3 +142,53 @@ def test_a_bad_environment_is_named_and_the_rest_go_on(
     good = made.worker.run_group(made.prompt(2, **row))
     assert [rollout.reward for rollout in good.rollouts] == [2.0] * 4 and not good.failures
     assert how != "leak" or "is replaced" in caplog.text
+
+
+GUESSER = (
+    ENVIRONMENT.replace("def look(self)", "def guess(self, number: int)")
+    .replace("Look.\n", "Guess.\n\n        Args:\n            number: The guess.\n")
+    .replace('self._act("reset")', 'self._act("reset") or " It is between 1 and 30."')
+)
+"""The same for the base of `quickstart_guess`, which then guesses."""
+RUN = [
+    "rollout.engine=torch", "batch_size=8", "num_steps=3", "max_generated_tokens=96", "log_completions=1",
+    "max_tool_calling_iterations=2", "environment_timeout_s=4", "reward_timeout_s=4", "environment_processes=8",
+    "environment_memory_gib=0.6", "dataset._component_=bad.rows", "environment_factory._component_=bad.Bad",
+    "max_failed_rewards=0.9",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["async_rl=false"])
+def test_a_run_survives_them_all(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    schedule: str,
+) -> None:
+    cases = [(where, how) for where, how, _ in CASES] + [("never", "")] * 2
+    rows = [
+        {"prompt": "Guess my number.", "where": where, "how": how, "mark": str(tmp_path / f"{where}.{how}")}
+        for where, how in cases
+    ]
+    varied = GUESSER.replace("float(self.calls)", "time.perf_counter() % 1")  # every group has a signal
+    held_out = varied.replace('row["mark"]', 'row.get("mark", os.devnull)')  # nothing bad in evaluations
+    (tmp_path / "bad.py").write_text(f"{held_out}\ndef rows():\n    return {rows!r}\n")
+    monkeypatch.chdir(tmp_path)
+    written = train("quickstart_guess", tmp_path / "run", *RUN, schedule)
+    said = caplog.text + "".join(capfd.readouterr())
+    assert len(steps(written)) == 3, "the run ends well"
+    ids = [
+        row["prompt_id"]
+        for step in (1, 2, 3)
+        for row in read_parquet(tmp_path / f"run/completions/step_{step}.parquet")
+    ]
+    assert len(set(ids)) == 24 and all(2 <= ids.count(number) <= 4 for number in ids), "no group is trained on twice"
+    failed = [sum(v for k, v in row.items() if k.startswith("reward/failed/")) for row in steps(written)]
+    generated = sum(f / row["reward/failed_share"] for f, row in zip(failed, steps(written), strict=True) if f)
+    assert generated == pytest.approx(4 * round(generated / 4)) and generated >= 96, "no rollout is lost"
+    for where, how, pattern in CASES:
+        assert (tmp_path / f"{where}.{how}").exists(), "it was played"
+        if pattern not in (TOLD, ""):
+            assert re.search(pattern, said), (where, how)

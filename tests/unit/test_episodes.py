@@ -125,6 +125,8 @@ def test_an_observation_reaches_the_policy(make) -> None:
     (group,) = run(make(iterations=1), [3], observation=" It is odd.")
     for rollout in group.rollouts:
         assert rollout.text.startswith(" It is odd.\nassistant\n") and not rollout.sampled[0]
+        assert [m["role"] for m in rollout.messages] == ["environment", "assistant", "tool", "assistant"]
+        assert rollout.messages[2]["content"] == "1 of 3"
 
 
 def test_no_call_ends_the_episode(make) -> None:

@@ -46,6 +46,17 @@ def make_run(folder: Path, *, lr: float = 1e-3, steps: int = 5) -> Path:
     return folder
 
 
+EPISODE = [
+    {"role": "environment", "content": " It is a number."},
+    {
+        "role": "assistant",
+        "content": "I <try>.",
+        "tool_calls": [{"type": "function", "function": {"name": "guess", "arguments": {"number": 7}}}],
+    },
+    {"role": "tool", "name": "guess", "content": [{"type": "image"}, {"type": "text", "text": "higher"}]},
+]
+
+
 class Balanced(HTMLParser):
     """Fails on a tag that is not closed, and collects the text."""
 
@@ -127,3 +138,16 @@ def test_a_browser_shows_the_values_and_nothing_is_wider_than_the_window(tmp_pat
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run([CHROMIUM, *options, profile, page.as_uri()], capture_output=True, text=True, timeout=120)
     assert "<title>true|5 of 9|2</title>" in done.stdout
+
+
+def test_an_episode_is_shown_message_by_message(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    group = make_group(make_prompt(1), [0.0, 1.0])
+    shown = [replace(r, messages=EPISODE, turns=2, tool_calls=1, images=(picture(8, 8),)) for r in group.rollouts]
+    rows = rollout_rows([replace(group, rollouts=tuple(shown))], [[-1.0, 1.0]])
+    assert json.loads(rows[0]["messages"]) == EPISODE and len(rows[0]["images"]) == 1
+    write_parquet(rows, folder / "completions/step_11.parquet")
+    page = report(folder)
+    assert page.count("data:image/png") == 4, "both episodes are among the best and the worst"
+    for text in ("turns  2", "tool_calls  1", "environment", 'I <try>.\nguess({"number": 7})', "<image> higher"):
+        assert text in parsed(page), text

@@ -180,7 +180,8 @@ def message_of(error: BaseException) -> str:
 
 def _raised(error: BaseException) -> Raised:
     trace = "".join(traceback.format_exception(error))
-    return Raised(f"raised {type(error).__name__}: {message_of(error)}", trace)
+    message = message_of(error)
+    return Raised(f"raised {type(error).__name__}{message and ': '}{message}", trace)
 
 
 def serve() -> None:

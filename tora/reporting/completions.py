@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tora.reporting.evaluation import Passes, num_passed
-from tora.types import Group, Prompt
+from tora.types import Group, Prompt, Rollout
 
 Row = dict[str, Any]
 
@@ -27,7 +27,8 @@ def rollout_rows(groups: Sequence[Group], advantages: Sequence[Sequence[float]] 
             "length": rollout.num_sampled,
             "stop_reason": str(rollout.stop_reason),
             "version": int(rollout.versions.min()),
-            **_images(group.prompt),
+            **(_episode(rollout) if rollout.messages else {}),
+            **_images((*group.prompt.images, *rollout.images)),
         }
         for g, group in enumerate(groups)
         for i, rollout in enumerate(group.rollouts)
@@ -50,7 +51,7 @@ def prompt_rows(groups: Sequence[Group], num_samples: int, passes: Passes | None
         {
             **dict(group.prompt.columns),
             "prompt": group.prompt.source,
-            **_images(group.prompt),
+            **_images(group.prompt.images),
             "pass_rate": rate,
             "reward_mean": sum(rollout.reward for rollout in group.rollouts) / num_samples,
         }
@@ -68,17 +69,23 @@ def text_of(prompt: Prompt) -> str:
     """The prompt as a string: the question itself, or its messages, one after the other."""
     if isinstance(prompt.source, str):
         return prompt.source
-    return "\n".join(f"{message['role']}: {_content(message.get('content'))}" for message in prompt.source)
+    return "\n".join(f"{message['role']}: {content_text(message.get('content'))}" for message in prompt.source)
 
 
-def _content(content: Any) -> str:
+def content_text(content: Any) -> str:
+    """A message's text, with its images named."""
     if content is None or isinstance(content, str):
         return content or ""
     return " ".join(part.get("text", f"<{part.get('type')}>") for part in content)
 
 
-def _images(prompt: Prompt) -> Row:
-    return {"images": [{"bytes": image, "path": None} for image in prompt.images]} if prompt.images else {}
+def _episode(rollout: Rollout) -> Row:
+    counts = {"turns": rollout.turns, "tool_calls": rollout.tool_calls, "tool_errors": rollout.tool_errors}
+    return {**counts, "messages": json.dumps([dict(message) for message in rollout.messages], default=str)}
+
+
+def _images(images: Sequence[bytes]) -> Row:
+    return {"images": [{"bytes": image, "path": None} for image in images]} if images else {}
 
 
 def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from tora.errors import ConfigError
 from tora.reporting.charts import line_chart, short, timeline
-from tora.reporting.completions import read_parquet
+from tora.reporting.completions import content_text, read_parquet
 from tora.reporting.metrics import read_rows
 
 Row = dict[str, Any]
@@ -136,16 +137,33 @@ def _completions(run: Path) -> str:
 
 def _completion(row: Row) -> str:
     scores = [(key.removeprefix("reward/"), row[key]) for key in row if key == "reward" or key.startswith("reward/")]
-    scores += [("advantage", row.get("advantage")), ("length", row.get("length"))]
+    scores += [(key, row.get(key)) for key in ("advantage", "length", "turns", "tool_calls", "tool_errors")]
     marks = "".join(f"<span>{escape(n)} <b>{short(float(v))}</b></span>" for n, v in scores if v is not None)
     images = "".join(
-        f"<img alt='image of the prompt' src='data:{_mime(image['bytes'])};base64,{_encoded(image['bytes'])}'>"
+        f"<img alt='image' src='data:{_mime(image['bytes'])};base64,{_encoded(image['bytes'])}'>"
         for image in row.get("images") or ()
     )
     return (
         f"<article><div class='legend'>{marks}</div>{images}<pre class='prompt'>{escape(row['prompt'])}</pre>"
-        f"<pre>{escape(row['completion'])}</pre></article>"
+        f"{_conversation(row)}</article>"
     )
+
+
+def _conversation(row: Row) -> str:
+    """A completion as text; an episode message by message."""
+    if not row.get("messages"):
+        return f"<pre>{escape(row['completion'])}</pre>"
+    return "".join(
+        f"<p class='note'>{escape(message['role'])}</p><pre>{escape(_said(message))}</pre>"
+        for message in json.loads(row["messages"])
+    )
+
+
+def _said(message: Row) -> str:
+    """A message's text and its calls: `look({"place": "top left"})`."""
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    shown = [f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls]
+    return "\n".join(text for text in (content_text(message.get("content")), *shown) if text)
 
 
 def _mime(image: bytes) -> str:
