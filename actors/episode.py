@@ -45,6 +45,8 @@ class Episode:
         self.stop_reason: StopReason | None = None
         self.failure: FailedReward | None = None
         self.turns = self.tool_calls = self.tool_errors = 0
+        self.turn_rewards: list[float] = []
+        """Of the turns that were answered."""
         self.sampled: list[bool] = []
         """[L]: which tokens of the episode the policy drew."""
         self.pending: Sequence[ToolCall | MalformedCall] = ()
@@ -86,6 +88,7 @@ class Episode:
             turns=self.turns,
             tool_calls=self.tool_calls,
             tool_errors=self.tool_errors,
+            turn_rewards=(*self.turn_rewards, *[0.0] * (self.turns - len(self.turn_rewards))),
             images=self.images,
             messages=([{"role": "environment", "content": self.opening}] if self.opening else []) + self.messages,
         )
@@ -255,6 +258,7 @@ class EpisodePlayer:
     def _append_answers(
         self, e: Episode, calls: Sequence[ToolCall | MalformedCall], results: Sequence[ToolResult]
     ) -> None:
+        e.turn_rewards.append(sum(result.turn_reward for result in results))
         rest = iter(results)
         messages: list[dict[str, Any]] = []
         images: tuple[bytes, ...] = ()

@@ -153,6 +153,8 @@ class Rollout:
     """Malformed ones included."""
     tool_errors: int = 0
     """Calls that were malformed, named no tool, or raised."""
+    turn_rewards: Sequence[float] = ()
+    """What each turn earned, from the environment's `get_turn_reward`."""
     images: tuple[bytes, ...] = field(default=(), repr=False)
     """Encoded images that the environment showed, in the order of their placeholders."""
     messages: Sequence[Mapping[str, Any]] = field(default=(), repr=False)

@@ -15,7 +15,7 @@ from agents import ENVIRONMENTS
 from tora.environments.content import Content
 from tora.environments.host import ToolResult
 from tora.environments.processes import EnvironmentProcesses, Session
-from tora.environments.tools import ToolCall
+from tora.environments.tools import ToolCall, check_turn_rewards
 from tora.errors import ConfigError
 from tora.types import FailedReward, Prompt
 
@@ -158,6 +158,13 @@ def test_a_reward_that_raises_costs_its_rollout(make) -> None:
     call(session, 1, LOOK)
     good, bad, last = rewards(session, 0, 1, 2)
     assert (good, last) == (0.0, 0.0) and bad == FailedReward("get_reward", "raised ValueError: bad")
+
+
+def test_credit_by_turn_needs_a_method(make) -> None:
+    make()
+    check_turn_rewards({"_component_": "envs.Stepper"})
+    with pytest.raises(ConfigError, match=r"envs\.Counter has no method get_turn_reward, which credit=turn needs"):
+        check_turn_rewards({"_component_": "envs.Counter"})
 
 
 def test_slow_tools_run_at_once(make) -> None:

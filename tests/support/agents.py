@@ -95,6 +95,14 @@ class Counter:
         return float(self.count)
 
 
+class Stepper(Counter):
+    """Its first two turns earn something."""
+
+    def get_turn_reward(self):
+        bad = _act(self.row.get("how", ""))
+        return bad if bad is not None else 0.5 if self.count <= 2 else 0
+
+
 class Viewer(Counter):
     """Shows a picture with each answer, and at the beginning."""
 

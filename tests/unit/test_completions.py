@@ -36,7 +36,14 @@ def with_images(group: Group) -> Group:
 
 
 def cfg(**values: Any) -> RunConfig:
-    keys = {"advantage": "grpo", "normalize_advantages": True, "name": "demo", "num_steps": 4, "metric_logger": []}
+    keys = {
+        "advantage": "grpo",
+        "credit": "episode",
+        "normalize_advantages": True,
+        "name": "demo",
+        "num_steps": 4,
+        "metric_logger": [],
+    }
     return cast(RunConfig, SimpleNamespace(**{**keys, **values}))
 
 

@@ -171,6 +171,18 @@ def test_a_failed_environment_costs_its_rollout_and_no_other(make) -> None:
     assert len(group.rollouts) == 4 and not group.failures
 
 
+def test_a_turn_has_the_reward_that_the_environment_gives_it(make) -> None:
+    agents = make(factory="envs.Stepper")
+    (group,) = run(agents, [3])
+    assert [list(rollout.turn_rewards) for rollout in group.rollouts] == [[0.5, 0.5, 0.0, 0.0, 0.0]] * 4
+    for how, reason in (
+        ("nan", "raised ValueError: get_turn_reward returned nan"),
+        ("raise", "raised ValueError: bad"),
+    ):
+        (group,) = run(agents, [3], how=how)
+        assert len(group.failures) == 4 and group.failures[0].reason.startswith(reason)
+
+
 def test_a_run_of_evaluation_prompts(make) -> None:
     agents = make()
     prompts = [agents.prompt(number) for number in (3, 4, 5)]

@@ -8,9 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from tora.batching.advantage import advantages, differ
+from tora.batching.advantage import advantages
 from tora.batching.packing import OwnPrompts, Packing, SharedPrompts, TrainSequence, distinct
-from tora.config.schema import Advantage, LossNormalization
+from tora.batching.turns import rewards_differ, turn_advantages
+from tora.config.schema import Advantage, Credit, LossNormalization
 from tora.types import Group, MicroBatch
 
 Regularizer = Literal["none", "loss", "reward"]
@@ -50,7 +51,9 @@ def pack(
         sequence_N=np.repeat(np.arange(len(counts)), counts).astype(np.int64),
         actor_logprobs_N=np.concatenate([r.actor_logprobs for r in rollouts]).astype(np.float32),
         versions_N=np.concatenate([r.versions for r in rollouts]).astype(np.int64),
-        advantages_N=np.repeat(advantages_B, counts).astype(np.float32),
+        advantages_N=np.concatenate([np.broadcast_to(a, n) for a, n in zip(advantages_B, counts, strict=True)]).astype(
+            np.float32
+        ),
         weights_N=np.repeat(weights_B, counts).astype(np.float32),
         rewards_B=np.asarray([r.reward for r in rollouts], dtype=np.float64),
         groups_B=np.asarray(groups_B, dtype=np.int64),
@@ -82,6 +85,7 @@ def micro_batches(
     num_ranks: int = 1,
     share_prefix: bool | None = False,
     advantage: Advantage = "grpo",
+    credit: Credit = "episode",
     asked: int | None = None,
     regularizer: Regularizer = "none",
     mask_truncated: bool = False,
@@ -95,7 +99,7 @@ def micro_batches(
     `share_prefix`: include a group's prompt once per micro-batch instead of once per rollout; None: if that saves
     enough.
     `asked`: rollouts that the config asks for in a step; see `token_weights`.
-    `regularizer`: without one, groups whose rewards do not `differ` are left out; with one they stay, with advantages
+    `regularizer`: without one, groups without `rewards_differ` are left out; with one they stay, with advantages
     of 0.
     `mask_truncated`: truncated rollouts count in their group's advantages only. They are left
     out, or stay with a weight of 0 if the advantages are still to be penalized.
@@ -107,7 +111,11 @@ def micro_batches(
     rewards_B = np.array([rollout.reward for _, rollout in rollouts], dtype=np.float64)
     groups_B = np.array([number for number, _ in rollouts], dtype=np.int64)
     lengths_B = np.array([rollout.num_sampled for _, rollout in rollouts], dtype=np.int64)
-    advantages_B = advantages(rewards_B, groups_B, lengths_B, advantage, normalize_advantages).tolist()
+    advantages_B: Sequence[float | np.ndarray] = (
+        advantages(rewards_B, groups_B, lengths_B, advantage, normalize_advantages).tolist()
+        if credit == "episode"
+        else [a for group in groups_P for a in turn_advantages(group.rollouts, advantage, normalize_advantages)]
+    )
     members: dict[int, list[TrainSequence]] = {}
     for (number, rollout), advantage_b in zip(rollouts, advantages_B, strict=True):
         members.setdefault(number, []).append((groups_P[number].prompt, rollout, advantage_b, number))
@@ -118,7 +126,7 @@ def micro_batches(
     trained = [
         number
         for number, sequences in members.items()
-        if (regularizer != "none" or differ([rollout.reward for _, rollout, _, _ in sequences]))
+        if (regularizer != "none" or rewards_differ([rollout for _, rollout, _, _ in sequences], credit))
         and not all(map(masked, sequences))
     ]
     result: list[MicroBatch] = []

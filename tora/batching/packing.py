@@ -9,8 +9,8 @@ import numpy as np
 
 from tora.types import MicroBatch, Prompt, Rollout
 
-TrainSequence = tuple[Prompt, Rollout, float, int]
-"""Prompt, rollout, advantage, and group number."""
+TrainSequence = tuple[Prompt, Rollout, float | np.ndarray, int]
+"""Prompt, rollout, advantage (of all its tokens, or [S], of each), and group number."""
 Layout = dict[str, np.ndarray]
 """`MicroBatch`'s tokens_T, positions_T, prompt_lengths_P, lengths_B, prompt_B, response_N and given_T."""
 

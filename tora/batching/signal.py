@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from tora.batching.advantage import differ
 from tora.batching.batch import Regularizer
+from tora.batching.turns import rewards_differ
 from tora.config.schema import RunConfig
 from tora.types import Group
 
@@ -12,12 +13,12 @@ _MAX_REFILLS = 3.0
 
 
 def has_signal(group: Group, cfg: RunConfig) -> bool:
-    """Whether the group's rewards `differ`, those of `rollout.refill_by` too if it names one; with `mask_truncated`, a
-    group of truncated completions alone has none."""
+    """Whether the group's `rewards_differ`, and the scores of `rollout.refill_by` too if it names one; with
+    `mask_truncated`, a group of truncated completions alone has none."""
     if cfg.mask_truncated and all(rollout.truncated for rollout in group.rollouts):
         return False
     by = cfg.rollout.refill_by
-    return differ([r.reward for r in group.rollouts]) and (
+    return rewards_differ(group.rollouts, cfg.credit) and (
         by is None or differ([r.reward_parts[by] for r in group.rollouts])
     )
 

@@ -11,12 +11,17 @@ import numpy as np
 from tora.batching.advantage import advantages
 from tora.batching.batch import micro_batches
 from tora.batching.signal import has_signal, regularizer_of
+from tora.batching.turns import turn_advantages
 from tora.config.schema import RunConfig
 from tora.types import Group, Metrics, StopReason, TrainBatch
 
 
 def group_advantages(cfg: RunConfig, groups_P: Sequence[Group]) -> list[list[float]]:
-    """The advantage of each group's rollouts, before a KL penalty that is part of the reward."""
+    """The advantage of each group's rollouts, the mean of their tokens', before a KL penalty that is part of the
+    reward."""
+    if cfg.credit == "turn":
+        each_P = [turn_advantages(group.rollouts, cfg.advantage, cfg.normalize_advantages) for group in groups_P]
+        return [[float(advantages_S.mean()) for advantages_S in each_G] for each_G in each_P]
     sizes = [len(group.rollouts) for group in groups_P]
     rollouts = [rollout for group in groups_P for rollout in group.rollouts]
     if not rollouts:
@@ -82,6 +87,7 @@ def make_batch(
         num_ranks=cfg.learner_ranks,
         share_prefix=cfg.share_prefix,
         advantage=cfg.advantage,
+        credit=cfg.credit,
         asked=cfg.batch_size * cfg.grpo_samples,
         regularizer=regularizer_of(cfg),
         mask_truncated=cfg.mask_truncated,

@@ -128,6 +128,13 @@ def _broken_learner(cfg: RunConfig) -> Iterator[str]:
         yield f"num_mini_batches={cfg.num_mini_batches} must be at most batch_size, which is {cfg.batch_size}."
     if cfg.advantage == "rloo" and cfg.normalize_advantages:
         yield "advantage=rloo needs normalize_advantages=false."
+    if cfg.credit == "turn":
+        if cfg.environment_factory is None:
+            yield "credit=turn needs environment_factory, whose method get_turn_reward says what a turn has earned."
+        if cfg.advantage == "reinforce++":
+            yield "credit=turn needs advantage=grpo or rloo; reinforce++ compares whole rollouts."
+        if cfg.loss.get("kl_in") == "reward":
+            yield "credit=turn needs loss.kl_in=loss: a penalty on the reward belongs to whole rollouts."
     if cfg.learner_ranks == 1 and cfg.fsdp_cpu_offload:
         yield "fsdp_cpu_offload=true needs learner_ranks of at least 2."
 

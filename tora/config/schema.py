@@ -21,6 +21,7 @@ ALL_LINEAR = "all-linear"
 """As `lora_targets`: every linear layer of the decoder."""
 LossNormalization = Literal["token", "sequence", "constant"]
 Advantage = Literal["grpo", "rloo", "reinforce++"]
+Credit = Literal["episode", "turn"]
 Implementation = Literal["auto", "native", "transformers"]
 OverlongPrompts = Literal["drop", "error", "truncate_left"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
@@ -226,6 +227,10 @@ class RunConfig:
     """What a rollout's reward is compared with. `grpo`: its group's mean, see `normalize_advantages`. `rloo`: the mean
     of the other rollouts of its group (leave one out); needs `normalize_advantages=false`. `reinforce++`: its group's
     mean; the result is normalized by mean and standard deviation over the tokens of the whole batch."""
+    credit: Credit = "episode"
+    """What an advantage belongs to. `episode`: all tokens of a rollout share one. `turn`: each turn has its own:
+    the reward still to come, compared with that of the same turn of its group's other rollouts; the environment's
+    method `get_turn_reward` says what a turn has earned. See `docs/agents.md`."""
     normalize_advantages: bool = True
     """Divide each group's advantages (reward minus the group's mean) by the standard deviation of its rewards. Dr. GRPO
     sets it to false. Ignored with `advantage=reinforce++`, which always normalizes."""

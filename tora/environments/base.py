@@ -4,6 +4,7 @@
         def reset(self, **row) -> str | None: ...       # the dataset's row; what it returns ends the last user message
         def guess(self, number: int) -> str: ...        # a public method is a tool: type hints and a docstring
         def get_reward(self) -> float: ...              # optional; see `get_reward` below
+        def get_turn_reward(self) -> float: ...         # optional, not TRL's: what the turn just answered has earned
 
 Any method may be `async`. An instance serves one rollout at a time and is reset for the next. It has its own thread in
 another process; see `tora.environments.processes`.
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from tora.rewards.rewarder import event_loop
 
-_NO_TOOLS = ("reset", "get_reward")
+_NO_TOOLS = ("reset", "get_reward", "get_turn_reward")
 
 
 class Environment(Protocol):
@@ -36,7 +37,7 @@ def get_reward(environments: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def tool_methods(kind: type) -> dict[str, Callable[..., Any]]:
-    """The functions behind a class's tools, by name: its public methods except `reset` and `get_reward`."""
+    """The functions behind a class's tools, by name: its public methods except those of the contract."""
     found = inspect.getmembers(kind, inspect.isfunction)
     return {name: function for name, function in found if not name.startswith("_") and name not in _NO_TOOLS}
 

@@ -6,6 +6,7 @@ Whatever an environment raises is an answer too.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -60,6 +61,8 @@ class ToolResult:
     content: Content
     error: Raised | None = None
     """What the tool raised, if it did; `content` then tells the policy."""
+    turn_reward: float = 0.0
+    """What the turn has earned, with the answer to its last call."""
 
 
 class _Seat:
@@ -142,7 +145,14 @@ class Host:
         return shown
 
     def _call(self, seat: _Seat, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        return [self._call_one(seat, call) for call in calls]
+        results = [self._call_one(seat, call) for call in calls]
+        ask = getattr(seat.environment, "get_turn_reward", None)
+        if results and ask is not None:
+            earned = resolve(ask())
+            if not isinstance(earned, int | float) or not math.isfinite(earned):
+                raise ValueError(f"get_turn_reward returned {earned!r}, expected a finite number")
+            results[-1] = replace(results[-1], turn_reward=float(earned))
+        return results
 
     def _call_one(self, seat: _Seat, call: ToolCall) -> ToolResult:
         if call.name not in seat.tools:

@@ -69,6 +69,15 @@ def tool_schemas(factory: Component | None, tools: Sequence[str]) -> list[dict[s
     return [_schema(function) for function in functions]
 
 
+def check_turn_rewards(factory: Component) -> None:
+    """Raises `ConfigError` if the environment does not say what a turn has earned."""
+    made = locate(factory["_component_"])
+    if not callable(getattr(made if inspect.isclass(made) else instantiate(factory), "get_turn_reward", None)):
+        raise ConfigError(
+            f"environment_factory={factory['_component_']} has no method get_turn_reward, which credit=turn needs"
+        )
+
+
 def _schema(function: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,

@@ -15,7 +15,7 @@ import numpy as np
 from tora.config.components import make
 from tora.config.schema import Component, EvalConfig, OverlongPrompts, RunConfig
 from tora.environments.template import TurnTemplate
-from tora.environments.tools import tool_schemas
+from tora.environments.tools import check_turn_rewards, tool_schemas
 from tora.errors import ConfigError, OverlongPrompt
 from tora.models.load import read_config
 from tora.models.vision.processor import ImageProcessor, has_image_processor
@@ -266,6 +266,8 @@ def _turn_template(
     if cfg.environment_factory is None and not cfg.tools:
         return None
     schemas = tool_schemas(cfg.environment_factory, cfg.tools)
+    if cfg.credit == "turn" and cfg.environment_factory is not None:
+        check_turn_rewards(cfg.environment_factory)
     return TurnTemplate(tokenizer, schemas, stop, cfg.chat_template_kwargs, images)
 
 
