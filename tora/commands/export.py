@@ -40,7 +40,8 @@ def add_parser(commands: Any) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    from tora.reporting.hub import HubRepo, check_repo
+    from tora.config.hub_names import check_repo
+    from tora.reporting.hub import HubRepo
     from tora.run.target import find
 
     if args.dtype and not args.merge:

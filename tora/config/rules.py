@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 from tora.config.bounds import out_of_bounds
 from tora.config.components import class_literal
 from tora.config.convert import show
+from tora.config.hub_names import check_repo
 from tora.config.schema import ALL_LINEAR, RunConfig
 from tora.errors import ConfigError, nearest
 
@@ -37,12 +38,24 @@ def _broken(cfg: RunConfig) -> Iterator[str]:
     yield from _broken_learner(cfg)
     yield from _broken_environments(cfg)
     yield from _broken_stop(cfg)
+    yield from _broken_hub(cfg)
     longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
     if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
         yield (
             f"rollout.max_model_len={cfg.rollout.max_model_len} must be at least "
             f"max_prompt_tokens + max_generated_tokens, which is {longest}."
         )
+
+
+def _broken_hub(cfg: RunConfig) -> Iterator[str]:
+    if not cfg.push_to_hub and cfg.hub_model_id is not None:
+        yield f"hub_model_id={cfg.hub_model_id} needs push_to_hub=true."
+    if cfg.push_to_hub:
+        key = "name" if cfg.hub_model_id is None else "hub_model_id"
+        try:
+            check_repo(cfg.hub_model_id or cfg.name, key)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _broken_stop(cfg: RunConfig) -> Iterator[str]:

@@ -333,6 +333,16 @@ class RunConfig:
     `torchtune.training.metric_logging.WandBLogger` and `TensorBoardLogger`. A logger with a `log_dir` parameter writes
     to the run's folder unless the config says otherwise, and one with `run_id` or `run_name` gets the run's. Also
     `tora.reporting.trackio.TrackioLogger`."""
+    push_to_hub: Annotated[bool, FREE] = False
+    """Upload the trained policy, with a model card, to a repository on the Hugging Face hub, which is made if it does
+    not exist. Needs `hf auth login` or `HF_TOKEN`. An upload that fails never ends the run."""
+    hub_model_id: Annotated[str | None, FREE] = None
+    """With `push_to_hub`: the repository, such as `owner/name`. null: `name`, of the user who is logged in."""
+    hub_strategy: Annotated[Literal["end", "every_save"], FREE] = "every_save"
+    """With `push_to_hub`: `every_save` uploads the policy of every checkpoint in the background, each as a commit, one
+    at a time; `end` only the last."""
+    hub_private_repo: Annotated[bool, FREE] = False
+    """With `push_to_hub`: a repository that is made is private."""
     log_completions: Annotated[int, AtLeast(0), FREE] = 10
     """Steps between tables of completions, `completions/step_N.parquet` in `output_dir`: prompt, completion, each
     reward, advantage and images of every rollout trained on. Weights & Biases, TensorBoard and trackio show the first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +26,10 @@ from tora.launch.on_ray import on_ray
 from tora.launch.ray_cluster import is_submitted_job, output_folder
 from tora.launch.signals import Stop
 from tora.models.hub import fetched, named
+from tora.reporting.hub import HubRepo
 from tora.reporting.metrics import MetricLog, NoLog
 from tora.reporting.summary import print_summary, reward_curve
+from tora.reporting.uploads import Uploads
 from tora.run.canary import NUM_PROBES, Canary
 from tora.run.checkpoints import Checkpoints, RunState, step_of
 from tora.run.disk import disk_errors
@@ -82,6 +84,7 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
                 return not stop.requested
         elif resumes:
             _check_inputs(cfg, folder)
+        uploads = _uploads(cfg, folder, must_connect=resume is None) if world.rank == 0 else None
         prompts = RunPrompts(cfg)
         learner = site.learner()
         state = RunState()
@@ -92,7 +95,8 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
             if resumes == "auto" and world.rank == 0:
                 _log.warning("run %s goes on from step %d in %s", state.run_id, state.step, folder)
         state.run_id = state.run_id or new_run_id()
-        with _undone_unless_trained(claim, state), disk_errors(cfg.output_dir, checkpoints):
+        ends = nullcontext() if uploads is None else closing(uploads)
+        with ends, _undone_unless_trained(claim, state), disk_errors(cfg.output_dir, checkpoints):
             with ExitStack() as last:  # each is called whatever others raise
                 log = NoLog() if claim is None else _open(cfg, claim, state, resumes=resume is not None)
                 last.callback(_close, log)
@@ -116,10 +120,13 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
                     stop_requested=lambda: world.any(stop.requested),
                     let_save=stop.let_save,
                     eval_sets=prompts.eval_sets,
+                    uploads=uploads,
                 )
                 outcome = train_and_export(assembled)
             if world.rank == 0:
                 _report(assembled, outcome)
+                if uploads is not None and outcome.end != "stopped":
+                    uploads.finish(assembled.result_folder, state.step, lambda: stop.requested)
         stopped = world.any(stop.requested)  # a barrier: torchrun ends the other ranks when the first one has ended
     if outcome.end == "idle":
         raise TrainingError(outcome.reason)
@@ -172,6 +179,23 @@ def _undone_unless_trained(claim: RunFolder | None, state: RunState) -> Iterator
         if claim is not None and state.step == 0:
             claim.undo()
         raise
+
+
+def _uploads(cfg: RunConfig, folder: Path, *, must_connect: bool) -> Uploads | None:
+    """What uploads policies to the hub; None if the config does not ask for it.
+
+    Raises ConfigError if the hub gives no access and the run `must_connect` before it trains; else it is asked again.
+    """
+    if not cfg.push_to_hub:
+        return None
+    uploads = Uploads(cfg, folder, lambda: HubRepo(uploads.name, private=cfg.hub_private_repo))
+    try:
+        uploads.connect()
+    except ConfigError as error:
+        if must_connect:
+            raise
+        _log.warning("%s", error)
+    return uploads
 
 
 def _check_inputs(cfg: RunConfig, folder: Path) -> None:

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from tora.errors import ConfigError, first_line
-
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def check_repo(name: str, key: str) -> None:
-    """Raises ConfigError unless the name is `owner/name` or `name`."""
-    if not _NAME.fullmatch(name) or ".." in name or "--" in name:
-        raise ConfigError(f"{key}={name} is not the name of a repository on the hub, such as owner/name.")
 
 
 class HubRepo:
@@ -37,23 +26,11 @@ class HubRepo:
         self.name = url.repo_id
         self.url = str(url)
 
-    def upload(self, folder: Path, message: str, *, into: str = "") -> None:
-        """Put the folder's files into the repository, under `into`. Raises ConfigError if the hub refuses them."""
+    def upload(self, folder: Path, message: str) -> None:
+        """Put the folder's files into the repository. Raises ConfigError if the hub refuses them."""
         try:
-            self._upload(folder, message, into, wait=True)
+            self._api.upload_folder(
+                repo_id=self.name, folder_path=folder, commit_message=message, ignore_patterns=[".*"]
+            )
         except Exception as error:  # the library's clients raise errors of many kinds
             raise ConfigError(f"the upload to {self.name} failed: {first_line(error)}") from error
-
-    def upload_in_background(self, folder: Path, message: str, *, into: str = "") -> Future[Any]:
-        """As `upload`, in a thread. The folder must not change meanwhile."""
-        return self._upload(folder, message, into, wait=False)
-
-    def _upload(self, folder: Path, message: str, into: str, *, wait: bool) -> Any:
-        return self._api.upload_folder(
-            repo_id=self.name,
-            folder_path=folder,
-            path_in_repo=into or None,
-            commit_message=message,
-            run_as_future=not wait,
-            ignore_patterns=[".*"],
-        )

@@ -92,6 +92,8 @@ def train(run: Run) -> Outcome:
             state.seconds = time.perf_counter() - start
             run.save(replaces=not bad_steps.in_a_row)
             saved = state.step
+            if not last:
+                run.push()
         if last:
             break
     seconds = time.perf_counter() - start

@@ -11,6 +11,7 @@ from tora.batching.train_batch import group_advantages
 from tora.config.schema import RunConfig
 from tora.protocols import Learner, Rollouts
 from tora.reporting.evaluation import EvalResult, passes_by, summarize_sets
+from tora.reporting.uploads import UPLOADS, Uploads
 from tora.rewards.accuracy import accuracy_reward
 from tora.run.best import is_best
 from tora.run.canary import Canary
@@ -69,6 +70,9 @@ class Run:
     eval_sets: Mapping[str, int] = field(default_factory=dict)
     """The number of prompts of each held-out set, by name."""
 
+    uploads: Uploads | None = None
+    """Of the rank that uploads policies to the hub."""
+
     @property
     def result_folder(self) -> Path:
         """Where the trained policy is exported."""
@@ -109,6 +113,19 @@ class Run:
         self.learner.export(self.result_folder)
         if self.checkpoints.is_writer:
             write_identity(self.result_folder, self.state.run_id, self.state.step)
+
+    def push(self) -> None:
+        """Begin to upload the policy to the hub if the config asks for that of every checkpoint. Collective."""
+        if not self.cfg.push_to_hub or self.cfg.hub_strategy != "every_save":
+            return
+        exported = self.folder / UPLOADS / f"step_{self.state.step:06d}"
+        try:
+            self.learner.export(exported)
+        except OSError as error:
+            self.log.warning(f"step {self.state.step} is not uploaded: {error}")
+            return
+        if self.uploads is not None:
+            self.uploads.start(exported, self.state.step)
 
     def log_completions(self, step: int, batch: TrainBatch) -> None:
         """Log the rollouts of every `log_completions`-th step, the first among them."""

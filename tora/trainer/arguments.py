@@ -55,6 +55,10 @@ DEFAULTS: dict[str, Any] = {
     "log_completions": False,
     "logging_steps": 10,
     "report_to": "none",
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_strategy": "every_save",
+    "hub_private_repo": None,
     "use_cpu": False,
     "tora": None,
 }
@@ -174,6 +178,10 @@ class GRPOConfig:
             },
             "checkpoint": {"every": self.save_steps, "keep": self.save_total_limit or 1_000_000},
             "log_completions": self.logging_steps if self.log_completions else 10,
+            "push_to_hub": self.push_to_hub,
+            "hub_model_id": self.hub_model_id if self.push_to_hub else None,
+            "hub_strategy": self.hub_strategy,
+            "hub_private_repo": bool(self.hub_private_repo),
             "metric_logger": [{"_component_": name} for name in self._loggers()],
         }
 
