@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import os
+import signal
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -38,6 +42,38 @@ def test_a_private_session_listens_on_loopback_requires_a_token_and_sends_no_usa
         assert role_resources("learner") == {}
     assert not ray.is_initialized()
     assert not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+_SESSION = """
+import time
+from tora.launch.signals import Stop
+stop = Stop()
+stop.listen()
+stop.let_save(True)
+from tora.launch.leftovers import Leftovers
+stop.leftovers = Leftovers()
+from tora.launch.ray_cluster import ray_session
+with ray_session(1, scratch=stop.leftovers.scratch):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_sigterm_is_a_request_to_stop_though_ray_takes_it_for_a_crash() -> None:
+    """Ray's C++ handler prints a stack and aborts the process three seconds later."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", _SESSION]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True
+    ) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(3.5)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 130
+        assert child.stderr.read() == "\nstopping after this step; again to end now\n\nending now\n"
 
 
 def http_status(url: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -173,6 +174,14 @@ def test_nothing_is_left_after_close(make) -> None:
     (row,) = ask(rewarder, ["a"])
     rewarder.close()
     assert not Path(f"/proc/{int(row['pid'])}").exists()
+
+
+def test_a_child_outlives_the_signals_that_ask_its_parent_to_stop(make) -> None:
+    rewarder = make("pid", num_processes=1)
+    (row,) = ask(rewarder, ["a"])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(int(row["pid"]), number)
+    assert ask(rewarder, ["a"]) == [row]
 
 
 def test_a_child_ends_with_a_parent_that_was_killed(modules: None) -> None:

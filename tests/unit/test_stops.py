@@ -102,5 +102,23 @@ def test_nothing_is_left_of_a_run(how: str, short_path: Path) -> None:
     assert how == "kill -9" or not Path(f"/dev/shm/{memory}").exists()
 
 
+def test_a_signal_to_every_process_of_a_run_leaves_the_sweeper_at_work(short_path: Path) -> None:
+    """As Slurm, systemd and `ray job stop` send it."""
+    code = f"{_LISTEN} from tora.launch.leftovers import Leftovers; stop.let_save(True); stop.leftovers = Leftovers(); "
+    with program(f"{code} {_READY} import time; time.sleep(60)", TMPDIR=str(short_path)) as child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        (sweeper,) = psutil.Process(child.pid).children()
+        while "sweeper" not in sweeper.cmdline()[-4]:
+            time.sleep(0.01)
+        time.sleep(0.2)  # it has no way to say that it listens
+        for process in (sweeper, child):
+            process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert is_alive(sweeper.pid)
+        child.kill()
+    sweeper.wait(10)
+    assert not [*short_path.glob("tora-*")]
+
+
 def is_alive(pid: int) -> bool:
     return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

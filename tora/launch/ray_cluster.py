@@ -97,16 +97,23 @@ def _join() -> None:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keeps this process's handlers of signals, which `ray.init` of 2.60 replaces by its own."""
+    """Keeps this process's handler of SIGTERM, in whose place `ray.init` of 2.60 puts two others.
+
+    The first is a Python function that exits. The second comes with the core worker, for crashes in C++, and takes
+    SIGTERM for one: it prints the stack of C++, calls the handler before it, and aborts the process 3 s later.
+    """
     from ray._private import utils
 
-    theirs = utils.set_sigterm_handler
-    if callable(signal.getsignal(signal.SIGTERM)):
-        utils.set_sigterm_handler = lambda sigterm_handler: None
+    theirs, ours = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    if not callable(ours):
+        yield
+        return
+    utils.set_sigterm_handler = lambda sigterm_handler: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = theirs
+        signal.signal(signal.SIGTERM, ours)
 
 
 def gpus_per_device(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> float:

@@ -28,6 +28,9 @@ _LIMIT_S = 10.0
 
 
 def main() -> None:
+    # `ray job stop`, Slurm and systemd signal all processes of a job, and the run may still need seconds to end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     driver, mark, scratch = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     paths = [scratch, *_wait(driver)]
     memory = _shared_memory([driver])

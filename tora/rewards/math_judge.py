@@ -81,8 +81,10 @@ def _serve(cpu_seconds: int) -> None:
     import signal
     import time
 
-    # Ctrl-C in a terminal also reaches the child, and the parent may still have to finish a step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C in a terminal also reaches the child, as does SIGTERM from what stops all processes of a job, and the
+    # parent may still have to finish a step. Programs that a function starts would inherit SIG_IGN.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     from math_verify import parse, verify
 
     logging.disable()  # math-verify warns about switched-off timeouts and logs each expression it cannot parse

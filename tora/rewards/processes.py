@@ -249,8 +249,10 @@ def serve() -> None:
     import signal
 
     connection, timeout_s = Connection(int(sys.argv[2])), float(sys.argv[3])
-    # Ctrl-C in a terminal also reaches the child, and the parent may still have to finish a step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C in a terminal also reaches the child, as does SIGTERM from what stops all processes of a job, and the
+    # parent may still have to finish a step. Programs that a function starts would inherit SIG_IGN.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         rewarder = build_rewarder(connection.recv())
