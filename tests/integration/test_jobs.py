@@ -85,7 +85,8 @@ def test_stopping_a_job_leaves_a_checkpoint(head: Head, tmp_path: Path) -> None:
     assert head.ray("job", "stop", "endless").returncode == 0
     assert head.get("/api/jobs/endless")["status"] == "STOPPED"
     done = len(steps(read(tmp_path / "run")))
-    assert (tmp_path / "run/checkpoints" / f"step_{done:06d}" / "weights.safetensors").exists()
+    said = head.get("/api/jobs/endless/logs")["logs"]
+    assert (tmp_path / "run/checkpoints" / f"step_{done:06d}" / "weights.safetensors").exists(), said
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "the run ended by itself and was not killed"
     _, alive = psutil.wait_procs(drivers(head), timeout=10)
     assert not alive
