@@ -8,7 +8,9 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Literal
 import torch
 
 from tora.distributed.device import machine_memory
-from tora.errors import ToraError
+from tora.errors import ConfigError, ToraError
 
 _GROUPS_BYTES = 2**30
 """Of shared memory, for groups and batches."""
@@ -40,9 +42,13 @@ def ray_session(num_cpus: int, *, snapshot_bytes: int | None = 0, scratch: Path 
     `num_cpus`: what all Ray actors together request. `snapshot_bytes`: of one sync, None if not known; it sizes the
     object store. `scratch`: the folder for its files; null: a new one.
 
-    Raises ToraError if there is no cluster at RAY_ADDRESS.
+    Raises ConfigError if nobody answers at RAY_ADDRESS, and ToraError if it is no cluster that can be joined.
     """
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.pop("RAY_ADDRESS", None)  # empty, which is as good as not set
     joins_existing = "RAY_ADDRESS" in os.environ
+    if joins_existing:
+        check_answers(os.environ["RAY_ADDRESS"])
     if not joins_existing:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -83,6 +89,31 @@ def ray_session(num_cpus: int, *, snapshot_bytes: int | None = 0, scratch: Path 
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_answers(address: str, patience_s: float = 3.0) -> None:
+    """Raises ConfigError if no server listens at Ray's address, for which Ray itself waits for many minutes.
+
+    `address`: as RAY_ADDRESS has it. `patience_s`: how long it is tried again.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local") or "/" in host:  # the scheme of a service that Ray knows
+        return
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"RAY_ADDRESS={address} is neither auto nor a cluster's host and port, such as head:6379.")
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=max(1.0, patience_s)).close()
+            return
+        except OSError as error:
+            if time.monotonic() < end:
+                time.sleep(0.2)
+                continue
+            raise ConfigError(
+                f"RAY_ADDRESS={address} cannot be reached: {error}; start Ray there, or unset RAY_ADDRESS for a "
+                "cluster of the run's own."
+            ) from error
 
 
 def _join() -> None:
