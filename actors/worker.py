@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from actors.abort import Aborted, abortable
+from actors.agent_player import AgentPlayer
 from actors.continuation import generate_in_parts
 from actors.episode import EpisodePlayer, PlayedGroup
 from actors.finite import check_total, split_by_logprobs
@@ -70,7 +71,7 @@ class RolloutWorker:
         num_steps: int = 0,
         part_tokens: int | None = None,
         eval_samples: int = 1,
-        make_player: Callable[[], EpisodePlayer] | None = None,
+        make_player: Callable[[], EpisodePlayer | AgentPlayer] | None = None,
     ) -> None:
         """Engine and rewarder are built here, in the process that uses them. `tokenizer` is only used to decode.
 

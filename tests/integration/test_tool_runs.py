@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from agents import check_tool_run
 from runs import steps
 from runs import train as short_run
+
+from tora.reporting.completions import read_parquet
 
 HERE = ["async_rl=false", "rollout.engine=torch"]
 
@@ -22,3 +25,20 @@ def test_an_environment(tmp_path: Path) -> None:
     assert all("reward/failed/environment" not in row and row["rollout/turns_mean"] > 2 for row in steps(rows))
     assert all(row["reward/get_reward"] == row["reward/mean"] for row in steps(rows))
     assert any(row["learner/grad_norm"] > 0 for row in steps(rows))
+
+
+@pytest.mark.slow  # the short runs above cover the rest
+def test_a_tool_that_shows_pictures(tmp_path: Path) -> None:
+    rows = short_run("quickstart_lookup", tmp_path / "run", *HERE)
+    assert all("reward/failed/environment" not in row and row["mismatch_kl"] < 1e-9 for row in steps(rows))
+    assert any(row["rollout/tool_calls_mean"] > 0 and row["learner/grad_norm"] > 0 for row in steps(rows))
+    table = read_parquet(tmp_path / "run/completions/step_1.parquet")
+    assert {len(row["images"]) - row["tool_calls"] + row["tool_errors"] for row in table} == {1}
+
+
+@pytest.mark.slow  # each rollout makes a client of its own
+def test_a_program_of_the_openai_client(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    rows = short_run("examples/agents/calculator.yaml", tmp_path / "run", *HERE)
+    assert all(row["mismatch_kl"] < 1e-9 and "reward/failed/agent" not in row for row in steps(rows))
+    assert any(row["rollout/tool_calls_mean"] > 0 and row["learner/grad_norm"] > 0 for row in steps(rows))

@@ -63,7 +63,7 @@ def make_batch(
         "rollout/stopped_share": float(np.mean([r.stop_reason is StopReason.STOP for r in rollouts])),
         "reward/mean": float(np.mean([r.reward for r in rollouts])),
     }
-    if cfg.environment_factory is not None or cfg.tools:
+    if cfg.environment_factory is not None or cfg.tools or cfg.agent is not None:
         calls = sum(r.tool_calls for r in rollouts)
         metrics["rollout/turns_mean"] = float(np.mean([r.turns for r in rollouts]))
         metrics["rollout/tool_calls_mean"] = calls / len(rollouts)

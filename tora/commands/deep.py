@@ -45,7 +45,7 @@ def look(cfg: RunConfig) -> Iterator[str]:
         raise ConfigError("the first 1000 prompts are all too long; raise max_prompt_tokens.")
     yield f"first prompt, {len(prompt.token_ids)} tokens: {prompts.tokenizer.decode(prompt.token_ids)!r}"
     yield f"its columns: {', '.join(prompt.columns) or 'none'}"
-    if cfg.environment_factory is not None or cfg.tools:
+    if cfg.environment_factory is not None or cfg.tools or cfg.agent is not None:
         yield "rewards: not called, since the config has an environment or tools"
         return
     yield from _scores(cfg, prompt)

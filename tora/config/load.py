@@ -81,6 +81,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         check_reward(reward, f"rewards.{i}")
     for i, tool in enumerate(cfg.tools):
         check_path(tool, f"tools.{i}")
+    if cfg.agent is not None:
+        check_path(cfg.agent, "agent")
     return cfg
 
 

@@ -101,11 +101,16 @@ def _broken_environments(cfg: RunConfig) -> Iterator[str]:
     for number, path in enumerate(cfg.tools):
         if path in cfg.tools[:number]:
             yield f"tools.{number}={path} is already used by an earlier tool."
-    if cfg.environment_factory is None:
+    if cfg.environment_factory is None and cfg.agent is None:
         for number, reward in enumerate(cfg.rewards):
             if reward.get("_component_") in _ASKS_ENVIRONMENT:
                 yield f"rewards.{number}._component_={reward['_component_']} needs environment_factory."
-    if cfg.environment_factory is None and not cfg.tools:
+    if cfg.agent is not None:
+        if cfg.environment_factory is not None or cfg.tools:
+            yield "agent has no place beside environment_factory or tools: the program has its own."
+        if cfg.eval is not None and cfg.eval.samples > 1:
+            yield f"eval.samples={cfg.eval.samples} needs episodes of one conversation, and an agent may have several."
+    elif cfg.environment_factory is None and not cfg.tools:
         if cfg.max_tool_calling_iterations is not None:
             yield (
                 f"max_tool_calling_iterations={cfg.max_tool_calling_iterations} has no effect without "
@@ -114,8 +119,8 @@ def _broken_environments(cfg: RunConfig) -> Iterator[str]:
         return
     if cfg.learner_ranks > 1 and not cfg.async_rl and cfg.rollout.engine == "torch":
         yield (
-            "environment_factory and tools need async_rl=true or rollout.engine=vllm with learner_ranks above 1: ranks "
-            "that share one model would have to sample the same number of turns."
+            "environment_factory, tools and agent need async_rl=true or rollout.engine=vllm with learner_ranks above "
+            "1: ranks that share one model would have to sample the same number of turns."
         )
     answers_s = cfg.environment_timeout_s * ((cfg.max_tool_calling_iterations or 0) + 1)
     if cfg.rollout.group_timeout_s <= answers_s:

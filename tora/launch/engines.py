@@ -16,6 +16,7 @@ from tora.config.components import registered, restore
 from tora.config.rules import check
 from tora.config.schema import Component, RunConfig
 from tora.distributed.process_group import World
+from tora.environments.chat import ChatTemplate
 from tora.environments.template import TurnTemplate
 from tora.errors import ConfigError
 from tora.models.vision.processor import ImageProcessor, has_image_processor
@@ -26,6 +27,7 @@ from tora.tasks.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from actors.agent_player import AgentPlayer
     from actors.episode import EpisodePlayer
     from actors.vllm_engine.weight_updates import WeightUpdate
     from learner.learner import Learner as Rank
@@ -98,13 +100,14 @@ def _rewarder_of_objects(components: list[Component], objects: Mapping[str, Call
     return build_rewarder(components)
 
 
-def _make_player(cfg: RunConfig, turns: TurnTemplate, tokenizer: Any) -> EpisodePlayer:
+def _make_player(cfg: RunConfig, turns: TurnTemplate | ChatTemplate, tokenizer: Any) -> EpisodePlayer | AgentPlayer:
     from actors.episode import EpisodePlayer
     from tora.environments.processes import EnvironmentProcesses
     from tora.environments.tools import make_parser
 
+    program: Component = {"_component_": "tora.environments.program.Program", "program": cfg.agent}
     environments = EnvironmentProcesses(
-        cfg.environment_factory,
+        cfg.environment_factory if cfg.agent is None else program,
         cfg.tools,
         cfg.rewards,
         timeout_s=cfg.environment_timeout_s,
@@ -112,6 +115,16 @@ def _make_player(cfg: RunConfig, turns: TurnTemplate, tokenizer: Any) -> Episode
         num_processes=cfg.environment_processes,
         memory_gib=cfg.environment_memory_gib,
     )
+    if isinstance(turns, ChatTemplate):
+        from actors.agent_player import AgentPlayer
+
+        return AgentPlayer(
+            environments,
+            turns,
+            partial(make_parser, cfg.tool_parser, tokenizer),
+            max_context=cfg.max_prompt_tokens + cfg.max_generated_tokens,
+            gathers=cfg.rollout.engine == "torch",
+        )
     parser = make_parser(cfg.tool_parser, tokenizer, turns.schemas)
     iterations = cfg.max_tool_calling_iterations
     return EpisodePlayer(environments, turns, parser, tokenizer, max_tool_calling_iterations=iterations)

@@ -104,7 +104,7 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
                 last.callback(shutil.rmtree, folder / ROLLOUT_BASE, ignore_errors=True)
                 rollouts = site.rollouts(prompts, state)
                 last.callback(rollouts.close)
-                probes = prompts.first(NUM_PROBES)
+                probes = prompts.probes(NUM_PROBES)
                 assembled = Run(
                     cfg=cfg,
                     folder=folder,

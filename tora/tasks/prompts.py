@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from tora.config.components import make
 from tora.config.schema import Component, EvalConfig, OverlongPrompts, RunConfig
+from tora.environments.chat import ChatTemplate
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import check_turn_rewards, tool_schemas
 from tora.errors import ConfigError, OverlongPrompt
@@ -57,7 +59,7 @@ class PromptStream:
         *,
         overlong: OverlongPrompts = "error",
         limited_by: str | None = None,
-        turns: TurnTemplate | None = None,
+        turns: TurnTemplate | ChatTemplate | None = None,
         template_variables: Mapping[str, Any] | None = None,
         shuffle: bool = True,
         vocab_size: int | None = None,
@@ -180,7 +182,7 @@ class RunPrompts:
         limit, limited_by = prompt_limit(cfg)
         stop = stop_token_ids(model, self.tokenizer)
         self.turns = _turn_template(cfg, self.tokenizer, stop, images)
-        """What stands between the turns of an episode; None for a run without environment and tools."""
+        """What stands between the turns of an episode; None for a run without environment, tools and agent."""
 
         def stream_of(dataset: Component, key: str) -> PromptStream:
             return PromptStream(
@@ -215,6 +217,14 @@ class RunPrompts:
         own = None if cfg.eval is None else cfg.eval.stop
         self.sampling = _sampling(cfg, longest, ends, strings)
         self.eval_sampling = _sampling(cfg.eval or cfg, longest, ends, strings if own is None else tuple(own))
+
+    def probes(self, count: int) -> list[Prompt]:
+        """As `first`; of an agent, whose prompts only the program knows, with the row's own messages."""
+        found, chat = self.first(count), self.turns
+        if not isinstance(chat, ChatTemplate):
+            return found
+        texts = [chat.pieces(m, (), [False] * len(m))[0] for m in (as_messages(p.source) for p in found)]
+        return [replace(prompt, token_ids=chat.encode(text)) for prompt, text in zip(found, texts, strict=True)]
 
     def first(self, count: int) -> list[Prompt]:
         """The first training prompts that are not dropped. Raises ConfigError as `at` does."""
@@ -262,7 +272,9 @@ def _sampling(
 
 def _turn_template(
     cfg: RunConfig, tokenizer: Any, stop: tuple[int, ...], images: ImageProcessor | None
-) -> TurnTemplate | None:
+) -> TurnTemplate | ChatTemplate | None:
+    if cfg.agent is not None:
+        return ChatTemplate(tokenizer, stop, cfg.chat_template_kwargs)
     if cfg.environment_factory is None and not cfg.tools:
         return None
     schemas = tool_schemas(cfg.environment_factory, cfg.tools)
