@@ -194,6 +194,10 @@ class Seat:
         while True:
             await asyncio.wait({self._lost}, timeout=self._timing.heartbeat_every_s)
             occupancy = await self._call(lambda worker: worker.occupancy(), self._cfg.heartbeat_s)
+            if (
+                occupancy.step_seconds > self._cfg.heartbeat_s
+            ):  # it answers, from another thread than the one that hangs
+                raise WorkerLost(f"its engine has been in one step for {occupancy.step_seconds:.0f} s")
             before = self.limit
             self.limit = next_limit(before, self._cfg.concurrency, len(self.slots), occupancy)
             if self.limit > before:

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,8 @@ class VLLMEngine:
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
+        self._step_began: float | None = None
+        """By `time.monotonic`; None between steps."""
         # From here on only the engine's thread touches these.
         self._policies: dict[Slot, LoadedPolicy] = {}
         self._contents: dict[Slot, SlotContents | None] = {}  # the answers to one-call installs
@@ -162,7 +164,9 @@ class VLLMEngine:
         with self._wake:
             self._check_alive()
             llm = self._llm
-        return engine_occupancy(llm)
+        began = self._step_began
+        step_seconds = 0.0 if began is None else time.monotonic() - began
+        return replace(engine_occupancy(llm), step_seconds=step_seconds)
 
     def close(self) -> None:
         """Shuts vLLM down. Pending calls raise RolloutError. May be called twice."""
@@ -218,7 +222,10 @@ class VLLMEngine:
             while self._wait_for_work():
                 self._run_commands()
                 if self._running:
-                    for output in self._step(llm):
+                    self._step_began = time.monotonic()
+                    outputs = self._step(llm)
+                    self._step_began = None
+                    for output in outputs:
                         self._deliver(output)
             self._fail_all(None)
         except BaseException as error:  # whatever it is, every pending call must fail

@@ -26,7 +26,7 @@ from pools import (
 
 from actors.seat import SeatTiming, WorkerHandle
 from tora.errors import RolloutError, SyncError, WorkerLost
-from tora.types import GroupResult, LogprobRequest, Prompt, SyncReport
+from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SyncReport
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
@@ -202,3 +202,19 @@ def test_a_worker_that_does_not_close_fails_nothing(caplog: pytest.LogCaptureFix
     with running(config(1), iter(workers).__next__) as rollouts:
         rollouts.publish(make_snapshot(0))
     assert "rollout worker 0 did not close: its socket is gone" in caplog.text and workers[1].closed
+
+
+def test_a_hung_engine_step_is_noticed_though_the_worker_answers() -> None:
+    class Hung(FakeWorker):
+        async def run_group(self, prompt: Prompt) -> GroupResult:
+            await asyncio.sleep(3600)
+            return await super().run_group(prompt)
+
+        async def occupancy(self) -> Occupancy:
+            return Occupancy(step_seconds=0.2)
+
+    healthy = FakeWorker()
+    with running(config(1, workers=1, heartbeat_s=0.1), iter([Hung(), healthy]).__next__, timing=QUICK) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        began = time.perf_counter()
+        assert next_batch(rollouts, 0).metrics["rollout/workers_lost"] == 1 and time.perf_counter() - began < 5
