@@ -1,7 +1,7 @@
 """Ends the generation of a group that nobody needs any more, whatever its worker is doing for it.
 
-The thread that runs a group is given a flag; every call that it makes of the torch engine, for a part or for a turn,
-ends with `Aborted` once the flag is set. vLLM does not look at it.
+The thread that runs a group is given a flag; every engine call that it makes, for a part or for a turn, ends with
+`Aborted` once the flag is set.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def abortable(flag: threading.Event) -> Iterator[None]:
         _flag.reset(token)
 
 
+def current_flag() -> threading.Event | None:
+    """This thread's flag; None for work that is never aborted."""
+    return _flag.get()
+
+
 def raise_if_aborted() -> None:
-    if (flag := _flag.get()) is not None and flag.is_set():
+    if (flag := current_flag()) is not None and flag.is_set():
         raise Aborted

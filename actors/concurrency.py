@@ -6,7 +6,7 @@ group sooner. An engine with cache to spare can batch more. The limit follows wh
 
 from __future__ import annotations
 
-from tora.types import Occupancy
+from tora.protocols import Occupancy
 
 _HIGH, _LOW = 0.95, 0.80
 """Shares of the KV cache: the limit falls above the first and may rise below the second."""

@@ -14,7 +14,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.worker import RolloutWorker
 from tora.errors import WorkerLost, portable_errors
-from tora.types import GroupResult, LogprobRequest, Occupancy, PolicySnapshot, Prompt, SnapshotRef, SyncReport
+from tora.protocols import Occupancy
+from tora.types import GroupResult, LogprobRequest, PolicySnapshot, Prompt, SnapshotRef, SyncReport
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 20

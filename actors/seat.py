@@ -22,7 +22,8 @@ from actors.buffer import Slot
 from actors.concurrency import next_limit
 from tora.config.schema import RolloutConfig
 from tora.errors import ConfigError, SyncError, WorkerLost
-from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SyncReport
+from tora.protocols import Occupancy
+from tora.types import GroupResult, LogprobRequest, Prompt, SyncReport
 
 T = TypeVar("T")
 
@@ -194,10 +195,11 @@ class Seat:
         while True:
             await asyncio.wait({self._lost}, timeout=self._timing.heartbeat_every_s)
             occupancy = await self._call(lambda worker: worker.occupancy(), self._cfg.heartbeat_s)
-            if (
-                occupancy.step_seconds > self._cfg.heartbeat_s
-            ):  # it answers, from another thread than the one that hangs
-                raise WorkerLost(f"its engine has been in one step for {occupancy.step_seconds:.0f} s")
+            # the worker answers in another thread than the one that hangs
+            if (seconds := occupancy.step_seconds) > (limit_s := self._cfg.heartbeat_s):
+                raise WorkerLost(
+                    f"its engine has been in one step for {seconds:.1f} s (rollout.heartbeat_s={limit_s:g})"
+                )
             before = self.limit
             self.limit = next_limit(before, self._cfg.concurrency, len(self.slots), occupancy)
             if self.limit > before:

@@ -17,7 +17,7 @@ from actors.episode import EpisodePlayer, PlayedGroup
 from actors.finite import check_total, split_by_logprobs
 from tora.adapters.snapshot import engine_digest
 from tora.errors import SyncError
-from tora.protocols import Engine, Rewarder
+from tora.protocols import Engine, Occupancy, Rewarder
 from tora.rewards.notes import Notes, TrainerState
 from tora.tasks.encode import as_messages
 from tora.types import (
@@ -25,7 +25,6 @@ from tora.types import (
     FailedReward,
     GroupResult,
     LogprobRequest,
-    Occupancy,
     PolicySnapshot,
     Prompt,
     Rollout,

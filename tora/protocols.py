@@ -11,6 +11,7 @@ The training loop, in outline:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +22,6 @@ from tora.types import (
     LogprobRequest,
     Metrics,
     MicroBatch,
-    Occupancy,
     PolicySnapshot,
     Prompt,
     RolloutState,
@@ -33,6 +33,19 @@ from tora.types import (
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """How full an engine is."""
+
+    kv_usage: float = 0.0
+    """Share of the KV cache in use, 0 to 1; 0 for an engine whose cache is not bounded."""
+    preemptions: int = 0
+    """How often the requests in flight have been evicted from the cache, to be recomputed later."""
+    step_seconds: float = 0.0
+    """How long the engine's present step has been running; 0 between steps, during the first one, which may compile,
+    and for an engine that does not say."""
 
 
 class Engine(Protocol):

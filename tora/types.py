@@ -358,18 +358,6 @@ class SnapshotRef:
 
 
 @dataclass(frozen=True, slots=True)
-class Occupancy:
-    """How full an engine is."""
-
-    kv_usage: float = 0.0
-    """Share of the KV cache in use, 0 to 1; 0 for an engine whose cache is not bounded."""
-    preemptions: int = 0
-    """How often the requests in flight have been evicted from the cache, to be recomputed later."""
-    step_seconds: float = 0.0
-    """How long the engine's present step has been running; 0 between steps, and for an engine that does not say."""
-
-
-@dataclass(frozen=True, slots=True)
 class SyncReport:
     """An engine's answer to a snapshot."""
 

@@ -30,10 +30,10 @@ from tora.models.attention import CachedAttention, PrefillAttention
 from tora.models.base import Decoder
 from tora.models.vision.inputs import ImageReader
 from tora.models.vision.processor import ImageProcessor
+from tora.protocols import Occupancy
 from tora.types import (
     Completion,
     LogprobRequest,
-    Occupancy,
     PolicySnapshot,
     SampleRequest,
     Sampling,

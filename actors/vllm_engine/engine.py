@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed
 
+from actors.abort import Aborted, current_flag
 from actors.vllm_engine.arguments import engine_args
 from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.images import EngineInputs
@@ -36,7 +37,8 @@ from actors.vllm_engine.requests import (
 from actors.vllm_engine.slot_contents import SlotContents, consensus
 from actors.vllm_engine.weight_updates import WeightUpdate
 from tora.errors import RolloutError, SyncError, described
-from tora.types import Completion, LogprobRequest, Occupancy, PolicySnapshot, SampleRequest, SyncReport
+from tora.protocols import Occupancy
+from tora.types import Completion, LogprobRequest, PolicySnapshot, SampleRequest, SyncReport
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -77,7 +79,7 @@ class VLLMEngine:
         self._failure: BaseException | None = None
         self._closing = False
         self._step_began: float | None = None
-        """By `time.monotonic`; None between steps."""
+        """By `time.monotonic`; None between steps, and during the first one, which may compile kernels."""
         # From here on only the engine's thread touches these.
         self._policies: dict[Slot, LoadedPolicy] = {}
         self._contents: dict[Slot, SlotContents | None] = {}  # the answers to one-call installs
@@ -219,12 +221,14 @@ class VLLMEngine:
             self._vocab_size: int = llm.model_config.get_vocab_size()
             self._inputs = EngineInputs(llm)
             started.set_result(None)
+            has_stepped = False
             while self._wait_for_work():
                 self._run_commands()
+                self._end_aborted()
                 if self._running:
-                    self._step_began = time.monotonic()
+                    self._step_began = time.monotonic() if has_stepped else None
                     outputs = self._step(llm)
-                    self._step_began = None
+                    self._step_began, has_stepped = None, True
                     for output in outputs:
                         self._deliver(output)
             self._fail_all(None)
@@ -298,6 +302,9 @@ class VLLMEngine:
             return
         if not command.prompts:
             command.future.set_result([])
+        if command.is_aborted:
+            command.future.set_exception(Aborted())
+            return
         command.policy = self._newest
         for index, (prompt, params) in enumerate(zip(command.prompts, command.params, strict=True)):
             name = str(next(self._request_ids))
@@ -305,6 +312,18 @@ class VLLMEngine:
             self._llm.add_request(name, prompt, params, lora_request=lora)
             self._running[name] = (command, index)
             self._in_flight[self._newest.slot] += 1
+
+    def _end_aborted(self) -> None:
+        """Take the requests of aborted calls out of vLLM, which frees their part of the cache."""
+        names = [name for name, (command, _) in self._running.items() if command.is_aborted]
+        if names:
+            self._llm.abort_request(names)
+        for name in names:
+            command, _ = self._running.pop(name)
+            assert command.policy is not None
+            self._in_flight[command.policy.slot] -= 1
+            if not command.future.done():
+                command.future.set_exception(Aborted())
 
     def _deliver(self, output: Any) -> None:
         """`output`: a finished request with all its samples; vLLM returns no others here."""
@@ -338,7 +357,13 @@ class _Generate:
     """The newest when the requests began."""
     done: dict[int, Any] = field(default_factory=dict)
     """Answers by index into `prompts`."""
+    flag: threading.Event | None = field(default_factory=current_flag)
+    """The caller's; see `actors.abort`."""
     future: Future[list[Any]] = field(default_factory=Future)
+
+    @property
+    def is_aborted(self) -> bool:
+        return self.flag is not None and self.flag.is_set()
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.vllm_engine import internals
-from tora.types import Occupancy
+from tora.protocols import Occupancy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +22,7 @@ pytest.importorskip("vllm")
 from peft_reference import RANK, TOLERANCE, Reference, Tensors
 from vllm_engines import LONG_PROMPT, PROMPT, request, start_engine, wait_until
 
+from actors.abort import Aborted, abortable
 from actors.vllm_engine.engine import VLLMEngine
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.errors import RolloutError, SyncError
@@ -336,3 +339,45 @@ def test_a_rollout_in_parts_continues_under_the_newest_version(served: Served) -
         assert served.reference.error("lora", 1, asked, first) < TOLERANCE
         continued = request((*LONG_PROMPT, *first.token_ids.tolist()), max_tokens=30)
         assert served.reference.error("dora", 2, continued, rest) < TOLERANCE
+
+
+def test_an_aborted_call_leaves_vllm_and_the_others_go_on(served: Served) -> None:
+    served.install("dora", 1)
+    ((alone, _),) = served.engine.generate([request(seed=5)])
+    flag = threading.Event()
+
+    def endless() -> None:
+        with abortable(flag):
+            served.engine.generate([request(seed=6, max_tokens=200), request(LONG_PROMPT, seed=7, max_tokens=100)])
+
+    with ThreadPoolExecutor(2) as threads, served.gate.shut():
+        aborted = threads.submit(endless)
+        served.gate.wait_for_engine()
+        served.gate.allow(3)
+        other = threads.submit(served.engine.generate, [request(seed=5)])
+        flag.set()
+        served.gate.open()
+        with pytest.raises(Aborted):
+            aborted.result(60)
+        ((beside, _),) = other.result(60)
+        assert beside.token_ids.tolist() == alone.token_ids.tolist()
+    with abortable(flag), pytest.raises(Aborted):
+        served.engine.generate([request()])
+    assert served.engine.occupancy().kv_usage == 0, "its blocks are free"
+    for _ in range(3):  # and so are its slots
+        served.install("lora", 1)
+    served.check("lora", 1, request(seed=9))
+
+
+def test_a_step_that_hangs_has_a_length(served: Served) -> None:
+    served.install("lora", 1)
+    served.engine.generate([request()])
+    assert served.engine.occupancy().step_seconds == 0
+    with ThreadPoolExecutor(1) as threads, served.gate.shut():
+        waiting = threads.submit(served.engine.generate, [request()])
+        served.gate.wait_for_engine()
+        time.sleep(0.3)
+        assert 0.3 <= served.engine.occupancy().step_seconds < 5
+        served.gate.open()
+        waiting.result(30)
+    wait_until(lambda: served.engine.occupancy().step_seconds == 0)

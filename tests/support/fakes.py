@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from tora.protocols import Occupancy
 from tora.types import (
     Group,
     GroupResult,
     LogprobRequest,
-    Occupancy,
     Prompt,
     Rollout,
     SnapshotRef,

@@ -13,7 +13,8 @@ from actors.pool import AsyncRollouts
 from actors.seat import SeatTiming
 from tora.config.schema import EvalConfig, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import RolloutError, WorkerLost
-from tora.types import GroupResult, Occupancy, Prompt, RolloutState, SyncReport, TrainBatch
+from tora.protocols import Occupancy
+from tora.types import GroupResult, Prompt, RolloutState, SyncReport, TrainBatch
 
 QUICK = SeatTiming(heartbeat_every_s=0.01, first_delay_s=0.001, max_delay_s=0.001)
 """Lost workers are detected and replaced at once."""

@@ -11,7 +11,8 @@ from pools import (
 )
 
 from actors.concurrency import next_limit
-from tora.types import GroupResult, Occupancy, Prompt
+from tora.protocols import Occupancy
+from tora.types import GroupResult, Prompt
 
 
 def test_concurrency_follows_the_kv_cache() -> None:

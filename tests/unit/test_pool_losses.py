@@ -26,7 +26,8 @@ from pools import (
 
 from actors.seat import SeatTiming, WorkerHandle
 from tora.errors import RolloutError, SyncError, WorkerLost
-from tora.types import GroupResult, LogprobRequest, Occupancy, Prompt, SyncReport
+from tora.protocols import Occupancy
+from tora.types import GroupResult, LogprobRequest, Prompt, SyncReport
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])

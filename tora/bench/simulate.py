@@ -28,6 +28,7 @@ from actors.pool import AsyncRollouts
 from tora.bench.rows import write_json
 from tora.config.schema import ModelConfig, RolloutConfig, RunConfig, SyncConfig
 from tora.errors import ConfigError
+from tora.protocols import Occupancy
 from tora.reporting.metrics import NoLog
 from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
@@ -37,7 +38,6 @@ from tora.types import (
     GroupResult,
     LogprobRequest,
     MicroBatch,
-    Occupancy,
     PolicySnapshot,
     Prompt,
     Rollout,

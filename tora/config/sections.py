@@ -50,8 +50,8 @@ class RolloutConfig:
     considered hung and is replaced. Must exceed the seconds that the rewards of a group may take: for each of them
     `1 + grpo_samples / reward_processes` times `reward_timeout_s`."""
     heartbeat_s: Annotated[float, Above(0), FREE] = 60.0
-    """Seconds that a worker of an asynchronous run may take to answer a heartbeat, and vLLM for one of its steps. A
-    slower worker is considered hung and is replaced."""
+    """Seconds that a worker of an asynchronous run may take to answer a heartbeat, and vLLM for one step, apart from
+    its first. A slower worker is considered hung and is replaced."""
     start_timeout_s: Annotated[float, Above(0), FREE] = 1800.0
     """Seconds that a worker of an asynchronous run may take to start, from the time the cluster has room for it."""
     max_restarts: Annotated[int, AtLeast(0), FREE] = 8
