@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import wandb
@@ -14,7 +15,7 @@ from tora.config.load import dump_yaml, load_config
 from tora.config.resuming import check_resumed
 from tora.config.secrets import HIDDEN, redacted
 from tora.errors import ConfigError
-from tora.reporting.metrics import MetricLog
+from tora.reporting.metrics import MetricLog, read_rows
 from tora.run.identity import run_id_in
 
 WANDB = "torchtune.training.metric_logging.WandBLogger"
@@ -174,3 +175,29 @@ def test_a_logger_that_cannot_start_is_one_sentence(
     with pytest.raises(ConfigError, match=words) as caught:
         MetricLog(cfg, tmp_path, run_id="7")
     assert str(caught.value).startswith(f"metric_logger {path} cannot start: ") and "\n" not in str(caught.value)
+
+
+class Away(Keyed):
+    """Its server is away at some steps."""
+
+    rows: ClassVar[list[int]] = []
+
+    def __init__(self) -> None: ...
+
+    def log_dict(self, payload: Any, step: int) -> None:
+        if step in (1, 2):
+            raise ConnectionError("the server is away")
+        self.rows.append(step)
+
+
+def test_a_logger_that_fails_costs_its_rows_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = load_config("quickstart", [f"output_dir={tmp_path}"])
+    cfg.metric_logger = [{"_component_": "test_loggers.Away"}]
+    log = MetricLog(cfg, tmp_path)
+    for step in range(4):
+        log.step(step, {"x": 1.0})
+    log.close()
+    assert importlib.import_module("test_loggers").Away.rows == [0, 3]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    (sentence,) = (message for message in caplog.messages if "metric logger" in message)
+    assert sentence == "the metric logger Away failed and lacks rows from now on: the server is away"

@@ -336,7 +336,7 @@ class RunConfig:
     """Metric loggers in addition to the console and `metrics.jsonl`, such as torchtune's
     `torchtune.training.metric_logging.WandBLogger` and `TensorBoardLogger`. A logger with a `log_dir` parameter writes
     to the run's folder unless the config says otherwise, and one with `run_id` or `run_name` gets the run's. Also
-    `tora.reporting.trackio.TrackioLogger`."""
+    `tora.reporting.mlflow.MLflowLogger` and `tora.reporting.trackio.TrackioLogger`."""
     push_to_hub: Annotated[bool, FREE] = False
     """Upload the trained policy, with a model card, to a repository on the Hugging Face hub, which is made if it does
     not exist. Needs `hf auth login` or `HF_TOKEN`. An upload that fails never ends the run."""
@@ -349,5 +349,5 @@ class RunConfig:
     """With `push_to_hub`: a repository that is made is private."""
     log_completions: Annotated[int, AtLeast(0), FREE] = 10
     """Steps between tables of completions, `completions/step_N.parquet` in `output_dir`: prompt, completion, each
-    reward, advantage and images of every rollout trained on. Weights & Biases, TensorBoard and trackio show the first
-    rows. 0: none."""
+    reward, advantage and images of every rollout trained on. Weights & Biases, TensorBoard, MLflow and trackio show
+    the first rows. 0: none."""

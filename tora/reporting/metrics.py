@@ -9,17 +9,18 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tora.config.schema import RunConfig
+from tora.errors import described
 from tora.reporting.completions import rollout_rows, write_parquet
 from tora.reporting.console import ConsoleLog
 from tora.reporting.evaluation import EvalResult
-from tora.reporting.loggers import build_logger
+from tora.reporting.loggers import Logger, build_logger
 from tora.reporting.strict_json import to_json
 from tora.reporting.tables import log_table
 from tora.types import Group, Metrics, Prompt, Rollout
@@ -64,6 +65,7 @@ class MetricLog:
         self._tables = folder / "completions"
         cut(self.path, first_step)
         self._loggers = [build_logger(component, cfg, folder, run_id) for component in cfg.metric_logger]
+        self._failed: set[str] = set()
         self._file = self.path.open("a")
         self._console = ConsoleLog(console or Console(), cfg.name, first_step, cfg.num_steps)
 
@@ -86,8 +88,7 @@ class MetricLog:
             write_parquet(rows, self._tables / f"step_{step + 1}.parquet")
         except OSError as error:
             self.warning(f"no table of completions of step {step + 1}: {error}")
-        for logger in self._loggers:
-            log_table(logger, rows, step)
+        self._tell(lambda logger: log_table(logger, rows, step))
 
     def warning(self, sentence: str) -> None:
         _log.warning(sentence)
@@ -109,8 +110,18 @@ class MetricLog:
         self._file.write(to_json({"step": step, **metrics, **extra}) + "\n")
         self._file.flush()
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._tell(lambda logger: logger.log_dict(finite, step))
+
+    def _tell(self, say: Callable[[Logger], object]) -> None:
+        """A logger that fails, as when its server is away, costs its row and not the run; the first time is said."""
         for logger in self._loggers:
-            logger.log_dict(finite, step)
+            try:
+                say(logger)
+            except Exception as error:  # each service's client raises errors of its own
+                name = type(logger).__name__
+                if name not in self._failed:
+                    self._failed.add(name)
+                    _log.warning("the metric logger %s failed and lacks rows from now on: %s", name, described(error))
 
 
 def eval_metrics(result: EvalResult) -> Metrics:

@@ -88,6 +88,7 @@ _SCHEDULES = {
 _LOGGERS = {
     "wandb": "torchtune.training.metric_logging.WandBLogger",
     "tensorboard": "torchtune.training.metric_logging.TensorBoardLogger",
+    "mlflow": "tora.reporting.mlflow.MLflowLogger",
     "trackio": "tora.reporting.trackio.TrackioLogger",
 }
 
