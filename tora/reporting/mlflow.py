@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from tora.errors import ConfigError
@@ -26,10 +27,10 @@ class MLflowLogger:
         """`tracking_uri`: null for MLflow's own default and MLFLOW_TRACKING_URI. `tags` are set on the run, which is
         found again by its id when it is resumed. Raises ConfigError without MLflow."""
         try:
-            from mlflow import MlflowClient
+            self._entities: Any = import_module("mlflow.entities")
+            self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=tracking_uri)
         except ImportError as error:
             raise ConfigError("tora.reporting.mlflow.MLflowLogger needs MLflow: pip install mlflow.") from error
-        self._client = MlflowClient(tracking_uri=tracking_uri)
         found = self._client.get_experiment_by_name(experiment)
         place = self._client.create_experiment(experiment) if found is None else found.experiment_id
         earlier = self._client.search_runs([place], f"tags.`{_TAG}` = '{run_id}'", max_results=1)
@@ -44,21 +45,18 @@ class MLflowLogger:
     def log_config(self, config: Any) -> None:
         """All of it as the artifact `config.yaml`; as parameters, which MLflow never changes, the keys that a resumed
         run had not logged before."""
-        from mlflow.entities import Param
         from omegaconf import OmegaConf
 
         self._client.log_text(self._id, OmegaConf.to_yaml(config), "config.yaml")
         known = self._client.get_run(self._id).data.params
         flat = _flat(OmegaConf.to_container(config, resolve=False))
-        new = [Param(key, str(value)[:_LONGEST]) for key, value in flat.items() if key not in known]
+        new = [self._entities.Param(key, str(value)[:_LONGEST]) for key, value in flat.items() if key not in known]
         for first in range(0, len(new), _AT_ONCE):
             self._client.log_batch(self._id, params=new[first : first + _AT_ONCE])
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
-        metrics = [Metric(_name(key), float(value), now, step) for key, value in payload.items()]
+        metrics = [self._entities.Metric(_name(key), float(value), now, step) for key, value in payload.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def log_table(self, rows: Sequence[Row], step: int) -> None:
