@@ -16,6 +16,7 @@ from tora.config.schema import RunConfig
 from tora.errors import ConfigError
 from tora.models.base import Decoder
 from tora.models.generic import GenericDecoder
+from tora.models.length import fix_rotary, longest_sequence
 from tora.models.load import empty_decoder, fill_decoder
 from tora.models.proof import prove
 from tora.models.quantize import check_shards
@@ -52,6 +53,8 @@ def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False)
         raise ConfigError(
             f"model.train_vision={cfg.model.train_vision}, but the model in {cfg.model.path!r} has no vision tower"
         )
+    if isinstance(model, GenericDecoder):
+        fix_rotary(model.hf, longest_sequence(cfg), vllm=cfg.rollout.engine == "vllm")
     if gap := model.gap(full=cfg.model.lora_type == "full", quantize=cfg.model.quantize_base):
         raise ConfigError(gap)
     if cfg.model.lora_type == "full":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from actors.vllm_engine.config import HAS_GAINS, EngineConfig
 from actors.vllm_engine.images import image_args, vision_linears
+from actors.vllm_engine.served_config import config_overrides
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -81,7 +82,7 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
         dtype="float32" if config.dtype == "fp32" else "bfloat16",
         max_model_len=config.max_model_len,  # pyright: ignore[reportArgumentType]  None is vLLM's default
         max_num_seqs=config.max_num_seqs,
-        hf_overrides={"head_dtype": "float32"} if fp32_head else {},
+        hf_overrides={**config_overrides(config.model_path), **({"head_dtype": "float32"} if fp32_head else {})},
         seed=config.seed,
         tensor_parallel_size=config.tensor_parallel,
         # Explicit, because in a placement group vLLM would choose Ray, which needs a bundle for each of its ranks.

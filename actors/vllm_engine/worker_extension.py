@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from actors.vllm_engine import adapter_slots, cpu_lora, dora_layers, gpu_lora, policy_logprobs
+from actors.vllm_engine import adapter_slots, cpu_lora, dora_layers, gpu_lora, model_differences, policy_logprobs
 from actors.vllm_engine.adapter_slots import Staged
 from actors.vllm_engine.full_weights import replace_weights
 from actors.vllm_engine.slot_contents import Refusal, SlotContents
@@ -25,6 +25,7 @@ from tora.types import PolicySnapshot
 dora_layers.install()
 cpu_lora.install()
 gpu_lora.install()
+model_differences.install()
 policy_logprobs.install()
 # vLLM 0.32's bf16 CPU kernels use AMX tiles without requesting them from Linux first, and crash with SIGILL. On a CPU
 # without AMX this only returns False.

@@ -18,6 +18,7 @@ from vllm_layers import PACKED, RANK_MAX, SIZES, adapter, layers, manager, share
 
 from actors.vllm_engine import worker_extension
 from actors.vllm_engine.adapter_slots import stage
+from actors.vllm_engine.model_differences import unpacked_as_stored
 from actors.vllm_engine.streams import HostStreams
 from actors.vllm_engine.worker_extension import SnapshotExtension
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, engine_digest, pack, split_by_module
@@ -229,3 +230,12 @@ def test_a_snapshot_is_staged_on_the_device_alone(name: str) -> None:
 def test_layers_of_the_tests_are_vllms_own() -> None:
     for layer in vllm_layers.layers(torch.float32).values():
         assert type(layer).__mro__[2].__module__.startswith("vllm.lora.layers")
+
+
+def test_a_layer_that_is_stored_whole_takes_one_adapter() -> None:
+    """GLM-4's files have q, k and v apart, and gate and up in one; vLLM lists both as packed."""
+    listed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    stored = {"q_proj", "k_proj", "v_proj", "gate_up_proj", "down_proj"}
+    assert unpacked_as_stored(listed, stored) == {**listed, "gate_up_proj": ["gate_up_proj"]}
+    assert unpacked_as_stored(listed, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}) == listed
+    assert unpacked_as_stored(listed, set()) == listed

@@ -12,9 +12,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 def test_a_row_says_what_holds() -> None:
     lines = table(["qwen3_moe"], with_vllm=False).splitlines()
-    assert lines[0] == "| family | `model.lora_targets` | LoRA | DoRA | NF4 | full | packed | torch | vLLM |"
+    assert lines[0] == "| family | layers with adapters | LoRA | DoRA | NF4 | full | packed | torch | vLLM |"
     *cells, packed, engine, vllm = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells == ["Qwen3-MoE", "`[q_proj, k_proj, v_proj, o_proj]`", "x", "x", "refused", "refused"]
+    assert cells == ["Qwen3-MoE", "`q_proj k_proj v_proj o_proj`", "x", "x", "refused", "refused"]
     assert 0 < float(packed) < 1e-4 and 0 < float(engine) < 1e-4 and vllm == "not run"
 
 

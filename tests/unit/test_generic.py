@@ -24,6 +24,7 @@ from tora.adapters.inject import adapter_layers, from_wire, full_weight_paramete
 from tora.adapters.merge import merge
 from tora.adapters.snapshot import split_by_module, unpack
 from tora.adapters.targets import adapter_shapes
+from tora.config.schema import ALL_LINEAR
 from tora.errors import ConfigError
 from tora.models.attention import AttentionContext
 from tora.models.base import Decoder
@@ -69,19 +70,16 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, family: str) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_equal_those_of_peft(tmp_path: Path, family: str) -> None:
     """Outputs and gradients; PEFT loads what we export."""
-    folder, targets = make_family(tmp_path / "base", family), FAMILIES[family].targets
-    cfg = model_config(folder, "dora_cache", lora_targets=targets if isinstance(targets, str) else list(targets))
-    per_layer = 7 if targets == "all-linear" else 4
-    fused = {"phi3": 4, "phi4-mini": 4, "glm4": 6}.get(family, per_layer)
-    check_against_peft(cfg, folder, tmp_path / "adapter", 2 * fused)
+    folder = make_family(tmp_path / "base", family)
+    cfg = model_config(folder, "dora_cache", lora_targets=ALL_LINEAR)
+    per_layer = {"phi3": 4, "phi4-mini": 4, "glm4": 6, "qwen3_moe": 4}.get(family, 7)
+    check_against_peft(cfg, folder, tmp_path / "adapter", 2 * per_layer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_torch_engine_samples_from_the_learners_policy(tmp_path: Path, family: str) -> None:
     """Prefill and a cache that outgrows the windows, against the packed forward."""
-    targets = FAMILIES[family].targets
-    chosen = targets if isinstance(targets, str) else list(targets)
-    learner = Learner(config(make_family(tmp_path, family), "lora", model={"lora_targets": chosen}))
+    learner = Learner(config(make_family(tmp_path, family), "lora", model={"lora_targets": ALL_LINEAR}))
     shake(learner.model)
     prompts = [tuple(ids.tolist()) for ids in random_sequences(20, 3)]
     groups = engine_of(learner).generate([SampleRequest(p, 2, 7, Sampling(24, temperature=0.8)) for p in prompts])
@@ -234,7 +232,8 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
 def test_a_merged_model_is_the_policy(tmp_path: Path, quantized: bool) -> None:
     """Fused modules, a tied head, and a base that went through NF4."""
     folder = make_family(tmp_path / "base", "phi4-mini")
-    cfg = config(folder, "dora_cache", quantize_base=quantized, model={"lora_targets": "all-linear"})
+    within = {"max_prompt_tokens": 400, "max_generated_tokens": 100}  # of the short frequencies, as below
+    cfg = config(folder, "dora_cache", quantize_base=quantized, model={"lora_targets": ALL_LINEAR}, **within)
     learner = Learner(cfg)
     shake(learner.model)
     adapters = split_by_module(unpack(learner.snapshot()))

@@ -8,7 +8,7 @@ import pytest
 from tiny import make_text_model, make_vl_model
 
 from tora.config.load import load_config
-from tora.launch.engines import longest_sequence
+from tora.models.length import longest_sequence
 
 
 @pytest.mark.parametrize(

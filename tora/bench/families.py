@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from tora.config.schema import ALL_LINEAR
-
 
 @dataclass(frozen=True)
 class TinyFamily:
@@ -20,28 +18,23 @@ class TinyFamily:
     prefix: str
     """transformers' classes are `prefix`Config and `prefix`ForCausalLM."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    """Layers that get an adapter."""
     config_class: str | None = None
     """Where it is not `prefix`Config."""
-
-    @property
-    def lora_targets(self) -> str | list[str]:
-        return self.targets if isinstance(self.targets, str) else list(self.targets)
 
 
 _WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _CAPPED = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 64}
 _LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0 + 0.05 * i for i in range(12)],
-    "long_factor": [2.0 + 0.1 * i for i in range(12)],
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0 + 0.05 * i for i in range(12)],
+        "long_factor": [2.0 + 0.1 * i for i in range(12)],
+        "partial_rotary_factor": 0.75,
+    },
     "original_max_position_embeddings": 512,
-    "factor": 4.0,
-    "partial_rotary_factor": 0.75,
+    "max_position_embeddings": 2048,
 }
 _MULTIPLIERS = {
     "logits_scaling": 4.0,
@@ -57,14 +50,14 @@ FAMILIES: dict[str, TinyFamily] = {
         "Gemma 3, text", "Gemma3", {**_WINDOWS, "query_pre_attn_scalar": 64}, config_class="Gemma3TextConfig"
     ),
     "phi3": TinyFamily("Phi-3", "Phi3", {"tie_word_embeddings": False}),
-    "phi4-mini": TinyFamily("Phi-4-mini", "Phi3", {"rope_parameters": _LONGROPE, "max_position_embeddings": 2048}),
+    "phi4-mini": TinyFamily("Phi-4-mini", "Phi3", _LONGROPE),
     "smollm3": TinyFamily("SmolLM3", "SmolLM3", {"no_rope_layers": [1, 0], "use_sliding_window": False}),
     "olmo2": TinyFamily("OLMo 2", "Olmo2"),
     "granite": TinyFamily("Granite", "Granite", _MULTIPLIERS),
     "glm4": TinyFamily("GLM-4", "Glm4", {"tie_word_embeddings": False}),
     "cohere2": TinyFamily("Cohere 2", "Cohere2", {**_WINDOWS, "logit_scale": 0.25}),
-    "qwen2_moe": TinyFamily("Qwen2-MoE", "Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 64}, _ATTENTION),
-    "qwen3_moe": TinyFamily("Qwen3-MoE", "Qwen3Moe", _EXPERTS, _ATTENTION),
+    "qwen2_moe": TinyFamily("Qwen2-MoE", "Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 64}),
+    "qwen3_moe": TinyFamily("Qwen3-MoE", "Qwen3Moe", _EXPERTS),
 }
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,18 @@ import torch
 from learner.learner import Learner
 from learner.logprobs import token_logprobs
 from tora.adapters.inject import refresh, trained_parameters
+from tora.adapters.targets import target_leaves
 from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
 from tora.bench.families import FAMILIES, write_family
-from tora.config.schema import ModelConfig, RolloutConfig, RunConfig
+from tora.config.schema import ALL_LINEAR, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
 from tora.launch.engines import make_vllm_engine, shared_torch_engine
+from tora.launch.in_process import check_in_process
 from tora.models.attention import PackedAttention
 from tora.models.load import load_decoder
 from tora.protocols import Engine
-from tora.types import Prompt, Rollout, SampleRequest, Sampling, StopReason
+from tora.types import Completion, PolicySnapshot, Prompt, Rollout, SampleRequest, Sampling, StopReason, SyncReport
 
 _PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _BEGIN, _END = "<!-- begin: python -m tora.bench.models --write -->\n", "<!-- end -->\n"
@@ -46,14 +50,13 @@ _PROMPTS = [Prompt(i, tuple(range(20 + i, 44 + 5 * i)), "", {}) for i in range(3
 """Longer than the tiny models' windows."""
 
 
-def make_config(folder: Path, family: str, engine: str, **model: Any) -> RunConfig:
-    targets = FAMILIES[family].lora_targets
+def make_config(folder: Path, engine: str, **model: Any) -> RunConfig:
     return RunConfig(
         name="models",
         output_dir=str(folder / "out"),
         dtype="fp32",
         optimizer={"_component_": "torch.optim.SGD", "lr": 0.1},
-        model=ModelConfig(path=str(folder), implementation="transformers", lora_targets=targets, **model),
+        model=ModelConfig(path=str(folder), implementation="transformers", lora_targets=ALL_LINEAR, **model),
         rollout=RolloutConfig(engine="vllm" if engine == "vllm" else "torch", max_model_len=256, kv_cache_gib=0.05),
         dataset={},
         rewards=[],
@@ -90,7 +93,7 @@ def randomize_adapter(learner: Learner, seed: int) -> None:
     refresh(learner.model)
 
 
-def engine_gap(engine: Engine, learner: Learner, version: int) -> float:
+def engine_gap(engine: Engine | _Elsewhere, learner: Learner, version: int) -> float:
     """Of the log-probs that an engine reports while it samples with a random adapter, against the learner's."""
     randomize_adapter(learner, version)
     learner.version = version
@@ -105,9 +108,9 @@ def engine_gap(engine: Engine, learner: Learner, version: int) -> float:
     return float(np.abs(learner.logprobs(batch, adapter=True) - batch.actor_logprobs_N).max())
 
 
-def torch_gap(folder: Path, family: str, method: str) -> float | str:
+def torch_gap(folder: Path, method: str) -> float | str:
     """`engine_gap` of the torch engine; what refuses the method, if anything does."""
-    cfg = make_config(folder, family, "torch", **_METHODS[method])
+    cfg = make_config(folder, "torch", **_METHODS[method])
     try:
         learner = Learner(cfg, shares_model=True)
     except ConfigError as error:
@@ -115,11 +118,48 @@ def torch_gap(folder: Path, family: str, method: str) -> float | str:
     return engine_gap(shared_torch_engine(cfg, learner), learner, 1)
 
 
-def vllm_gap(folder: Path, family: str) -> float:
+class _Elsewhere:
+    """vLLM in a process of its own: it changes the classes that it takes from transformers, also for the learner."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (cfg,))
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self._pool.submit(_call, method, *args).result()
+
+    def install(self, snapshot: PolicySnapshot) -> SyncReport:
+        return self._call("install", snapshot)
+
+    def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        return self._call("generate", requests)
+
+    def close(self) -> None:
+        self._call("close")
+        self._pool.shutdown()
+
+
+_engine: list[Engine] = []
+"""Of a process that `_Elsewhere` started."""
+
+
+def _start(cfg: RunConfig) -> None:
+    _engine.append(make_vllm_engine(cfg, gpu_share=0.5))
+
+
+def _call(method: str, *args: Any) -> Any:
+    return getattr(_engine[0], method)(*args)
+
+
+def vllm_gap(folder: Path) -> float:
     """The larger `engine_gap` of vLLM with LoRA and with DoRA."""
-    engine = make_vllm_engine(make_config(folder, family, "vllm"), gpu_share=0.5)
+    cfg = make_config(folder, "vllm", **_METHODS["DoRA"])
     try:
-        learners = [Learner(make_config(folder, family, "vllm", **_METHODS[m])) for m in ("LoRA", "DoRA")]
+        check_in_process(cfg)
+        engine = make_vllm_engine(cfg, gpu_share=0.5)
+    except ConfigError:
+        engine = _Elsewhere(cfg)
+    try:
+        learners = [Learner(make_config(folder, "vllm", **_METHODS[m])) for m in ("LoRA", "DoRA")]
         return max(engine_gap(engine, learner, version) for version, learner in enumerate(learners))
     finally:
         engine.close()
@@ -128,19 +168,18 @@ def vllm_gap(folder: Path, family: str) -> float:
 def row(name: str, *, with_vllm: bool, folder: Path) -> list[str]:
     """One family's cells."""
     write_family(folder, name)
-    gaps = {method: torch_gap(folder, name, method) for method in _METHODS}
+    gaps = {method: torch_gap(folder, method) for method in _METHODS}
     numbers = [gap for gap in gaps.values() if isinstance(gap, float)]
     methods = ["refused" if isinstance(gap, str) else "x" if gap < 1e-4 else f"{gap:.0e}" for gap in gaps.values()]
-    targets = FAMILIES[name].targets
-    vllm = f"{vllm_gap(folder, name):.0e}" if with_vllm else "not run"
-    shown = targets if isinstance(targets, str) else f"[{', '.join(targets)}]"
+    vllm = f"{vllm_gap(folder):.0e}" if with_vllm else "not run"
+    layers = f"`{' '.join(target_leaves(make_config(folder, 'torch').model))}`"
     worst = max(numbers, default=math.nan)
-    return [FAMILIES[name].title, f"`{shown}`", *methods, f"{packed_gap(folder):.0e}", f"{worst:.0e}", vllm]
+    return [FAMILIES[name].title, layers, *methods, f"{packed_gap(folder):.0e}", f"{worst:.0e}", vllm]
 
 
 def table(names: Sequence[str], *, with_vllm: bool) -> str:
     """The table in Markdown."""
-    head = ["family", "`model.lora_targets`", *_METHODS, "packed", "torch", "vLLM"]
+    head = ["family", "layers with adapters", *_METHODS, "packed", "torch", "vLLM"]
     rows = []
     for name in names:
         with tempfile.TemporaryDirectory(prefix="tora-models-") as folder:

@@ -19,7 +19,8 @@ from tora.distributed.process_group import World
 from tora.environments.chat import ChatTemplate
 from tora.environments.template import TurnTemplate
 from tora.errors import ConfigError
-from tora.models.vision.processor import ImageProcessor, has_image_processor
+from tora.models.length import longest_sequence
+from tora.models.vision.processor import ImageProcessor
 from tora.protocols import Engine, Rewarder
 from tora.tasks.prompts import RunPrompts
 from tora.tasks.tokenizer import load_tokenizer
@@ -201,22 +202,6 @@ def with_packing(cfg: RunConfig, *, on_gpu: bool) -> RunConfig:
     each way of packing would need its own."""
     fixed = cfg.share_prefix is None and (on_gpu or cfg.compile)
     return replace(cfg, share_prefix=False) if fixed else cfg
-
-
-def longest_sequence(cfg: RunConfig) -> int | None:
-    """Tokens that vLLM must have room for; None for the model's own limit.
-
-    That limit is often 131,072 tokens and more, for which vLLM wants a KV cache that no small machine has. A model that
-    takes images keeps it nevertheless: vLLM wants room for the largest image.
-    """
-    if cfg.rollout.max_model_len is not None:
-        return cfg.rollout.max_model_len
-    from tora.models.load import read_config
-
-    model = Path(cfg.model.path)
-    longest = cfg.max_prompt_tokens + cfg.max_generated_tokens
-    fits = longest <= read_config(model).get_text_config().max_position_embeddings
-    return longest if fits and not has_image_processor(model) else None
 
 
 def largest_rank(cfg: RunConfig) -> int:
