@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Run one command and return its exit code. `stop`: what listens to this process's signals, if anything does."""
+    if argv is None and stop is None and sys.argv[1:2] == ["run"]:
+        runpy.run_module("tora", run_name="__main__")  # the script of an editable install may be older, and call this
     argv = sys.argv[1:] if argv is None else list(argv)
     shows_traceback = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]

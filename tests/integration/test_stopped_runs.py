@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from processes import tora_run, wait_for
+from processes import tora_run, wait_for, wait_until_it_listens
 from runs import read, steps
 
 from tora.run.manifest import damage
@@ -27,18 +26,6 @@ _SITES = {
 
 def output(folder: Path) -> str:
     return (folder.parent / f"{folder.name}.log").read_text()
-
-
-def wait_until_it_listens(run: subprocess.Popen[bytes]) -> None:
-    """Python itself takes some hundredths of a second before its first line runs."""
-    bit = 1 << (signal.SIGTERM - 1)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{run.pid}/status").read_text(), re.MULTILINE)
-        if caught is not None and int(caught[1], 16) & bit:
-            return
-        time.sleep(0.005)
-    raise AssertionError("it does not listen")
 
 
 def stop(run: subprocess.Popen[bytes], folder: Path, number: signal.Signals, within_s: float) -> float | None:

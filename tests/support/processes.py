@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,18 @@ def uses(process: psutil.Process, folder: str) -> bool:
             return process.status() != psutil.STATUS_ZOMBIE
         return folder in " ".join(process.cmdline()) or os.readlink(f"/proc/{process.pid}/fd/1").startswith(folder)
     return False
+
+
+def wait_until_it_listens(run: subprocess.Popen[Any]) -> None:
+    """Python itself takes some hundredths of a second before its first line runs."""
+    bit = 1 << (signal.SIGTERM - 1)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{run.pid}/status").read_text(), re.MULTILINE)
+        if caught is not None and int(caught[1], 16) & bit:
+            return
+        time.sleep(0.005)
+    raise AssertionError("it does not listen")
 
 
 def wait_for(holds: Callable[[], Any], child: subprocess.Popen[bytes], seconds: float = 240) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import wait_until_it_listens
 
 _LISTEN = "from tora.launch.signals import Stop; stop = Stop(); stop.listen(); "
 _READY = "print('ready', flush=True); "
@@ -60,6 +61,17 @@ def test_a_stop_at_the_last_moment_is_an_exit_code_of_130() -> None:
         assert child.wait(5) == 130
     with program("from tora.launch.signals import Stop; Stop().exit(3)") as child:
         assert child.wait(5) == 3
+
+
+def test_a_script_installed_before_the_program_listened_runs_one_that_does(tmp_path: Path) -> None:
+    words = ["tora", "run", "quickstart", "async_rl=false", f"output_dir={tmp_path}/run"]
+    with program(f"import sys; sys.argv = {words}; from tora.cli import main; sys.exit(main())") as child:
+        wait_until_it_listens(child)
+        time.sleep(0.3)
+        child.send_signal(signal.SIGTERM)
+        assert child.stderr is not None and child.stderr.read() == "\nstopping now\n"
+        assert child.wait(5) == 130
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
