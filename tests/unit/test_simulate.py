@@ -63,3 +63,14 @@ def test_speedup_and_overhead_at_256_workers() -> None:
     assert ratio >= 1.8
     without_sleep = simulate(Scenario(256, 0.0, 0.0, 0.0, num_steps=20), 1)
     assert without_sleep.overhead_ms is not None and without_sleep.overhead_ms < 2
+
+
+@pytest.mark.slow  # three runs that each start processes of environments
+def test_what_tools_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """64 episodes of 5 turns at once, with tools that take 0.2 s."""
+    assert main(["bench", "episodes", "--json", str(tmp_path / "runs.json")]) == 0
+    slow, fast, bare = json.loads((tmp_path / "runs.json").read_text())
+    assert fast["step_seconds"] >= 5 and slow["step_seconds"] <= 1.2 * fast["step_seconds"]
+    assert bare["ms_per_turn"] < 2
+    assert "times as long" in capsys.readouterr().out
+    assert main(["bench", "episodes", "--turns", "1"]) == 2

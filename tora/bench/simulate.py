@@ -15,10 +15,11 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -49,7 +50,7 @@ from tora.types import (
 
 _GROUP, _TOKENS = 8, 64
 """Rollouts per group and tokens per rollout. The loop packs them into real batches."""
-_WARM_UP = 3
+WARM_UP = 3
 """Untimed steps until the pipeline is full."""
 
 
@@ -130,8 +131,13 @@ class SleepingLearner:
         self.ends: list[float] = []
         """End of each step, by `time.perf_counter`."""
 
+    @property
+    def seconds(self) -> float:
+        """Of the steps after the warm-up."""
+        return self.ends[-1] - self.ends[WARM_UP - 1]
+
     def step(self, batch: TrainBatch) -> StepResult:
-        if self._version >= _WARM_UP:
+        if self._version >= WARM_UP:
             for micro in batch.micro_batches:
                 self.staleness.update((self._version - _versions(micro)).tolist())
         time.sleep(self._seconds)
@@ -175,31 +181,9 @@ def _versions(micro: MicroBatch) -> np.ndarray:
 def simulate(scenario: Scenario, max_staleness: int) -> Measured:
     cfg = _config(scenario, max_staleness)
     numbers = count()
-    learner = SleepingLearner(scenario.learn_latency)
-    state = RunState()
-    make_worker = lambda: SleepingWorker(scenario, next(numbers))  # noqa: E731
-    rollouts = AsyncRollouts(cfg, make_worker, _prompt, [], state.rollouts, version=0)
-    try:
-        with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
-            run = Run(
-                cfg=cfg,
-                folder=Path(scratch),
-                learner=learner,
-                make_learner=lambda: learner,
-                rollouts=rollouts,
-                canary=Canary.from_config(cfg, [_prompt(0)]),
-                log=NoLog(),
-                is_alone=True,
-                checkpoints=Checkpoints(Path(scratch), keep=1),
-                state=state,
-                prompt_at=_prompt,
-                stop_requested=lambda: False,
-            )
-            train(run)
-    finally:
-        rollouts.close()
+    learner = timed_run(cfg, lambda: SleepingWorker(scenario, next(numbers)), _prompt, scenario.learn_latency)
     num_groups = cfg.batch_size * scenario.num_steps
-    seconds = learner.ends[-1] - learner.ends[_WARM_UP - 1]
+    seconds = learner.seconds
     idle = scenario.gen_latency + scenario.learn_latency
     total = sum(learner.staleness.values())
     return Measured(
@@ -213,12 +197,40 @@ def simulate(scenario: Scenario, max_staleness: int) -> Measured:
     )
 
 
+def timed_run(
+    cfg: RunConfig, make_worker: Callable[[], Any], prompt_at: Callable[[int], Prompt], learn_latency: float
+) -> SleepingLearner:
+    """A run of `cfg` on workers of one's own, with a learner that sleeps `learn_latency` seconds a step."""
+    learner, state = SleepingLearner(learn_latency), RunState()
+    rollouts = AsyncRollouts(cfg, make_worker, prompt_at, [], state.rollouts, version=0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
+            run = Run(
+                cfg=cfg,
+                folder=Path(scratch),
+                learner=learner,
+                make_learner=lambda: learner,
+                rollouts=rollouts,
+                canary=Canary.from_config(cfg, [_prompt(0)]),
+                log=NoLog(),
+                is_alone=True,
+                checkpoints=Checkpoints(Path(scratch), keep=1),
+                state=state,
+                prompt_at=prompt_at,
+                stop_requested=lambda: False,
+            )
+            train(run)
+    finally:
+        rollouts.close()
+    return learner
+
+
 def _config(scenario: Scenario, max_staleness: int) -> RunConfig:
     return RunConfig(
         name="simulation",
         async_rl=True,
         max_staleness=max_staleness,
-        num_steps=_WARM_UP + scenario.num_steps,
+        num_steps=WARM_UP + scenario.num_steps,
         batch_size=scenario.num_actors,
         grpo_samples=_GROUP,
         max_generated_tokens=_TOKENS,

@@ -10,9 +10,9 @@ def add_parser(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure speed and memory on random weights", allow_abbrev=False)
     bench.add_argument(
         "what",
-        choices=("learner", "rollout", "sync", "table", "async"),
+        choices=("learner", "rollout", "sync", "table", "async", "episodes"),
         help="learner: training steps; rollout, table: training steps and generation; sync: weight syncs into vLLM; "
-        "async: the asynchronous schedule, simulated",
+        "async: the asynchronous schedule, simulated; episodes: turns with tools, simulated",
     )
     bench.add_argument(
         "--config", help="use the model shapes that this config's name gives, such as qwen3/0.6B, or tiny or small"
@@ -59,12 +59,24 @@ def add_parser(commands: Any) -> None:
     )
     simulated.add_argument("--staleness", type=int, default=1, help="max_staleness")
     simulated.add_argument("--steps", type=int, default=20, help="steps to time")
+    episodes = bench.add_argument_group(
+        "episodes", "the real loop, pool, player and environment processes with an engine and a learner that only sleep"
+    )
+    episodes.add_argument("--groups", type=int, default=8, help="groups of 8 episodes played at once")
+    episodes.add_argument("--turns", type=int, default=5, help="turns of an episode")
+    episodes.add_argument("--turn-latency", type=float, default=1.0, metavar="SECONDS", help="time to sample a turn")
+    episodes.add_argument("--tool-latency", type=float, default=0.2, metavar="SECONDS", help="time of a tool's answer")
+    episodes.add_argument(
+        "--train-share", type=float, default=1.0, metavar="SHARE", help="time of a step against sampling"
+    )
     bench.set_defaults(command=command)
 
 
 def command(args: argparse.Namespace) -> int:
     if args.what == "async":
         from tora.bench.simulate import run
+    elif args.what == "episodes":
+        from tora.bench.episodes import run
     else:
         from tora.bench.measure import run
     return run(args)
