@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import random
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer
 from tora.errors import ConfigError
 from tora.tasks.chain_sum import PREFIX, chain_sum, is_held_out
 from tora.tasks.dataset import file_dataset, hub_dataset
+from tora.tasks.drawn import DrawnRows
 from tora.tasks.encode import encode_prompt
 from tora.tasks.gsm8k import gsm8k
 from tora.tasks.prompts import PromptStream
@@ -53,15 +56,15 @@ def test_chain_sum_answers_are_right_and_terms_in_range():
 
 
 def test_chain_sum_is_the_same_in_every_process():
-    code = "from tora.tasks.chain_sum import chain_sum; print(chain_sum('test', 3, seed=5))"
+    code = "from tora.tasks.chain_sum import chain_sum; print(list(chain_sum('test', 3, seed=5)))"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, cwd=BASE.parents[2], stdout=-1, text=True
         ).stdout
         for seed in "12"
     }
-    assert outputs == {f"{chain_sum('test', 3, seed=5)}\n"}
-    assert chain_sum("test", 3, seed=5) != chain_sum("test", 3, seed=6)
+    assert outputs == {f"{list(chain_sum('test', 3, seed=5))}\n"}
+    assert list(chain_sum("test", 3, seed=5)) != list(chain_sum("test", 3, seed=6))
 
 
 @pytest.mark.parametrize("wrong", [{"split": "dev"}, {"num_rows": 0}, {"min_terms": 1}, {"min_terms": 6}])
@@ -215,3 +218,17 @@ def test_base_is_small_and_names_no_machine():
     assert sum(file.stat().st_size for file in BASE.iterdir()) < 1 << 20
     for file in BASE.glob("*config.json"):
         assert not re.search(r'"/\w', file.read_text()), file
+
+
+def test_rows_are_drawn_when_they_are_read_and_the_same_in_any_order() -> None:
+    in_order = list(chain_sum("test", 20))
+    rows = chain_sum("test", 20)
+    assert [rows[i] for i in (19, 3, -20, 3)] == [in_order[i] for i in (19, 3, 0, 3)]
+    assert rows[2:5] == in_order[2:5] and rows[30:] == [] and len(rows) == 20
+    assert list(pickle.loads(pickle.dumps(chain_sum("test", 20)))) == in_order
+    for index in (20, -21):
+        with pytest.raises(IndexError):
+            rows[index]
+    drawn: list[int] = []
+    counted = DrawnRows(9, random.Random(0), lambda rng: {"n": drawn.append(1)})
+    assert (len(counted), drawn) == (9, []) and counted[2] and len(drawn) == 3

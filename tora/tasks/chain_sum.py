@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from tora.errors import ConfigError
+from tora.tasks.drawn import DrawnRows, Row
 
 PREFIX = "State the final answer to the following arithmetic problem: "
 _SPLITS = ("train", "test")
@@ -59,7 +61,7 @@ def draw(rng: random.Random, split: str, min_terms: int = 3, max_terms: int = 5)
 
 def chain_sum(
     split: str = "train", num_rows: int = 4096, min_terms: int = 3, max_terms: int = 5, seed: int = 0
-) -> list[dict[str, Any]]:
+) -> Sequence[Row]:
     """Rows `{prompt, answer}`, drawn independently, so short problems may repeat. Score them with `answer_tag`.
 
     Raises ConfigError if the split is unknown, there are no rows, or problems have fewer than two terms.
@@ -73,5 +75,9 @@ def chain_sum(
             f"chain_sum: min_terms={min_terms} and max_terms={max_terms}, expected 2 <= min_terms <= max_terms"
         )
     rng = random.Random(f"chain_sum/{split}/{seed}")
-    problems = (draw(rng, split, min_terms, max_terms) for _ in range(num_rows))
-    return [{"prompt": p.question, "answer": str(p.answer)} for p in problems]
+    return DrawnRows(num_rows, rng, partial(_row, split=split, min_terms=min_terms, max_terms=max_terms))
+
+
+def _row(rng: random.Random, split: str, min_terms: int, max_terms: int) -> Row:
+    problem = draw(rng, split, min_terms, max_terms)
+    return {"prompt": problem.question, "answer": str(problem.answer)}
