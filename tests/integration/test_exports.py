@@ -4,6 +4,7 @@ those of the policy; folders, tables and refusals."""
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"lora": ["lora"], "qdora": ["dora_cache", "model.quantize_base=true"], "full": ["full"]}
     for name, (lora_type, *more) in kinds.items():
-        more += ["eval.keep_best=true", "eval.samples=2", "num_steps=3"]
+        more += ["eval.keep_best=true", "eval.samples=2", "eval.num_prompts=4", "num_steps=3"]
         train("quickstart", folder / name, *HERE, f"model.lora_type={lora_type}", *more)
     return {name: folder / name for name in kinds}
+
+
+@pytest.fixture(scope="module")
+def merged(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The last policies of the runs with an adapter, merged in float32."""
+    folder = tmp_path_factory.mktemp("merged")
+    for name in ("lora", "qdora"):
+        assert main(["export", str(runs[name]), "--merge", "--dtype", "fp32", "--to", str(folder / name)]) == 0
+    return {name: folder / name for name in ("lora", "qdora")}
 
 
 @torch.no_grad()
 def their_logits(model: Any) -> torch.Tensor:
     return torch.cat([model(s[None]).logits[0] for s in random_sequences(9, 21)]).float()
+
+
+@cache
+def logits_of(run: Path, checkpoint: str | None = None) -> torch.Tensor:
+    return policy_logits(find(str(run), checkpoint=checkpoint))
 
 
 @torch.no_grad()
@@ -66,41 +81,37 @@ def test_a_checkpoint_is_exported_as_an_adapter(runs: dict[str, Path], tmp_path:
     assert main(["export", str(runs["lora"]), *chosen, "--to", str(tmp_path / "out")]) == 0
     base = AutoModelForCausalLM.from_pretrained(load_config("quickstart").model.path, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
-    expected = policy_logits(find(str(runs["lora"]), checkpoint=checkpoint))
+    expected = logits_of(runs["lora"], checkpoint)
     torch.testing.assert_close(their_logits(adapted), expected, atol=TOLERANCE, rtol=1e-4)
     with adapted.disable_adapter():
         assert (their_logits(adapted) - expected).abs().max() > 10 * TOLERANCE, "the adapter has a visible effect"
 
 
 def test_checkpoints_differ(runs: dict[str, Path]) -> None:
-    two, three = (policy_logits(find(str(runs["lora"]), checkpoint=step)) for step in ("2", "3"))
+    two, three = (logits_of(runs["lora"], step) for step in ("2", "3"))
     assert (two - three).abs().max() > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["lora", "qdora"])
-def test_a_merged_model_is_the_policy(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_merged_model_is_the_policy(runs: dict[str, Path], merged: dict[str, Path], name: str) -> None:
     """NF4 too: what is merged into are the weights that the policy was trained on."""
-    assert main(["export", str(runs[name]), "--merge", "--dtype", "fp32", "--to", str(tmp_path / "out")]) == 0
-    expected = policy_logits(find(str(runs[name])))
-    torch.testing.assert_close(merged_logits(tmp_path / "out"), expected, atol=TOLERANCE, rtol=1e-4)
-    assert not (tmp_path / "out/adapter_config.json").exists()
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
+    torch.testing.assert_close(merged_logits(merged[name]), logits_of(runs[name]), atol=TOLERANCE, rtol=1e-4)
+    assert not (merged[name] / "adapter_config.json").exists()
+    assert json.loads((merged[name] / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_merging_keeps_the_dtype_of_the_base_and_reports_the_rounding(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], merged: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(runs["lora"]), "--merge", "--to", str(tmp_path / "out")]) == 0
     base = load_file(Path(load_config("quickstart").model.path) / "model.safetensors")
-    merged, exact = load_file(tmp_path / "out/model.safetensors"), {}
-    assert {n: t.dtype for n, t in merged.items()} == {n: t.dtype for n, t in base.items()}
-    assert main(["export", str(runs["lora"]), "--merge", "--dtype", "fp32", "--to", str(tmp_path / "fp32")]) == 0
-    exact = load_file(tmp_path / "fp32/model.safetensors")
+    rounded, exact = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", merged["lora"]))
+    assert {n: t.dtype for n, t in rounded.items()} == {n: t.dtype for n, t in base.items()}
     touched = [name for name in base if name.endswith("_proj.weight")]
-    rounding = sum((merged[n].float() - exact[n]).double().square().sum().item() for n in touched) ** 0.5
+    rounding = sum((rounded[n].float() - exact[n]).double().square().sum().item() for n in touched) ** 0.5
     update = sum((exact[n] - base[n].float()).double().square().sum().item() for n in touched) ** 0.5
     assert f"{rounding / update:.2%} of the adapter's own update" in capsys.readouterr().out
-    assert all(torch.equal(merged[n], base[n]) for n in base if n not in touched)
+    assert all(torch.equal(rounded[n], base[n]) for n in base if n not in touched)
 
 
 def test_a_run_of_all_weights_is_exported_whole(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -229,13 +240,16 @@ def test_an_evaluation_writes_tables_that_filter_a_dataset(
 
 
 def test_an_adapter_a_merged_model_and_its_run_score_the_same(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path],
+    merged: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(runs["lora"]), "--merge", "--dtype", "fp32", "--to", "merged"]) == 0
     assert main(["export", str(runs["lora"]), "--to", "adapter"]) == 0
-    scores = []
-    for words in ([str(runs["lora"])], ["merged", "--config", "quickstart"], ["adapter", "--config", "quickstart"]):
+    scores, config = [], ["--config", "quickstart"]
+    for words in ([str(runs["lora"])], [str(merged["lora"]), *config], ["adapter", *config]):
         capsys.readouterr()
         assert main(["eval", *words, "--greedy", "--engine", "torch", "--num-prompts", "40", "--json"]) == 0
         scores.append(json.loads(capsys.readouterr().out)["reward"])
