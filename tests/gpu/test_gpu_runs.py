@@ -30,5 +30,5 @@ def test_three_steps(tmp_path: Path, config: str, overrides: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     rows = steps(read(tmp_path / "run"))
     assert len(rows) == 3
-    bound = 1e-3 if "dtype=bf16" in overrides else 1e-6
+    bound = 5e-3 if "dtype=bf16" in overrides else 1e-6
     assert all(row["mismatch_kl"] < bound for row in rows)

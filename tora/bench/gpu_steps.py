@@ -63,7 +63,7 @@ def steps(folder: Path, *, model: str, big_model: str | None) -> list[Step]:
         Step("doctor", (*TORA, "doctor"), 10, "the installation has no fault"),
         Step(
             "tests",
-            (sys.executable, "-m", "pytest", "-n0", "-m", "gpu", str(Path("tests", "gpu"))),
+            (sys.executable, "-m", "pytest", "-m", "gpu", str(Path("tests", "gpu"))),
             40,
             "each finding's own proof",
         ),
@@ -113,9 +113,9 @@ def steps(folder: Path, *, model: str, big_model: str | None) -> list[Step]:
             "training steps of Qwen3-8B on random weights",
             figures.learner,
             {
-                "lora, tok/s": Expected(9e3, 11e3, kind="learner", alarm_below=1e3, meaning="attention is not packed"),
+                "lora, tok/s": Expected(9e3, 13e3, kind="learner", alarm_below=1e3, meaning="attention is not packed"),
                 "lora compiled, tok/s": Expected(12e3, 14e3, kind="learner", alarm_below=1e3),
-                "dora_cache / lora": Expected(1.1, 1.25, alarm_above=2, meaning="the row norm is computed each step"),
+                "dora_cache / lora": Expected(1.1, 1.5, alarm_above=2, meaning="the row norm is computed each step"),
                 "qlora / lora": Expected(1.15, 1.3, alarm_above=3, meaning="NF4 is unpacked by a slow kernel"),
             },
         ),
