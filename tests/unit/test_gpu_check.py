@@ -43,7 +43,7 @@ def test_the_dry_run_prints_every_step_and_runs_nothing(
         for figure in step.expected:
             assert f"   {figure}: " in printed
     assert "driver: 580 to 999; alarm below 580" in printed
-    assert "lora, tok/s: 9000 to 11000 on an H100; alarm below 1000" in printed
+    assert "lora, tok/s: 9000 to 13000 on an H100; alarm below 1000" in printed
     assert not list(tmp_path.iterdir())
     assert main(["--again", "nonsense"]) == 2 and "There is no step nonsense" in capsys.readouterr().out
 

@@ -1,7 +1,7 @@
 """What the steps of `gpu_check` measure, and what is expected of each card.
 
-Ranges are for an H100 SXM. An A100 decodes at 0.6 of it, and learns at 0.35 to 0.4. The ranges of the quick-start with the
-torch engine and of uncompiled learners hold what an H200 measured; the others are estimates.
+Ranges are for an H100 SXM. An A100 decodes at 0.6 of it, and learns at 0.35 to 0.4. Those of the quick-start with the
+torch engine and of learners that are not compiled hold what an H200 measured; the others are estimates.
 """
 
 from __future__ import annotations
