@@ -88,7 +88,7 @@ def measure(system: System, workload: Workload, trl: str, folder: Path) -> Sampl
 
 def _trl(system: System, workload: Workload, python: str, folder: Path) -> list[str]:
     settings = {**asdict(workload), "method": system.method, "folder": str(folder / "trl")}
-    return [python, str(_WORKER), json.dumps(settings)]
+    return [python, "-P", str(_WORKER), json.dumps(settings)]  # -P: `import trl` must not find this file
 
 
 def _tora(system: System, workload: Workload, folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ def main(settings: dict[str, Any]) -> list[float]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     torch.set_num_threads(settings["threads"])
     began = list[float]()
