@@ -62,7 +62,7 @@ class LocalRollouts:
         batch.metrics["rollout/prompts_dropped"] = float(self._cursor.take_dropped())
         return batch
 
-    def publish(self, snapshot: PolicySnapshot) -> Metrics:
+    def publish(self, snapshot: PolicySnapshot, *, generates: bool = True) -> Metrics:
         start = time.perf_counter()
         report = self._worker.forward(snapshot)
         return sync_metrics([report], time.perf_counter() - start)

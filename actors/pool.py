@@ -288,10 +288,10 @@ class AsyncRollouts:
 
     # Snapshots, evaluation, log-probs
 
-    def publish(self, snapshot: Any) -> Metrics:
-        return self._wait_for(self._publish(snapshot), self._stop_requested)
+    def publish(self, snapshot: Any, *, generates: bool = True) -> Metrics:
+        return self._wait_for(self._publish(snapshot, generates), self._stop_requested)
 
-    async def _publish(self, snapshot: Any) -> Metrics:
+    async def _publish(self, snapshot: Any, generates: bool) -> Metrics:
         start = time.perf_counter()
         self._snapshot = snapshot
         if self._started:
@@ -303,9 +303,10 @@ class AsyncRollouts:
             await self._wait_until(lambda: self._stopping.is_set() or all(seat.up for seat in required))
             reports = [seat.report for seat in required if seat.up]
             self._started, self._last_batch = True, time.perf_counter()
-        self._buffer.advance(snapshot.version)
-        self._paused = False
-        self._dispatch()
+        if generates:
+            self._buffer.advance(snapshot.version)
+            self._paused = False
+            self._dispatch()
         return sync_metrics([report for report in reports if report is not None], time.perf_counter() - start)
 
     def evaluate(self) -> list[Group] | None:

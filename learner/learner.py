@@ -30,6 +30,7 @@ from learner.policy import DTYPES, check_policy, empty_policy, fill_policy, load
 from learner.reference import Reference, adapted_reference, base_reference
 from learner.reward_kl import with_reward_kl
 from learner.training_state import load_training_state, save_training_state
+from learner.trial import Trial
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.snapshot import pack
 from tora.config.schema import RunConfig
@@ -59,6 +60,7 @@ class Learner:
         rate = cfg.model.lora_dropout if adapter_layers(self.model) else 0.0
         self._dropout = AdapterDropout(self.model, rate, seed=cfg.seed, world=self.world, device=self.device)
         self._parameters = trained_parameters(self.model)
+        self._trial = Trial(self.model, self._parameters)
         self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
         processor = partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
@@ -254,6 +256,10 @@ class Learner:
     def snapshot(self) -> PolicySnapshot:
         """The current policy version; without tensors if the engine shares this model."""
         return pack(self.version, {}) if self._shares_model else snapshot(self.model, self.version, self._compute)
+
+    def try_out(self, on: bool) -> None:
+        """See `Trial.set`."""
+        self._trial.set(on)
 
     def save(self, folder: Path) -> None:
         """Write the training state into an existing folder; rank 0 writes.

@@ -131,6 +131,9 @@ class LearnerGroup:
         self._get(self._booted)
         return self._get([rank.logprobs.remote(batch, adapter=adapter) for rank in self._ranks])[0]
 
+    def try_out(self, on: bool) -> None:
+        self._call_all("try_out", on)
+
     def snapshot(self) -> SnapshotRef:
         """A reference to an object that this process owns, so it outlives the learner. Workers fetch the bytes."""
         self._get(self._booted)

@@ -129,6 +129,10 @@ class Learner(Protocol):
         false."""
         ...
 
+    def try_out(self, on: bool) -> None:
+        """Add noise to every adapter's B, or take it away again to the bit."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write all training state into `folder`, for `restore`."""
         ...
@@ -149,8 +153,10 @@ class Rollouts(Protocol):
         """The batch for this step. None if a stop was requested before the step's groups were finished."""
         ...
 
-    def publish(self, snapshot: Any) -> Metrics:
-        """Install the snapshot in every worker. Returns the sync's metrics. A requested stop ends the wait."""
+    def publish(self, snapshot: Any, *, generates: bool = True) -> Metrics:
+        """Install the snapshot in every worker. Returns the sync's metrics. A requested stop ends the wait.
+
+        `generates`: whether rollouts may begin under it. Without, before the first snapshot with which they do."""
         ...
 
     def evaluate(self) -> list[Group] | None:

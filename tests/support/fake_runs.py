@@ -50,6 +50,9 @@ class FakeLearner:
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         raise AssertionError("the canary is off")
 
+    def try_out(self, on: bool) -> None:
+        raise AssertionError("the canary is off")
+
     def save(self, folder: Path) -> None:
         (folder / "version").write_text(str(self.version))
         self.saved.append(self.version)
@@ -73,7 +76,7 @@ class FakeRollouts:
         self.cursor += 1
         return TrainBatch(MICRO_BATCHES, 1.0, prompt_ids=(self.cursor,))
 
-    def publish(self, snapshot: Any) -> Metrics:
+    def publish(self, snapshot: Any, *, generates: bool = True) -> Metrics:
         self.events.append(f"publish {snapshot.version}")
         return {"sync/bytes": 8.0}
 

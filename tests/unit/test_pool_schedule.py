@@ -120,3 +120,13 @@ def test_a_stop_ends_the_wait_for_rollouts() -> None:
         assert rollouts.next_batch(0, lambda: True) is None
         assert time.perf_counter() - began < 0.45
         assert rollouts.state().pending == [0, 1, 2, 3, 4, 5], "prompts in flight are generated again"
+
+
+def test_nothing_is_generated_under_a_snapshot_that_is_only_tried() -> None:
+    workers = [FakeWorker(lambda: 0.001) for _ in range(2)]
+    with running(config(1), iter(workers).__next__) as rollouts:
+        rollouts.publish(make_snapshot(0), generates=False)
+        time.sleep(0.05)
+        assert all(worker.version == 0 and not worker.prompt_ids for worker in workers)
+        rollouts.publish(make_snapshot(0))
+        assert next_batch(rollouts, 0).prompt_ids

@@ -26,6 +26,7 @@ from tora.launch.on_ray import on_ray
 from tora.launch.ray_cluster import is_submitted_job, output_folder
 from tora.launch.signals import Stop
 from tora.models.hub import fetched, named
+from tora.models.load import implementation_of, read_config
 from tora.reporting.hub import HubRepo
 from tora.reporting.metrics import MetricLog, NoLog
 from tora.reporting.summary import print_summary, reward_curve
@@ -119,6 +120,7 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
                     is_alone=world.size == 1,
                     stop_requested=lambda: world.any(stop.requested),
                     let_save=stop.let_save,
+                    tries_adapter=_is_untested(cfg) and state.step == 0,
                     eval_sets=prompts.eval_sets,
                     uploads=uploads,
                 )
@@ -131,6 +133,12 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
     if outcome.end == "idle":
         raise TrainingError(outcome.reason)
     return not stopped
+
+
+def _is_untested(cfg: RunConfig) -> bool:
+    """Whether transformers' code runs the model, with an adapter that a canary can check."""
+    has_adapter = cfg.model.lora_type != "full" and cfg.sync.canary_every > 0
+    return has_adapter and implementation_of(read_config(Path(cfg.model.path)), cfg.model.implementation) != "native"
 
 
 def _close(log: MetricLog | NoLog) -> None:

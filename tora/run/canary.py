@@ -127,6 +127,13 @@ class Canary:
         if not self._every or (version % self._every and not self._is_first):
             return {}
         self._is_first = False
+        return self._compare(learner, rollouts, f"version {version}")
+
+    def try_out(self, learner: LearnerLogprobs, rollouts: EngineLogprobs) -> None:
+        """The check of a random adapter, before the first sync. Raises SyncError as `check` does."""
+        self._compare(learner, rollouts, "with a random adapter")
+
+    def _compare(self, learner: LearnerLogprobs, rollouts: EngineLogprobs, policy: str) -> Metrics:
         ours = self._learner_logprobs(learner)
         engines = self._engine_logprobs(rollouts)
         if not engines:
@@ -134,7 +141,7 @@ class Canary:
         for number, engine in engines.items():
             if clause := find_disagreement(ours, engine, self._max_gap):
                 raise SyncError(
-                    f"rollout worker {number} does not serve policy version {version}: the canary's log-probs "
+                    f"rollout worker {number} does not serve policy {policy}: the canary's log-probs "
                     f"{clause} (sync.canary_max_gap)"
                 )
         return {

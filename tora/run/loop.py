@@ -46,6 +46,7 @@ def train(run: Run) -> Outcome:
     """
     cfg, state = run.cfg, run.state
     start = time.perf_counter() - state.seconds
+    run.try_out()
     sync = run.publish(state.step)
     bytes_per_sync = sync.get("sync/bytes", 0.0)
     before = run.evaluate() if cfg.eval and cfg.eval.at_start else None

@@ -67,6 +67,8 @@ class Run:
     let_save: Callable[[bool], object] = lambda saves: None
     """Called with whether a stop from now on leaves the run time to save. Where there is nothing to save, the process
     ends at once."""
+    tries_adapter: bool = False
+    """Whether a random adapter is served and checked before the first policy."""
     eval_sets: Mapping[str, int] = field(default_factory=dict)
     """The number of prompts of each held-out set, by name."""
 
@@ -90,6 +92,22 @@ class Run:
         """
         metrics = self.rollouts.publish(self.learner.snapshot())
         return {**metrics, **self.canary.check(version, self.learner, self.rollouts)}
+
+    def try_out(self) -> None:
+        """Prove with a random adapter that every engine applies the learner's, where `tries_adapter`. A new adapter
+        changes nothing, so that the first sync alone would prove nothing of it.
+
+        Raises SyncError if an engine does not.
+        """
+        if not self.tries_adapter:
+            return
+        self.learner.try_out(True)
+        try:
+            self.rollouts.publish(self.learner.snapshot(), generates=False)
+            self.canary.try_out(self.learner, self.rollouts)
+        finally:
+            self.learner.try_out(False)
+        self.tries_adapter = False
 
     def evaluate(self) -> EvalResult | None:
         """Score the held-out prompts and log the results; returns that of `eval.dataset`. None without `eval`, or if a
