@@ -7,11 +7,13 @@ import json
 import sqlite3
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import make_group, make_prompt
 from rich.console import Console
+from tiny import picture
 
 from tora.config.load import load_config
 from tora.errors import ConfigError
@@ -36,7 +38,9 @@ def log_twice(folder: Path, **logger: str) -> None:
         cfg.optimizer["lr"] = lr
         log = MetricLog(cfg, folder, step, console=Console(file=io.StringIO()), run_id="20261126-x")
         log.step(step, {"reward/mean": 0.5 + step, "eval/pass@1": 0.25, "loss": float("nan")})
-        log.completions(step, [make_group(make_prompt(0), [1.0, 0.0])], [[1.0, -1.0]])
+        group = make_group(make_prompt(0), [1.0, 0.0])
+        shown = replace(group, prompt=replace(group.prompt, images=(picture(32, 16),)))
+        log.completions(step, [shown], [[1.0, -1.0]])
         log.close()
 
 
@@ -57,7 +61,8 @@ def test_mlflow_has_metrics_parameters_and_tables_of_one_run(folder: Path) -> No
     }
     assert "lr: 0.0001" in Path(files["config.yaml"]).read_text()
     table = json.loads((Path(files["completions"]) / "step_2.json").read_text())
-    assert "advantage" in table["columns"] and len(table["data"]) == 2
+    assert {"advantage", "images"} <= set(table["columns"]) and len(table["data"]) == 2
+    assert list(folder.rglob("artifacts/**/*.png")), "the images are artifacts"
 
 
 def test_trackio_has_metrics_and_a_table_of_one_run(folder: Path) -> None:
@@ -69,7 +74,8 @@ def test_trackio_has_metrics_and_a_table_of_one_run(folder: Path) -> None:
     logged = [(step, json.loads(metrics)) for _, step, metrics in rows]
     assert [(step, m["reward/mean"]) for step, m in logged if "reward/mean" in m] == [(0, 0.5), (1, 1.5)]
     tables = [m["completions"] for _, m in logged if "completions" in m]
-    assert len(tables) == 2 and "advantage" in json.dumps(tables)
+    assert len(tables) == 2 and "advantage" in json.dumps(tables) and "trackio.image" in json.dumps(tables)
+    assert list((folder / "trackio" / "media").rglob("*.png"))
 
 
 @pytest.mark.parametrize(("path", "name"), [(MLFLOW, "mlflow"), (TRACKIO, "trackio")])

@@ -61,7 +61,7 @@ class MLflowLogger:
 
     def log_table(self, rows: Sequence[Row], step: int) -> None:
         """As the artifact `completions/step_N.json`, N from 1, which MLflow shows as a table."""
-        names, cells = table_cells(rows, None)
+        names, cells = table_cells(rows, import_module("mlflow").Image)
         columns = {name: [row[index] for row in cells] for index, name in enumerate(names)}
         self._client.log_table(self._id, columns, f"{TABLE}/step_{step + 1}.json")
 

@@ -42,7 +42,7 @@ class TrackioLogger:
         import pandas
 
         self._start()
-        names, cells = table_cells(rows, None)
+        names, cells = table_cells(rows, self._trackio.Image)
         self._trackio.log({TABLE: self._trackio.Table(dataframe=pandas.DataFrame(cells, columns=names))}, step=step)
 
     def close(self) -> None:
