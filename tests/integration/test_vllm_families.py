@@ -9,12 +9,14 @@ import pytest
 import torch
 from families import FAMILIES, make_family
 from peft import PeftModel
-from runs import steps, train
+from runs import read, steps, train
 from transformers import AutoModelForCausalLM
 
 from tora.bench.models import make_config, vllm_gap
+from tora.config.load import load_config
 from tora.errors import ConfigError
 from tora.launch.in_process import check_in_process
+from tora.launch.launcher import run
 
 SHARED_CODE = ("smollm3", "olmo2")
 """vLLM serves these with transformers' own classes."""
@@ -55,3 +57,29 @@ def test_a_class_that_vllm_would_change_is_refused_beside_the_learner(tmp_path: 
         return
     with pytest.raises(ConfigError, match=r"serves SmolLM3ForCausalLM with transformers' own classes"):
         check_in_process(cfg)
+
+
+RECIPES = {
+    "gemma3": "gemma3/1B_lora_grpo_single_device",
+    "mistral": "mistral/7B_lora_grpo_single_device",
+    "phi4-mini": "phi4/mini_lora_grpo_single_device",
+    "smollm3": "smollm3/3B_lora_grpo_single_device",
+    "qwen3_moe": "qwen3_moe/30B_A3B_lora_grpo_single_device",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RECIPES)
+def test_recipes_run_on_a_tiny_model_of_their_structure(tmp_path: Path, family: str) -> None:
+    """With their own precision, targets and optimizer."""
+    task = ["dataset={_component_: tora.tasks.chain_sum.chain_sum, split: train}", "eval=null"]
+    task += ["rewards=[{_component_: tora.rewards.length, target: 1, limit: 90}]"]
+    size = ["num_steps=2", "batch_size=2", "grpo_samples=4", "max_generated_tokens=24", "rollout.engine=torch"]
+    folder = make_family(tmp_path / "base", family)
+    template = folder / "chat_template.jinja"
+    template.write_text("{%- set thinks = enable_thinking -%}" + template.read_text())  # as SmolLM3's has it
+    cfg = load_config(RECIPES[family], [*task, *size, f"model.path={folder}", f"output_dir={tmp_path}/run"])
+    assert run(cfg)
+    rows = read(tmp_path / "run")
+    assert [row["version"] for row in steps(rows)] == [1, 2]
+    assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-2
