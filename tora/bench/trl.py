@@ -108,7 +108,11 @@ def _tora(system: System, workload: Workload, folder: Path) -> list[str]:
         "model": {"path": workload.model, "lora_type": system.method, "lora_rank": workload.rank},
         "rollout": {"engine": system.engine, "kv_cache_gib": 0.25},
         "loss": {"kl_coeff": workload.kl_coeff},
-        "dataset": {"_component_": "tora.tasks.dataset.file_dataset", "path": str(folder / "prompts.jsonl")},
+        "dataset": {
+            "_component_": "tora.tasks.dataset.file_dataset",
+            "path": str(folder / "prompts.jsonl"),
+            "answer_key": None,
+        },
         "rewards": [{"_component_": "tora.bench.trl.letters"}],
         "checkpoint": {"every": 10**6},
         "eval": None,
