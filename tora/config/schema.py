@@ -289,7 +289,8 @@ class RunConfig:
     agent: str | None = None
     """Dotted path of a program that plays a rollout itself, instead of `environment_factory` and `tools`: a function
     `f(base_url, api_key, **row)` that asks the policy through an OpenAI-compatible endpoint and returns its reward.
-    `environment_timeout_s` is its time. Needs the extra `agents`. See `docs/agents.md`."""
+    `environment_timeout_s` is its time. Needs the extra `agents`. null: the engine answers the prompt, with tools if
+    there are any. See `docs/agents.md`."""
     tool_parser: str = "hermes"
     """The format in which the model calls tools. `hermes` (also Qwen2.5 and Qwen3) is built in; other names are those
     of vLLM's tool parsers, such as `llama3_json` and `mistral`, and need vLLM."""
