@@ -157,6 +157,8 @@ class SleepingLearner:
 
     def export(self, folder: Path) -> None: ...
 
+    def try_out(self, on: bool) -> None: ...
+
 
 def _rollout(reward: float, version: int) -> Rollout:
     return Rollout(
