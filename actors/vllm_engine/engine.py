@@ -300,11 +300,11 @@ class VLLMEngine:
         if self._newest is None:
             command.future.set_exception(RolloutError("the engine was asked to generate before its first snapshot"))
             return
-        if not command.prompts:
-            command.future.set_result([])
         if command.is_aborted:
             command.future.set_exception(Aborted())
             return
+        if not command.prompts:
+            command.future.set_result([])
         command.policy = self._newest
         for index, (prompt, params) in enumerate(zip(command.prompts, command.params, strict=True)):
             name = str(next(self._request_ids))

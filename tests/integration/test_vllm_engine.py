@@ -361,8 +361,9 @@ def test_an_aborted_call_leaves_vllm_and_the_others_go_on(served: Served) -> Non
             aborted.result(60)
         ((beside, _),) = other.result(60)
         assert beside.token_ids.tolist() == alone.token_ids.tolist()
-    with abortable(flag), pytest.raises(Aborted):
-        served.engine.generate([request()])
+    for asked in ([request()], []):
+        with abortable(flag), pytest.raises(Aborted):
+            served.engine.generate(asked)
     assert served.engine.occupancy().kv_usage == 0, "its blocks are free"
     for _ in range(3):  # and so are its slots
         served.install("lora", 1)
