@@ -5,7 +5,7 @@ Shape letters: N response tokens, T packed tokens, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,9 +45,12 @@ from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBat
 class Learner:
     """Implements `tora.protocols.Learner`. Methods are collective: all ranks must call them with the same arguments."""
 
-    def __init__(self, cfg: RunConfig, *, shares_model: bool = False) -> None:
-        """`shares_model`: an engine in this process generates with this very model, so snapshots need no tensors."""
-        self._shares_model = shares_model
+    def __init__(
+        self, cfg: RunConfig, *, shares_model: bool = False, on_micro_batch: Callable[[], object] = lambda: None
+    ) -> None:
+        """`shares_model`: an engine in this process generates with this very model, so snapshots need no tensors.
+        `on_micro_batch` is called before each pass through the model."""
+        self._shares_model, self._on_micro_batch = shares_model, on_micro_batch
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.cfg, self.world, self.version = cfg, World.from_environment(), 0
@@ -97,6 +100,7 @@ class Learner:
 
     def _logprobs(self, model: Decoder, x: Inputs, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [N] float32 each, in nats."""
+        self._on_micro_batch()
 
         def response_logprobs(hidden_1TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             hidden_NH = hidden_1TH[0].index_select(0, x.response_N)

@@ -16,6 +16,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.learner import Learner
+from learner.watchdog import Watchdog, size, stacks_file
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import STORE_KEY
 from tora.errors import LearnerLost, ToraError
@@ -43,7 +44,20 @@ class LearnerRank(Learner):
     def boot(self, cfg: RunConfig, variables: dict[str, str]) -> None:
         """`variables`: the environment that torchrun would set, see `torchrun_variables`."""
         os.environ.update(variables)
-        super().__init__(cfg)
+        self._watchdog = Watchdog(cfg.learner_timeout_s, stacks_file(cfg.output_dir, int(variables["RANK"])))
+        super().__init__(cfg, on_micro_batch=self._watchdog.mark)
+
+    def step(self, batch: TrainBatch) -> StepResult:
+        with self._watchdog.watching():
+            return super().step(batch)
+
+    def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
+        with self._watchdog.watching():
+            return super().logprobs(batch, adapter=adapter)
+
+    def snapshot(self) -> PolicySnapshot:
+        with self._watchdog.watching():
+            return super().snapshot()
 
     def versioned_snapshot(self) -> tuple[PolicySnapshot | None, int]:
         """The snapshot and its version as two Ray objects, so that the driver can read the version without fetching the
@@ -64,6 +78,8 @@ class LearnerGroup:
         Raises ToraError if the cluster has no room for the ranks within two minutes.
         """
         count = cfg.learner_ranks
+        stacks = [stacks_file(cfg.output_dir, rank) for rank in range(count)]
+        self._stacks = {file: size(file) for file in stacks}  # those of an earlier learner stay
         self._placement = placement_group([{"CPU": 1, "GPU": num_gpus, **resources}] * count, strategy="PACK")
         try:
             ray.get(self._placement.ready(), timeout=_PLACEMENT_TIMEOUT_S)
@@ -122,6 +138,9 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)  # pyright: ignore[reportArgumentType]  Ray types handles as another class
         remove_placement_group(self._placement)
+        if hung := [str(file) for file, before in self._stacks.items() if size(file) > before]:
+            how = f"it made no progress for learner_timeout_s; where it was is in {', '.join(hung)}"
+            raise LearnerLost(f"the learner is lost: {how}") from error
         raise LearnerLost("the learner is lost: one of its ranks died") from error
 
     def step(self, batch: TrainBatch) -> StepResult:

@@ -80,6 +80,38 @@ def test_a_killed_learner_rank_resumes_from_the_last_checkpoint(tmp_path: Path) 
     check_nothing_lost(folder, 14)
 
 
+_HANGS_ONCE = """
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from learner.loss import GRPOLoss
+
+HUNG = Path(__file__).parent / "hung"
+
+@dataclass(frozen=True)
+class HangsOnce(GRPOLoss):
+    def __call__(self, x):
+        if (x.versions_N >= 4).any() and not HUNG.exists():
+            HUNG.touch()
+            time.sleep(3600)
+        return super().__call__(x)
+"""
+
+
+def test_a_learner_rank_that_hangs_leaves_its_stacks_and_is_restarted(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "odd_losses.py").write_text(_HANGS_ONCE)
+    words = ["rollout.engine=torch", "learner_ranks=2", "num_steps=8", "checkpoint.every=3", "learner_timeout_s=15"]
+    loss = [f"import_from=[{tmp_path}]", "loss._component_=odd_losses.HangsOnce"]
+    with tora_run(folder, *words, *loss) as run:
+        assert run.wait(300) == 0
+    assert (tmp_path / "hung").exists() and "made no progress for learner_timeout_s" in output(folder)
+    stacks = [file.read_text() for file in (folder / "logs").iterdir()]
+    assert len(stacks) == 2
+    check_history(folder, 8, 4, 1)
+    check_nothing_lost(folder, 8)
+
+
 def test_a_run_out_of_learner_restarts_ends_and_can_be_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torch = ["rollout.engine=torch", "checkpoint.every=2", "max_learner_restarts=0"]

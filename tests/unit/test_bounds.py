@@ -29,7 +29,8 @@ AT_LEAST = {
 ABOVE_0 = (
     "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "
     "sync.canary_max_gap rollout.group_timeout_s rollout.heartbeat_s rollout.start_timeout_s reward_timeout_s "
-    "repetition_penalty eval.top_p eval.repetition_penalty environment_timeout_s environment_memory_gib"
+    "learner_timeout_s repetition_penalty eval.top_p eval.repetition_penalty environment_timeout_s "
+    "environment_memory_gib"
 )
 AT_MOST_1 = "top_p min_p eval.top_p eval.min_p rollout.gpu_memory_utilization max_failed_rewards"
 CASES = [(key, bound - 1, f"at least {bound}") for bound, keys in AT_LEAST.items() for key in keys.split()]
