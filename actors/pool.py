@@ -175,16 +175,17 @@ class AsyncRollouts:
 
     def on_worker_lost(self, seat: Seat, error: BaseException) -> None:
         is_required = not self._started and seat.number < self._cfg.rollout.num_workers
+        reason = f"{error}; {seat.kept_log}" if seat.kept_log else str(error)
         if is_fatal(error) or is_required:  # a worker that cannot start now will not start later either
-            self._fail(error)
+            self._fail(error if is_fatal(error) or not seat.kept_log else RolloutError(reason))
             return
         self._losses += 1
         ids = sorted(slot.prompt.id for slot in seat.slots)
         reruns = f"; its prompts run again: {', '.join(map(str, ids))}" if ids else ""
-        _log.warning("rollout worker %d is lost (%s)%s", seat.number, error, reruns)
+        _log.warning("rollout worker %d is lost (%s)%s", seat.number, reason, reruns)
         if seat.losses_in_a_row > self._cfg.rollout.max_restarts and not self._seats_up():
             lost = f"{seat.losses_in_a_row} rollout workers were lost in a row without finishing a group"
-            self._fail(RolloutError(f"{lost}; the last error: {error}"))
+            self._fail(RolloutError(f"{lost}; the last error: {reason}"))
 
     def _fail(self, error: BaseException) -> None:
         """The learner's thread raises the error from the call it is waiting in, or from its next one."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +15,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.worker import RolloutWorker
+from tora.distributed.ray_logs import keep_log
 from tora.errors import WorkerLost, portable_errors
 from tora.protocols import Occupancy
 from tora.types import GroupResult, LogprobRequest, PolicySnapshot, Prompt, SnapshotRef, SyncReport
@@ -29,8 +32,9 @@ class RolloutActor(RolloutWorker):
     def __init__(self) -> None:
         """Builds nothing; see `build`."""
 
-    def ping(self) -> None:
-        """Returns as soon as the cluster has placed this actor."""
+    def ping(self) -> int:
+        """This process's id, as soon as the cluster has placed this actor."""
+        return os.getpid()
 
     def build(self, arguments: Mapping[str, Any]) -> None:
         with portable_errors():
@@ -54,12 +58,14 @@ class RolloutActor(RolloutWorker):
 
 
 class RayWorker:
-    def __init__(self, arguments: Mapping[str, Any], **options: Any) -> None:
-        """Requests an actor from Ray. `arguments` go to `RolloutWorker`, `options` to the actor.
+    def __init__(self, arguments: Mapping[str, Any], logs: Path, **options: Any) -> None:
+        """Requests an actor from Ray. `arguments` go to `RolloutWorker`, `options` to the actor. `logs`: the folder for
+        what a lost one printed.
 
         The pool restarts lost actors, not Ray: an actor that Ray restarted would serve the base model.
         """
-        self._arguments, self._options, self._tickets = arguments, options, count()
+        self._arguments, self._logs, self._options, self._tickets = arguments, logs, options, count()
+        self._pid: int | None = None
         self._actor = ray.remote(RolloutActor).options(**options).remote()
 
     async def start(self, limit_s: float) -> None:
@@ -70,7 +76,7 @@ class RayWorker:
             needs = {name: self._options.get(name) for name in ("num_cpus", "num_gpus")}
             free = await asyncio.to_thread(ray.available_resources)
             _log.warning("a rollout worker is waiting for room in the cluster: it needs %s; free: %s", needs, free)
-        await placed
+        self._pid = await placed
         try:
             await asyncio.wait_for(_result(self._actor.build.remote(self._arguments)), limit_s)
         except TimeoutError as error:
@@ -106,6 +112,9 @@ class RayWorker:
             pass  # dead or hung: kill it either way
         finally:
             self.kill()
+
+    def keep_log(self) -> str:
+        return "" if self._pid is None else keep_log(self._pid, self._logs / f"rollout_worker_{self._pid}.txt")
 
     def kill(self) -> None:
         ray.kill(self._actor)  # pyright: ignore[reportArgumentType]  Ray's types know handles by another class

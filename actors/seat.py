@@ -64,6 +64,10 @@ class WorkerHandle(Protocol):
 
     async def close(self) -> None: ...
 
+    def keep_log(self) -> str:
+        """Keep what the worker's process printed. A clause that names the file; empty if there is none."""
+        ...
+
     def kill(self) -> None: ...
 
 
@@ -105,6 +109,8 @@ class Seat:
         """Prompt and estimated completion tokens of the groups in flight."""
         self.num_evaluations = 0
         """Evaluations in flight here."""
+        self.kept_log = ""
+        """See `WorkerHandle.keep_log`; of the last worker that was lost."""
         self._failures = 0
         """Losses in a row, without a finished group, before the present worker."""
         self._worker: WorkerHandle | None = None
@@ -234,6 +240,7 @@ class Seat:
     def _discard_worker(self, error: BaseException) -> None:
         self._mark_lost(error)
         if self._worker is not None:
+            self.kept_log = self._worker.keep_log()
             self._worker.kill()
             self._worker = None
 

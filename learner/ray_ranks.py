@@ -19,6 +19,7 @@ from learner.learner import Learner
 from learner.watchdog import Watchdog, size, stacks_file
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import STORE_KEY
+from tora.distributed.ray_logs import keep_log
 from tora.errors import LearnerLost, ToraError
 from tora.types import MicroBatch, PolicySnapshot, SnapshotRef, StepResult, TrainBatch
 
@@ -32,6 +33,9 @@ class LearnerRank(Learner):
 
     def __init__(self) -> None:
         """Builds nothing; see `boot`."""
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def location(self) -> tuple[str, int, list[str]]:
         """This node's address, a free port on it, and the GPUs that Ray assigned to this rank."""
@@ -99,6 +103,8 @@ class LearnerGroup:
             ).remote()
             for index in range(count)
         ]
+        self._pids: list[int] = []  # of the ranks, once they are placed
+        self._pids = self._get([rank.pid.remote() for rank in self._ranks])
         locations = self._get([rank.location.remote() for rank in self._ranks])
         self._booted = [
             rank.boot.remote(cfg, variables)
@@ -141,7 +147,10 @@ class LearnerGroup:
         if hung := [str(file) for file, before in self._stacks.items() if size(file) > before]:
             how = f"it made no progress for learner_timeout_s; where it was is in {', '.join(hung)}"
             raise LearnerLost(f"the learner is lost: {how}") from error
-        raise LearnerLost("the learner is lost: one of its ranks died") from error
+        logs = [stacks.with_name(f"{stacks.stem}_log.txt") for stacks in self._stacks]
+        kept = [keep_log(pid, log) for pid, log in zip(self._pids, logs, strict=False)]
+        how = "; ".join(["one of its ranks died", *filter(None, kept)])
+        raise LearnerLost(f"the learner is lost: {how}") from error
 
     def step(self, batch: TrainBatch) -> StepResult:
         return self._call_all("step", ray.put(batch))[0]

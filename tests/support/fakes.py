@@ -97,5 +97,8 @@ class FakeWorker:
     async def close(self) -> None:
         self.closed = True
 
+    def keep_log(self) -> str:
+        return ""
+
     def kill(self) -> None:
         self.closed = True

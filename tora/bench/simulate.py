@@ -118,6 +118,9 @@ class SleepingWorker:
 
     async def close(self) -> None: ...
 
+    def keep_log(self) -> str:
+        return ""
+
     def kill(self) -> None: ...
 
 

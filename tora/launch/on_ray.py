@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -70,7 +71,7 @@ class OnRay:
             # one thread per group in flight, and one each for evaluation, log-probs, snapshots, heartbeats and aborts
             "max_concurrency": self._cfg.rollout.concurrency + 5,
         }
-        make_worker = partial(RayWorker, arguments, **options)
+        make_worker = partial(RayWorker, arguments, Path(self._cfg.output_dir) / "logs", **options)
         return AsyncRollouts(
             self._cfg,
             make_worker,
