@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Awaitable, Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -58,13 +57,13 @@ class RolloutActor(RolloutWorker):
 
 
 class RayWorker:
-    def __init__(self, arguments: Mapping[str, Any], logs: Path, **options: Any) -> None:
-        """Requests an actor from Ray. `arguments` go to `RolloutWorker`, `options` to the actor. `logs`: the folder for
-        what a lost one printed.
+    def __init__(self, arguments: Mapping[str, Any], output_dir: str, **options: Any) -> None:
+        """Requests an actor from Ray. `arguments` go to `RolloutWorker`, `options` to the actor. `output_dir`: the
+        run's, for what a lost one printed.
 
         The pool restarts lost actors, not Ray: an actor that Ray restarted would serve the base model.
         """
-        self._arguments, self._logs, self._options, self._tickets = arguments, logs, options, count()
+        self._arguments, self._output_dir, self._options, self._tickets = arguments, output_dir, options, count()
         self._pid: int | None = None
         self._actor = ray.remote(RolloutActor).options(**options).remote()
 
@@ -114,7 +113,7 @@ class RayWorker:
             self.kill()
 
     def keep_log(self) -> str:
-        return "" if self._pid is None else keep_log(self._pid, self._logs / f"rollout_worker_{self._pid}.txt")
+        return "" if self._pid is None else keep_log(self._pid, self._output_dir, f"rollout_worker_{self._pid}")
 
     def kill(self) -> None:
         ray.kill(self._actor)  # pyright: ignore[reportArgumentType]  Ray's types know handles by another class

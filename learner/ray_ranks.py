@@ -81,7 +81,7 @@ class LearnerGroup:
 
         Raises ToraError if the cluster has no room for the ranks within two minutes.
         """
-        count = cfg.learner_ranks
+        count, self._output_dir = cfg.learner_ranks, cfg.output_dir
         stacks = [stacks_file(cfg.output_dir, rank) for rank in range(count)]
         self._stacks = {file: size(file) for file in stacks}  # those of an earlier learner stay
         self._placement = placement_group([{"CPU": 1, "GPU": num_gpus, **resources}] * count, strategy="PACK")
@@ -147,8 +147,7 @@ class LearnerGroup:
         if hung := [str(file) for file, before in self._stacks.items() if size(file) > before]:
             how = f"it made no progress for learner_timeout_s; where it was is in {', '.join(hung)}"
             raise LearnerLost(f"the learner is lost: {how}") from error
-        logs = [stacks.with_name(f"{stacks.stem}_log.txt") for stacks in self._stacks]
-        kept = [keep_log(pid, log) for pid, log in zip(self._pids, logs, strict=False)]
+        kept = [keep_log(pid, self._output_dir, f"learner_rank_{rank}_log") for rank, pid in enumerate(self._pids)]
         how = "; ".join(["one of its ranks died", *filter(None, kept)])
         raise LearnerLost(f"the learner is lost: {how}") from error
 

@@ -80,34 +80,41 @@ def test_a_killed_learner_rank_resumes_from_the_last_checkpoint(tmp_path: Path) 
     check_nothing_lost(folder, 14)
 
 
-_HANGS_ONCE = """
-import time
+_ODD_LOSS = """
+import os, time
 from dataclasses import dataclass
 from pathlib import Path
 from learner.loss import GRPOLoss
 
-HUNG = Path(__file__).parent / "hung"
+HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
-class HangsOnce(GRPOLoss):
+class DiesAndHangsOnce(GRPOLoss):
     def __call__(self, x):
-        if (x.versions_N >= 4).any() and not HUNG.exists():
-            HUNG.touch()
+        if (x.versions_N >= 1).any() and not (HERE / "died").exists():
+            (HERE / "died").touch()
+            print("my last words", flush=True)
+            os._exit(7)
+        if (x.versions_N >= 4).any() and not (HERE / "hung").exists():
+            (HERE / "hung").touch()
             time.sleep(3600)
         return super().__call__(x)
 """
 
 
-def test_a_learner_rank_that_hangs_leaves_its_stacks_and_is_restarted(tmp_path: Path) -> None:
+def test_a_learner_rank_that_dies_or_hangs_says_where_and_is_restarted(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    (tmp_path / "odd_losses.py").write_text(_HANGS_ONCE)
+    (tmp_path / "odd_losses.py").write_text(_ODD_LOSS)
     words = ["rollout.engine=torch", "learner_ranks=2", "num_steps=8", "checkpoint.every=3", "learner_timeout_s=15"]
-    loss = [f"import_from=[{tmp_path}]", "loss._component_=odd_losses.HangsOnce"]
+    loss = [f"import_from=[{tmp_path}]", "loss._component_=odd_losses.DiesAndHangsOnce"]
     with tora_run(folder, *words, *loss) as run:
         assert run.wait(300) == 0
-    assert (tmp_path / "hung").exists() and "made no progress for learner_timeout_s" in output(folder)
-    stacks = [file.read_text() for file in (folder / "logs").iterdir()]
-    assert len(stacks) == 2
+    logs = {file.name: file.read_text() for file in (folder / "logs").iterdir()}
+    died, hung = (line for line in output(folder).splitlines() if "the learner is lost" in line)
+    assert "one of its ranks died; what it printed is in" in died and f"{folder}/logs/learner_rank_" in died
+    assert any("my last words" in text for name, text in logs.items() if name.endswith("_log.txt"))
+    assert "made no progress for learner_timeout_s" in hung and f"{folder}/logs/learner_rank_" in hung
+    assert any("odd_losses.py" in logs[f"learner_rank_{rank}.txt"] for rank in range(2))
     check_history(folder, 8, 4, 1)
     check_nothing_lost(folder, 8)
 

@@ -9,23 +9,24 @@ _KEPT_BYTES = 1 << 16
 """The end of each of the two streams."""
 
 
-def keep_log(pid: int, kept: Path) -> str:
-    """Copies what a process of this run's private cluster has printed to the file `kept`.
+def keep_log(pid: int, output_dir: str, name: str) -> str:
+    """Copies what a process of this run's private cluster has printed to `logs/NAME.txt` in the run's folder.
 
-    Returns a clause that names the file. Empty if the process printed nothing, if the file cannot be written, and on a
-    cluster that the run has joined, which keeps its logs itself.
+    Returns a clause that names the file. Empty if the process printed nothing, if the file cannot be written, if the
+    folder is not a run's yet, and on a cluster that the run has joined, which keeps its logs itself.
     """
     import ray._private.worker
 
     node = ray._private.worker._global_node
-    if node is None or "RAY_ADDRESS" in os.environ:
+    is_run = Path(output_dir, "config.yaml").exists()
+    if node is None or "RAY_ADDRESS" in os.environ or not is_run:
         return ""
-    folder = Path(node.get_logs_dir_path())
+    folder, kept = Path(node.get_logs_dir_path()), Path(output_dir) / "logs" / f"{name}.txt"
     try:
         text = "".join(map(_end, sorted(folder.glob(f"worker-*-{pid}.*"))))
         if not text:
             return ""
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.parent.mkdir(exist_ok=True)
         kept.write_text(text)
     except OSError:
         return ""

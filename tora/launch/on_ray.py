@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -71,7 +70,7 @@ class OnRay:
             # one thread per group in flight, and one each for evaluation, log-probs, snapshots, heartbeats and aborts
             "max_concurrency": self._cfg.rollout.concurrency + 5,
         }
-        make_worker = partial(RayWorker, arguments, Path(self._cfg.output_dir) / "logs", **options)
+        make_worker = partial(RayWorker, arguments, self._cfg.output_dir, **options)
         return AsyncRollouts(
             self._cfg,
             make_worker,
