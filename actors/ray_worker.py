@@ -14,6 +14,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.worker import RolloutWorker
+from tora.config.components import import_from
+from tora.config.schema import RunConfig
 from tora.distributed.ray_logs import keep_log
 from tora.errors import WorkerLost, portable_errors
 from tora.protocols import Occupancy
@@ -35,7 +37,9 @@ class RolloutActor(RolloutWorker):
         """This process's id, as soon as the cluster has placed this actor."""
         return os.getpid()
 
-    def build(self, arguments: Mapping[str, Any]) -> None:
+    def build(self, arguments: Mapping[str, Any], folders: Sequence[str]) -> None:
+        """`folders`: to import components from."""
+        import_from(folders)
         with portable_errors():
             super().__init__(**arguments)
 
@@ -57,13 +61,13 @@ class RolloutActor(RolloutWorker):
 
 
 class RayWorker:
-    def __init__(self, arguments: Mapping[str, Any], output_dir: str, **options: Any) -> None:
-        """Requests an actor from Ray. `arguments` go to `RolloutWorker`, `options` to the actor. `output_dir`: the
-        run's, for what a lost one printed.
+    def __init__(self, arguments: Mapping[str, Any], cfg: RunConfig, **options: Any) -> None:
+        """Requests an actor from Ray. `arguments` go to `RolloutWorker`, `options` to the actor.
 
         The pool restarts lost actors, not Ray: an actor that Ray restarted would serve the base model.
         """
-        self._arguments, self._output_dir, self._options, self._tickets = arguments, output_dir, options, count()
+        self._arguments, self._options, self._tickets = arguments, options, count()
+        self._folders, self._output_dir = cfg.import_from or [], cfg.output_dir
         self._pid: int | None = None
         self._actor = ray.remote(RolloutActor).options(**options).remote()
 
@@ -77,7 +81,7 @@ class RayWorker:
             _log.warning("a rollout worker is waiting for room in the cluster: it needs %s; free: %s", needs, free)
         self._pid = await placed
         try:
-            await asyncio.wait_for(_result(self._actor.build.remote(self._arguments)), limit_s)
+            await asyncio.wait_for(_result(self._actor.build.remote(self._arguments, self._folders)), limit_s)
         except TimeoutError as error:
             raise WorkerLost(f"its engine did not start within {limit_s:g} s") from error
 

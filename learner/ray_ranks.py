@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.learner import Learner
 from learner.watchdog import Watchdog, size, stacks_file
+from tora.config.components import import_from
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import STORE_KEY
 from tora.distributed.ray_logs import keep_log
@@ -48,6 +49,7 @@ class LearnerRank(Learner):
     def boot(self, cfg: RunConfig, variables: dict[str, str]) -> None:
         """`variables`: the environment that torchrun would set, see `torchrun_variables`."""
         os.environ.update(variables)
+        import_from(cfg.import_from or ())
         self._watchdog = Watchdog(cfg.learner_timeout_s, stacks_file(cfg.output_dir, int(variables["RANK"])))
         super().__init__(cfg, on_micro_batch=self._watchdog.mark)
 

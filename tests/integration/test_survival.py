@@ -88,6 +88,9 @@ from learner.loss import GRPOLoss
 
 HERE = Path(__file__).parent
 
+def num_letters(completions, **columns):
+    return [float(len(text)) for text in completions]
+
 @dataclass(frozen=True)
 class DiesAndHangsOnce(GRPOLoss):
     def __call__(self, x):
@@ -106,8 +109,9 @@ def test_a_learner_rank_that_dies_or_hangs_says_where_and_is_restarted(tmp_path:
     folder = tmp_path / "run"
     (tmp_path / "odd_losses.py").write_text(_ODD_LOSS)
     words = ["rollout.engine=torch", "learner_ranks=2", "num_steps=8", "checkpoint.every=3", "learner_timeout_s=15"]
-    loss = [f"import_from=[{tmp_path}]", "loss._component_=odd_losses.DiesAndHangsOnce"]
-    with tora_run(folder, *words, *loss) as run:
+    own = [f"import_from=[{tmp_path}]", "loss._component_=odd_losses.DiesAndHangsOnce"]
+    own.append("rewards=[{_component_: odd_losses.num_letters}]")
+    with tora_run(folder, *words, *own) as run:
         assert run.wait(300) == 0
     logs = {file.name: file.read_text() for file in (folder / "logs").iterdir()}
     died, hung = (line for line in output(folder).splitlines() if "the learner is lost" in line)

@@ -70,7 +70,7 @@ class OnRay:
             # one thread per group in flight, and one each for evaluation, log-probs, snapshots, heartbeats and aborts
             "max_concurrency": self._cfg.rollout.concurrency + 5,
         }
-        make_worker = partial(RayWorker, arguments, self._cfg.output_dir, **options)
+        make_worker = partial(RayWorker, arguments, self._cfg, **options)
         return AsyncRollouts(
             self._cfg,
             make_worker,
