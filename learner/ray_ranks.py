@@ -85,7 +85,7 @@ class LearnerGroup:
         """
         count, self._output_dir = cfg.learner_ranks, cfg.output_dir
         stacks = [stacks_file(cfg.output_dir, rank) for rank in range(count)]
-        self._stacks = {file: size(file) for file in stacks}  # those of an earlier learner stay
+        self._stacks = {file: size(file) for file in stacks}  # by an earlier learner, or by the run before
         self._placement = placement_group([{"CPU": 1, "GPU": num_gpus, **resources}] * count, strategy="PACK")
         try:
             ray.get(self._placement.ready(), timeout=_PLACEMENT_TIMEOUT_S)
@@ -146,7 +146,7 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)  # pyright: ignore[reportArgumentType]  Ray types handles as another class
         remove_placement_group(self._placement)
-        if hung := [str(file) for file, before in self._stacks.items() if size(file) > before]:
+        if hung := [str(file) for file, before in self._stacks.items() if size(file) not in (0, before)]:
             how = f"it made no progress for learner_timeout_s; where it was is in {', '.join(hung)}"
             raise LearnerLost(f"the learner is lost: {how}") from error
         kept = [keep_log(pid, self._output_dir, f"learner_rank_{rank}_log") for rank, pid in enumerate(self._pids)]
