@@ -86,7 +86,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from learner.loss import GRPOLoss
 
-HERE = Path(__file__).parent
+HERE, CALLS = Path(__file__).parent, []
 
 def num_letters(completions, **columns):
     return [float(len(text)) for text in completions]
@@ -94,11 +94,12 @@ def num_letters(completions, **columns):
 @dataclass(frozen=True)
 class DiesAndHangsOnce(GRPOLoss):
     def __call__(self, x):
-        if (x.versions_N >= 1).any() and not (HERE / "died").exists():
+        CALLS.append(1)  # one in a step, here
+        if len(CALLS) == 2 and not (HERE / "died").exists():
             (HERE / "died").touch()
             print("my last words", flush=True)
             os._exit(7)
-        if (x.versions_N >= 4).any() and not (HERE / "hung").exists():
+        if len(CALLS) == 5 and not (HERE / "hung").exists():
             (HERE / "hung").touch()
             time.sleep(3600)
         return super().__call__(x)
