@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -143,15 +144,26 @@ class LearnerGroup:
         return ray.get(list(answers))
 
     def _fail(self, error: RayActorError) -> NoReturn:
+        hung = self._hung()
         for rank in self._ranks:
             ray.kill(rank)  # pyright: ignore[reportArgumentType]  Ray types handles as another class
         remove_placement_group(self._placement)
-        if hung := [str(file) for file, before in self._stacks.items() if size(file) not in (0, before)]:
-            how = f"it made no progress for learner_timeout_s; where it was is in {', '.join(hung)}"
+        if hung:
+            how = f"it made no progress for learner_timeout_s; where it was is in {', '.join(map(str, hung))}"
             raise LearnerLost(f"the learner is lost: {how}") from error
         kept = [keep_log(pid, self._output_dir, f"learner_rank_{rank}_log") for rank, pid in enumerate(self._pids)]
         how = "; ".join(["one of its ranks died", *filter(None, kept)])
         raise LearnerLost(f"the learner is lost: {how}") from error
+
+    def _hung(self) -> list[Path]:
+        """The stacks that ranks have written. A rank that waits for one that hangs may be out of time just before it,
+        so the others are given some seconds to write theirs."""
+        deadline = time.monotonic() + _DEATH_NOTICE_S
+        while True:
+            hung = [file for file, before in self._stacks.items() if size(file) not in (0, before)]
+            if len(hung) in (0, len(self._stacks)) or time.monotonic() > deadline:
+                return hung
+            time.sleep(0.1)
 
     def step(self, batch: TrainBatch) -> StepResult:
         return self._call_all("step", ray.put(batch))[0]
