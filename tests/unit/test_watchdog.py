@@ -80,14 +80,14 @@ from learner.ray_ranks import LearnerRank
 def train(seconds, capacity):
     loss = {"_component_": "slow_losses.SlowLoss", "seconds": seconds}
     rank = LearnerRank()
-    rank.boot(config(Path("model"), loss=loss, import_from=["own"], output_dir="run", learner_timeout_s=2.0), VARIABLES)
+    rank.boot(config(Path("model"), loss=loss, import_from=["own"], output_dir="run", learner_timeout_s=6.0), VARIABLES)
     batch = make_batch(make_groups(), capacity=capacity)
     rank.step(batch)
     return len(batch.micro_batches)
 
 VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-print(train(0.8, 60), flush=True)
-train(30.0, 10_000)
+print(train(2.0, 60), flush=True)
+train(60.0, 10_000)
 """
 
 
@@ -99,7 +99,7 @@ def test_a_rank_is_ended_by_a_micro_batch_and_not_by_a_step(tmp_path: Path) -> N
     (tmp_path / "own/slow_losses.py").write_text(_LOSS)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", _RANK], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", _RANK], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 1 and int(done.stdout) * 0.8 > 2, done.stderr
+    assert done.returncode == 1 and int(done.stdout) * 2.0 > 6, done.stderr
     assert "slow_losses.py" in stacks_file(str(tmp_path / "run"), 0).read_text()
