@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from browser import CHROMIUM, Page, browser
 from fakes import make_group, make_prompt
 from tiny import picture
 
@@ -20,7 +21,6 @@ from tora.reporting.charts import line_chart, short, timeline
 from tora.reporting.completions import rollout_rows, write_parquet
 from tora.reporting.page import compare, report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SCRIPT = "<script>alert(1)</script>"
 
 
@@ -66,7 +66,9 @@ class Balanced(HTMLParser):
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag not in ("meta", "img", "line", "circle", "polyline", "rect"):
+        if tag == "wbr":
+            self.text = self.text.removesuffix(" ")
+        elif tag not in ("meta", "img", "line", "circle", "polyline", "rect"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -126,18 +128,71 @@ def test_charts_leave_out_what_is_not_finite() -> None:
     assert [short(v) for v in (0, 0.5, 1e-7, 12345.0)] == ["0", "0.5", "1.0e-07", "12,345"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with browser(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
+
+
+READ = """({
+    inside: document.documentElement.scrollWidth <= innerWidth,
+    width: innerWidth,
+    steps: document.querySelector('dd')?.textContent ?? null,
+    lines: document.querySelectorAll('polyline').length,
+    low: [...document.querySelectorAll('svg text')].every(text => text.getBoundingClientRect().left >= 0),
+    contrast: Math.min(...[...document.querySelectorAll('polyline, .legend i, td, .note, pre, svg text')].map(contrast))
+})"""
+CONTRAST = """
+function light(color) {
+    const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+}
+function contrast(part) {
+    const seen = getComputedStyle(part)
+    const shown = part.tagName == 'polyline' ? seen.stroke : part.tagName == 'text' ? seen.fill
+        : part.tagName == 'I' ? seen.backgroundColor : seen.color
+    const [a, b] = [shown, getComputedStyle(document.body).backgroundColor].map(light).sort((x, y) => y - x)
+    return (a + 0.05) / (b + 0.05)
+}
+"""
+"""WCAG 2.2's contrast ratio: 3 for graphics and large text, 4.5 for text."""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_values_and_nothing_is_wider_than_the_window(tmp_path: Path, width: int) -> None:
-    assert CHROMIUM is not None
-    page = tmp_path / "page.html"
-    probe = "<script>document.title=[document.documentElement.scrollWidth<=innerWidth,document.querySelector('dd')"
-    probe += ".textContent,document.querySelectorAll('polyline').length].join('|')</script></body>"
-    page.write_text(report(make_run(tmp_path / "one")).replace("</body>", probe))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run([CHROMIUM, *options, profile, page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "<title>true|5 of 9|2</title>" in done.stdout
+def test_a_browser_shows_the_values_legibly_and_nothing_is_wider_than_the_screen(
+    tmp_path: Path, page: Page, width: int, dark: bool
+) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", lr=2e-3)
+    pages = {"one": (report(one), "5 of 9", 2), "both": (compare([one, two]), None, 4)}
+    for name, (text, steps, lines) in pages.items():
+        (tmp_path / f"{name}.html").write_text(text)
+        page.open(tmp_path / f"{name}.html", width=width, dark=dark)
+        page.evaluate(CONTRAST + "0")
+        seen = page.evaluate(READ)
+        assert seen["inside"] and seen["low"] and seen["width"] == width, name
+        assert (seen["steps"], seen["lines"]) == (steps, lines), name
+        assert seen["contrast"] > 4, (name, seen)
+
+
+def test_settings_at_their_defaults_are_folded_away_and_alike_completions_shown_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "top_p": 1.0, "min_p": 0.25, "eval": None}))
+    group = make_group(make_prompt(1), [1.0, 1.0, 1.0, 0.0])
+    write_parquet(rollout_rows([group, group], [[0.0] * 4] * 2), run / "completions/step_11.parquet")
+    text = report(run)
+    settings, folded = text[text.index("<h2>Settings") :].split("<details>")
+    assert "min_p" in settings.replace("<wbr>", "") and "top_p" not in settings.replace("<wbr>", "")
+    assert "2 settings at their defaults" in folded and "top_p" in folded.replace("<wbr>", "")
+    assert text.count("<article>") == 2 * len({rollout.text for rollout in group.rollouts})
+
+
+def test_the_axis_of_what_is_never_negative_starts_at_zero() -> None:
+    assert ">0</text>" in line_chart("lr", {"lr": [(0, 1e-5), (1, 1e-3)]})
 
 
 def test_an_episode_is_shown_message_by_message(tmp_path: Path) -> None:

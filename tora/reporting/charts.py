@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 420, 190, 52, 24, 10
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 420, 190, 58, 24, 10
 NUM_COLORS = 6
 
 
@@ -76,7 +76,7 @@ def timeline(steps: Sequence[tuple[float, float, float]]) -> str:
 
 def _padded(low: float, high: float) -> tuple[float, float]:
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return (0.0 if low == 0 else low - room), high + room
+    return (low - room if low < 0 else max(0.0, low - room)), high + room
 
 
 def short(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import yaml
 
+from tora.config.convert import show
+from tora.config.reference import entries
 from tora.errors import ConfigError
 from tora.reporting.charts import line_chart, short, timeline
 from tora.reporting.completions import content_text, read_parquet
 from tora.reporting.metrics import read_rows
 
 Row = dict[str, Any]
+STALENESS = ("staleness/mean", "staleness/max")
 CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Reward", ("reward/mean", "eval/reward"), "training, and held out"),
     ("Accuracy", ("eval/accuracy", "eval/pass@1", "eval/pass@4", "eval/pass@8"), "held out"),
@@ -25,7 +29,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Groups with a signal", ("rollout/signal_share",), "share"),
     ("KL to the reference", ("kl/mean",), "a token"),
     ("Mismatch of engine and learner", ("mismatch_kl", "policy_kl"), "KL, before the update"),
-    ("Staleness", ("staleness/mean", "staleness/max"), "policy versions"),
+    ("Staleness", STALENESS, "policy versions"),
     ("Entropy", ("policy/entropy",), "nats a token"),
     ("Gradient norm", ("learner/grad_norm",), "before clipping"),
     ("Learning rate", ("learner/lr",), ""),
@@ -42,7 +46,9 @@ def report(run: Path) -> str:
     config, rows = read_run(run)
     steps = [row for row in rows if "version" in row]
     memory = sorted({key for row in rows for key in row if "memory" in key})
-    charts = [line_chart(title, _series(rows, keys), note) for title, keys, note in (*CHARTS, ("Memory", memory, ""))]
+    is_stale = any(row.get(key) for row in rows for key in STALENESS)
+    chosen = [chart for chart in (*CHARTS, ("Memory", memory, "")) if is_stale or chart[1] != STALENESS]
+    charts = [line_chart(title, _series(rows, keys), note) for title, keys, note in chosen]
     times = [(row["step"] + 1, row.get("time/rollout_s") or 0.0, row.get("time/learner_s") or 0.0) for row in steps]
     parts = [
         f"<h1>{escape(str(config.get('name', run.name)))}</h1>",
@@ -50,7 +56,7 @@ def report(run: Path) -> str:
         f"<section class='charts'>{''.join(charts)}{timeline(times)}</section>" if rows else "<p>No step yet.</p>",
         _completions(run),
         _failures(steps),
-        f"<h2>Settings</h2>{_table(_flat(config))}",
+        _settings(config),
     ]
     return _page(str(config.get("name", run.name)), parts)
 
@@ -122,11 +128,12 @@ def _last(row: Row, key: str) -> str:
 
 
 def _completions(run: Path) -> str:
-    """The best and the worst rollouts of the newest table."""
+    """The best and the worst rollouts of the newest table, alike ones once."""
     files = sorted((run / "completions").glob("step_*.parquet"), key=lambda file: int(file.stem[5:]))
     if not files:
         return ""
-    rows = sorted(read_parquet(files[-1]), key=lambda row: row["reward"])
+    different = {(row["prompt"], row["completion"], row["reward"]): row for row in read_parquet(files[-1])}
+    rows = sorted(different.values(), key=lambda row: row["reward"])
     worst, best = rows[:_SHOWN], rows[::-1][:_SHOWN]
     step = files[-1].stem[5:]
     return "".join(
@@ -187,18 +194,39 @@ def _failures(steps: Sequence[Row]) -> str:
     return f"<h2>Failures</h2>{_table(rows, ['step', 'what', 'value']) if rows else '<p>None.</p>'}"
 
 
+def _settings(config: Mapping[str, Any]) -> str:
+    """Those that are not the defaults, and folded away the others."""
+    usual = {entry.key: entry.default for entry in entries()}
+    set_here = [(key, value) for key, value in _flat(config) if usual.get(key) != value]
+    left = [(key, value) for key, value in _flat(config) if usual.get(key) == value]
+    folded = (
+        f"<details><summary>{len(left)} settings at their defaults</summary>{_table(left)}</details>" if left else ""
+    )
+    return f"<h2>Settings</h2>{_table(set_here)}{folded}"
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted keys, and values as a config spells them."""
     pairs: list[tuple[str, str]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        pairs += _flat(value, f"{name}.") if isinstance(value, Mapping) and value else [(name, str(value))]
+        pairs += (
+            _flat(value, f"{name}.")
+            if isinstance(value, Mapping) and value
+            else [(name, value if isinstance(value, str) else show(value, longest=200))]
+        )
     return pairs
 
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("key", "value")) -> str:
     heads = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(text: str) -> str:
+    """Breaks in a narrow column come after dots and underscores first."""
+    return f"<td>{re.sub(r'(?<=[._/])(?=[^._/])', '<wbr>', escape(text))}</td>"
 
 
 _STYLE = """
@@ -212,7 +240,7 @@ margin:1.6em 0 .6em}h3{font-size:.95rem;margin:0}.note{color:var(--dim);font-siz
 font-size:.8rem}dd{margin:0;font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr));gap:12px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px;min-width:0}
-figure.wide{grid-column:1/-1}svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font-size:11px}
+figure.wide{grid-column:1/-1}svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font-size:12px}
 .grid{stroke:var(--line)}polyline{fill:none;stroke-width:1.8}.legend{display:flex;flex-wrap:wrap;gap:4px 14px;
 font-size:.8rem;color:var(--dim)}.legend b{color:var(--fg)}.legend i{display:inline-block;width:10px;height:10px;
 border-radius:3px;margin-right:5px}
@@ -220,18 +248,25 @@ article{border:1px solid var(--line);border-radius:8px;padding:10px;margin:8px 0
 pre{white-space:pre-wrap;margin:6px 0 0;font:13px/1.45 ui-monospace,monospace;max-height:320px;overflow:auto}
 .prompt{color:var(--dim)}img{max-width:160px;max-height:160px;margin:6px 6px 0 0;border-radius:4px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;width:100%}th,td{text-align:left;
-padding:3px 8px;border-bottom:1px solid var(--line);vertical-align:top}
+padding:3px 8px;border-bottom:1px solid var(--line);vertical-align:top}td:first-child{min-width:9em}
+summary{cursor:pointer;color:var(--dim);margin:8px 0}
 """
-_COLORS = ("#2563eb", "#c2410c", "#059669", "#9333ea", "#ca8a04", "#0891b2")
+_LIGHT = ("#2563eb", "#c2410c", "#059669", "#9333ea", "#a16207", "#0e7490")
+_DARK = ("#60a5fa", "#fb923c", "#34d399", "#c084fc", "#facc15", "#22d3ee")
 
 
 def _page(title: str, parts: Sequence[str]) -> str:
-    colors = "".join(
-        f".c{i}{{stroke:{color}}}circle.c{i}{{fill:{color}}}.b{i}{{background:{color};fill:{color}}}"
-        for i, color in enumerate(_COLORS)
-    )
+    light, dark = map(_colors, (_LIGHT, _DARK))
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<style>{_STYLE}{colors}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<style>{_STYLE}{light}@media(prefers-color-scheme:dark){{{dark}}}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _colors(colors: Sequence[str]) -> str:
+    """Of the lines, dots and legends of a chart's series, in order."""
+    return "".join(
+        f".c{i}{{stroke:{color}}}circle.c{i}{{fill:{color}}}.b{i}{{background:{color};fill:{color}}}"
+        for i, color in enumerate(colors)
     )
