@@ -23,7 +23,7 @@ from learner.fsdp import mini_batch_slices, sharder, share_micro_batches
 from learner.logprobs import token_logprobs
 from learner.loss import LossInputs
 from learner.loss.kl import kind_of
-from learner.loss.protocol import Loss, build_loss
+from learner.loss.protocol import Loss, build_loss, loss_of
 from learner.mismatch import mismatch
 from learner.optim import OptimizerSettings, advance, build_optimizer, build_schedule
 from learner.policy import DTYPES, check_policy, empty_policy, fill_policy, load_adapter, trains_full_weights
@@ -33,6 +33,7 @@ from learner.training_state import load_training_state, save_training_state
 from learner.trial import Trial
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.snapshot import pack
+from tora.config.calls import call
 from tora.config.schema import RunConfig
 from tora.distributed.device import device_for
 from tora.distributed.process_group import World, gather_objects, join, sum_over_ranks
@@ -184,7 +185,7 @@ class Learner:
             metrics |= {name: float(np.mean([update[name] for update in last_pass])) for name in last_pass[0]}
         metrics["learner/bad_step"] = float(bool(bad))
         metrics["learner/updates"] = float(len(updates) - bool(bad))
-        advance(self._schedule)
+        advance(self.cfg.lr_scheduler, self._schedule)
         self.version += 1
         return StepResult(self.version, metrics, bad)
 
@@ -223,7 +224,7 @@ class Learner:
                 sequence_N=x.sequence_N,
                 num_sequences=len(x.lengths_B),
             )
-            loss, parts = self.loss(loss_inputs)
+            loss, parts = loss_of(self.cfg.loss, self.loss, loss_inputs)
             loss.backward()
             total_loss += loss.detach()
             parts["policy/entropy"] = (loss_inputs.shares_N * entropy_N.detach()).sum()
@@ -235,7 +236,7 @@ class Learner:
         loss_sum, *sums = sum_over_ranks(torch.stack([total_loss, *totals.values()]).double()).tolist()
         bad = not_finite(loss=loss_sum, gradient_norm=grad_norm)  # both are sums over ranks, so all ranks agree
         if not bad:
-            self._optimizer.step()
+            call(self.cfg.optimizer, "optimizer", self._optimizer.step)
             refresh(self.model)
         self._optimizer.zero_grad(set_to_none=True)
         return {**dict(zip(totals, sums, strict=True)), "learner/grad_norm": grad_norm}, before, bad

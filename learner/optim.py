@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tora.config.calls import call
 from tora.config.components import make
 from tora.config.schema import Component, RunConfig
 from tora.errors import ConfigError
@@ -37,7 +39,11 @@ def build_optimizer(component: Component, parameters: Iterable[torch.nn.Paramete
     sharded = next((p for p in trained if isinstance(p, DTensor)), None)
     if sharded is not None:
         _check_sharded(component, sharded)
-    return make(component, "optimizer", trained)
+    optimizer = make(component, "optimizer", trained)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        made = type(optimizer).__name__
+        raise ConfigError(f"optimizer: {component['_component_']} makes a {made}, expected a torch.optim.Optimizer")
+    return optimizer
 
 
 def _check_sharded(component: Component, like: DTensor) -> None:
@@ -56,19 +62,34 @@ def _check_sharded(component: Component, like: DTensor) -> None:
 
 
 def build_schedule(component: Component, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """A schedule to advance once a step. If its constructor takes `num_training_steps`, it receives `num_steps`.
+    """A schedule for `advance`. If its constructor takes `num_training_steps`, it receives `num_steps`.
 
     A schedule that starts at 0, as a warm-up does, runs one step ahead, and one step longer: a step at learning rate 0
     would train nothing. So step k of W warm-up steps has (k + 1) / W of the learning rate.
     """
-    schedule = make(component, "lr_scheduler", optimizer, num_training_steps=num_steps)
+    schedule = _checked(component, make(component, "lr_scheduler", optimizer, num_training_steps=num_steps))
     if any(schedule.get_last_lr()):
         return schedule
     for group in optimizer.param_groups:
         _assign(group, "lr", group["initial_lr"])
     schedule = make(component, "lr_scheduler", optimizer, num_training_steps=num_steps + 1)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no optimizer step came before
-        schedule.step()
+        call(component, "lr_scheduler", schedule.step)
+    return schedule
+
+
+_OF_A_SCHEDULE = ("step", "get_last_lr", "state_dict", "load_state_dict")
+
+
+def _checked(component: Component, schedule: Any) -> Any:
+    """Raises ConfigError if it is no schedule, or one that steps by something else than the number of steps."""
+    name = f"lr_scheduler: {component['_component_']}"
+    if missing := [name for name in _OF_A_SCHEDULE if not hasattr(schedule, name)]:
+        raise ConfigError(f"{name} makes a {type(schedule).__name__}, which lacks {', '.join(missing)}")
+    try:
+        inspect.signature(schedule.step).bind()
+    except TypeError as error:
+        raise ConfigError(f"{name}: its step() is called without arguments, and it has a {error}") from error
     return schedule
 
 
@@ -104,10 +125,8 @@ def restore_settings(
         changed = {name for name in names if before.optimizer.get(name) != now.optimizer.get(name)}
         new_schedule = "lr" in changed or (before.lr_scheduler, before.num_steps) != (now.lr_scheduler, now.num_steps)
     if new_schedule:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch misses the optimizer's steps
-            for _ in range(version):
-                schedule.step()
+        for _ in range(version):
+            advance(now.lr_scheduler, schedule)
     else:
         schedule.load_state_dict({**schedule.state_dict(), **saved_schedule})
     for group, start, saved in zip(optimizer.param_groups, fresh, saved_groups, strict=True):
@@ -129,9 +148,9 @@ def _assign(group: Group, key: str, value: Any) -> None:
         group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
-def advance(schedule: Any) -> None:
-    """One step of the schedule. Without torch's warning that the optimizer has not stepped yet: a run's first step may
-    have nothing to train, or be left out."""
+def advance(component: Component, schedule: Any) -> None:
+    """One step of the component's schedule. Without torch's warning that the optimizer has not stepped yet: a run's
+    first step may have nothing to train, or be left out. Raises ComponentError if it raises."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
-        schedule.step()
+        call(component, "lr_scheduler", schedule.step)

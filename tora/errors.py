@@ -9,6 +9,7 @@ from contextlib import contextmanager
 _NOT_THE_USERS = (
     "/tora/rewards/rewarder.py",
     "/tora/config/components.py",
+    "/tora/config/calls.py",
     "/site-packages/",
     "/lib/python3",
     "<frozen",
@@ -42,6 +43,10 @@ class WorkerLost(RolloutError):
 
 class TrainingError(ToraError, RuntimeError):
     """Training cannot continue: its values are no longer finite."""
+
+
+class ComponentError(ToraError, RuntimeError):
+    """Code that the config names raised in the middle of a run."""
 
 
 class LearnerLost(ToraError, RuntimeError):
@@ -78,6 +83,11 @@ def place_of(error: BaseException) -> str:
         return ""
     line = f": {own[-1].line}" if own[-1].line else ""
     return f" ({own[-1].filename}, line {own[-1].lineno}{line})"
+
+
+def raised(error: BaseException) -> str:
+    """An error of a user's code: its type, the first line of its message, and its place."""
+    return f"{type(error).__name__}: {first_line(error)}{place_of(error)}"
 
 
 def portable(error: BaseException) -> Exception:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, Literal, Protocol
 
 import torch
 
 from learner.loss.inputs import LossInputs
 from learner.loss.kl import KLPlace, KLType
-from tora.config.components import make
+from tora.config.calls import call
+from tora.config.components import is_own, make
 from tora.config.schema import Component
-from tora.errors import ConfigError
+from tora.errors import ComponentError, ConfigError
 
 Proximal = Literal["learner", "actor"]
 ReferenceKind = Literal["initial", "base"]
@@ -68,6 +71,33 @@ class Loss(Protocol):
     def __call__(self, x: LossInputs) -> LossOutput:
         """The loss and metrics of one micro-batch, each additive over micro-batches."""
         ...
+
+
+def loss_of(component: Component, loss: Loss, x: LossInputs) -> LossOutput:
+    """What the component's loss says of a micro-batch; the metrics are a new dict.
+
+    Raises ComponentError if it raises, or returns something else than `Loss` says.
+    """
+    output = call(component, "loss", loss, x)
+    if is_own(component):
+        return output
+    match output:
+        case (torch.Tensor() as value, Mapping() as metrics) if value.ndim == 0 and value.requires_grad:
+            if all(isinstance(m, Real) or (isinstance(m, torch.Tensor) and m.ndim == 0) for m in metrics.values()):
+                return value, {name: torch.as_tensor(metric).detach() for name, metric in metrics.items()}
+    raise ComponentError(
+        f"loss: {component['_component_']} returned {_shown(output)}, expected a tensor of one number that carries a "
+        "gradient, and a dict of numbers"
+    )
+
+
+def _shown(output: Any) -> str:
+    if isinstance(output, torch.Tensor):
+        grad = "" if output.requires_grad else " without a gradient"
+        return f"a tensor of shape {list(output.shape)}{grad}"
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {', '.join(map(_shown, output)) or 'nothing'}"
+    return "None" if output is None else f"a {type(output).__name__}"
 
 
 _MEMBERS = ("kl_coeff", "kl_type", "kl_in", "reference", "proximal", "__call__")

@@ -20,7 +20,7 @@ from typing import Any
 from tora.config.aliases import ours_for
 from tora.config.convert import join, show
 from tora.config.schema import Component
-from tora.errors import ConfigError, ToraError, first_line, nearest, place_of
+from tora.errors import ConfigError, ToraError, first_line, nearest, raised
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OWN = ("tora", "actors", "learner")
@@ -64,8 +64,8 @@ def make(component: Component, key: str, *args: Any, **offered: Any) -> Any:
     except Exception as error:  # a user's code, or a library's with a user's arguments
         own = {name: value for name, value in component.items() if name != "_component_"}
         given = f" from {show(own)}" if own else ""
-        reason = f"{type(error).__name__}: {first_line(error)}{place_of(error)}"
-        raise ConfigError(f"{key}: {component['_component_']} cannot be made{given}: it raised {reason}") from error
+        what = f"{key}: {component['_component_']} cannot be made{given}"
+        raise ConfigError(f"{what}: it raised {raised(error)}") from error
 
 
 _OBJECTS = "python"
@@ -121,6 +121,11 @@ def import_from(folders: Iterable[str]) -> None:
     for folder in (os.getcwd(), *folders):
         if folder not in sys.path:
             sys.path.append(folder)
+
+
+def is_own(component: Component) -> bool:
+    """Whether the component is of our own packages."""
+    return str(component["_component_"]).split(".")[0] in _OWN
 
 
 def check_component(component: Component, key: str) -> None:

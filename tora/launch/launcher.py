@@ -17,7 +17,7 @@ from tora.config.load import read_tree
 from tora.config.resuming import check_resumed
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World
-from tora.errors import ConfigError, TrainingError, described
+from tora.errors import ComponentError, ConfigError, TrainingError, described
 from tora.launch.banner import banner
 from tora.launch.engines import ROLLOUT_BASE, with_engine
 from tora.launch.in_process import in_process
@@ -183,7 +183,7 @@ def _undone_unless_trained(claim: RunFolder | None, state: RunState) -> Iterator
     """A new run that a mistake of its user ends before the first step leaves no folder, and an earlier one in place."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, ComponentError):
         if claim is not None and state.step == 0:
             claim.undo()
         raise

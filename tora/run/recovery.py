@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
-from tora.errors import ConfigError, LearnerLost, RolloutError
+from tora.errors import ComponentError, ConfigError, LearnerLost, RolloutError
 from tora.run.checkpoints import RunState
 from tora.run.loop import Outcome, train
 from tora.run.run import Run
@@ -25,7 +25,8 @@ _log = logging.getLogger(__name__)
 def train_and_export(run: Run) -> Outcome:
     """`train`, then export the policy into `run.result_folder`.
 
-    A run that its rollouts or its data end is saved first. Raises LearnerLost if a learner is lost after
+    A run that its rollouts or its data end is saved first. Raises ComponentError with what it can be continued from if
+    the config's optimizer, schedule or loss raises, and LearnerLost if a learner is lost after
     `max_learner_restarts` restarts from one checkpoint; `run.state` is then that of the newest checkpoint.
     """
     limit, losses, restarted_from = run.cfg.max_learner_restarts, 0, -1
@@ -43,6 +44,10 @@ def train_and_export(run: Run) -> Outcome:
             with suppress(LearnerLost):
                 run.save_after_failure()  # the learner is sound: rollouts, a reward or a row of the data ended the run
             raise
+        except ComponentError as error:
+            folder = run.checkpoints.newest()  # an update half made is not worth saving
+            how = f"resume_from_checkpoint=true continues from {folder.name}" if folder else "no checkpoint yet"
+            raise ComponentError(f"{error} in step {run.state.step + 1}; {how}.") from error
         except LearnerLost as error:
             folder = run.checkpoints.newest()
             run.state.assign(run.checkpoints.read(folder, run.prompt_at) if folder else RunState())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from tora.errors import ConfigError, nearest
+from tora.errors import ConfigError, nearest, raised
 from tora.tasks.keep import Keep, kept_rows
 from tora.tasks.messages import Messages, as_messages, checked
 from tora.tasks.table import Table, load_files, load_hub
@@ -140,6 +140,10 @@ def check_dataset(rows: Any, source: str) -> Dataset:
             f"{source} returns a {type(rows).__name__}, whose rows are not rows[0], rows[1], ...; return a list of "
             "dicts"
         ) from error
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # of a user's dataset
+        raise ConfigError(f"{source}: its row 0 cannot be read: {raised(error)}") from error
     if not isinstance(first, Mapping):
         raise ConfigError(f"{source} returns rows of type {type(first).__name__}, expected dicts with a prompt")
     return rows

@@ -18,7 +18,7 @@ from tora.config.schema import Component, EvalConfig, OverlongPrompts, RunConfig
 from tora.environments.chat import ChatTemplate
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import check_turn_rewards, tool_schemas
-from tora.errors import ConfigError, OverlongPrompt
+from tora.errors import ConfigError, OverlongPrompt, raised
 from tora.models.load import read_config
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.tasks.dataset import Dataset, check_dataset, missing_column
@@ -105,7 +105,12 @@ class PromptStream:
 
     def _make(self, prompt_id: int, index: int) -> Prompt:
         self._overlong.check(index)
-        columns = dict(self._rows[index])
+        try:
+            columns = dict(self._rows[index])
+        except (ConfigError, MemoryError):
+            raise
+        except Exception as error:  # of a user's dataset, or of one that reads files as it goes
+            raise ConfigError(f"dataset row {index} cannot be read: {raised(error)}") from error
         if "prompt" not in columns:
             raise ConfigError(missing_column(f"dataset row {index}", "prompt", "prompt", list(columns)))
         try:
