@@ -69,7 +69,8 @@ class AgentSession:
             seed = derived_seed(self.request.seed, self._index, self.episodes.index(episode), len(context))
             limit = episode.room if max_tokens is None else min(max_tokens, episode.room)
             sampling = replace(self.request.sampling, max_tokens=limit)
-            return Asked(episode, (pieces, replies), SampleRequest(context, 1, seed, sampling))
+            request = SampleRequest(context, 1, seed, sampling, pinned=self.request.pinned)
+            return Asked(episode, (pieces, replies), request)
 
     def _episode_at(self, turn: _Turn | None, context: tuple[int, ...]) -> Episode:
         """The episode that has this context now: the turn's own if nothing has followed it, or a new one."""

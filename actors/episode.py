@@ -98,7 +98,7 @@ class Episode:
         seed = self.request.seed if self.turns == 0 else derived_seed(self.request.seed, self.index, len(self.context))
         sampling = replace(self.request.sampling, max_tokens=self.room)
         images = self.request.images + self.images
-        return SampleRequest(self.context, num_samples, seed, sampling, images)
+        return SampleRequest(self.context, num_samples, seed, sampling, images, self.request.pinned)
 
     def take(self, completion: Completion) -> None:
         """Append a turn as the engine returned it."""

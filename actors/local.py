@@ -67,7 +67,11 @@ class LocalRollouts:
         report = self._worker.forward(snapshot)
         return sync_metrics([report], time.perf_counter() - start)
 
-    def evaluate(self) -> list[Group] | None:
+    def start_evaluation(self, *, pinned: bool) -> None:
+        """Nothing yet: see `evaluated`."""
+        assert not pinned, "one worker in this process either trains or evaluates"
+
+    def evaluated(self, *, wait: bool) -> list[Group] | None:
         """In parts that fill the engines, between which a stop takes effect."""
         groups: list[Group] = []
         at_once = self._world.size * max(_LEAST_AT_ONCE, self._cfg.rollout.concurrency * self._cfg.grpo_samples)

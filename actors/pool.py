@@ -13,15 +13,21 @@
     publish .......> _publish ....> Seat.forward (each seat that is up) ...................> forward
                         |
                         +--> Buffer.advance, which frees slots
-    evaluate ......> _evaluate_share ....> Seat.evaluate ..................................> evaluate
+    evaluated .....> _evaluated ....> Evaluation.is_done
+                                            ^
+                                            | put
+                                       _run_evaluation (one per call) ....> Seat.evaluate ..> evaluate
                      Seat.run_forever (one per seat) ......................................> start, forward, occupancy
 
     A ....> B   A waits for B        A --> B   A unblocks B
 
 Nobody waits for a lost worker: its calls fail at once with `WorkerLost`, and every call has a time limit. The first
 `publish` waits until `num_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns
-when a stop is requested, and `publish`, `evaluate` and `logprobs` with what they have by then. Waiting for groups or
+when a stop is requested, and `publish`, `evaluated` and `logprobs` with what they have by then. Waiting for groups or
 for a seat to come up ends when the run fails.
+
+An evaluation is cut into calls, which take the room that groups leave, but one of each worker at all times. While the
+learner waits for it, its calls go first.
 
 Dispatch gives a slot from the buffer to the seat that is up, has room and has the fewest tokens outstanding. The slots
 of a lost worker go to the next seat with room, before any new slot. A slot ends with one group, put once, so no group
@@ -35,11 +41,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -47,7 +51,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.buffer import Buffer, Slot, spare_slots, split_by_deadline
+from actors.evaluation import Evaluation, Evaluator, prompts_per_call
 from actors.group_filter import SignalFilter, show_printed
+from actors.loop_thread import LoopThread
 from actors.prompt_cursor import PromptCursor
 from actors.rollout_metrics import sync_metrics
 from actors.running_mean import RunningMean
@@ -58,7 +64,6 @@ from tora.errors import RolloutError, WorkerLost, described
 from tora.types import Group, LogprobRequest, Metrics, Prompt, RolloutState, TrainBatch
 
 T = TypeVar("T")
-_STOP_POLL_S = 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -82,6 +87,9 @@ class AsyncRollouts:
         """
         self._cfg, self._make_worker, self._eval_prompts, self._prompt_at = cfg, make_worker, eval_prompts, prompt_at
         self._timing, self._stop_requested = timing or SeatTiming(), stop_requested
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._seats: list[Seat] = []
+        self._evaluator = Evaluator(self._seats, self._spawn, self._on_evaluation_call_ended, self._fail)
         self._reset(state, version)
         self._snapshot: Any = None
         self._published = asyncio.Event()
@@ -93,14 +101,10 @@ class AsyncRollouts:
         self._losses = self._reruns = self._aborted = 0
         self._running: dict[Slot, asyncio.Task[None]] = {}
         self._tokens_per_group = RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._seats: list[Seat] = []
         self._last_batch = time.perf_counter()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("rollouts")
         for _ in range(cfg.rollout.max_workers or cfg.rollout.num_workers):
-            self._run_on_loop(self._add_seat())
+            self._loop.run(self._add_seat())
 
     def _reset(self, state: RolloutState, version: int) -> None:
         """Nothing is dispatched until the next publish."""
@@ -111,18 +115,12 @@ class AsyncRollouts:
         self._filter = SignalFilter(self._cfg)
         self._buffer = Buffer(per_step, bound, version=version, finished=usable, spare=spare_slots(self._cfg))
         self._retries: deque[Slot] = deque()
+        self._evaluator.give_up()
         self._paused = True
-
-    def _run_on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, T], stop_requested: Callable[[], bool]) -> T:
         """The coroutine's result. It learns of a requested stop through `_stopping`."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        while not wait_for_futures([future], timeout=_STOP_POLL_S).done:
-            if stop_requested():
-                self._loop.call_soon_threadsafe(self._stop_waiting)
-        return future.result()
+        return self._loop.wait_for(coroutine, stop_requested, self._stop_waiting)
 
     def _stop_waiting(self) -> None:
         self._stopping.set()
@@ -203,7 +201,14 @@ class AsyncRollouts:
     # Groups
 
     def _dispatch(self) -> None:
-        """Start groups until slots or seats run out."""
+        """Start groups, and calls of an evaluation, until there are none to start or seats run out."""
+        if self._evaluator.goes_first:
+            self._evaluator.dispatch()
+        if not self._evaluator.goes_first:
+            self._dispatch_groups()
+            self._evaluator.dispatch()
+
+    def _dispatch_groups(self) -> None:
         while not self._paused and (seat := self._least_loaded()) is not None:
             if self._retries:
                 slot = self._retries.popleft()
@@ -310,29 +315,31 @@ class AsyncRollouts:
             self._dispatch()
         return sync_metrics([report for report in reports if report is not None], time.perf_counter() - start)
 
-    def evaluate(self) -> list[Group] | None:
-        return self._wait_for(self._evaluate(), self._stop_requested)
+    def start_evaluation(self, *, pinned: bool) -> None:
+        self._loop.run(self._start_evaluation(pinned))
 
-    async def _evaluate(self) -> list[Group] | None:
-        count = max(1, len(self._seats_up()))
-        shares = await self._all_or_stop(self._evaluate_share(self._eval_prompts[i::count]) for i in range(count))
-        if shares is None:
-            return None
-        by_id = {group.prompt.id: group for share in shares for group in share}
-        return [by_id[prompt.id] for prompt in self._eval_prompts]
+    async def _start_evaluation(self, pinned: bool) -> None:
+        per_call = prompts_per_call(self._cfg, len(self._eval_prompts), len(self._seats_up()))
+        self._evaluator.start(Evaluation(self._eval_prompts, per_call, self._snapshot if pinned else None))
+        self._dispatch()
 
-    async def _evaluate_share(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """On another worker if the first is lost."""
-        while True:
-            await self._wait_until(lambda: bool(self._seats_up()))
-            seat = min(self._seats_up(), key=lambda seat: (seat.num_evaluations, seat.outstanding_tokens))
-            try:
-                results = await seat.evaluate(prompts)
-            except WorkerLost:
-                continue
-            groups = [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
+    def _on_evaluation_call_ended(self) -> None:
+        self._dispatch()
+        self._changed.set()
+
+    def evaluated(self, *, wait: bool) -> list[Group] | None:
+        return self._wait_for(self._evaluated(wait), self._stop_requested)
+
+    async def _evaluated(self, wait: bool) -> list[Group] | None:
+        if wait:
+            self._evaluator.is_awaited = True
+            self._dispatch()
+            await self._wait_until(lambda: self._stopping.is_set() or self._evaluator.is_done)
+        groups = self._evaluator.finished()
+        if groups is not None:
+            self._dispatch()
             show_printed(groups)
-            return groups
+        return groups
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
         return self._wait_for(self._logprobs(requests, adapter), self._stop_requested)
@@ -347,14 +354,14 @@ class AsyncRollouts:
     # State
 
     def state(self) -> RolloutState:
-        return self._run_on_loop(self._state())
+        return self._loop.run(self._state())
 
     async def _state(self) -> RolloutState:
         return self._cursor.state(self._buffer.in_flight(), self._buffer.finished())
 
     def rewind(self, state: RolloutState, version: int) -> None:
-        """Workers stay up; the groups that they are running are aborted."""
-        self._run_on_loop(self._rewind(state, version))
+        """Workers stay up; the groups that they are running are aborted, and an evaluation is given up."""
+        self._loop.run(self._rewind(state, version))
 
     async def _rewind(self, state: RolloutState, version: int) -> None:
         self._abort(list(self._running))
@@ -362,13 +369,12 @@ class AsyncRollouts:
 
     def close(self) -> None:
         """Stops every coroutine, then the workers."""
-        self._run_on_loop(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._loop.run(self._close())
         self._loop.close()
 
     async def _close(self) -> None:
         self._paused = True
+        self._evaluator.give_up()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()

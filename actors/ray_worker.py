@@ -47,9 +47,9 @@ class RolloutActor(RolloutWorker):
         with portable_errors():
             return super().run_group(prompt, ticket)
 
-    def evaluate(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
+    def evaluate(self, prompts_P: Sequence[Prompt], pinned: PolicySnapshot | None = None) -> list[GroupResult]:
         with portable_errors():
-            return super().evaluate(prompts_P)
+            return super().evaluate(prompts_P, pinned)
 
     def forward(self, snapshot: PolicySnapshot) -> SyncReport:
         with portable_errors():
@@ -94,8 +94,8 @@ class RayWorker:
             self._actor.abort.remote(ticket)
             raise
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
-        return await _result(self._actor.evaluate.remote(list(prompts)))
+    async def evaluate(self, prompts: Sequence[Prompt], pinned: SnapshotRef | None = None) -> list[GroupResult]:
+        return await _result(self._actor.evaluate.remote(list(prompts), None if pinned is None else pinned.data))
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         return await _result(self._actor.logprobs.remote(list(requests), adapter=adapter))

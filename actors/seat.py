@@ -52,7 +52,9 @@ class WorkerHandle(Protocol):
 
     async def run_group(self, prompt: Prompt) -> GroupResult: ...
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]: ...
+    async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
+        """`pinned`: the snapshot to use, which may be a reference; None for the newest."""
+        ...
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]: ...
 
@@ -108,7 +110,7 @@ class Seat:
         self.outstanding_tokens = 0.0
         """Prompt and estimated completion tokens of the groups in flight."""
         self.num_evaluations = 0
-        """Evaluations in flight here."""
+        """Calls of `evaluate` in flight here; the caller counts them."""
         self.kept_log = ""
         """See `WorkerHandle.keep_log`; of the last worker that was lost."""
         self._failures = 0
@@ -161,15 +163,11 @@ class Seat:
             self.slots.remove(slot)
             self.outstanding_tokens -= tokens
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+    async def evaluate(self, prompts: Sequence[Prompt], pinned: Any) -> list[GroupResult]:
         """Raises as `_call` does."""
         rounds = -(-len(prompts) // self._cfg.concurrency)
         limit_s = self._cfg.group_timeout_s * max(1, rounds)
-        self.num_evaluations += 1
-        try:
-            return await self._call(lambda worker: worker.evaluate(prompts), limit_s)
-        finally:
-            self.num_evaluations -= 1
+        return await self._call(lambda worker: worker.evaluate(prompts, pinned), limit_s)
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         """Raises as `_call` does."""

@@ -87,6 +87,9 @@ class RolloutWorker:
         self._player = None if make_player is None else make_player()
         self._running: dict[int, threading.Event] = {}
         """The flags of the groups that are running, by ticket."""
+        self._pinning = threading.Lock()
+        self._pinned: tuple[int, str] | None = None
+        """Version and digest of the snapshot that the engine has pinned."""
 
     def run_group(self, prompt: Prompt, ticket: int = 0) -> GroupResult:
         """`ticket`: the caller's name for this call in `abort`; an aborted call returns a result without rollouts."""
@@ -108,15 +111,38 @@ class RolloutWorker:
         """Training rollouts, `group_size` per prompt, scored; one result per prompt, in order."""
         return self._run(prompts_P, self._sampling, self._group_size, TRAIN)
 
-    def evaluate(self, prompts_P: Sequence[Prompt]) -> list[GroupResult]:
-        """Evaluation rollouts, `eval_samples` per prompt, scored; one result per prompt, in order."""
-        return self._run(prompts_P, self._eval_sampling, self._eval_samples, EVAL)
+    def evaluate(self, prompts_P: Sequence[Prompt], pinned: PolicySnapshot | None = None) -> list[GroupResult]:
+        """Evaluation rollouts, `eval_samples` per prompt, scored; one result per prompt, in order.
 
-    def _run(self, prompts_P: Sequence[Prompt], sampling: Sampling, group_size: int, purpose: int) -> list[GroupResult]:
+        `pinned`: the policy version to use, while others may be installed; None for the newest. Calls that overlap must
+        use the same.
+        """
+        if pinned is not None:
+            self._pin(pinned)
+        return self._run(prompts_P, self._eval_sampling, self._eval_samples, EVAL, pinned=pinned is not None)
+
+    def _pin(self, snapshot: PolicySnapshot) -> None:
+        """The first call with a snapshot hands it to the engine; others wait for that."""
+        with self._pinning:
+            name = (snapshot.version, snapshot.sha256)
+            if self._pinned != name:
+                verify_install(snapshot, self._engine.pin(snapshot))
+                self._pinned = name
+
+    def _run(
+        self,
+        prompts_P: Sequence[Prompt],
+        sampling: Sampling,
+        group_size: int,
+        purpose: int,
+        *,
+        pinned: bool = False,
+    ) -> list[GroupResult]:
         start = time.perf_counter()
+        seeds_P = [group_seed(self._seeds[purpose], purpose, p.id) for p in prompts_P]
         requests = [
-            SampleRequest(p.token_ids, group_size, group_seed(self._seeds[purpose], purpose, p.id), sampling, p.images)
-            for p in prompts_P
+            SampleRequest(p.token_ids, group_size, seed, sampling, p.images, pinned)
+            for p, seed in zip(prompts_P, seeds_P, strict=True)
         ]
         part_tokens = self._part_tokens if purpose == TRAIN else None
         if self._player is None:

@@ -54,8 +54,8 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         """Blocks until all completions are finished; returns a list of `num_samples` completions per request, in order.
 
-        Thread-safe. Each token carries the policy version that sampled it. Raises RolloutError if there is no
-        snapshot yet.
+        Thread-safe. Each token carries the policy version that sampled it. The requests of one call are all `pinned`
+        or none is. Raises RolloutError if there is no snapshot yet.
         """
         ...
 
@@ -70,6 +70,13 @@ class Engine(Protocol):
         """Serve this policy version from now on.
 
         Called by one thread at a time. Raises SyncError if a tensor is damaged or has no place in the engine.
+        """
+        ...
+
+    def pin(self, snapshot: PolicySnapshot) -> SyncReport:
+        """Hold this policy version beside the newest, for requests that are `pinned`; the one pinned before is dropped.
+
+        Only for adapters, and for an engine that was made with room for it. Raises as `install` does.
         """
         ...
 
@@ -159,9 +166,14 @@ class Rollouts(Protocol):
         `generates`: whether rollouts may begin under it. Without, before the first snapshot with which they do."""
         ...
 
-    def evaluate(self) -> list[Group] | None:
-        """Run the held-out prompts under the newest policy version; one group per prompt, in their order. None if a
-        stop was requested before the end."""
+    def start_evaluation(self, *, pinned: bool) -> None:
+        """Begin to run the held-out prompts under the version that was published last. `pinned`: the run trains on
+        meanwhile; otherwise `evaluated` comes next."""
+        ...
+
+    def evaluated(self, *, wait: bool) -> list[Group] | None:
+        """The groups of the evaluation that was started last, one per prompt, in their order. None if they are not all
+        finished, with `wait` only if a stop was requested before."""
         ...
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:

@@ -76,6 +76,8 @@ class SampleRequest:
     seed: int
     sampling: Sampling
     images: tuple[bytes, ...] = field(default=(), repr=False)
+    pinned: bool = False
+    """Sample under the version that the engine has pinned, at low priority, and not under the newest."""
     """Images of the prompt, whose runs of placeholders come before any placeholder that was sampled."""
 
 

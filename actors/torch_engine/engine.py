@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -56,6 +56,14 @@ class _Packed:
     """The position that follows each document's last."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A policy version, and its tensors if it may have to be put back."""
+
+    version: int
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
 class TorchEngine:
     """Generates with `model` directly. If the learner trains the same object, a snapshot moves no bytes.
 
@@ -71,6 +79,7 @@ class TorchEngine:
         max_rows: int,
         while_generating: Callable[[], AbstractContextManager[None]] = nullcontext,
         cuda_graphs: bool = False,
+        pins: bool = False,
         processor: Callable[[], ImageProcessor] | None = None,
         tokenizer: Callable[[], Any] | None = None,
     ) -> None:
@@ -78,6 +87,7 @@ class TorchEngine:
 
         `max_rows`: rollouts decoded at once; a single request may exceed it. `while_generating`: a context entered for
         each call, in which a sharded model gathers its weights. `cuda_graphs`: only for an unsharded model on a GPU.
+        `pins`: whether a version may be pinned, for which the tensors of the newest are kept too.
         `processor`: makes the model's image processor, needed only for prompts with images. `tokenizer`: makes its
         tokenizer, needed only for stop strings.
         """
@@ -86,7 +96,9 @@ class TorchEngine:
         self._read = ImageReader(model, processor, device)
         self._tokenizer = tokenizer and cache(tokenizer)
         self._step: DecodeStep = GraphedStep(self._forward) if cuda_graphs else self._forward
-        self._version: int | None = None
+        self._served: _Served | None = None
+        self._pinned: _Served | None = None
+        self._pins = pins
         self._turn = threading.Lock()
 
     def install(self, snapshot: PolicySnapshot) -> SyncReport:
@@ -97,17 +109,49 @@ class TorchEngine:
         with self._turn:
             return self._install(snapshot)
 
+    def pin(self, snapshot: PolicySnapshot) -> SyncReport:
+        """See `Engine`. The model gets these tensors for the time of each call whose requests are pinned."""
+        if not self._pins or self._shared:
+            raise ValueError("the engine was made without room for a pinned version")
+        with self._turn:
+            before = self._served
+            try:
+                report = self._install(snapshot)
+                self._pinned = self._served
+            finally:
+                if before is not None:
+                    self._serve(before)
+            return report
+
+    def _serve(self, held: _Served) -> None:
+        from_wire(self._model, held.tensors)
+        self._served = held
+
+    @contextmanager
+    def _serving(self, *, pinned: bool) -> Iterator[None]:
+        """Within the context the model is the pinned version if `pinned`."""
+        if not pinned:
+            yield
+            return
+        newest = self._served
+        assert self._pinned is not None and newest is not None, "a version is pinned first"
+        self._serve(self._pinned)
+        try:
+            yield
+        finally:
+            self._serve(newest)
+
     def _install(self, snapshot: PolicySnapshot) -> SyncReport:
         start = time.perf_counter()
         if self._shared:
-            self._version = snapshot.version
+            self._served = _Served(snapshot.version)
             return SyncReport(snapshot.version, 0, time.perf_counter() - start, "", num_trained_modules(self._model))
         tensors = unpack(snapshot)
         try:
             modules = from_wire(self._model, tensors)
         except ValueError as error:
             raise SyncError(str(error)) from error
-        self._version = snapshot.version
+        self._served = _Served(snapshot.version, tensors if self._pins else {})
         seconds = time.perf_counter() - start
         sha256 = digest(tensors)
         return SyncReport(snapshot.version, snapshot.nbytes, seconds, sha256, modules, stall_seconds=seconds)
@@ -122,19 +166,20 @@ class TorchEngine:
     @torch.no_grad()
     def generate(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         """See `Engine`. The requests' `Sampling` may differ in `max_tokens` only."""
-        if self._version is None:
+        if self._served is None:
             raise RolloutError("the engine was asked to generate before its first snapshot")
         result: list[list[Completion]] = []
         with self._turn, self._while_generating():
             for batch in _batches(requests, self._max_rows):
                 raise_if_aborted()
-                result += self._generate_batch(batch)
+                with self._serving(pinned=batch[0].pinned):
+                    result += self._generate_batch(batch)
         return result
 
     @torch.no_grad()
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
         """See `Engine`."""
-        if self._version is None:
+        if self._served is None:
             raise RolloutError("the engine was asked for log-probs before its first snapshot")
         off = nullcontext() if adapter else adapters_off(self._model)
         with self._turn, self._while_generating(), torch.compiler.set_stance("force_eager"), off:
@@ -159,7 +204,8 @@ class TorchEngine:
         return [[next(rows) for _ in range(r.num_samples)] for r in requests]
 
     def _completion(self, tokens_L: np.ndarray, logprobs_2L: np.ndarray, stopped: bool) -> Completion:
-        versions_L = np.full(len(tokens_L), self._version, dtype=np.int64)
+        assert self._served is not None
+        versions_L = np.full(len(tokens_L), self._served.version, dtype=np.int64)
         policy_L, sampling_L = logprobs_2L.copy()
         return Completion(tokens_L.copy(), policy_L, sampling_L, versions_L, stopped)
 
@@ -271,11 +317,11 @@ class TorchEngine:
 
 
 def _batches(requests: Sequence[SampleRequest], max_rows: int) -> list[list[SampleRequest]]:
-    """Consecutive requests grouped so that each group asks for at most `max_rows` samples."""
+    """Consecutive requests grouped so that each group asks for at most `max_rows` samples, of one policy."""
     batches: list[list[SampleRequest]] = []
     rows = max_rows
     for request in requests:
-        if rows + request.num_samples > max_rows or not batches:
+        if rows + request.num_samples > max_rows or not batches or batches[-1][0].pinned != request.pinned:
             batches.append([])
             rows = 0
         batches[-1].append(request)

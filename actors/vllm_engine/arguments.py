@@ -69,8 +69,9 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
         adapters = {
             "enable_lora": True,
             "max_lora_rank": engine_rank(config.lora_rank),
-            "max_loras": update.num_slots,
-            "max_cpu_loras": update.num_slots,
+            "max_loras": update.num_slots + config.pins,
+            "max_cpu_loras": update.num_slots + config.pins,
+            "scheduling_policy": "priority" if config.pins else "fcfs",
             # Explicit, because by default vLLM also wraps the head, whose LoRA layer costs a vocabulary-sized product.
             "lora_target_modules": [
                 *config.lora_targets,

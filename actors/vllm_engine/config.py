@@ -41,6 +41,8 @@ class EngineConfig:
     """The decoder's linear layers that may carry an adapter, by their last name: `q_proj`, `down_proj`."""
     gains: bool = True
     """Whether adapters may have gains, as DoRA's do. Without, plain LoRA costs no more than in vLLM."""
+    pins: bool = False
+    """Room for one more adapter, which requests of low priority use while others are installed."""
     adapt_vision: bool = False
     """Also serve adapters on every linear layer of the vision tower."""
     max_pixels: int | None = None

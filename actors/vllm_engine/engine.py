@@ -13,15 +13,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed
 
-from actors.abort import Aborted, current_flag
+from actors.abort import Aborted
 from actors.vllm_engine.arguments import engine_args
+from actors.vllm_engine.commands import Generate, Install, engine_error
 from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.images import EngineInputs
 from actors.vllm_engine.process import Environment, build, engine_occupancy, rendezvous_address, shut_down
@@ -31,6 +32,7 @@ from actors.vllm_engine.requests import (
     completion,
     completion_logprobs,
     loaded_policy,
+    pinned_versions,
     sampling_params,
     scoring_params,
 )
@@ -41,9 +43,7 @@ from tora.protocols import Occupancy
 from tora.types import Completion, LogprobRequest, PolicySnapshot, SampleRequest, SyncReport
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.inputs import EngineInput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 _SHUTDOWN_TIMEOUT_S = 60.0
@@ -74,7 +74,8 @@ class VLLMEngine:
         # Tensor-parallel workers are processes that only one thread may talk to, and whole weights have no slot to
         # stage for: either way the engine's thread makes the whole install in one call between two steps.
         self._one_call_installs = config.tensor_parallel > 1 or update.num_slots == 0
-        self._commands: deque[_Generate | _Install] = deque()
+        self._pinned_slot: Slot = update.num_slots + 1 if config.pins else None
+        self._commands: deque[Generate | Install] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
@@ -85,7 +86,7 @@ class VLLMEngine:
         self._contents: dict[Slot, SlotContents | None] = {}  # the answers to one-call installs
         self._newest: LoadedPolicy | None = None
         self._in_flight: Counter[Slot] = Counter()  # unfinished vLLM requests
-        self._running: dict[str, tuple[_Generate, int]] = {}  # by vLLM's request id
+        self._running: dict[str, tuple[Generate, int]] = {}  # by vLLM's request id
         self._request_ids = count()
         started: Future[None] = Future()
         self._environment = Environment(float32=config.dtype == "fp32")
@@ -111,14 +112,19 @@ class VLLMEngine:
         for request in requests:
             self._check_tokens(request.token_ids, request.sampling.max_tokens)
 
+        pinned = any(request.pinned for request in requests)
+        if pinned and not all(request.pinned for request in requests):
+            raise ValueError("one call has requests that are pinned and others that are not")
+        versions = pinned_versions if pinned else self._update.versions
+
         def completions(output: Any, index: int, policy: LoadedPolicy) -> list[Completion]:
-            samples = [completion(sample, self._update.versions(sample, policy)) for sample in output.outputs]
+            samples = [completion(sample, versions(sample, policy)) for sample in output.outputs]
             return samples * requests[index].num_samples if len(samples) == 1 else samples  # greedy: vLLM sampled one
 
         inputs = self._input_maker()
         prompts = [inputs(request.token_ids, request.images) for request in requests]
         params = [sampling_params(request) for request in requests]
-        return self._submit(_Generate(prompts, params, completions, adapter)).result()
+        return self._submit(Generate(prompts, params, completions, adapter, pinned)).result()
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> list[np.ndarray]:
         """See `Engine`. Raises as `generate` does."""
@@ -130,7 +136,7 @@ class VLLMEngine:
 
         inputs = self._input_maker()
         prompts = [inputs(request.token_ids + request.completion, request.images) for request in requests]
-        return self._submit(_Generate(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
+        return self._submit(Generate(prompts, [scoring_params()] * len(requests), logprobs, adapter)).result()
 
     def install(self, snapshot: PolicySnapshot) -> SyncReport:
         """Blocks until the snapshot is written, between two steps, and read back; see `WeightUpdate.must_wait`.
@@ -139,18 +145,28 @@ class VLLMEngine:
         again. Raises SyncError if it cannot be installed, keeping the previous version, and RolloutError as `generate`
         does.
         """
+        return self._put(snapshot, self._update.slot(snapshot.version))
+
+    def pin(self, snapshot: PolicySnapshot) -> SyncReport:
+        """See `Engine`. Waits for the last request under the version pinned before. Raises as `install` does, and
+        ValueError if the engine was not made with room for it."""
+        if self._pinned_slot is None:
+            raise ValueError("the engine was made without room for a pinned version")
+        return self._put(snapshot, self._pinned_slot)
+
+    def _put(self, snapshot: PolicySnapshot, slot: Slot) -> SyncReport:
         start = time.perf_counter()
         with self._wake:
             self._check_alive()
             llm = self._llm
         if self._one_call_installs:
-            held, stall = self._submit(_Install(snapshot, None)).result()
+            held, stall = self._submit(Install(snapshot, slot, None)).result()
         else:
             # Reading, hashing, uploading and casting happen in the caller's thread, on a stream of their own, while the
             # engine's thread keeps stepping.
             (staged,) = llm.collective_rpc("stage_snapshot", args=(snapshot,))
-            _, stall = self._submit(_Install(snapshot, staged)).result()
-            (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, self._update.slot(snapshot.version)))
+            _, stall = self._submit(Install(snapshot, slot, staged)).result()
+            (held,) = llm.collective_rpc("read_snapshot", args=(snapshot, slot))
         return SyncReport(
             version=snapshot.version,
             nbytes=snapshot.nbytes,
@@ -196,14 +212,14 @@ class VLLMEngine:
 
     def _check_alive(self) -> None:
         if self._failure is not None or self._closing:
-            raise _engine_error(self._failure)
+            raise engine_error(self._failure)
 
     def _input_maker(self) -> EngineInputs:
         with self._wake:
             self._check_alive()
             return self._inputs
 
-    def _submit(self, command: _Generate | _Install) -> Future[Any]:
+    def _submit(self, command: Generate | Install) -> Future[Any]:
         with self._wake:
             self._check_alive()
             self._commands.append(command)
@@ -256,38 +272,41 @@ class VLLMEngine:
                 if not self._commands or self._must_wait(self._commands[0]):
                     return
                 command = self._commands[0]
-            if isinstance(command, _Install):
+            if isinstance(command, Install):
                 self._install(command)
             else:
                 self._start_requests(command)
             with self._wake:
                 self._commands.popleft()  # only now, so that `_fail_all` finds it if vLLM raises
 
-    def _must_wait(self, command: _Generate | _Install) -> bool:
-        if isinstance(command, _Generate):
+    def _must_wait(self, command: Generate | Install) -> bool:
+        if isinstance(command, Generate):
             return False
-        slot = self._update.slot(command.snapshot.version)
-        return self._update.must_wait(self._in_flight[slot]) and not self._holds(slot, command.snapshot)
+        in_use = self._in_flight[command.slot]
+        must_wait = in_use > 0 if command.slot == self._pinned_slot else self._update.must_wait(in_use)
+        return must_wait and not self._holds(command.slot, command.snapshot)
 
     def _holds(self, slot: Slot, snapshot: PolicySnapshot) -> bool:
         held = self._policies.get(slot)
         return held is not None and (held.version, held.sha256) == (snapshot.version, snapshot.sha256)
 
-    def _install(self, command: _Install) -> None:
+    def _install(self, command: Install) -> None:
         start = time.perf_counter()
-        slot = self._update.slot(command.snapshot.version)
+        slot, pinned = command.slot, self._pinned_slot is not None and command.slot == self._pinned_slot
         if not self._holds(slot, command.snapshot):
             try:
                 self._contents[slot] = self._write(command, slot)
             except SyncError as error:
                 command.future.set_exception(error)
                 return
-            self._policies[slot] = loaded_policy(slot, command.snapshot)
-            self._update.on_installed(self._llm, self._policies[slot])
-        self._newest = self._policies[slot]
+            self._policies[slot] = loaded_policy(slot, command.snapshot, pinned=pinned)
+            if not pinned:
+                self._update.on_installed(self._llm, self._policies[slot])
+        if not pinned:
+            self._newest = self._policies[slot]
         command.future.set_result((self._contents[slot], time.perf_counter() - start))
 
-    def _write(self, command: _Install, slot: Slot) -> SlotContents | None:
+    def _write(self, command: Install, slot: Slot) -> SlotContents | None:
         """None if the snapshot was staged: then the caller reads the slot back."""
         if command.staged is not None:
             self._llm.collective_rpc("write_snapshot", args=(command.staged, slot))
@@ -296,8 +315,9 @@ class VLLMEngine:
             return consensus(self._llm.collective_rpc("install_weights", args=(command.snapshot,)))
         return consensus(self._llm.collective_rpc("install_adapter", args=(command.snapshot, slot)))
 
-    def _start_requests(self, command: _Generate) -> None:
-        if self._newest is None:
+    def _start_requests(self, command: Generate) -> None:
+        policy = self._policies.get(self._pinned_slot) if command.pinned else self._newest
+        if policy is None:
             command.future.set_exception(RolloutError("the engine was asked to generate before its first snapshot"))
             return
         if command.is_aborted:
@@ -305,13 +325,13 @@ class VLLMEngine:
             return
         if not command.prompts:
             command.future.set_result([])
-        command.policy = self._newest
+        command.policy = policy
         for index, (prompt, params) in enumerate(zip(command.prompts, command.params, strict=True)):
             name = str(next(self._request_ids))
-            lora = self._newest.lora if command.adapter else None
-            self._llm.add_request(name, prompt, params, lora_request=lora)
+            lora = policy.lora if command.adapter else None
+            self._llm.add_request(name, prompt, params, lora_request=lora, priority=int(command.pinned))
             self._running[name] = (command, index)
-            self._in_flight[self._newest.slot] += 1
+            self._in_flight[policy.slot] += 1
 
     def _end_aborted(self) -> None:
         """Take the requests of aborted calls out of vLLM, which frees their part of the cache."""
@@ -343,41 +363,4 @@ class VLLMEngine:
             self._commands.clear()
         for command in pending:
             if not command.future.done():
-                command.future.set_exception(_engine_error(cause))
-
-
-@dataclass(eq=False)
-class _Generate:
-    prompts: Sequence[EngineInput]
-    params: Sequence[SamplingParams]
-    convert: Callable[[Any, int, LoadedPolicy], Any]
-    """Makes a prompt's answer from vLLM's `RequestOutput`, the prompt's index and the newest policy when it began."""
-    adapter: bool
-    policy: LoadedPolicy | None = None
-    """The newest when the requests began."""
-    done: dict[int, Any] = field(default_factory=dict)
-    """Answers by index into `prompts`."""
-    flag: threading.Event | None = field(default_factory=current_flag)
-    """The caller's; see `actors.abort`."""
-    future: Future[list[Any]] = field(default_factory=Future)
-
-    @property
-    def is_aborted(self) -> bool:
-        return self.flag is not None and self.flag.is_set()
-
-
-@dataclass(eq=False)
-class _Install:
-    snapshot: PolicySnapshot
-    staged: Any
-    """The answer of `stage_snapshot`; None for a one-call install."""
-    future: Future[tuple[Any, float]] = field(default_factory=Future)
-    """The slot's contents after a one-call install, else None; and the seconds that generation stalled."""
-
-
-def _engine_error(cause: BaseException | None) -> RolloutError:
-    if cause is None:
-        return RolloutError("the engine is closed")
-    error = RolloutError(f"the engine's thread ended with {type(cause).__name__}: {cause}")
-    error.__cause__ = cause
-    return error
+                command.future.set_exception(engine_error(cause))

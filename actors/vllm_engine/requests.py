@@ -35,12 +35,13 @@ class LoadedPolicy:
     """`PolicySnapshot.sha256`."""
 
 
-def loaded_policy(slot: Slot, snapshot: PolicySnapshot) -> LoadedPolicy:
+def loaded_policy(slot: Slot, snapshot: PolicySnapshot, *, pinned: bool = False) -> LoadedPolicy:
     """Names the adapter by version and content, because vLLM keys its prefix and encoder caches by that name. The
-    version alone is not enough: a run resumed from a checkpoint reaches the same version number again."""
+    version alone is not enough: a run resumed from a checkpoint reaches the same version number again. To vLLM two
+    adapters of one name are one, so a pinned one has another name than the same policy in the ring."""
     from vllm.lora.request import LoRARequest
 
-    name = f"policy@{snapshot.version}:{snapshot.sha256[:16]}"
+    name = f"policy@{snapshot.version}:{snapshot.sha256[:16]}{':pinned' if pinned else ''}"
     lora = LoRARequest(name, slot, f"mem://{snapshot.version}") if slot is not None else None
     return LoadedPolicy(snapshot.version, slot, lora, snapshot.sha256)
 
@@ -80,6 +81,11 @@ def sampling_params(request: SampleRequest) -> SamplingParams:
 def _hashed(seed: int) -> int:
     """vLLM gives sample i the seed `seed + i`, so neighbouring seeds would share samples."""
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:6])
+
+
+def pinned_versions(sample: Any, began: LoadedPolicy) -> np.ndarray:
+    """[L] int64: see `WeightUpdate.versions`. No new version reaches a pinned request."""
+    return np.full(len(sample.token_ids), began.version, np.int64)
 
 
 def scoring_params() -> SamplingParams:

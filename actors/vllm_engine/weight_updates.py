@@ -106,7 +106,7 @@ class InFlight:
         scheduler = llm.engine_core.engine_core.scheduler
         block_size = scheduler.kv_cache_manager.block_pool.hash_block_size
         for request in scheduler.requests.values():
-            if request.lora_request is not None:
+            if request.lora_request is not None and request.lora_request.lora_int_id == policy.slot:
                 _move_to(request, policy, block_size)
 
     def versions(self, sample: Any, began: LoadedPolicy) -> np.ndarray:

@@ -33,7 +33,7 @@ from tora.types import Completion, SampleRequest, Sampling
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = make_text_model(tmp_path_factory.mktemp(request.param), request.param, tied=request.param == "qwen3")
     gate = StepGate()
-    engine = start_engine(folder, gate=gate)
+    engine = start_engine(folder, gate=gate, pins=True)
     with pytest.raises(RolloutError, match="first snapshot"):
         engine.generate([SampleRequest(PROMPT, 1, 0, Sampling(4))])
     yield Served(engine, Reference(folder), gate)
@@ -73,6 +73,18 @@ def test_successive_syncs_serve_the_policy_that_was_sent(served: Served, kind: s
     apart = request(num_samples=1)
     (completion,) = served.check(kind, 2, apart)[0]
     assert served.reference.error(kind, 1, apart, completion) > 0.1, "the two adapters differ visibly"
+
+
+def test_a_pinned_version_outlives_the_ring_of_slots(served: Served) -> None:
+    pinned = served.install("dora", 3)
+    served.engine.pin(served.reference.snapshot(pinned, "dora", 3))
+    asked = replace(request(LONG_PROMPT), pinned=True)
+    for seed in (1, 2, 1):  # more than there are slots
+        served.install("lora", seed)
+        served.check("lora", seed, request(LONG_PROMPT))
+        for completion in served.engine.generate([asked])[0]:
+            assert (completion.versions == pinned).all()
+            assert served.reference.error("dora", 3, asked, completion) < TOLERANCE
 
 
 def test_the_report_counts_and_hashes_what_arrived(served: Served) -> None:

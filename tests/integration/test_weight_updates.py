@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def gate() -> StepGate:
 
 @pytest.fixture(scope="module")
 def engine(reference: Reference, recompute: bool, gate: StepGate) -> Iterator[VLLMEngine]:
-    engine = start_engine(reference.folder, update=InFlight(recompute_kv=recompute), gate=gate)
+    engine = start_engine(reference.folder, update=InFlight(recompute_kv=recompute), gate=gate, pins=True)
     yield engine
     engine.close()
 
@@ -100,6 +101,29 @@ def test_blocks_of_a_continued_sequence_are_not_shared(
     for sample in engine.generate([asked])[0]:
         assert (sample.versions == 32).all()
         assert reference.error(*OLD, asked, sample) < TOLERANCE
+
+
+def test_no_new_version_reaches_a_pinned_request(engine: VLLMEngine, reference: Reference, gate: StepGate) -> None:
+    asked = replace(request(LONG_PROMPT, max_tokens=90), pinned=True)
+    engine.install(reference.snapshot(40, *OLD))
+    assert engine.pin(reference.snapshot(40, *OLD)).version == 40
+    engine.generate([replace(asked, pinned=False)])  # fills the prefix cache with its prompt
+    with ThreadPoolExecutor(2) as threads, gate.shut():
+        generating = threads.submit(engine.generate, [asked])
+        gate.allow(40)
+        gate.wait_for_engine()
+        installing = threads.submit(engine.install, reference.snapshot(41, *NEW))
+        wait_until(lambda: len(engine._commands) == 1)
+        gate.open()
+        installing.result(30)
+        (group,) = generating.result(30)
+    for completion in [*group, *engine.generate([asked])[0]]:
+        assert (completion.versions == 40).all()
+        assert reference.error(*OLD, asked, completion) < TOLERANCE
+    for completion in engine.generate([replace(asked, pinned=False)])[0]:
+        assert (completion.versions == 41).all() and reference.error(*NEW, asked, completion) < TOLERANCE
+    with pytest.raises(ValueError, match="others that are not"):
+        engine.generate([asked, replace(asked, pinned=False)])
 
 
 @torch.no_grad()

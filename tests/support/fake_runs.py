@@ -80,7 +80,10 @@ class FakeRollouts:
         self.events.append(f"publish {snapshot.version}")
         return {"sync/bytes": 8.0}
 
-    def evaluate(self) -> list[Group]:
+    def start_evaluation(self, *, pinned: bool) -> None:
+        raise AssertionError("the config has no eval")
+
+    def evaluated(self, *, wait: bool) -> list[Group] | None:
         raise AssertionError("the config has no eval")
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:

@@ -80,8 +80,10 @@ class FakeWorker:
         await asyncio.sleep(self.latency())
         return make_result(self.rewards(prompt), version)
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
-        return [make_result([float(p.id % 2)], self.version) for p in prompts]
+    async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
+        version = self.version if pinned is None else pinned.version
+        await asyncio.sleep(self.latency())
+        return [make_result([float(p.id % 2)], version) for p in prompts]
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         return [np.full(len(r.completion), -1.0 - adapter, np.float32) for r in requests]

@@ -14,7 +14,7 @@ from actors.seat import SeatTiming
 from tora.config.schema import EvalConfig, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import RolloutError, WorkerLost
 from tora.protocols import Occupancy
-from tora.types import GroupResult, Prompt, RolloutState, SyncReport, TrainBatch
+from tora.types import Group, GroupResult, Prompt, RolloutState, SyncReport, TrainBatch
 
 QUICK = SeatTiming(heartbeat_every_s=0.01, first_delay_s=0.001, max_delay_s=0.001)
 """Lost workers are detected and replaced at once."""
@@ -67,6 +67,11 @@ def next_batch(rollouts: AsyncRollouts, step: int) -> TrainBatch:
     batch = rollouts.next_batch(step, lambda: False)
     assert batch is not None
     return batch
+
+
+def evaluate(rollouts: AsyncRollouts, *, pinned: bool = False) -> list[Group] | None:
+    rollouts.start_evaluation(pinned=pinned)
+    return rollouts.evaluated(wait=True)
 
 
 def some_without_signal(prompt: Prompt) -> list[float]:

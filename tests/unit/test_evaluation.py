@@ -104,7 +104,11 @@ class Evaluated(FakeRollouts):
         super().__init__()
         self.rewards, self.idle, self.steps = list(rewards), idle, 0
 
-    def evaluate(self) -> list[Group]:
+    def start_evaluation(self, *, pinned: bool) -> None:
+        assert not pinned
+
+    def evaluated(self, *, wait: bool) -> list[Group]:
+        assert wait
         return [make_group(make_prompt(0), [self.rewards.pop(0)])]
 
     def next_batch(self, step: int, stop_requested: object) -> TrainBatch:

@@ -1,7 +1,9 @@
 """The torch engine: what it samples and which log-probs it reports."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from adapters import build, model_config, shake
@@ -106,6 +108,36 @@ def test_a_copy_serves_what_it_was_sent_and_refuses_what_does_not_fit(tmp_path: 
     other = build(model_config(tmp_path, "dora_cache", lora_targets=["q_proj"]))
     with pytest.raises(SyncError):
         engine.install(snapshot(other, 6))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora_cache"])
+def test_a_pinned_version_is_served_beside_the_newest(tmp_path: Path, kind: str) -> None:
+    cfg = model_config(make_text_model(tmp_path), kind)
+    sender = build(cfg)
+    engine = TorchEngine(build(cfg), device=CPU, shared=False, pins=True, max_rows=100)
+    sent, expected = {}, {}
+    for version in (3, 4):
+        shake(sender)
+        sent[version] = snapshot(sender, version)
+        expected[version] = ready(sender).generate(requests(Sampling(10)))
+    engine.install(sent[3])
+    report = engine.pin(sent[3])
+    assert (report.version, report.sha256) == (3, sent[3].sha256)
+    engine.install(sent[4])
+    pinned = [replace(r, pinned=True) for r in requests(Sampling(10))]
+    for asked, version in ((pinned, 3), (requests(Sampling(10)), 4), (pinned, 3)):
+        for ours, theirs in zip(engine.generate(asked), expected[version], strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.token_ids.tolist() == b.token_ids.tolist() and set(a.versions.tolist()) == {version}
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    engine.pin(sent[4])
+    assert {v for group in engine.generate(pinned) for c in group for v in c.versions.tolist()} == {4}
+    other = build(model_config(tmp_path, kind, lora_targets=["q_proj"]))
+    with pytest.raises(SyncError):
+        engine.pin(snapshot(other, 6))
+    assert {v for group in engine.generate(requests(Sampling(4))) for c in group for v in c.versions.tolist()} == {4}
+    with pytest.raises(ValueError, match="without room"):
+        ready(sender).pin(sent[4])
 
 
 def test_truncation_by_hand() -> None:

@@ -19,6 +19,7 @@ from pools import (
     MortalWorker,
     check_each_prompt_once,
     config,
+    evaluate,
     next_batch,
     running,
     some_without_signal,
@@ -131,13 +132,13 @@ def test_an_error_that_a_new_worker_would_repeat_ends_the_run(error: Exception) 
 
 def test_an_evaluation_survives_its_worker() -> None:
     class Dying(FakeWorker):
-        async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+        async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
             raise WorkerLost("killed")
 
     made = [Dying(), FakeWorker(), FakeWorker()]
     with running(config(1), iter(made).__next__, timing=QUICK) as rollouts:
         rollouts.publish(make_snapshot(0))
-        assert [group.rollouts[0].reward for group in rollouts.evaluate()] == [0, 1, 0, 1, 0]
+        assert [group.rollouts[0].reward for group in evaluate(rollouts)] == [0, 1, 0, 1, 0]
 
 
 def test_restart_delays_grow_to_a_minute() -> None:
@@ -155,7 +156,7 @@ def test_a_stop_ends_every_wait(wait: str) -> None:
                 await asyncio.sleep(3600)
             return await super().forward(snapshot)
 
-        async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+        async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
             stop.set()
             await asyncio.sleep(3600)
             return []
@@ -172,7 +173,7 @@ def test_a_stop_ends_every_wait(wait: str) -> None:
             case "publish":
                 assert rollouts.publish(make_snapshot(1))["sync/workers"] == 0
             case "evaluate":
-                assert rollouts.evaluate() is None
+                assert evaluate(rollouts) is None
             case "logprobs":
                 assert rollouts.logprobs([], adapter=True) == {}
         assert time.perf_counter() - began < 2

@@ -103,7 +103,7 @@ class SleepingWorker:
         await asyncio.sleep(self._seconds())
         return GroupResult(tuple(_rollout(float(i % 2), version) for i in range(_GROUP)))
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[GroupResult]:
+    async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
         return [await self.run_group(prompt) for prompt in prompts]
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:

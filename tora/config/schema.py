@@ -87,6 +87,10 @@ class EvalConfig:
     """Steps between evaluations. The policy is also evaluated after the last step."""
     at_start: bool = True
     """Evaluate before the first step too."""
+    blocking: bool = False
+    """Whether an asynchronous run pauses training while it evaluates. false: it trains on, and the held-out prompts run
+    under the version they began with, on workers' spare room; a result is logged with that version's step when it is
+    there. Synchronous runs, and those that train whole weights, always pause."""
     keep_best: bool = False
     """Export the policy to the folder `best` in `output_dir` whenever the held-out reward of `dataset` is higher than
     it has been."""

@@ -22,6 +22,7 @@ from tora.errors import ConfigError
 from tora.models.length import longest_sequence
 from tora.models.vision.processor import ImageProcessor
 from tora.protocols import Engine, Rewarder
+from tora.run.evaluations import evaluates_behind
 from tora.tasks.prompts import RunPrompts
 from tora.tasks.tokenizer import load_tokenizer
 
@@ -186,6 +187,7 @@ def engine_config(cfg: RunConfig, model_path: str, gpu_share: float, max_rank: i
         lora_rank=max_rank or cfg.model.lora_rank,
         lora_targets=target_leaves(cfg.model),
         gains=cfg.model.lora_type != "lora",
+        pins=evaluates_behind(cfg),
         adapt_vision=cfg.model.train_vision == "lora",
         max_pixels=cfg.rollout.max_pixels,
         seed=cfg.seed,
@@ -247,6 +249,7 @@ def torch_engine_of(cfg: RunConfig, model: Decoder, device: torch.device, *, sha
         shared=shared,
         max_rows=max_rows(cfg),
         cuda_graphs=_cuda_graphs(cfg, device),
+        pins=evaluates_behind(cfg) and not shared,
         processor=_image_processor(cfg),
         tokenizer=partial(load_tokenizer, Path(cfg.model.path)),
     )

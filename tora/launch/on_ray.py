@@ -67,8 +67,9 @@ class OnRay:
             "num_gpus": self._gpus * self._cfg.rollout.tensor_parallel,
             "resources": role_resources("rollout"),
             "scheduling_strategy": "SPREAD",
-            # one thread per group in flight, and one each for evaluation, log-probs, snapshots, heartbeats and aborts
-            "max_concurrency": self._cfg.rollout.concurrency + 5,
+            # one thread per group in flight, as many for calls of an evaluation, of which there is always room for one,
+            # and one each for log-probs, snapshots, heartbeats and aborts
+            "max_concurrency": 2 * self._cfg.rollout.concurrency + 5,
         }
         make_worker = partial(RayWorker, arguments, self._cfg, **options)
         return AsyncRollouts(

@@ -23,9 +23,9 @@ from tora.errors import ConfigError, ToraError
 
 _GROUPS_BYTES = 2**30
 """Of shared memory, for groups and batches."""
-_VERSIONS = 4
-"""Snapshots that are held at a time: the newest, the one before it that workers still fetch, and both while they are
-written and read."""
+_VERSIONS = 5
+"""Snapshots that are held at a time: the newest, the one before it that workers still fetch, both while they are
+written and read, and one that is being evaluated."""
 _RAYS_SHARE = 0.3
 """Of the machine's memory, that Ray takes by default."""
 _ENVIRONMENT = {

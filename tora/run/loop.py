@@ -8,7 +8,7 @@ from typing import Literal
 
 from tora.reporting.evaluation import EvalResult
 from tora.run.bad_steps import BadSteps
-from tora.run.best import stops_early
+from tora.run.evaluations import Evaluations
 from tora.run.idle_steps import IdleSteps
 from tora.run.run import Run
 
@@ -49,9 +49,9 @@ def train(run: Run) -> Outcome:
     run.try_out()
     sync = run.publish(state.step)
     bytes_per_sync = sync.get("sync/bytes", 0.0)
-    before = run.evaluate() if cfg.eval and cfg.eval.at_start else None
+    evaluations, end = Evaluations(run), "finished"
+    evaluations.at_start()
     run.let_save(True)
-    after, after_step, end = None, 0, "finished"
     bad_steps, idle_steps, saved = BadSteps(cfg.max_bad_steps), IdleSteps(cfg.max_idle_steps), state.step
     for step in range(state.step, cfg.num_steps):
         began = time.perf_counter()
@@ -84,10 +84,8 @@ def train(run: Run) -> Outcome:
         elif idle_steps.sentence:
             end = "idle"
         last = end != "finished" or state.step == cfg.num_steps
-        if cfg.eval and end != "stopped" and (last or state.step % cfg.eval.every == 0):
-            after, after_step = run.evaluate(), state.step
-            if not last and stops_early(state, cfg.eval):
-                last, end = True, "early"
+        if end != "stopped" and evaluations.after_a_step(last=last):
+            last, end = True, "early"
         is_due = state.step // cfg.checkpoint.every > saved // cfg.checkpoint.every
         if last or (is_due and not bad_steps.in_a_row):
             state.seconds = time.perf_counter() - start
@@ -99,5 +97,12 @@ def train(run: Run) -> Outcome:
             break
     seconds = time.perf_counter() - start
     return Outcome(
-        before, after, after_step, end, int(bytes_per_sync), seconds, idle_steps.sentence, idle_steps.all_idle
+        before=evaluations.before,
+        after=evaluations.after,
+        after_step=evaluations.after_step,
+        end=end,
+        bytes_per_sync=int(bytes_per_sync),
+        seconds=seconds,
+        reason=idle_steps.sentence,
+        all_idle=idle_steps.all_idle,
     )

@@ -10,10 +10,8 @@ from typing import Protocol
 from tora.batching.train_batch import group_advantages
 from tora.config.schema import RunConfig
 from tora.protocols import Learner, Rollouts
-from tora.reporting.evaluation import EvalResult, passes_by, summarize_sets
+from tora.reporting.evaluation import EvalResult
 from tora.reporting.uploads import UPLOADS, Uploads
-from tora.rewards.accuracy import accuracy_reward
-from tora.run.best import is_best
 from tora.run.canary import Canary
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.identity import result_name, write_identity
@@ -108,23 +106,6 @@ class Run:
         finally:
             self.learner.try_out(False)
         self.tries_adapter = False
-
-    def evaluate(self) -> EvalResult | None:
-        """Score the held-out prompts and log the results; returns that of `eval.dataset`. None without `eval`, or if a
-        stop was requested."""
-        groups = self.rollouts.evaluate() if self.cfg.eval is not None else None
-        if self.cfg.eval is None or groups is None:
-            return None
-        passes = passes_by(accuracy_reward(self.cfg.rewards))
-        results = summarize_sets(groups, self.eval_sets, self.cfg.eval.samples, passes)
-        for result in results:
-            self.log.evaluation(self.state.step, result)
-        main = results[0]
-        if main.sample is not None:
-            self.log.sample(*main.sample)
-        if is_best(self.state, main) and self.cfg.eval.keep_best:
-            self.learner.export(self.best_folder)
-        return main
 
     def export(self) -> None:
         """Write the trained policy into `result_folder`, with the run's identity beside it."""

@@ -1,0 +1,37 @@
+"""An event loop in a thread of its own, for callers in other threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import wait as wait_for_futures
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_STOP_POLL_S = 0.2
+
+
+class LoopThread:
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def wait_for(
+        self, coroutine: Coroutine[Any, Any, T], stop_requested: Callable[[], bool], on_stop: Callable[[], None]
+    ) -> T:
+        """The coroutine's result. `on_stop` is called on the loop, once or more, when a stop is requested meanwhile."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        while not wait_for_futures([future], timeout=_STOP_POLL_S).done:
+            if stop_requested():
+                self._loop.call_soon_threadsafe(on_stop)
+        return future.result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
