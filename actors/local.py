@@ -1,4 +1,7 @@
-"""LocalRollouts: one worker in this process, or one per rank under torchrun. Generation and training alternate."""
+"""LocalRollouts: one worker in this process, or one per rank under torchrun. Generation and training alternate.
+
+An engine that has generated sleeps until it is needed again, so that the learner can use its memory.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,7 @@ class LocalRollouts:
         while len(groups) < self._cfg.batch_size:
             prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
             groups += [g for g in self._on_all_ranks(self._worker.run_groups, prompts) if self._filter.admit(g)]
+        self._worker.sleep()
         generated, drops = self._filter.drain()
         batch = make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
         batch.metrics["rollout/prompts_dropped"] = float(self._cursor.take_dropped())
@@ -79,6 +83,7 @@ class LocalRollouts:
             if self._world.any(self._stop_requested()):
                 return None
             groups += self._on_all_ranks(self._worker.evaluate, self._eval_prompts[start : start + at_once])
+        self._worker.sleep()
         return groups
 
     def _on_all_ranks(
@@ -89,7 +94,9 @@ class LocalRollouts:
         return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
 
     def logprobs(self, requests: Sequence[LogprobRequest], *, adapter: bool) -> dict[int, list[np.ndarray]]:
-        return {self._world.rank: self._worker.logprobs(requests, adapter=adapter)}
+        answers = {self._world.rank: self._worker.logprobs(requests, adapter=adapter)}
+        self._worker.sleep()
+        return answers
 
     def state(self) -> RolloutState:
         return self._cursor.state(())

@@ -241,6 +241,10 @@ class RolloutWorker:
     def occupancy(self) -> Occupancy:
         return self._engine.occupancy()
 
+    def sleep(self) -> None:
+        """See `Engine.sleep`."""
+        self._engine.sleep()
+
     def close(self) -> None:
         self._engine.close()
         self._rewarder.close()

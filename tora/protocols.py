@@ -84,6 +84,12 @@ class Engine(Protocol):
         """How full the engine is. Thread-safe and immediate."""
         ...
 
+    def sleep(self) -> None:
+        """Free the memory that only generation needs; the next call that generates or scores takes it back.
+
+        Waits for running calls. An engine that has no such memory does nothing."""
+        ...
+
     def close(self) -> None:
         """Shut the engine down."""
         ...

@@ -160,6 +160,9 @@ class TorchEngine:
         """Always zero: the cache grows with the rollouts, and only `max_rows` bounds it."""
         return Occupancy()
 
+    def sleep(self) -> None:
+        """Nothing to free: a cache lasts as long as its call."""
+
     def close(self) -> None:
         """Nothing to release."""
 

@@ -51,6 +51,7 @@ def engine_args(config: EngineConfig, update: WeightUpdate) -> EngineArgs:
     device: dict[str, Any] = {
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
+        "enable_sleep_mode": config.sleeps,
         # vLLM's default for an engine in a process is 2,048, too few to keep a GPU busy with prompts
         "max_num_batched_tokens": max(_BATCHED_TOKENS, config.max_num_seqs),
     }

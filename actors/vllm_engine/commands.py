@@ -49,6 +49,11 @@ class Install:
     """The slot's contents after a one-call install, else None; and the seconds that generation stalled."""
 
 
+@dataclass(eq=False)
+class Sleep:
+    future: Future[None] = field(default_factory=Future)
+
+
 def engine_error(cause: BaseException | None) -> RolloutError:
     if cause is None:
         return RolloutError("the engine is closed")

@@ -57,6 +57,8 @@ class EngineConfig:
     """Run without CUDA graphs and compilation; always so on a CPU."""
     max_num_seqs: int = 256
     """Sequences that run at once; further ones wait."""
+    sleeps: bool = False
+    """Whether `VLLMEngine.sleep` frees the KV cache, in memory that vLLM then has to map itself. Needs a GPU."""
     gpu: int = 0
     """Index of the engine's GPU among those this process sees; ignored with `tensor_parallel` and on a CPU."""
     tensor_parallel: int = 1

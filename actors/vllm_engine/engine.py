@@ -22,10 +22,18 @@ import torch.distributed
 
 from actors.abort import Aborted
 from actors.vllm_engine.arguments import engine_args
-from actors.vllm_engine.commands import Generate, Install, engine_error
+from actors.vllm_engine.commands import Generate, Install, Sleep, engine_error
 from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.images import EngineInputs
-from actors.vllm_engine.process import Environment, build, engine_occupancy, rendezvous_address, shut_down
+from actors.vllm_engine.process import (
+    Environment,
+    build,
+    engine_occupancy,
+    free_cache,
+    rendezvous_address,
+    restore_cache,
+    shut_down,
+)
 from actors.vllm_engine.requests import (
     LoadedPolicy,
     Slot,
@@ -71,11 +79,12 @@ class VLLMEngine:
         """
         self._resources = resources or ExitStack()
         self._update, self._step, self._gpu = update, step, config.gpu
+        self._sleeps, self._is_asleep = config.sleeps, False
         # Tensor-parallel workers are processes that only one thread may talk to, and whole weights have no slot to
         # stage for: either way the engine's thread makes the whole install in one call between two steps.
         self._one_call_installs = config.tensor_parallel > 1 or update.num_slots == 0
         self._pinned_slot: Slot = update.num_slots + 1 if config.pins else None
-        self._commands: deque[Generate | Install] = deque()
+        self._commands: deque[Generate | Install | Sleep] = deque()
         self._wake = threading.Condition()  # guards _commands, _failure, _closing
         self._failure: BaseException | None = None
         self._closing = False
@@ -186,6 +195,15 @@ class VLLMEngine:
         step_seconds = 0.0 if began is None else time.monotonic() - began
         return replace(engine_occupancy(llm), step_seconds=step_seconds)
 
+    def sleep(self) -> None:
+        """Frees the KV cache, and with it the prefixes that it holds, until the next call that generates or scores.
+
+        Snapshots can be installed meanwhile. Does nothing unless the config has `sleeps`. Raises RolloutError if the
+        engine has failed or is closed.
+        """
+        if self._sleeps:
+            self._submit(Sleep()).result()
+
     def close(self) -> None:
         """Shuts vLLM down. Pending calls raise RolloutError. May be called twice."""
         with self._wake:
@@ -219,7 +237,7 @@ class VLLMEngine:
             self._check_alive()
             return self._inputs
 
-    def _submit(self, command: Generate | Install) -> Future[Any]:
+    def _submit(self, command: Generate | Install | Sleep) -> Future[Any]:
         with self._wake:
             self._check_alive()
             self._commands.append(command)
@@ -266,7 +284,7 @@ class VLLMEngine:
             return not self._closing
 
     def _run_commands(self) -> None:
-        """In order of arrival. An install that must wait for its slot holds up the commands behind it."""
+        """In order of arrival. A command that must wait for running requests holds up those behind it."""
         while True:
             with self._wake:
                 if not self._commands or self._must_wait(self._commands[0]):
@@ -274,14 +292,20 @@ class VLLMEngine:
                 command = self._commands[0]
             if isinstance(command, Install):
                 self._install(command)
+            elif isinstance(command, Sleep):
+                self._fall_asleep()
+                command.future.set_result(None)
             else:
+                self._wake_up()
                 self._start_requests(command)
             with self._wake:
                 self._commands.popleft()  # only now, so that `_fail_all` finds it if vLLM raises
 
-    def _must_wait(self, command: Generate | Install) -> bool:
+    def _must_wait(self, command: Generate | Install | Sleep) -> bool:
         if isinstance(command, Generate):
             return False
+        if isinstance(command, Sleep):
+            return bool(self._running)
         in_use = self._in_flight[command.slot]
         must_wait = in_use > 0 if command.slot == self._pinned_slot else self._update.must_wait(in_use)
         return must_wait and not self._holds(command.slot, command.snapshot)
@@ -314,6 +338,16 @@ class VLLMEngine:
         if slot is None:
             return consensus(self._llm.collective_rpc("install_weights", args=(command.snapshot,)))
         return consensus(self._llm.collective_rpc("install_adapter", args=(command.snapshot, slot)))
+
+    def _fall_asleep(self) -> None:
+        if not self._is_asleep:
+            free_cache(self._llm)
+            self._is_asleep = True
+
+    def _wake_up(self) -> None:
+        if self._is_asleep:
+            restore_cache(self._llm)
+            self._is_asleep = False
 
     def _start_requests(self, command: Generate) -> None:
         policy = self._policies.get(self._pinned_slot) if command.pinned else self._newest

@@ -60,6 +60,25 @@ def test_a_step_holds_as_many_tokens_as_a_gpu_needs(tmp_path: Path) -> None:
         engine.close()
 
 
+def test_a_sleeping_engine_frees_its_cache_and_serves_on(tmp_path: Path) -> None:
+    folder = make_text_model(tmp_path)
+    reference = Reference(folder)
+    engine = start_engine(folder, enforce_eager=False, sleeps=True, gpu_memory_utilization=0.3)
+    try:
+        _, total = torch.cuda.mem_get_info()
+        for version in (1, 2, 3):  # graphs were recorded once, with the addresses of the first cache
+            engine.install(reference.snapshot(version, "dora", version))
+            asked = request(num_samples=4, seed=version)
+            (group,) = engine.generate([asked])
+            awake = torch.cuda.mem_get_info()[0]
+            engine.sleep()
+            assert torch.cuda.mem_get_info()[0] - awake > 0.2 * total
+            for completion in group:
+                assert reference.error("dora", version, asked, completion) < 1e-3
+    finally:
+        engine.close()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_an_engine_is_on_the_gpu_that_it_was_given(tmp_path: Path) -> None:
     engine = start_engine(make_text_model(tmp_path), gpu=1)

@@ -57,7 +57,7 @@ def test_shipped_configs_fit_the_cards_that_they_name() -> None:
 def test_a_plan_is_the_same_by_hand(gpu_gib: int) -> None:
     """Qwen3-0.6B with LoRA, counted from its config.json: 28 layers of 1024 x (2048 + 2 x 1024), 2048 x 1024 and 3 x
     1024 x 3072, an embedding of 151,936 x 1024, and 8 heads of 128 for keys and values."""
-    cfg = resolved("qwen3/0.6B_lora_grpo_single_device")
+    cfg = resolved("qwen3/0.6B_lora_grpo_single_device", "rollout.sleep=false")
     (place,) = planned(cfg, gpu_gib).places
     weights = 28 * (1024 * 4096 + 2048 * 1024 + 3 * 1024 * 3072) + 151_936 * 1024
     assert place.parts["engine weights"] == pytest.approx(2 * weights, rel=1e-3)
@@ -71,6 +71,23 @@ def test_a_plan_is_the_same_by_hand(gpu_gib: int) -> None:
     assert planned(cfg, gpu_gib).rollouts == rollouts
 
 
+def test_learner_and_sleeping_engine_take_turns() -> None:
+    kept, asleep = (
+        planned(resolved(WIDE, f"rollout.sleep={value}"), 80).places[0].parts for value in ("false", "auto")
+    )
+    work = {name for name in kept if name.startswith("activations")} | {"gradients", "optimizer step"}
+    generating = {"key-value cache", "engine steps"}
+    smaller = min((work, generating), key=lambda names: sum(kept[name] for name in names))
+    assert all(asleep[name] == 0 for name in smaller) and any(kept[name] for name in smaller)
+    assert dict(asleep) == {n: s for n, s in kept.items() if n not in smaller}
+
+
+def test_sleep_is_refused_where_nothing_could_use_the_memory() -> None:
+    for overrides in (["async_rl=true"], ["rollout.engine=torch"]):
+        with pytest.raises(ConfigError, match=r"rollout\.sleep=true needs async_rl=false and rollout\.engine=vllm"):
+            resolved(WIDE, "rollout.sleep=true", *overrides)
+
+
 WIDE = "qwen3/8B_lora_grpo_single_device"
 
 
@@ -79,7 +96,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_fit() -> None:
     with pytest.raises(ConfigError) as refused:
         check_memory(cfg, Devices(True, nominal(80)))
     sentence = str(refused.value)
-    assert "The GPU needs 1" in sentence and "of 78.8 GiB" in sentence
+    assert "The GPU needs 8" in sentence and "of 78.8 GiB" in sentence
     ways = sentence.partition("It would fit with ")[2].partition(". memory_plan=warn")[0].split("; or with ")
     assert 2 <= len(ways) <= 3 and "activation_checkpointing=full" in ways
     for way in ways:

@@ -93,6 +93,8 @@ def _broken_workers(cfg: RunConfig) -> Iterator[str]:
                 f"rollout.max_workers={cfg.rollout.max_workers} must be at least rollout.num_workers, "
                 f"which is {cfg.rollout.num_workers}."
             )
+    if cfg.rollout.sleep is True and (cfg.async_rl or cfg.rollout.engine == "torch"):
+        yield "rollout.sleep=true needs async_rl=false and rollout.engine=vllm."
     if cfg.rollout.tensor_parallel > 1 and not (cfg.async_rl and cfg.rollout.engine != "torch"):
         yield f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs async_rl=true and rollout.engine=vllm."
 

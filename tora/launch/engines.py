@@ -164,13 +164,21 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
     return str(folder)
 
 
-def make_vllm_engine(cfg: RunConfig, gpu_share: float = 1.0, max_rank: int | None = None) -> Engine:
+def sleeps(cfg: RunConfig, *, on_gpu: bool) -> bool:
+    """Whether the engine gives its key-value cache back while the learner steps. `rollout.engine` must be resolved."""
+    return on_gpu and not cfg.async_rl and cfg.rollout.engine == "vllm" and cfg.rollout.sleep is not False
+
+
+def make_vllm_engine(
+    cfg: RunConfig, gpu_share: float = 1.0, max_rank: int | None = None, *, on_gpu: bool = False
+) -> Engine:
     """`gpu_share`: the share of a GPU that the engine has to itself, 0 to 1. `max_rank`: see `largest_rank`; None for
-    `model.lora_rank`."""
+    `model.lora_rank`. `on_gpu`: for `sleeps`."""
     from actors.vllm_engine.engine import VLLMEngine
 
     resources = ExitStack()
     config = engine_config(cfg, _rollout_base(cfg, resources), gpu_share, max_rank)
+    config = replace(config, sleeps=sleeps(cfg, on_gpu=on_gpu))
     return VLLMEngine(config, update=_weight_update(cfg), resources=resources)
 
 

@@ -55,7 +55,7 @@ class InProcess:
 
         vllm = self._cfg.rollout.engine == "vllm"
         make_engine = (
-            partial(make_vllm_engine, self._cfg, SYNC_SHARE, largest_rank(self._cfg))
+            partial(make_vllm_engine, self._cfg, SYNC_SHARE, largest_rank(self._cfg), on_gpu=self.devices.on_gpu)
             if vllm
             else partial(shared_torch_engine, self._cfg, self._learner)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from tora.config.schema import RunConfig
 from tora.distributed.device import device_for, machine_memory
 from tora.distributed.process_group import World
 from tora.errors import ConfigError, first_line
-from tora.launch.engines import GPU_MEMORY, MIN_SEQS, max_rows
+from tora.launch.engines import GPU_MEMORY, MIN_SEQS, max_rows, sleeps
 from tora.models.load import implementation_of, read_config
 from tora.models.released import shape_config, shape_of_folder
 from tora.plan.activations import MicroBatch
 from tora.plan.advice import advice
-from tora.plan.engine import EngineLimits, EngineMemory, torch_memory, vllm_memory
+from tora.plan.engine import AWAKE, EngineLimits, EngineMemory, torch_memory, vllm_memory
 from tora.plan.learner import LearnerMemory, learner_memory
 from tora.plan.places import CUDA, FRAGMENTS, Place, RunPlan
 from tora.plan.shapes import Shapes, read_shapes
@@ -220,9 +221,11 @@ def _engine(cfg: RunConfig, training: Training, limits: EngineLimits, devices: D
 def _together(
     cfg: RunConfig, title: str, learner: LearnerMemory, engine: EngineMemory, devices: Devices, *, processes: int
 ) -> Place:
-    """Learner and engines on one GPU. In one process with the torch engine, a step and a generation take turns."""
+    """Learner and engines on one GPU. In one process a step and a generation take turns, unless vLLM is kept awake."""
     if cfg.rollout.engine == "torch" and not cfg.async_rl:
         parts = _taking_turns(learner, engine)
+    elif sleeps(cfg, on_gpu=True):
+        parts = _taking_turns(learner, engine, AWAKE)
     else:
         engines = max(1, processes - 1)
         parts = _parts(learner) + Counter({name: size * engines for name, size in _engine_parts(engine).items()})
@@ -264,10 +267,11 @@ def _engine_parts(engine: EngineMemory) -> Counter[str]:
     )
 
 
-def _taking_turns(learner: LearnerMemory, engine: EngineMemory) -> Counter[str]:
-    """The larger of a training step and a generation, over the same weights."""
-    if learner.peak - learner.held.total() >= engine.total:
-        return _parts(learner)
+def _taking_turns(learner: LearnerMemory, engine: EngineMemory, kept: Collection[str] = ()) -> Counter[str]:
+    """The larger of a training step and a generation, and what lasts. `kept`: parts of the engine that do."""
+    lasting = Counter({name: size for name, size in engine.held.items() if size and name in kept})
+    if learner.peak - learner.held.total() + lasting.total() >= engine.total:
+        return _parts(learner) + lasting
     return Counter({name: size for name, size in learner.held.items() if size}) + _engine_parts(engine)
 
 

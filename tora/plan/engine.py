@@ -12,6 +12,8 @@ from tora.plan.training import MASTER, Training
 
 BATCHED_TOKENS = 8192
 """Tokens of vLLM's largest step on a GPU, `actors.vllm_engine.arguments`."""
+AWAKE = ("engine weights", "adapter slots", "CUDA graphs")
+"""What vLLM holds while it sleeps: all but its cache and what a step needs."""
 _LOGITS_COPIES = 4
 """Float32 tensors of the size of the logits that sampling needs at a time: logits, log-probs, and those sorted."""
 _GRAPHS = 1 << 29

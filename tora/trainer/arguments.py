@@ -69,7 +69,7 @@ NO_EFFECT = frozenset(
         "logging_strategy", "logging_first_step", "save_strategy", "remove_unused_columns", "disable_tqdm", "log_level",
         "gradient_checkpointing_kwargs", "dataloader_num_workers", "dataloader_pin_memory", "vllm_mode", "optim",
         "per_device_eval_batch_size", "num_completions_to_print", "ddp_find_unused_parameters", "label_names",
-        "overwrite_output_dir", "do_train", "do_eval", "fp16",
+        "overwrite_output_dir", "do_train", "do_eval", "fp16", "vllm_enable_sleep_mode",
     }
 )  # fmt: skip
 """TRL's names that change nothing about what is trained here, and are accepted."""
