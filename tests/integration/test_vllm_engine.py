@@ -26,14 +26,14 @@ from actors.abort import Aborted, abortable
 from actors.vllm_engine.engine import VLLMEngine
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, pack
 from tora.errors import RolloutError, SyncError
-from tora.types import Completion, LogprobRequest, SampleRequest, Sampling
+from tora.types import Completion, SampleRequest, Sampling
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen2"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = make_text_model(tmp_path_factory.mktemp(request.param), request.param, tied=request.param == "qwen3")
     gate = StepGate()
-    engine = start_engine(folder, gate=gate, pins=True, sleeps=True)
+    engine = start_engine(folder, gate=gate, pins=True)
     with pytest.raises(RolloutError, match="first snapshot"):
         engine.generate([SampleRequest(PROMPT, 1, 0, Sampling(4))])
     yield Served(engine, Reference(folder), gate)
@@ -395,43 +395,3 @@ def test_a_step_that_hangs_has_a_length(served: Served) -> None:
         served.gate.open()
         waiting.result(30)
     wait_until(lambda: served.engine.occupancy().step_seconds == 0)
-
-
-def test_a_sleeping_engine_loses_its_cache_and_serves_on(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM cannot unmap memory on a CPU: its worker's two calls are recorded here, and the cache is overwritten."""
-    from vllm.v1.worker.cpu_worker import CPUWorker
-
-    calls: list[tuple[str, Any]] = []
-
-    def overwrite(name: str, value: float) -> Any:
-        def call(worker: Any, tags: Any) -> None:
-            calls.append((name, tuple(tags)))
-            for cache in worker.model_runner.kv_caches:
-                cache.fill_(value)
-
-        return call
-
-    monkeypatch.setattr(CPUWorker, "discard", overwrite("discard", float("nan")))
-    monkeypatch.setattr(CPUWorker, "wake_up", overwrite("wake_up", 0.0))
-    served.install("dora", 90)
-    served.check("dora", 90, request(LONG_PROMPT))
-    served.engine.sleep()
-    served.engine.sleep()
-    assert calls == [("discard", ("kv_cache",))]
-    served.install("dora", 91)
-    assert len(calls) == 1, "an adapter's slot is no part of the cache"
-    served.check("dora", 91, request(LONG_PROMPT), request())
-    assert calls[1:] == [("wake_up", ("kv_cache",))]
-    with ThreadPoolExecutor(2) as pool:
-        with served.gate.shut():
-            running = pool.submit(served.check, "dora", 91, request())
-            served.gate.wait_for_engine()
-            sleeping = pool.submit(served.engine.sleep)
-            served.gate.allow(1)
-            assert len(calls) == 2 and not sleeping.done()
-        running.result()
-        sleeping.result()
-    assert calls[2:] == [("discard", ("kv_cache",))]
-    asked = [LogprobRequest(PROMPT, PROMPT)]
-    assert np.isfinite(served.engine.logprobs(asked, adapter=False)[0]).all(), "scoring wakes it too"
-    served.engine.sleep()
