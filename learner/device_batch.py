@@ -14,9 +14,8 @@ import torch
 from tora.batching.packing import documents
 from tora.models.base import Decoder
 from tora.models.shared_prefix import training_attention
-from tora.models.vision.inputs import ImageReader, dummy_image
+from tora.models.vision.inputs import ImageReader
 from tora.models.vision.processor import ImageProcessor
-from tora.models.vision.qwen3_vl import ImageInputs, Qwen3VL
 from tora.types import MicroBatch
 
 
@@ -42,8 +41,8 @@ class Inputs(_Arrays):
     """One micro-batch in the form that the model and the loss take."""
 
     positions: torch.Tensor
-    """int64 [1, T], or with images [3, 1, T]: time, row, column."""
-    images: ImageInputs | None
+    """int64 [1, T], or with images [3, 1, T] where they have time, row and column."""
+    images: Any
     """None if the micro-batch has no images and no other rank has any."""
 
 
@@ -55,7 +54,7 @@ class InputBuilder:
         self._read_images = ImageReader(model, processor, device)
 
     def __call__(self, batch: MicroBatch, *, other_ranks_have_images: bool) -> Inputs:
-        """With `other_ranks_have_images`, a micro-batch without images gets a dummy image: the vision tower's weights
+        """With `other_ranks_have_images`, a micro-batch without images gets a blank one: the vision tower's weights
         are sharded, so every rank must run it. Raises ValueError as `ImageReader` does."""
         arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(_Arrays)}
         positions, images = batch.positions_T, None
@@ -70,8 +69,8 @@ class InputBuilder:
                 image_I=batch.image_I,
                 branch_T=branch_T,
             )
-        elif other_ranks_have_images and isinstance(self._model, Qwen3VL):
-            images = dummy_image(self._model, self._device)
+        elif other_ranks_have_images:
+            images = self._read_images.blank()
         on_device = {name: torch.tensor(array, device=self._device) for name, array in arrays.items()}
         return Inputs(**on_device, positions=torch.tensor(positions, device=self._device).unsqueeze(-2), images=images)
 

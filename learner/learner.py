@@ -84,7 +84,7 @@ class Learner:
             self.world, self.device, compute=self._compute, reshard_after_forward=reshard, cpu_offload=cpu_offload
         )
         fill_policy(model, self.cfg, self.device, shard)
-        check_policy(model, self.device)
+        check_policy(model, self.cfg, self.device)
         return model
 
     def _load_start(self) -> Reference | None:

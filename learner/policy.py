@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from tora.models.length import fix_rotary, longest_sequence
 from tora.models.load import empty_decoder, fill_decoder
 from tora.models.proof import prove
 from tora.models.quantize import check_shards
-from tora.models.vision.qwen3_vl import Qwen3VL
+from tora.models.vision.processor import ImageProcessor, has_image_processor
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,8 +49,7 @@ def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False)
         quantize_base=cfg.model.quantize_base,
         implementation=cfg.model.implementation,
     )
-    tower = model.visual if isinstance(model, Qwen3VL) else None
-    if tower is None and cfg.model.train_vision != "none":
+    if not model.towers and cfg.model.train_vision != "none":
         raise ConfigError(
             f"model.train_vision={cfg.model.train_vision}, but the model in {cfg.model.path!r} has no vision tower"
         )
@@ -63,8 +63,9 @@ def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False)
         start = read_peft_config(Path(cfg.model.adapter_path)) if cfg.model.adapter_path else None
         shapes = adapter_shapes(model, cfg.model, start)
         inject(model, cfg.model.lora_type, shapes, dropout=cfg.model.lora_dropout)
-    if tower is not None and cfg.model.train_vision != "lora":
-        tower.requires_grad_(cfg.model.train_vision == "full")
+    if cfg.model.train_vision != "lora":
+        for name in model.towers:
+            model.get_submodule(name).requires_grad_(cfg.model.train_vision == "full")
     model.lm_head_fp32 = device.type == "cuda" if cfg.lm_head_fp32 is None else cfg.lm_head_fp32
     if masters:
         for name in full_weight_parameters(model):
@@ -97,10 +98,11 @@ def fill_policy(
     fill_decoder(model, Path(cfg.model.path), device=device, quantize_base=cfg.model.quantize_base, on_loaded=on_loaded)
 
 
-def check_policy(model: Decoder, device: torch.device) -> None:
+def check_policy(model: Decoder, cfg: RunConfig, device: torch.device) -> None:
     """Raises ConfigError if a loaded model does not compute what its class in transformers does. Collective."""
     if isinstance(model, GenericDecoder):
-        prove(model, device)
+        folder = Path(cfg.model.path)
+        prove(model, device, partial(ImageProcessor, folder) if has_image_processor(folder) else None)
 
 
 def load_adapter(model: Decoder, cfg: RunConfig) -> None:
@@ -114,6 +116,6 @@ def build_policy(cfg: RunConfig, device: torch.device) -> Decoder:
     """`empty_policy`, `fill_policy` and `load_adapter` in one: an unsharded policy on `device`."""
     model = empty_policy(cfg, device)
     fill_policy(model, cfg, device)
-    check_policy(model, device)
+    check_policy(model, cfg, device)
     load_adapter(model, cfg)
     return model

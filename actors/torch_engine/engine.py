@@ -240,7 +240,7 @@ class TorchEngine:
         images, image_I = distinct([image for request in requests for image in request.images])
         if images:
             given = [
-                np.concatenate([self._read.shows_image(request.token_ids, len(request.images)), [False] * len(tail)])
+                np.concatenate([self._read.shows_image(request.token_ids, request.images), [False] * len(tail)])
                 for request, tail in zip(requests, tails, strict=True)
             ]
             seen, positions = self._read(
@@ -251,7 +251,7 @@ class TorchEngine:
                 given_T=np.concatenate(given).astype(bool),
                 image_I=image_I,
             )
-            next_P = positions[:, np.cumsum(lengths_P) - 1].max(0) + 1
+            next_P = np.atleast_2d(positions)[:, np.cumsum(lengths_P) - 1].max(0) + 1
         lengths, next_, tokens, where = (
             torch.from_numpy(x).to(self._device) for x in (lengths_P, next_P, tokens_T, positions)
         )

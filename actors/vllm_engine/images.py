@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from tora.models.vision.processor import decode
 
 if TYPE_CHECKING:
     from vllm.inputs import EngineInput
+    from vllm.multimodal.inputs import PlaceholderRange
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
@@ -62,47 +64,62 @@ class EngineInputs:
     def __init__(self, llm: LLMEngine) -> None:
         self._renderer = llm.renderer
         self._image_token: int | None = getattr(llm.model_config.hf_config, "image_token_id", None)
+        self._mark = self._image_token if self._image_token is None else _mark(llm, self._image_token)
         self._lock = Lock()  # the processor's tokenizer is not thread-safe
 
     def __call__(self, token_ids: Sequence[int], images: Sequence[bytes]) -> EngineInput:
-        """Raises ValueError if vLLM's processor expands the images to different token ids."""
+        """Raises ValueError if vLLM's processor makes another number of features of the images than the prompt has
+        placeholders for."""
         from vllm.inputs import tokens_input
 
         if not images:
             return tokens_input(list(token_ids))
         if self._image_token is None:
             raise ValueError(f"a prompt has {len(images)} images, but the engine's model takes none")
-        short, length = collapsed(token_ids, self._image_token, len(images))
+        # vLLM would expand a prompt by its own rules; of its answer only what concerns the images is used
         prompt: Any = {
-            "prompt_token_ids": short,
+            "prompt_token_ids": [self._mark] * len(images),
             "multi_modal_data": {"image": [decode(image) for image in images]},
         }
         with self._lock:
             made: Any = self._renderer.render_cmpl([prompt])[0]
-        found = list(made["prompt_token_ids"])
-        if found != list(token_ids[:length]):
-            raise ValueError(
-                f"vLLM expands a prompt with {len(images)} images to {len(found)} tokens, but it has {length}: "
-                "the image processors or their pixel limits differ"
-            )
-        made["prompt_token_ids"] = [*found, *token_ids[length:]]
+        counts = [int(place.get_num_embeds()) for place in made["mm_placeholders"]["image"]]
+        made["mm_placeholders"] = {"image": places(token_ids, self._image_token, counts)}
+        made["prompt_token_ids"] = list(token_ids)
         return made
 
 
-def collapsed(token_ids: Sequence[int], image_token: int, count: int) -> tuple[list[int], int]:
-    """The tokens up to the end of the `count`-th run of placeholders, with each run collapsed to the single placeholder
-    that vLLM expands; and the number of tokens before collapsing. Later placeholders were sampled and stand for no
-    image.
+def _mark(llm: LLMEngine, image_token: int) -> int:
+    """The token that stands for an image before vLLM expands a prompt."""
+    config: Any = llm.model_config.hf_config
+    return getattr(config, "boi_token_id", None) or image_token
 
-    Raises ValueError if there are fewer than `count` runs.
+
+def places(token_ids: Sequence[int], image_token: int, counts: Sequence[int]) -> list[PlaceholderRange]:
+    """Where the features of images are among the tokens: of the first image `counts[0]`, and so on. Later placeholders
+    were sampled and stand for no image.
+
+    Raises ValueError if there are fewer placeholders, or an image begins within a run of them.
     """
-    short: list[int] = []
-    length, left = 0, count
-    for token, run in groupby(token_ids):
-        repeats = len(list(run))
-        length += repeats
-        short += [token] * (1 if token == image_token else repeats)
-        left -= token == image_token
-        if left == 0:
-            return short, length
-    raise ValueError(f"a prompt has {count} images but placeholders for {count - left}")
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    index = [i for i, token in enumerate(token_ids) if token == image_token]
+    if len(index) < sum(counts):
+        raise ValueError(
+            f"a prompt has {len(index)} image placeholders, and vLLM makes {sum(counts)} features of its images: the "
+            "image processors or their pixel limits differ"
+        )
+    found, start = [], 0
+    for count in counts:
+        own = index[start : start + count]
+        start += count
+        begins = token_ids[own[0] - 1] != image_token or own[0] == 0
+        ends = own[-1] + 1 == len(token_ids) or token_ids[own[-1] + 1] != image_token
+        if not (begins and ends):
+            raise ValueError(
+                "a run of image placeholders in a prompt is not as long as vLLM's number of features: the image "
+                "processors or their pixel limits differ"
+            )
+        span = torch.tensor(token_ids[own[0] : own[-1] + 1]) == image_token
+        found.append(PlaceholderRange(own[0], len(span), None if span.all() else span))
+    return found

@@ -20,7 +20,7 @@ pytest.importorskip("vllm")
 from actors.continuation import generate_in_parts
 from actors.torch_engine.sampling import log_distribution
 from actors.vllm_engine.engine import VLLMEngine
-from actors.vllm_engine.images import collapsed
+from actors.vllm_engine.images import places
 from actors.vllm_engine.weight_updates import InFlight
 from tora.adapters.snapshot import pack
 from tora.errors import SyncError
@@ -230,9 +230,11 @@ def test_text_models_take_no_images(tmp_path: Path) -> None:
         start_engine(folder, adapt_vision=True)
 
 
-def test_collapsed() -> None:
+def test_places() -> None:
     ids = [1, 5, 5, 5, 2, 2, 5, 3, 5, 5]
-    assert collapsed(ids, 5, 1) == ([1, 5], 4)
-    assert collapsed(ids, 5, 2) == ([1, 5, 2, 2, 5], 7)
-    with pytest.raises(ValueError, match="4 images but placeholders for 3"):
-        collapsed(ids, 5, 4)
+    assert [(p.offset, p.length, p.is_embed) for p in places(ids, 5, [3, 1])] == [(1, 3, None), (6, 1, None)]
+    (pieces,) = places(ids, 5, [4])
+    assert (pieces.offset, pieces.length, pieces.get_num_embeds()) == (1, 6, 4)
+    for counts, words in (([3, 4], "6 image placeholders, and vLLM makes 7"), ([2, 1], "not as long as"), ([2], "as")):
+        with pytest.raises(ValueError, match=words):
+            places(ids, 5, counts)

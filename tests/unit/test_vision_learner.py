@@ -8,23 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from adapters import shake
 from comparisons import compare
 from learners import config, weights
-from peft import PeftModel
 from tiny import make_text_model, make_vl_model
 from transformers import Qwen3VLForConditionalGeneration
-from vision_inputs import hugging_face_inputs
-from vision_learners import SGD, SHOWN, batch_of, vision_groups, vl_config
+from vision_learners import LOSS, SGD, SHOWN, batch_of, check_gradients, hand_made, vision_groups, vl_config
 
 from learner.learner import Learner
 from tora.adapters.inject import trained_parameters
-from tora.batching.advantage import group_advantages
 from tora.errors import ConfigError
-from tora.models.vision.processor import ImageProcessor
-from tora.types import Group, TrainBatch
+from tora.types import TrainBatch
 
-LOSS = {"_component_": "learner.loss.GRPOLoss", "importance_correction": "none"}
 KL = {**LOSS, "kl_coeff": 0.05}
 TOWER_LINEARS = 3 * 4 + 2 * 3
 """Four linear layers in each of three blocks, two in each of three mergers."""
@@ -37,67 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_vl_model(tmp_path_factory.mktemp("vl"))
 
 
-def hand_made(model: Any, folder: Path, groups: list[Group]) -> tuple[torch.Tensor, float]:
-    """The loss -Σ A log p / tokens, whose gradient equals that of the first step, and `mismatch_kl`. Transformers runs
-    one sequence at a time, each with its own pixels."""
-    processor, total, tokens, k3 = ImageProcessor(folder), torch.zeros(()), 0, 0.0
-    for group in groups:
-        advantages = group_advantages([r.reward for r in group.rollouts], True)
-        for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-            ids = torch.tensor([*group.prompt.token_ids, *rollout.token_ids.tolist()])[None]
-            inputs = hugging_face_inputs(processor, ids, group.prompt.images)
-            logits = model(**inputs).logits[0, len(group.prompt.token_ids) - 1 : -1]
-            logprobs = logits.log_softmax(1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
-            total, tokens = total - float(advantage) * logprobs.sum(), tokens + len(logprobs)
-            d = logprobs.detach() - torch.tensor(rollout.actor_logprobs)
-            k3 += float((d.expm1() - d).sum())
-    return total / tokens, k3 / tokens
-
-
 @pytest.mark.parametrize(
     ("lora_type", "train_vision"), [("lora", "none"), ("lora", "lora"), ("dora_cache", "lora"), ("dora", "full")]
 )
 def test_an_exported_policy_has_the_same_gradients_in_peft(
     tmp_path: Path, folder: Path, lora_type: str, train_vision: str
 ) -> None:
-    learner = Learner(vl_config(folder, lora_type, train_vision, loss=LOSS))
-    shake(learner.model)
-    learner.export(tmp_path)
-    base = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
-    groups = vision_groups(folder)
-    loss, mismatch = hand_made(theirs, folder, groups)
-    loss.backward()
-    expected = {
-        n.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): p.grad
-        for n, p in theirs.named_parameters()
-        if p.requires_grad
-    }
-    gradients = spy_on_gradients(learner)
-    assert learner.step(batch_of(groups)).metrics["mismatch_kl"] == pytest.approx(mismatch, rel=1e-3)
-    suffix = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
-    names = learner.model.names
-    for name, gradient in gradients.items():
-        module, _, leaf = name.rpartition(".")
-        theirs_name = f"{names.module_to_hf(module)}.{suffix[leaf]}" if leaf in suffix else names.parameter_to_hf(name)
-        torch.testing.assert_close(gradient, expected.pop(theirs_name), atol=1e-6, rtol=1e-3)
-    assert not expected
-
-
-def spy_on_gradients(learner: Learner) -> dict[str, torch.Tensor]:
-    """A dict that the next step fills, if it has one micro-batch."""
-    gradients: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            gradients[name] = parameter.grad.clone()
-
-        return hook
-
-    for name, parameter in trained_parameters(learner.model).items():
-        parameter.register_post_accumulate_grad_hook(keep(name))
-    return gradients
+    check_gradients(vl_config(folder, lora_type, train_vision, loss=LOSS), tmp_path)
 
 
 @pytest.mark.parametrize(("lora_type", "train_vision"), [("dora_cache", "lora"), ("full", "full"), ("full", "none")])

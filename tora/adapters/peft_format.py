@@ -19,6 +19,7 @@ from tora.config.schema import ModelConfig
 from tora.distributed.sharding import copy_full
 from tora.errors import ConfigError
 from tora.models.base import Decoder
+from tora.models.decoder import NativeDecoder
 from tora.models.hub import named
 from tora.models.weight_files import open_weights
 
@@ -27,7 +28,6 @@ _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "l
 TOWER_LINEARS = ("attn.qkv", "attn.proj", "linear_fc1", "linear_fc2")
 """PEFT targets that match exactly the linear layers of a vision tower and its mergers. A bare `proj` would match the
 patch embedding too, a convolution."""
-TOWER_MODULE = "visual"
 _WEIGHTS = "adapter_model.safetensors"
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 """What torch.compile, FSDP, checkpointing and DDP put into names; some trainers save them."""
@@ -50,7 +50,6 @@ def peft_config(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: alpha_of(layer.rank, layer.scaling, cfg.use_rslora) for name, layer in layers.items()}
     others = {name: alpha for name, alpha in alphas.items() if not math.isclose(alpha, cfg.lora_alpha)}
-    tower = TOWER_LINEARS if cfg.train_vision == "lora" else ()
     base = named(cfg)
     return {
         "peft_type": "LORA",
@@ -63,12 +62,28 @@ def peft_config(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
         "alpha_pattern": {re.escape(name): alpha for name, alpha in others.items()},
         "use_rslora": cfg.use_rslora,
         "use_dora": cfg.lora_type != "lora",
-        "target_modules": list(layers) if isinstance(cfg.lora_targets, str) else [*cfg.lora_targets, *tower],
-        "modules_to_save": [TOWER_MODULE] if cfg.train_vision == "full" else None,
+        **_targets(model, cfg),
+        "modules_to_save": tower_modules(model) if cfg.train_vision == "full" else None,
         "lora_dropout": cfg.lora_dropout,
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def tower_modules(model: Decoder) -> list[str]:
+    """Last names of the modules that make features of images."""
+    return [name.rpartition(".")[2] for name in model.towers]
+
+
+def _targets(model: Decoder, cfg: ModelConfig) -> dict[str, Any]:
+    """PEFT's fields that select the layers which carry an adapter, and no others of these names in a tower."""
+    own = isinstance(model, NativeDecoder)
+    if isinstance(cfg.lora_targets, str) or (cfg.train_vision == "lora" and not own):
+        return {"target_modules": list(adapter_layers(model))}
+    if own or not model.towers:
+        return {"target_modules": [*cfg.lora_targets, *(TOWER_LINEARS if cfg.train_vision == "lora" else ())]}
+    outside = rf".*\.({'|'.join(tower_modules(model))})\..*"
+    return {"target_modules": [*cfg.lora_targets], "exclude_modules": outside}
 
 
 def save_peft(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], folder: Path) -> None:
@@ -87,7 +102,7 @@ def load_peft(model: Decoder, cfg: ModelConfig, folder: Path) -> None:
     one of another type, rank, scaling or set of modules, or one that Tora would compute otherwise.
     """
     theirs = read_peft_config(folder)
-    _check_settings(theirs, cfg, folder)
+    _check_settings(theirs, model, cfg, folder)
     parameters, tensors = peft_tensors(model), _read_tensors(folder)
     _check_modules(theirs, model, parameters, tensors, folder)
     for name, parameter in parameters.items():
@@ -103,7 +118,7 @@ def load_peft(model: Decoder, cfg: ModelConfig, folder: Path) -> None:
     refresh(model)
 
 
-def _check_settings(theirs: PeftConfig, cfg: ModelConfig, folder: Path) -> None:
+def _check_settings(theirs: PeftConfig, model: Decoder, cfg: ModelConfig, folder: Path) -> None:
     ours = {
         "r": ("model.lora_rank", theirs.r, cfg.lora_rank),
         "lora_alpha": ("model.lora_alpha", theirs.lora_alpha, cfg.lora_alpha),
@@ -115,8 +130,8 @@ def _check_settings(theirs: PeftConfig, cfg: ModelConfig, folder: Path) -> None:
             raise ConfigError(
                 f"the adapter in {str(folder)!r} has {field}={their_value}, and {key} makes it {our_value} in this run"
             )
-    expected = [TOWER_MODULE] if cfg.train_vision == "full" else []
-    if list(theirs.modules_to_save) != expected:
+    expected = tower_modules(model) if cfg.train_vision == "full" else []
+    if sorted(theirs.modules_to_save) != sorted(expected):
         raise ConfigError(
             f"the adapter in {str(folder)!r} has modules_to_save={list(theirs.modules_to_save)}, and a run with "
             f"model.train_vision={cfg.train_vision} starts from {expected} alone"

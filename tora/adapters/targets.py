@@ -16,7 +16,6 @@ from tora.config.schema import ModelConfig
 from tora.errors import ConfigError
 from tora.models.base import Decoder
 from tora.models.load import empty_decoder
-from tora.models.names import TOWER
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,8 @@ def adapter_shapes(model: Decoder, cfg: ModelConfig, start: PeftConfig | None = 
     _check_targets(cfg.lora_targets, decoder.values())
     chosen = {name: hf for name, hf in decoder.items() if matches(cfg.lora_targets, hf)}
     if cfg.train_vision == "lora":
-        tower = [n for n, m in model.named_modules() if n.startswith(TOWER) and isinstance(m, nn.Linear)]
+        within = tuple(f"{name}." for name in model.towers)
+        tower = [n for n, m in model.named_modules() if n.startswith(within) and type(m) is nn.Linear]
         chosen |= {name: model.names.module_to_hf(name) for name in tower}
     return {name: _shape(hf, cfg, start) for name, hf in chosen.items()}
 

@@ -147,8 +147,9 @@ class TurnTemplate:
 
     def _encode(self, text: str, images: Sequence[bytes]) -> tuple[int, ...]:
         self._check_takes(images)
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tuple(ids) if self._processor is None else self._processor.expand(ids, images)
+        if self._processor is not None:
+            return self._processor.tokens(text, images)
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _messages(self, source: str | Messages) -> Messages:
         messages: Messages = [{"role": "user", "content": source}] if isinstance(source, str) else source

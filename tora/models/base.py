@@ -39,6 +39,13 @@ class Decoder(nn.Module):
     """Whether `logits` keeps the float32 sums of its product; see `head_logits`."""
     logit_map = LogitMap()
     """What the model does to its head's product."""
+    image_token: int | None = None
+    """Id of the token whose place an image's feature takes; None for a model that takes no images."""
+    video_token: int | None = None
+    has_grid_positions = False
+    """Whether images take positions by row and column; see `tora.models.vision.mrope`."""
+    towers: tuple[str, ...] = ()
+    """Names of the modules that make features of images."""
 
     @property
     def head(self) -> torch.Tensor:
@@ -65,6 +72,11 @@ class Decoder(nn.Module):
 
     def quantizable(self) -> set[str]:
         """Names of the parameters that `quantize_base` quantises: no embedding, head, norm or bias."""
+        raise NotImplementedError
+
+    def image_inputs(self, pixels: Any, places: Any, device: torch.device) -> Any:
+        """The argument `images` of the forward, for `tora.models.vision`'s `Pixels` and `Places`; of a model that takes
+        images."""
         raise NotImplementedError
 
     def gap(self, *, full: bool, quantize: bool) -> str | None:

@@ -9,7 +9,6 @@ Shapes: b batch, s sequence, H query heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tora.errors import ConfigError
 from tora.models.attention import AttentionContext, LayerAttention, Scores
 from tora.models.base import Decoder, identity
-from tora.models.generic_support import check_config, head_map, is_router
+from tora.models.generic_support import head_map, is_router
 from tora.models.quantize import FrozenLinear
 
 NAME = "tora"
@@ -30,7 +28,7 @@ _ATTEND = "tora_attend"
 _PREFIX = "hf."
 
 
-def _attention(
+def attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -129,18 +127,26 @@ class GenericDecoder(Decoder):
     ) -> Any:
         """Like `Decoder.forward`; without `attend` only inside `own_attention`."""
         assert images is None
+        return output_fn(self._decode(positions, attend, input_ids=tokens))
+
+    def _decode(self, positions: torch.Tensor, attend: AttentionContext | None, **tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the final norm, [b, s, hidden], of `input_ids` or `inputs_embeds`."""
         ours = {} if attend is None else {_ATTEND: attend}
-        out = self.hf.get_decoder()(tokens, position_ids=positions, use_cache=False, **ours)
-        return output_fn(out.last_hidden_state)
+        return self.hf.get_decoder()(position_ids=positions, use_cache=False, **tokens, **ours).last_hidden_state
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:
         """Within the context the model has transformers' plain attention, for one document at a time."""
-        self.hf.set_attn_implementation("eager")
+        self.hf.set_attn_implementation(self.attention_settings("eager"))
         try:
             yield
         finally:
-            self.hf.set_attn_implementation(NAME)
+            self.hf.set_attn_implementation(self.attention_settings(NAME))
+
+    @classmethod
+    def attention_settings(cls, name: str) -> Any:
+        """transformers' `attn_implementation` for a language model's attention of this name."""
+        return name
 
 
 def _at(index: int) -> Callable[..., Any]:
@@ -151,59 +157,3 @@ def _at(index: int) -> Callable[..., Any]:
         return args, {**kwargs, _ATTEND: kwargs[_ATTEND].at(index)} if _ATTEND in kwargs else kwargs
 
     return hook
-
-
-def build_generic(config: Any, linear: type[nn.Linear] = nn.Linear) -> GenericDecoder:
-    """A model with parameters and buffers on the meta device; `compute_buffers` makes the buffers.
-
-    `config`: transformers' config object. `linear`: the class of the decoder layers' linear modules, not of the head.
-    Raises ConfigError if transformers has no such model, or one that `generic_support` refuses.
-    """
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    check_config(config)
-    AttentionInterface.register(NAME, _attention)
-    try:
-        with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
-    except ValueError as error:
-        raise ConfigError(f"a {config.model_type!r} model cannot be trained: {error}") from None
-    model = GenericDecoder(hf)
-    for name in model.adaptable():
-        model.get_submodule(name).__class__ = linear
-    return model
-
-
-def cast_parameters(model: GenericDecoder, dtype: torch.dtype) -> None:
-    """Give parameters, which are on the meta device, the dtype that transformers would load them in."""
-    kept = tuple(getattr(model.hf, "_keep_in_fp32_modules_strict", None) or ())
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not any(part in f"{module_name}.{name}" for part in kept):
-                setattr(module, name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
-
-
-@torch.no_grad()
-def compute_buffers(model: GenericDecoder, device: torch.device) -> None:
-    """Compute all buffers, such as rotary frequencies, on `device` by the model's own code. They stay in float32.
-
-    Raises ConfigError if the model has buffers that it does not compute.
-    """
-    from transformers import PreTrainedModel
-
-    owners = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
-    for name, module in model.named_modules():
-        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
-        if not buffers:
-            continue
-        for leaf, buffer in buffers.items():
-            fill = math.nan if buffer.is_floating_point() else 0
-            module._buffers[leaf] = torch.full_like(buffer, fill, device=device)
-        owner = max((n for n in owners if n == name or name.startswith(f"{n}.")), key=len)
-        owners[owner]._init_weights(module)
-        for leaf in buffers:
-            if leaf not in module._non_persistent_buffers_set or not module._buffers[leaf].isfinite().all():  # pyright: ignore[reportOptionalMemberAccess]
-                raise ConfigError(
-                    f"{type(model.hf).__name__} cannot be trained: its buffer {model.names.module_to_hf(name)}.{leaf} "
-                    "is not a function of its config"
-                )

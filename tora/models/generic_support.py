@@ -80,12 +80,24 @@ class _Given(nn.Module):
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.outputs = _Outputs(hidden)
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+        return self.outputs
 
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # pyright: ignore[reportArgumentType]
+
+class _Outputs:
+    """A decoder's outputs, of which all but the hidden states are missing."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        assert index == 0
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _own_map(hf: Any, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,8 @@ from tora.errors import ConfigError, first_line
 from tora.models.base import Decoder
 from tora.models.decoder import NativeDecoder, RMSNorm, RotaryTable, build_decoder, native_gap
 from tora.models.family import families
-from tora.models.generic import GenericDecoder, build_generic, cast_parameters, compute_buffers
+from tora.models.generic import GenericDecoder
+from tora.models.generic_build import build_generic, cast_parameters, compute_buffers
 from tora.models.generic_load import generic_sources
 from tora.models.quantize import FrozenLinear, quantize
 from tora.models.sources import HEAD, Source, check_complete, check_shape, check_tied, is_derived, own_parameters

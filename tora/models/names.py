@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 TOWER = "visual."
 """Prefix of the vision tower's modules in our models."""
+TOWERS = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
+"""Last names of the modules that make features of images, in Hugging Face's models."""
 _MODULES = {
     "embed_tokens": "tok_embeddings",
     "norm": "norm",

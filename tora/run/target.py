@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 
 from tora.adapters.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
-from tora.adapters.peft_format import TOWER_LINEARS, TOWER_MODULE
+from tora.adapters.peft_format import TOWER_LINEARS
 from tora.config.load import config_file, is_hub_name, load_config, read_tree
 from tora.config.schema import ModelConfig, RunConfig
 from tora.errors import ConfigError
 from tora.models.hub import fetched
+from tora.models.names import TOWERS
 from tora.run.checkpoints import Checkpoints, step_of
 from tora.run.manifest import damage
 
@@ -153,16 +154,20 @@ def _adapted(folder: Path) -> dict[str, Any]:
 
 
 def _shape(peft: PeftConfig) -> dict[str, Any]:
-    targets = peft.targets if isinstance(peft.targets, str) else [t for t in peft.targets if t not in TOWER_LINEARS]
+    targets = peft.targets if isinstance(peft.targets, str) else [t for t in peft.targets if not _in_tower(t)]
     tower = {"train_vision": "lora"} if len(targets) < len(peft.targets) else {}
     return {
-        **({"train_vision": "full"} if list(peft.modules_to_save) == [TOWER_MODULE] else tower),
+        **({"train_vision": "full"} if {*peft.modules_to_save} & {*TOWERS} else tower),
         "lora_type": "dora_cache" if peft.use_dora else "lora",
         "lora_rank": peft.r,
         "lora_alpha": peft.lora_alpha,
         "use_rslora": peft.use_rslora,
         "lora_targets": targets,
     }
+
+
+def _in_tower(target: str) -> bool:
+    return target in TOWER_LINEARS or not {*target.split(".")}.isdisjoint(TOWERS)
 
 
 def _base(config: str | None, name: str) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tora.errors import ConfigError
+from tora.errors import ConfigError, first_line
 from tora.models.chat import render
 
 if TYPE_CHECKING:
@@ -25,52 +26,123 @@ _CONFIGS = ("preprocessor_config.json", "processor_config.json")
 _SIZE_KEYS = ("shortest_edge", "longest_edge")
 """Despite their names, the minimum and maximum number of pixels in all processors of the Qwen-VL families."""
 
+_KEPT = 64
+"""Images whose replacements are kept: those of a few groups."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """The vision tower's input for a list of images."""
+    """What a vision tower takes for a list of images."""
 
-    patches_ND: np.ndarray
-    """float32, normalised, all images concatenated; D = channels * frames * patch height * patch width."""
-    grid_IT: np.ndarray
-    """int64 [I, 3]: frames (always 1), rows and columns of each image, in patches."""
+    tensors: dict[str, Any]
+    """The processor's own, on the CPU, all images concatenated."""
+    counts_I: np.ndarray
+    """int64: features of each image, which are as many placeholders."""
+    merge: int = 1
+    """Of a processor of the Qwen-VL families, merge x merge patches become one feature."""
+
+    @property
+    def patches_ND(self) -> np.ndarray:
+        """float32, normalised, all images concatenated; D = channels * frames * patch height * patch width."""
+        return self.tensors["pixel_values"].numpy()
+
+    @property
+    def grid_IT(self) -> np.ndarray:
+        """int64 [I, 3], of the Qwen-VL families: frames (always 1), rows and columns of each image, in patches."""
+        return self.tensors["image_grid_thw"].numpy()
+
+    @property
+    def sizes_I2(self) -> np.ndarray:
+        """int64, of the Qwen-VL families: rows and columns of each image, in features."""
+        return self.grid_IT[:, 1:] // self.merge
 
 
 class ImageProcessor:
-    """One model's processor, with the same pixel limit wherever it is used."""
+    """One model's processor, with the same pixel limit wherever it is used.
+
+    In a prompt's text each image has one mark, which the processor replaces: by a run of placeholders, one for each
+    feature, and in some families by marks of rows, columns or ends around them.
+    """
 
     def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
         """`max_pixels`: larger images are scaled down to at most this many pixels; None means the folder's limit.
 
-        Raises ConfigError if the folder has no image processor, or if `max_pixels` is below the processor's minimum.
+        Raises ConfigError if the folder has no image processor that can be used, or if `max_pixels` is below the
+        processor's minimum, or not for it to choose.
         """
         if not has_image_processor(folder):
             raise ConfigError(f"model.path {str(folder)!r} holds no image processor, {' or '.join(_CONFIGS)}")
-        from transformers import AutoProcessor
-
-        processor: Any = AutoProcessor.from_pretrained(folder)
+        processor = _load(folder)
+        self._whole = processor
         self._processor = processor.image_processor
         self._tokenizer = processor.tokenizer
         self.template: str | None = processor.chat_template or processor.tokenizer.chat_template
-        self.image_token_id: int = processor.image_token_id
-        self._video_token_id: int = processor.video_token_id
+        self._mark: str = processor.image_token
+        self.image_token_id: int = processor.image_token_ids[0]
+        self._video_token_id: int | None = getattr(processor, "video_token_id", None)
+        self._counts_patches = hasattr(self._processor, "get_number_of_image_patches") and hasattr(
+            self._processor, "merge_size"
+        )
+        self._size: dict[str, int] | None = self._limits(max_pixels) if self._counts_patches else None
+        if not self._counts_patches and max_pixels is not None:
+            raise ConfigError(
+                f"rollout.max_pixels={max_pixels} is for models of the Qwen-VL families; "
+                f"{type(self._processor).__name__} has one size of its own"
+            )
+        self._newest: dict[bytes, str] = {}
+
+    def _limits(self, max_pixels: int | None) -> dict[str, int]:
         least, most = (int(self._processor.size[key]) for key in _SIZE_KEYS)
         if max_pixels is not None and max_pixels < least:
             raise ConfigError(f"rollout.max_pixels={max_pixels} is below the model's smallest image, {least} pixels")
-        self._size = dict(zip(_SIZE_KEYS, (least, max_pixels or most), strict=True))
+        return dict(zip(_SIZE_KEYS, (least, max_pixels or most), strict=True))
 
     def pixels(self, images: Sequence[bytes]) -> Pixels:
         """The pixels of one or more encoded image files. Raises ValueError if a file is not an image or the
         processor rejects its aspect ratio."""
-        output = self._processor(images=[decode(image) for image in images], size=self._size, return_tensors="pt")
-        return Pixels(output["pixel_values"].numpy(), output["image_grid_thw"].numpy())
+        output = self._run(images)
+        tensors = {key: value for key, value in output.items() if hasattr(value, "numpy")}
+        merge = self._processor.merge_size if self._counts_patches else 1
+        if self._counts_patches:
+            return Pixels(tensors, tensors["image_grid_thw"].prod(1).numpy() // merge**2, merge)
+        marks = [self._whole.replace_image_token(output, index) for index in range(len(images))]
+        return Pixels(tensors, np.array([self._num_placeholders(mark) for mark in marks]))
+
+    def _run(self, images: Sequence[bytes]) -> Any:
+        pictures: Any = [decode(image) for image in images]
+        if self._size is not None:
+            return self._processor(images=pictures, size=self._size, return_tensors="pt")
+        rows: dict[str, Any] = {}
+        if hasattr(self._processor, "return_row_col_info"):  # it shows an image in pieces, of one list for a prompt
+            rows, pictures = {"return_row_col_info": True}, [pictures]
+        return self._processor(images=pictures, return_tensors="pt", **rows)
+
+    def _replacement(self, image: bytes) -> str:
+        """The text that stands for an image in place of its mark."""
+        if image not in self._newest:
+            if len(self._newest) >= _KEPT:
+                self._newest.clear()
+            self._newest[image] = self._make_replacement(image)
+        return self._newest[image]
+
+    def _make_replacement(self, image: bytes) -> str:
+        if not self._counts_patches:
+            return self._whole.replace_image_token(self._run([image]), 0)
+        width, height = decode(image).size
+        least, most = (self._size[key] for key in _SIZE_KEYS) if self._size else (0, 0)
+        limits = {"min_pixels": least, "max_pixels": most}
+        patches = self._processor.get_number_of_image_patches(height, width, limits)
+        return self._mark * (patches // self._processor.merge_size**2)
+
+    def _num_placeholders(self, text: str) -> int:
+        return [*self._ids(text)].count(self.image_token_id)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def num_tokens(self, image: bytes) -> int:
-        """The number of merged patches, each one token of the prompt. Raises ValueError as `pixels` does."""
-        width, height = decode(image).size
-        least, most = (self._size[key] for key in _SIZE_KEYS)
-        limits = {"min_pixels": least, "max_pixels": most}
-        return self._processor.get_number_of_image_patches(height, width, limits) // self._processor.merge_size**2
+        """The number of an image's features, each one placeholder of the prompt. Raises ValueError as `pixels` does."""
+        return self._num_placeholders(self._replacement(image))
 
     def encode(
         self,
@@ -81,29 +153,49 @@ class ImageProcessor:
         """Token ids of chat messages in which the parts `{"type": "image"}` stand for `images`, in order. `variables`:
         the chat template's.
 
-        Includes the generation prompt; each placeholder is repeated to its image's number of tokens.
-        Raises ConfigError if there is no chat template, the numbers of placeholders and images differ, or there is a
-        video; ValueError as `pixels` does.
+        Includes the generation prompt. Raises ConfigError if there is no chat template, the numbers of marks and images
+        differ, or there is a video; ValueError as `pixels` does.
         """
         if self.template is None:
             raise ConfigError("a vision model's prompts are chat messages, but its folder has no chat template")
-        text = render(self._tokenizer, messages, self.template, variables or {})
-        return self.expand(self._tokenizer(text, add_special_tokens=False)["input_ids"], images)
+        return self.tokens(render(self._tokenizer, messages, self.template, variables or {}), images)
 
     @property
     def placeholders(self) -> tuple[int, ...]:
         """Ids of the tokens that stand for images and videos."""
-        return self.image_token_id, self._video_token_id
+        video = () if self._video_token_id is None else (self._video_token_id,)
+        return (self.image_token_id, *video)
 
-    def expand(self, ids: Sequence[int], images: Sequence[bytes]) -> tuple[int, ...]:
-        """The ids with each placeholder repeated to its image's number of tokens. Raises as `encode` does."""
-        if self._video_token_id in ids:
+    def tokens(self, text: str, images: Sequence[bytes]) -> tuple[int, ...]:
+        """Token ids of a text with each image's mark replaced. Raises as `encode` does."""
+        parts = text.split(self._mark)
+        if self._video_token_id is not None and self._video_token_id in self._ids(text):
             raise ConfigError("its prompt has a video placeholder; only text and images are supported")
-        found = [*ids].count(self.image_token_id)
-        if found != len(images):
-            raise ConfigError(f"its prompt has {found} image placeholders, but there are {len(images)} images")
-        counts = (self.num_tokens(image) for image in images)
-        return tuple(token for t in ids for token in ([t] * next(counts) if t == self.image_token_id else [t]))
+        if len(parts) - 1 != len(images):
+            raise ConfigError(f"its prompt has {len(parts) - 1} image placeholders, but there are {len(images)} images")
+        shown = [self._replacement(image) for image in images]
+        return tuple(self._ids("".join(chain(*zip(parts, [*shown, ""], strict=True)))))
+
+    def model_inputs(self, text: str, images: Sequence[bytes]) -> dict[str, Any]:
+        """What the model's own forward takes for one prompt, by the processor's own call."""
+        pictures = [[decode(image) for image in images]]
+        size = {} if self._size is None else {"size": self._size}
+        made = self._whole(text=[text], images=pictures, return_tensors="pt", add_special_tokens=False, **size)
+        return dict(made)
+
+    @property
+    def mark(self) -> str:
+        """What stands for an image in the text of a prompt."""
+        return self._mark
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError as error:
+        raise ConfigError(f"the processor of {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
 def has_image_processor(folder: Path) -> bool:

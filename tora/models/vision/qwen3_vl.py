@@ -17,9 +17,11 @@ from tora.models.attention import AttentionContext
 from tora.models.base import identity
 from tora.models.decoder import NativeDecoder, decoder_parts
 from tora.models.family import ModelFamily
-from tora.models.names import Names
-from tora.models.vision.layout import VisionLayout
+from tora.models.names import TOWER, Names
+from tora.models.vision.layout import VisionLayout, vision_layout
 from tora.models.vision.mrope import MultimodalRotaryTable
+from tora.models.vision.places import Places
+from tora.models.vision.processor import Pixels
 from tora.models.vision.tower import VisionTower
 
 
@@ -31,13 +33,16 @@ class ImageInputs:
     """All patches of the distinct images, in the tower's dtype; see `Pixels`."""
     layout: VisionLayout
     index_M: torch.Tensor
-    """int64: indices of the placeholders in the flattened tokens; empty for a dummy image."""
+    """int64: indices of the placeholders in the flattened tokens; empty for a blank image that is not shown."""
     feature_M: torch.Tensor
     """int64 in [0, F): the feature that replaces each placeholder."""
 
 
 class Qwen3VL(NativeDecoder):
-    """The decoder with its vision tower as `visual`. `image_token` and `video_token` are the placeholders' ids."""
+    """The decoder with its vision tower as `visual`."""
+
+    has_grid_positions = True
+    towers = (TOWER.removesuffix("."),)
 
     def __init__(self, *, visual: VisionTower, image_token: int, video_token: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -45,6 +50,18 @@ class Qwen3VL(NativeDecoder):
 
     def stacks(self) -> list[list[nn.Module]]:
         return [list(self.visual.blocks), *super().stacks()]
+
+    def image_inputs(self, pixels: Pixels, places: Places, device: torch.device) -> ImageInputs:
+        tower = self.visual
+        layout = vision_layout(
+            pixels.grid_IT, merge=tower.merge, side=tower.side, device=device, dtype=self.embedding.dtype
+        )
+        return ImageInputs(
+            patches_ND=pixels.tensors["pixel_values"].to(device, tower.pos_embed.weight.dtype),
+            layout=layout,
+            index_M=torch.from_numpy(places.index_M).to(device),
+            feature_M=torch.from_numpy(places.feature_M).to(device),
+        )
 
     def forward(
         self,
