@@ -21,6 +21,9 @@ from actors.torch_engine.engine import TorchEngine
 from tora.adapters.inject import snapshot
 from tora.batching.packing import distinct
 from tora.bench.vision_families import VISION_FAMILIES, write_vision_family
+from tora.config.schema import RolloutConfig
+from tora.errors import ConfigError
+from tora.launch.servable import vllm_gap, with_served_model
 from tora.models.attention import PackedAttention
 from tora.models.load import load_decoder
 from tora.models.shared_prefix import SharedPrefixAttention
@@ -136,7 +139,8 @@ def test_logits_after_shared_prompts_equal_those_of_transformers(tiny: Tiny) -> 
 
 
 @pytest.mark.parametrize(
-    ("lora_type", "train_vision"), [("lora", "none"), ("dora_cache", "lora"), ("dora", "full")], ids=lambda x: x
+    ("lora_type", "train_vision"),
+    [("lora", "none"), ("dora_cache", "lora"), pytest.param("dora", "full", marks=pytest.mark.slow)],
 )
 def test_an_exported_policy_has_the_same_gradients_in_peft(
     tmp_path: Path, tiny: Tiny, lora_type: str, train_vision: str
@@ -174,3 +178,14 @@ def test_an_image_changes_what_follows_it(tiny: Tiny) -> None:
         with torch.no_grad():
             texts.append(tiny.theirs(**inputs).logits[0, -1])
     assert (texts[0] - texts[1]).abs().max() > 0.02
+
+
+def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(tiny: Tiny) -> None:
+    cfg = vl_config(tiny.folder, "lora", "lora", rollout=RolloutConfig(engine="vllm"))
+    with pytest.raises(
+        ConfigError, match=r"no adapter in the vision tower of a '\w+' model .*: it needs rollout.engine"
+    ):
+        with_served_model(cfg, "vllm")
+    assert with_served_model(cfg, "auto").rollout.engine == "torch"
+    gap = vllm_gap(vl_config(tiny.folder, "lora", "none"))
+    assert (gap is None) == (tiny.ours.hf.config.model_type != "gemma3" or torch.cuda.is_available())

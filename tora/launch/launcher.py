@@ -24,6 +24,7 @@ from tora.launch.in_process import in_process
 from tora.launch.memory import check_memory
 from tora.launch.on_ray import on_ray
 from tora.launch.ray_cluster import is_submitted_job, output_folder
+from tora.launch.servable import with_served_model
 from tora.launch.signals import Stop
 from tora.models.hub import fetched, named
 from tora.models.load import implementation_of, read_config
@@ -52,7 +53,7 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
     and TrainingError if `max_idle_steps` ended the run.
     """
     import_from(cfg.import_from or ())
-    cfg = with_engine(cfg)
+    wanted, cfg = cfg.rollout.engine, with_engine(cfg)
     folder = output_folder(cfg.output_dir)
     cfg = replace(cfg, output_dir=str(folder))  # a Ray actor may have another working directory
     stop = stop or Stop()
@@ -62,7 +63,7 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
         cfg = replace(cfg, resume_from_checkpoint=resumes)
     if not resumes:
         _check_inputs(cfg, folder)
-    cfg = _with_model(cfg, folder / CONFIG)
+    cfg = with_served_model(_with_model(cfg, folder / CONFIG), wanted)
     with (
         _held(folder, stop, resumes=resumes is True) as claim,
         (on_ray if cfg.async_rl else in_process)(cfg, stop) as site,

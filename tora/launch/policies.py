@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tora.distributed.device import device_for
 from tora.errors import ConfigError, nearest
 from tora.launch.engines import largest_rank, make_vllm_engine, torch_engine_of, with_engine, worker_arguments
+from tora.launch.servable import with_served_model
 from tora.protocols import Engine
 from tora.run.target import Target
 from tora.tasks.encode import encode_prompt
@@ -95,6 +96,7 @@ def serving(target: Target) -> Iterator[tuple[RolloutWorker, RunPrompts]]:
 
     with tempfile.TemporaryDirectory(prefix="tora-eval-") as scratch:
         cfg = with_engine(replace(target.cfg, output_dir=scratch))
+        cfg = with_served_model(cfg, target.cfg.rollout.engine)
         prompts = RunPrompts(cfg)
         version, vllm = target.step or 0, cfg.rollout.engine == "vllm"
         device = device_for("cpu" if vllm else cfg.device)  # vLLM has a GPU to itself

@@ -22,7 +22,7 @@ from tora.models.vision.blocks import BlockAttention, Blocks, blocks_of
 from tora.models.vision.places import Places
 from tora.models.vision.processor import Pixels
 
-_SEES_WHOLE_IMAGES = frozenset({"gemma3"})
+SEES_WHOLE_IMAGES = frozenset({"gemma3"})
 """`model_type` of models in which all features of an image see each other, whatever their order."""
 
 
@@ -56,7 +56,7 @@ class GenericVision(GenericDecoder):
         self.image_token = config.image_token_id
         self.video_token = getattr(config, "video_token_id", None)
         self.has_grid_positions = "mrope_section" in (config.get_text_config().rope_parameters or {})
-        self._sees_whole_images = config.model_type in _SEES_WHOLE_IMAGES
+        self._sees_whole_images = config.model_type in SEES_WHOLE_IMAGES
         prefix = f"hf.{hf.base_model_prefix}."
         parts = hf.base_model.named_children()
         self.towers = tuple(f"{prefix}{name}" for name, part in parts if part is not decoder)

@@ -1,0 +1,44 @@
+"""What vLLM 0.32 cannot serve of a model that transformers' code trains, by name and reason, before anything loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tora.config.rules import check
+from tora.config.schema import RunConfig
+from tora.errors import ConfigError
+from tora.models.load import implementation_of, read_config
+from tora.models.vision.generic import SEES_WHOLE_IMAGES
+
+
+def with_served_model(cfg: RunConfig, wanted: str) -> RunConfig:
+    """`cfg` with the torch engine where `rollout.engine` was `auto` and vLLM cannot serve the model. `wanted`: the
+    engine before `with_engine`.
+
+    Raises ConfigError if vLLM was asked for by name, or the run cannot have the torch engine.
+    """
+    if cfg.rollout.engine != "vllm" or (gap := vllm_gap(cfg)) is None:
+        return cfg
+    if wanted != "auto":
+        raise ConfigError(f"{gap}: it needs rollout.engine=torch.")
+    cfg = replace(cfg, rollout=replace(cfg.rollout, engine="torch"))
+    check(cfg)
+    return cfg
+
+
+def vllm_gap(cfg: RunConfig) -> str | None:
+    """Why vLLM cannot serve the model as the learner has it; None if nothing speaks against it."""
+    config = read_config(Path(cfg.model.path))
+    if not hasattr(config, "vision_config") or implementation_of(config, cfg.model.implementation) == "native":
+        return None
+    if cfg.model.train_vision == "lora":
+        return f"vLLM serves no adapter in the vision tower of a {config.model_type!r} model (model.train_vision=lora)"
+    if config.model_type in SEES_WHOLE_IMAGES and not torch.cuda.is_available():
+        return (
+            f"the features of an image see each other in a {config.model_type!r} model, which vLLM's attention on a "
+            "CPU does not allow"
+        )
+    return None
