@@ -34,6 +34,7 @@ from tora.types import SampleRequest, Sampling
 
 SHOWN: list[list[tuple[int, int]]] = [[(40, 24)], [], [(28, 60), (40, 24)]]
 """Widths and heights of the images of each prompt; two prompts share one."""
+REWARDS = [{"_component_": "tora.rewards.format"}]
 NUM_TAILS = (2, 1, 1)
 """Completions of each prompt."""
 
@@ -181,7 +182,7 @@ def test_an_image_changes_what_follows_it(tiny: Tiny) -> None:
 
 
 def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(tiny: Tiny) -> None:
-    cfg = vl_config(tiny.folder, "lora", "lora", rollout=RolloutConfig(engine="vllm"))
+    cfg = vl_config(tiny.folder, "lora", "lora", rollout=RolloutConfig(engine="vllm"), rewards=REWARDS)
     with pytest.raises(
         ConfigError, match=r"no adapter in the vision tower of a '\w+' model .*: it needs rollout.engine"
     ):
