@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +188,32 @@ def test_slow_tools_run_at_once(make) -> None:
 def test_an_environment_that_cannot_be_made_ends_the_run(make, factory: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(factory)
+
+
+def host_of(session: Session) -> int:
+    reset(session, 1)
+    return int(texts(call(session, 0, ToolCall("pid", {})))[0])
+
+
+def test_a_process_that_is_stopped_costs_its_rollouts_a_time_limit(make) -> None:
+    """As by SIGSTOP. The long row fills the pipe, and the process reads none of it."""
+    processes = make("Counter", ("envs.pid",), timeout_s=1.0, num_processes=1)
+    session = processes.open(2)
+    host = host_of(session)
+    os.kill(host, signal.SIGSTOP)
+    began = time.monotonic()
+    assert all(isinstance(each, FailedReward) for each in reset(session, 2, observation="x" * 500_000))
+    assert time.monotonic() - began < 10
+    session.close()
+    assert host_of(processes.open(1)) != host and not Path(f"/proc/{host}").exists()
+
+
+def test_a_process_outlives_the_signals_that_ask_its_parent_to_stop(make) -> None:
+    processes = make("Counter", ("envs.pid",), num_processes=1)
+    host = host_of(processes.open(1))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(host, number)
+    assert host_of(processes.open(1)) == host
 
 
 @pytest.mark.parametrize("how", ["sleep", "lock"])

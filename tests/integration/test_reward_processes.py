@@ -184,6 +184,17 @@ def test_a_child_outlives_the_signals_that_ask_its_parent_to_stop(make) -> None:
     assert ask(rewarder, ["a"]) == [row]
 
 
+def test_a_child_that_is_stopped_costs_a_time_limit(make) -> None:
+    """As by SIGSTOP. The long question fills the pipe, and the child reads none of it."""
+    rewarder = make("pid", timeout_s=1.0)
+    (row,) = ask(rewarder, ["a"])
+    os.kill(int(row["pid"]), signal.SIGSTOP)
+    began = time.monotonic()
+    rows = ask(rewarder, ["a" * 500_000, "b"])
+    assert all(isinstance(each, dict) and each != row for each in rows) and time.monotonic() - began < 30
+    assert not Path(f"/proc/{int(row['pid'])}").exists()
+
+
 def test_a_child_ends_with_a_parent_that_was_killed(modules: None) -> None:
     import subprocess
     import sys

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import signal
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from tora.environments.base import resolve, tool_methods
 from tora.environments.content import Content, content_of, text_content
 from tora.environments.tools import ToolCall
 from tora.errors import ConfigError
-from tora.rewards.processes import end_with_parent
+from tora.rewards.processes import end_with_parent, outlive_stops
 from tora.rewards.rewarder import Call, Column, Unanswered, build_rewarder
 from tora.types import Prompt
 
@@ -203,8 +202,7 @@ def serve() -> None:
         with sending:
             connection.send((number, answer))
 
-    # Ctrl-C in a terminal also reaches this process, and the parent may still have to finish a step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    outlive_stops()
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         setup: Setup = connection.recv()

@@ -250,7 +250,8 @@ class _Process:
         try:
             with self._sending:
                 self._connection.send((number, operation, arguments))
-        except OSError:
+        except OSError:  # it has ended, or is stopped and has left a part of the question unread
+            self.kill()
             self._lose()
         return future
 

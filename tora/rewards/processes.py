@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -61,7 +64,20 @@ def spawn(module: str, timeout_s: float) -> tuple[subprocess.Popen[bytes], Conne
         descriptor = theirs.fileno()
         arguments = [json.dumps(sys.path), str(descriptor), str(timeout_s)]
         command = [sys.executable, "-c", _MAIN.format(module), *arguments]
+        limit(ours, socket.SO_SNDTIMEO, timeout_s)
         return subprocess.Popen(command, pass_fds=[descriptor]), ours
+
+
+def limit(connection: Connection, direction: int, seconds: float) -> None:
+    """From now on sending or receiving raises BlockingIOError after that many seconds without a byte: a child that is
+    stopped as a whole neither reads a question that is larger than the pipe, nor writes the rest of its answer.
+
+    `direction`: socket.SO_SNDTIMEO or SO_RCVTIMEO.
+    """
+    seconds = min(max(seconds, 0.001), 1e9)
+    value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        ours.setsockopt(socket.SOL_SOCKET, direction, value)
 
 
 class RewardProcesses:
@@ -204,6 +220,7 @@ class _Child:
     def __init__(self, components: Sequence[Component], timeout_s: float) -> None:
         """Raises what `build_rewarder` raises in the child, and RolloutError if the child does not start."""
         self._process, self._connection = spawn("tora.rewards.processes", timeout_s)
+        limit(self._connection, socket.SO_RCVTIMEO, timeout_s)
         answer = self.ask(components, START_S)
         if isinstance(answer, Exception):
             self.kill()
@@ -227,6 +244,8 @@ class _Child:
             if self._connection.poll(limit_s + extra_s):
                 return self._connection.recv()
             unanswered = Unanswered(took_longer(limit_s), is_timeout=True)
+        except BlockingIOError:
+            unanswered = Unanswered(took_longer(limit_s), is_timeout=True)
         except (EOFError, OSError):
             unanswered = Unanswered("ended its process", is_timeout=False)
         self.kill()
@@ -246,13 +265,9 @@ class _Child:
 def serve() -> None:
     """The main function of a child: scores groups until its parent closes the connection or dies."""
     import resource
-    import signal
 
     connection, timeout_s = Connection(int(sys.argv[2])), float(sys.argv[3])
-    # Ctrl-C in a terminal also reaches the child, as does SIGTERM from what stops all processes of a job, and the
-    # parent may still have to finish a step. Programs that a function starts would inherit SIG_IGN.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    outlive_stops()
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         rewarder = build_rewarder(connection.recv())
@@ -273,6 +288,13 @@ def serve() -> None:
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + most_s, hard))
         columns = rewarder.columns(prompt, calls, timeout_s)
         connection.send((columns, [call.notes for call in calls], printed.take()))
+
+
+def outlive_stops() -> None:
+    """Ctrl-C in a terminal also reaches a child, as does SIGTERM from what stops all processes of a job, and the parent
+    may still have to finish a step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # programs that a user's code starts would inherit SIG_IGN
 
 
 def end_with_parent(parent: int) -> None:
