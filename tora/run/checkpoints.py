@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,7 @@ from tora.run.manifest import damage, seal, sync_folder
 from tora.types import Prompt, RolloutState
 
 _STATE = "run_state.json"
+_NAME = re.compile(r"step_\d{6,}")
 _log = logging.getLogger(__name__)
 
 
@@ -60,7 +62,7 @@ class Checkpoints:
         """The newest intact checkpoint; newer ones that are damaged are named in a warning, once each. None if there
         is no intact one."""
         for folder in reversed(self._all()):
-            clause = damage(folder)
+            clause = damage_of(folder)
             if clause is None:
                 return folder
             if folder not in self._damaged:
@@ -76,7 +78,7 @@ class Checkpoints:
         """
         folder = self.newest()
         if folder is None:
-            damaged = [f"{bad.name} is damaged: {damage(bad)}" for bad in self._all()]
+            damaged = [f"{bad.name} is damaged: {damage_of(bad)}" for bad in self._all()]
             asked = f"resume_from_checkpoint={'auto' if may_start else 'true'}"
             if damaged:
                 raise ConfigError(f"{asked}, but {self._folder} holds no intact checkpoint; {'; '.join(damaged)}")
@@ -87,8 +89,13 @@ class Checkpoints:
     def folder_of(self, step: int) -> Path:
         return self._folder / f"step_{step:06d}"
 
+    def steps(self) -> list[int]:
+        """Of all checkpoints, damaged ones too, in order."""
+        return [step_of(folder) for folder in self._all()]
+
     def _all(self) -> list[Path]:
-        return sorted(self._folder.glob("step_??????"))
+        """By step. A folder of another name, as a user's copy, is none of ours."""
+        return sorted((path for path in self._folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
 
     def save(self, state: RunState, learner: Learner, *, replaces: bool = True) -> None:
         """`replaces`: it takes the place of the oldest one kept. False deletes none.
@@ -110,7 +117,10 @@ class Checkpoints:
             raise
         sync_folder(self._folder)
         for old in self._all()[: -self._keep] if replaces else ():
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                _log.warning("checkpoint %s stays, as it cannot be removed: %s", old, error)
 
     @staticmethod
     def _write(temporary: Path, state: RunState, learner: Learner) -> None:
@@ -139,3 +149,15 @@ class Checkpoints:
         rollouts = RolloutState(document["cursor"], document["pending"], load_groups(folder, prompt_at))
         best, since = document.get("best_reward"), document.get("evals_since_best", 0)  # absent from older checkpoints
         return RunState(document["step"], rollouts, document["seconds"], best, since, document.get("run_id", ""))
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, as a clause; None if it is intact."""
+    if (clause := damage(folder)) is not None:
+        return clause
+    try:
+        step = json.loads((folder / _STATE).read_text())["step"]
+    except OSError:  # the manifest is whole, but of another folder
+        return f"{_STATE} is missing"
+    # a folder that was renamed would be taken for the newest one for ever
+    return None if step == step_of(folder) else f"it holds step {step}"

@@ -18,8 +18,7 @@ from tora.config.schema import ModelConfig, RunConfig
 from tora.errors import ConfigError
 from tora.models.hub import fetched
 from tora.models.names import TOWERS
-from tora.run.checkpoints import Checkpoints, step_of
-from tora.run.manifest import damage
+from tora.run.checkpoints import Checkpoints, damage_of, step_of
 
 Tree = Mapping[str, Any]
 _ALONE: dict[str, Any] = {
@@ -116,12 +115,12 @@ def _of_run(run: Path, overrides: Sequence[str], checkpoint: str | None, tree: T
         if found is None:
             raise ConfigError(f"{run} has neither a result nor a checkpoint.")
     else:
-        steps = [step_of(path) for path in sorted((run / "checkpoints").glob("step_??????"))]
+        steps = checkpoints.steps()
         if not (checkpoint.isdigit() and int(checkpoint) in steps):
             there = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"--checkpoint={checkpoint} is not one of {run}, which are {there}.")
         found = checkpoints.folder_of(int(checkpoint))
-        if clause := damage(found):
+        if clause := damage_of(found):
             raise ConfigError(f"checkpoint {found} is damaged: {clause}.")
     step = step_of(found)
     return Target(cfg, run, found, step, f"{run.name}-step{step}")
