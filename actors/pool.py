@@ -60,10 +60,11 @@ from actors.running_mean import RunningMean
 from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
-from tora.errors import RolloutError, WorkerLost, described
+from tora.errors import LearnerLost, RolloutError, WorkerLost, described
 from tora.types import Group, LogprobRequest, Metrics, Prompt, RolloutState, TrainBatch
 
 T = TypeVar("T")
+_LOOK_AGAIN_S = 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -87,17 +88,15 @@ class AsyncRollouts:
         """
         self._cfg, self._make_worker, self._eval_prompts, self._prompt_at = cfg, make_worker, eval_prompts, prompt_at
         self._timing, self._stop_requested = timing or SeatTiming(), stop_requested
+        self._failure: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._seats: list[Seat] = []
         self._evaluator = Evaluator(self._seats, self._spawn, self._on_evaluation_call_ended, self._fail)
         self._reset(state, version)
         self._snapshot: Any = None
-        self._published = asyncio.Event()
+        self._published, self._stopping, self._changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._started = False
         """Whether the first publish is done."""
-        self._stopping = asyncio.Event()
-        self._changed = asyncio.Event()
-        self._failure: BaseException | None = None
         self._losses = self._reruns = self._aborted = 0
         self._running: dict[Slot, asyncio.Task[None]] = {}
         self._tokens_per_group = RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
@@ -116,6 +115,7 @@ class AsyncRollouts:
         self._buffer = Buffer(per_step, bound, version=version, finished=usable, spare=spare_slots(self._cfg))
         self._retries: deque[Slot] = deque()
         self._evaluator.give_up()
+        self._failure = None if isinstance(self._failure, LearnerLost) else self._failure
         self._paused = True
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, T], stop_requested: Callable[[], bool]) -> T:
@@ -153,8 +153,11 @@ class AsyncRollouts:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _latest_snapshot(self) -> Any:
+    async def _latest_snapshot(self, lost: Any) -> Any:
+        """The newest one, as soon as there is one other than `lost`."""
         await self._published.wait()
+        while self._snapshot is lost:
+            await asyncio.sleep(_LOOK_AGAIN_S)
         return self._snapshot
 
     def _seats_up(self) -> list[Seat]:
@@ -167,6 +170,10 @@ class AsyncRollouts:
             _log.warning("rollout worker %d is up", seat.number)
         self._dispatch()
         self._changed.set()
+
+    def on_snapshot_lost(self, snapshot: Any) -> None:
+        if snapshot is self._snapshot:  # its owner is gone, and whoever waits for rollouts would not notice
+            self._fail(LearnerLost("the learner is lost: the node that held its newest policy is gone"))
 
     def on_capacity(self) -> None:
         self._dispatch()

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.worker import RolloutWorker
 from tora.config.components import import_from
 from tora.config.schema import RunConfig
 from tora.distributed.ray_logs import keep_log
-from tora.errors import WorkerLost, portable_errors
+from tora.errors import SnapshotLost, WorkerLost, portable_errors
 from tora.protocols import Occupancy
 from tora.types import GroupResult, LogprobRequest, PolicySnapshot, Prompt, SnapshotRef, SyncReport
 
@@ -101,8 +101,14 @@ class RayWorker:
         return await _result(self._actor.logprobs.remote(list(requests), adapter=adapter))
 
     async def forward(self, snapshot: SnapshotRef) -> SyncReport:
-        """The actor reads the bytes from its node's object store."""
-        return await _result(self._actor.forward.remote(snapshot.data))
+        """The actor reads the bytes from its node's object store. Raises SnapshotLost if no node has them any more."""
+        try:
+            return await _result(self._actor.forward.remote(snapshot.data))
+        except WorkerLost as error:
+            cause = error.__cause__.cause if isinstance(error.__cause__, RayTaskError) else error.__cause__
+            if isinstance(cause, ObjectLostError):
+                raise SnapshotLost(f"policy version {snapshot.version} is lost ({type(cause).__name__})") from error
+            raise
 
     async def occupancy(self) -> Occupancy:
         return await _result(self._actor.occupancy.remote())
@@ -128,7 +134,7 @@ async def _result(ref: Awaitable[T]) -> T:
     try:
         return await ref
     except RayTaskError as error:
-        if isinstance(error.cause, RayError):  # a snapshot went with the learner's node: there will be another
+        if isinstance(error.cause, RayError):
             raise WorkerLost(f"its argument is lost ({type(error.cause).__name__})") from error
         if isinstance(error.cause, Exception):
             raise error.cause from error  # `error` holds the actor's traceback

@@ -21,7 +21,7 @@ import numpy as np
 from actors.buffer import Slot
 from actors.concurrency import next_limit
 from tora.config.schema import RolloutConfig
-from tora.errors import ConfigError, SyncError, WorkerLost
+from tora.errors import ConfigError, SnapshotLost, SyncError, WorkerLost
 from tora.protocols import Occupancy
 from tora.types import GroupResult, LogprobRequest, Prompt, SyncReport
 
@@ -82,6 +82,9 @@ class SeatEvents(Protocol):
     def on_worker_lost(self, seat: Seat, error: BaseException) -> None:
         """A worker failed with `error`. It is replaced after a delay."""
 
+    def on_snapshot_lost(self, snapshot: Any) -> None:
+        """No worker can load this snapshot any more."""
+
     def on_capacity(self) -> None:
         """A seat may take more groups than before."""
 
@@ -91,13 +94,13 @@ class Seat:
         self,
         number: int,
         make_worker: Callable[[], WorkerHandle],
-        latest_snapshot: Callable[[], Coroutine[Any, Any, Any]],
+        latest_snapshot: Callable[[Any], Coroutine[Any, Any, Any]],
         cfg: RolloutConfig,
         events: SeatEvents,
         *,
         timing: SeatTiming,
     ) -> None:
-        """`latest_snapshot` waits for the first one to be published."""
+        """`latest_snapshot` waits for the first one to be published, and for another than its argument."""
         self.number, self._make_worker, self._latest_snapshot = number, make_worker, latest_snapshot
         self._cfg, self._events, self._timing = cfg, events, timing
         self.up = False
@@ -174,8 +177,12 @@ class Seat:
         return await self._call(lambda worker: worker.logprobs(requests, adapter), self._cfg.group_timeout_s)
 
     async def forward(self, snapshot: Any) -> SyncReport:
-        """Raises as `_call` does."""
-        self.report = await self._call(lambda worker: worker.forward(snapshot), self._cfg.group_timeout_s)
+        """Raises as `_call` does, and SnapshotLost, which leaves the worker as it is."""
+        try:
+            self.report = await self._call(lambda worker: worker.forward(snapshot), self._cfg.group_timeout_s)
+        except SnapshotLost:
+            self._events.on_snapshot_lost(snapshot)
+            raise
         return self.report
 
     async def close(self) -> None:
@@ -188,10 +195,13 @@ class Seat:
             self._worker.kill()
 
     async def _catch_up(self) -> None:
-        installed = None
-        while installed is not (newest := await self._latest_snapshot()):
-            await self.forward(newest)
-            installed = newest
+        installed = lost = None
+        while installed is not (newest := await self._latest_snapshot(lost)):
+            try:
+                await self.forward(newest)
+                installed = newest
+            except SnapshotLost:
+                lost = newest
 
     async def _watch(self) -> None:
         """Send heartbeats until the worker is lost. Raises as `_call` does."""
@@ -224,7 +234,7 @@ class Seat:
             error: BaseException | None = WorkerLost(f"it did not answer within {limit_s:g} s")
         elif (error := call.exception()) is None:
             return call.result()
-        if is_fatal(error):
+        if is_fatal(error) or isinstance(error, SnapshotLost):
             raise error
         self._mark_lost(error)
         raise WorkerLost(str(lost.result())) from lost.result()

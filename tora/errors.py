@@ -41,6 +41,10 @@ class WorkerLost(RolloutError):
     """A rollout worker died, hung or broke; another worker has to repeat its work."""
 
 
+class SnapshotLost(WorkerLost):
+    """A snapshot went with the learner that held it, as with its node. The worker that was to load it is sound."""
+
+
 class TrainingError(ToraError, RuntimeError):
     """Training cannot continue: its values are no longer finite."""
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,9 +26,9 @@ from pools import (
 )
 
 from actors.seat import SeatTiming, WorkerHandle
-from tora.errors import RolloutError, SyncError, WorkerLost
+from tora.errors import LearnerLost, RolloutError, SnapshotLost, SyncError, WorkerLost
 from tora.protocols import Occupancy
-from tora.types import GroupResult, LogprobRequest, Prompt, SyncReport
+from tora.types import GroupResult, LogprobRequest, Prompt, RolloutState, SyncReport
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
@@ -220,3 +220,60 @@ def test_a_hung_engine_step_is_noticed_though_the_worker_answers() -> None:
         rollouts.publish(make_snapshot(0))
         began = time.perf_counter()
         assert next_batch(rollouts, 0).metrics["rollout/workers_lost"] == 1 and time.perf_counter() - began < 5
+
+
+class Fetching(FakeWorker):
+    """Cannot load the snapshots whose versions are `gone`, as after the loss of the learner's node."""
+
+    gone: ClassVar[set[int]] = set()
+
+    async def forward(self, snapshot: Any) -> SyncReport:
+        if snapshot.version in self.gone:
+            raise SnapshotLost(f"policy version {snapshot.version} is lost")
+        return await super().forward(snapshot)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_snapshot_that_went_with_its_learner_costs_no_worker(first: bool) -> None:
+    """The call that waits for rollouts raises LearnerLost, and the workers serve the new learner."""
+    workers: list[Fetching] = []
+
+    def make() -> WorkerHandle:
+        workers.append(Fetching(lambda: 0.001))
+        return workers[-1]
+
+    with running(config(1, max_restarts=0), make, timing=QUICK) as rollouts:
+        Fetching.gone = {0} if first else {1}
+        for version in range(2 - first):
+            try:
+                rollouts.publish(make_snapshot(version))
+                next_batch(rollouts, version)
+            except LearnerLost:
+                break
+        else:
+            pytest.fail("nobody noticed")
+        Fetching.gone = set()
+        rollouts.rewind(RolloutState(), 0)
+        rollouts.publish(make_snapshot(0))
+        for step in range(5):
+            assert next_batch(rollouts, step).metrics["rollout/workers_lost"] == 0
+            rollouts.publish(make_snapshot(step + 1))
+        assert len(workers) == 2 and all(worker.version == 5 for worker in workers)
+
+
+def test_a_learner_is_missed_when_it_goes_with_all_workers() -> None:
+    """Whoever waits for rollouts would otherwise wait for ever: no new worker can load the newest snapshot."""
+
+    class Last(FakeWorker):
+        async def run_group(self, prompt: Prompt) -> GroupResult:
+            if self.version == 1:
+                raise WorkerLost("its node is gone")
+            return await super().run_group(prompt)
+
+    Fetching.gone, last = {1}, iter([Last()])
+    with running(config(0, workers=1), lambda: next(last, None) or Fetching(), timing=QUICK) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        next_batch(rollouts, 0)
+        rollouts.publish(make_snapshot(1))
+        with pytest.raises(LearnerLost, match="the node that held its newest policy is gone"):
+            next_batch(rollouts, 1)
