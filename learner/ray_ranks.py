@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -12,21 +13,24 @@ from typing import Any, NoReturn
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.learner import Learner
+from learner.rank_errors import told
 from learner.watchdog import Watchdog, size, stacks_file
 from tora.config.components import import_from
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import STORE_KEY
 from tora.distributed.ray_logs import keep_log
-from tora.errors import LearnerLost, ToraError
+from tora.errors import LearnerLost, TrainingError
 from tora.types import MicroBatch, PolicySnapshot, SnapshotRef, StepResult, TrainBatch
 
-_PLACEMENT_TIMEOUT_S = 120
+_WARN_UNPLACED_AFTER_S = 60
 _DEATH_NOTICE_S = 10
+_BEAT, _BEAT_EVERY_S = "beat", 2.0
+_log = logging.getLogger(__name__)
 
 
 class LearnerRank(Learner):
@@ -38,6 +42,9 @@ class LearnerRank(Learner):
 
     def pid(self) -> int:
         return os.getpid()
+
+    def beat(self) -> None:
+        """Answered by a thread of its own, whatever the rank does, unless its process is stopped as a whole."""
 
     def location(self) -> tuple[str, int, list[str]]:
         """This node's address, a free port on it, and the GPUs that Ray assigned to this rank."""
@@ -52,19 +59,36 @@ class LearnerRank(Learner):
         os.environ.update(variables)
         import_from(cfg.import_from or ())
         self._watchdog = Watchdog(cfg.learner_timeout_s, stacks_file(cfg.output_dir, int(variables["RANK"])))
-        super().__init__(cfg, on_micro_batch=self._watchdog.mark)
+        with told(), Watchdog(cfg.learner_timeout_s, None).watching():  # the folder may still be another run's
+            super().__init__(cfg, on_micro_batch=self._watchdog.mark)
 
     def step(self, batch: TrainBatch) -> StepResult:
-        with self._watchdog.watching():
+        with told(), self._watchdog.watching():
             return super().step(batch)
 
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
-        with self._watchdog.watching():
+        with told(), self._watchdog.watching():
             return super().logprobs(batch, adapter=adapter)
 
     def snapshot(self) -> PolicySnapshot:
-        with self._watchdog.watching():
+        with told(), self._watchdog.watching():
             return super().snapshot()
+
+    def try_out(self, on: bool) -> None:
+        with told(), self._watchdog.watching():
+            super().try_out(on)
+
+    def save(self, folder: Path) -> None:
+        with told(), self._watchdog.watching():
+            super().save(folder)
+
+    def restore(self, folder: Path) -> None:
+        with told(), self._watchdog.watching():
+            super().restore(folder)
+
+    def export(self, folder: Path) -> None:
+        with told(), self._watchdog.watching():
+            super().export(folder)
 
     def versioned_snapshot(self) -> tuple[PolicySnapshot | None, int]:
         """The snapshot and its version as two Ray objects, so that the driver can read the version without fetching the
@@ -77,26 +101,20 @@ class LearnerGroup:
     """Implements `tora.protocols.Learner` over N ranks; every method blocks until all have finished."""
 
     def __init__(self, cfg: RunConfig, num_gpus: float, resources: Mapping[str, float]) -> None:
-        """Start `cfg.learner_ranks` Ray actors with `num_gpus` each. Their models load in the background; the first
-        call waits for them.
+        """Start `cfg.learner_ranks` Ray actors with `num_gpus` each, once the cluster has room for all of them; it may
+        still have to replace a node. Their models load in the background; the first call waits for them.
 
         `resources`: custom Ray resources that each actor also requests, which select the nodes it may run on.
-
-        Raises ToraError if the cluster has no room for the ranks within two minutes.
         """
-        count, self._output_dir = cfg.learner_ranks, cfg.output_dir
+        count, self._output_dir, self._limit_s = cfg.learner_ranks, cfg.output_dir, cfg.learner_timeout_s
         stacks = [stacks_file(cfg.output_dir, rank) for rank in range(count)]
         self._stacks = {file: size(file) for file in stacks}  # by an earlier learner, or by the run before
-        self._placement = placement_group([{"CPU": 1, "GPU": num_gpus, **resources}] * count, strategy="PACK")
-        try:
-            ray.get(self._placement.ready(), timeout=_PLACEMENT_TIMEOUT_S)
-        except GetTimeoutError as error:
-            remove_placement_group(self._placement)
-            raise ToraError(
-                f"the cluster has no room for {count} learner ranks of 1 CPU and {num_gpus:g} GPUs; "
-                f"available: {ray.available_resources()}"
-            ) from error
-        remote = ray.remote(LearnerRank)
+        bundle = {"CPU": 1, "GPU": num_gpus, **resources}
+        self._placement = placement_group([bundle] * count, strategy="PACK")
+        while not self._placement.wait(_WARN_UNPLACED_AFTER_S):
+            told = "the learner is waiting for room in the cluster: it needs %d x %s; free: %s"
+            _log.warning(told, count, bundle, ray.available_resources())
+        remote = ray.remote(concurrency_groups={_BEAT: 1})(LearnerRank)  # pyright: ignore[reportCallIssue]  Ray has it
         self._ranks = [
             remote.options(
                 num_cpus=1,
@@ -107,6 +125,8 @@ class LearnerGroup:
             for index in range(count)
         ]
         self._pids: list[int] = []  # of the ranks, once they are placed
+        self._beats: dict[int, tuple[Any, float]] = {}
+        """By rank: a heartbeat that is not answered yet, and when it was sent."""
         self._pids = self._get([rank.pid.remote() for rank in self._ranks])
         locations = self._get([rank.location.remote() for rank in self._ranks])
         self._booted = [
@@ -127,7 +147,10 @@ class LearnerGroup:
         raised."""
         waiting = list(answers)
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=_BEAT_EVERY_S)
+            if not done:
+                self._check_beats()
+                continue
             try:
                 ray.get(done)
             except RayActorError as error:
@@ -138,22 +161,46 @@ class LearnerGroup:
                 for other in ready:
                     if (death := _death(other)) is not None:
                         self._fail(death)
+                if isinstance(error.cause, LearnerLost):
+                    self.kill()
+                if isinstance(error.cause, TrainingError):
+                    raise TrainingError("; ".join([str(error.cause), *self._kept_logs()])) from error
                 if isinstance(error.cause, Exception):
                     raise error.cause from error
                 raise
         return ray.get(list(answers))
 
-    def _fail(self, error: RayActorError) -> NoReturn:
-        hung = self._hung()
+    def _check_beats(self) -> None:
+        """Raises LearnerLost if a rank has answered no heartbeat for `learner_timeout_s`."""
+        for rank, _ in enumerate(self._pids):  # none of a process that has yet to start
+            beat, since = self._beats.get(rank, (None, 0.0))
+            if beat is None or ray.wait([beat], timeout=0)[0]:  # the death of a rank shows in its other answers
+                fresh = self._ranks[rank].beat.options(concurrency_group=_BEAT).remote()
+                self._beats[rank] = fresh, time.monotonic()
+            elif time.monotonic() > since + self._limit_s:
+                self.kill()
+                how = f"rank {rank} has answered nothing for learner_timeout_s={self._limit_s:g}, as if it were stopped"
+                raise LearnerLost(f"the learner is lost: {how}")
+
+    def kill(self) -> None:
+        """End the ranks and give back what they take of the cluster."""
         for rank in self._ranks:
             ray.kill(rank)  # pyright: ignore[reportArgumentType]  Ray types handles as another class
         remove_placement_group(self._placement)
+
+    def _fail(self, error: RayActorError) -> NoReturn:
+        hung = self._hung()
+        self.kill()
         if hung:
             how = f"it made no progress for learner_timeout_s; where it was is in {', '.join(map(str, hung))}"
             raise LearnerLost(f"the learner is lost: {how}") from error
-        kept = [keep_log(pid, self._output_dir, f"learner_rank_{rank}_log") for rank, pid in enumerate(self._pids)]
-        how = "; ".join(["one of its ranks died", *filter(None, kept)])
+        how = "; ".join(["one of its ranks died", *self._kept_logs()])
         raise LearnerLost(f"the learner is lost: {how}") from error
+
+    def _kept_logs(self) -> list[str]:
+        """A clause for each rank that has printed something."""
+        kept = [keep_log(pid, self._output_dir, f"learner_rank_{rank}_log") for rank, pid in enumerate(self._pids)]
+        return [clause for clause in kept if clause]
 
     def _hung(self) -> list[Path]:
         """The stacks that ranks have written. A rank that waits for one that hangs may be out of time just before it,

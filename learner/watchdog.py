@@ -17,9 +17,9 @@ class Watchdog:
     A thread in C does it, which needs no interpreter lock: a hung kernel or collective may hold it for ever.
     """
 
-    def __init__(self, limit_s: float, stacks: Path) -> None:
+    def __init__(self, limit_s: float, stacks: Path | None) -> None:
         """`stacks`: the file to which the stacks of all threads are appended. It is made by the first call of
-        `watching`; where it cannot be made, they go to stderr."""
+        `watching`; without one, and where it cannot be made, they go to stderr."""
         self._limit_s, self._stacks = min(limit_s, threading.TIMEOUT_MAX / 2), stacks
         self._file: TextIO | None = None
         self._is_watching = False
@@ -53,7 +53,9 @@ def size(stacks: Path) -> int:
         return 0
 
 
-def _opened(path: Path) -> TextIO:
+def _opened(path: Path | None) -> TextIO:
+    if path is None:
+        return sys.stderr
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("a")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +12,26 @@ import numpy as np
 import pytest
 from fakes import FakeWorker
 from histories import check_history, check_nothing_lost
-from processes import tora_run, wait_for
+from processes import output, tora_run, wait_for
 from runs import read
 
 from tora.types import PolicySnapshot
 
 pytestmark = pytest.mark.slow
 SNAPSHOT_BYTES = 20 << 20
-
-
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Ray's `Cluster` with a head that has no CPUs; runs connect to it."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
-    here = Path(__file__).resolve().parent
-    folders = (here, here.parent / "support", here.parents[1], os.environ.get("PYTHONPATH", ""))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
-    head = {"num_cpus": 0, "object_store_memory": 200 << 20, "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-        yield nodes
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
+RESOURCES = {"learner": "tora_learner", "rollout a": "tora_rollout", "rollout b": "tora_rollout"}
 
 
 @pytest.fixture
 def cluster(nodes: Any) -> dict[str, str]:
     """A cluster with one node for learner ranks and two for rollout workers. Returns node names by node id."""
-    names = {nodes.head_node.node_id: "head"}
-    for name, resource in {
-        "learner": "tora_learner",
-        "rollout a": "tora_rollout",
-        "rollout b": "tora_rollout",
-    }.items():
-        node = nodes.add_node(num_cpus=4, resources={resource: 1}, object_store_memory=200 << 20)
-        names[node.node_id] = name
+    names = {nodes.head_node.node_id: "head"} | {add(nodes, name).node_id: name for name in RESOURCES}
     nodes.wait_for_nodes()
     return names
+
+
+def add(nodes: Any, name: str) -> Any:
+    return nodes.add_node(num_cpus=4, resources={RESOURCES[name]: 1}, object_store_memory=200 << 20)
 
 
 class Source:
@@ -129,3 +104,27 @@ def test_a_worker_joins_a_running_job_when_a_node_is_added(nodes: Any, tmp_path:
     seen = read(tmp_path / "run")
     check_history(tmp_path / "run", len(seen), 4, 1)
     check_nothing_lost(tmp_path / "run", len(seen))
+
+
+@pytest.mark.parametrize("lost", [["learner"], ["learner", "rollout a", "rollout b"]])
+def test_a_run_outlives_its_nodes(nodes: Any, tmp_path: Path, lost: list[str]) -> None:
+    """The learner's node takes the newest snapshot with it, and perhaps all workers go at the same time. The run waits
+    for new nodes of the same kinds, and workers that were not lost stay."""
+    folder, made = tmp_path / "run", {name: add(nodes, name) for name in RESOURCES}
+    nodes.wait_for_nodes()
+    words = ["num_steps=24", "rollout.engine=torch", "rollout.num_workers=2", "checkpoint.every=5"]
+    with tora_run(folder, *words) as run:
+        wait_for(lambda: len(read(folder)) >= 8, run)
+        for name in lost:
+            os.kill(made[name].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        for name in lost:
+            nodes.remove_node(made[name], allow_graceful=False)
+        wait_for(lambda: "the learner is lost" in output(folder), run)
+        for name in lost:
+            add(nodes, name)
+        assert run.wait(240) == 0
+    seen = read(folder)
+    assert (seen[-1]["rollout/workers_lost"] > 0) == (len(lost) > 1)
+    assert "ObjectReconstruction" not in output(folder)
+    check_history(folder, 24, 4, 1)
+    check_nothing_lost(folder, 24)

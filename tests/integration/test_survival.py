@@ -11,45 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 from histories import check_history, check_nothing_lost
-from processes import tora_run, wait_for
+from processes import actors, descendants, output, tora_run, wait_for
 from runs import read
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SHORT = ["batch_size=4", "grpo_samples=4", "eval=null", "dtype=fp32"]
-
-
-def output(folder: Path) -> str:
-    return (folder.parent / f"{folder.name}.log").read_text()
-
-
-def descendants(pid: int) -> list[int]:
-    """Descendants of a process. Ray's processes have separate sessions, so parents are followed instead."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if stat[0] != "Z":
-                parents[int(entry.name)] = int(stat[1])
-    found = [pid]
-    for each in found:
-        found += [child for child, parent in parents.items() if parent == each]
-    return found[1:]
-
-
-def actors(pid: int, name: str) -> list[int]:
-    """Processes of a Ray actor class: named `ray::CLASS`, and `ray::CLASS.METHOD` while a method runs."""
-    found = []
-    for child in descendants(pid):
-        try:
-            line = Path(f"/proc/{child}/cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if line.startswith(f"ray::{name}".encode()):
-            found.append(child)
-    return found
 
 
 def test_a_killed_worker_is_replaced_and_its_groups_run_again(tmp_path: Path) -> None:

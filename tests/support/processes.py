@@ -23,8 +23,10 @@ _KEPT = "torchinductor_"
 
 
 @contextmanager
-def tora_run(folder: Path, *overrides: str, evaluates: bool = False) -> Iterator[subprocess.Popen[bytes]]:
-    """`tora run quickstart` as a terminal would start it; its output goes to `folder` with the suffix `.log`.
+def tora_run(
+    folder: Path, *overrides: str, evaluates: bool = False, config: str = "quickstart"
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`tora run CONFIG` as a terminal would start it; its output goes to `folder` with the suffix `.log`.
 
     Unless it `evaluates`, each row of its metrics is a training step. Ends the run if it is still going. Raises
     AssertionError if it leaves processes, shared memory or temporary files, or a traceback in its output.
@@ -34,7 +36,7 @@ def tora_run(folder: Path, *overrides: str, evaluates: bool = False) -> Iterator
     before, output = set(os.listdir("/dev/shm")), folder.parent / f"{folder.name}.log"
     with output.open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "tora", "run", "quickstart", *words],
+            [sys.executable, "-m", "tora", "run", config, *words],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -51,6 +53,45 @@ def tora_run(folder: Path, *overrides: str, evaluates: bool = False) -> Iterator
             shutil.rmtree(scratch, ignore_errors=True)
         assert not processes and not files and not memory, (processes, files, memory)
         assert "Traceback" not in output.read_text(errors="replace")
+
+
+def output(folder: Path) -> str:
+    return (folder.parent / f"{folder.name}.log").read_text()
+
+
+def descendants(pid: int) -> list[int]:
+    """Descendants of a process. Ray's processes have separate sessions, so parents are followed instead."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if stat[0] != "Z":
+                parents[int(entry.name)] = int(stat[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
+
+
+def actors(pid: int, name: str) -> list[int]:
+    """Processes of a Ray actor class: named `ray::CLASS`, and `ray::CLASS.METHOD` while a method runs."""
+    return [child for child in descendants(pid) if command_line(child).startswith(f"ray::{name}".encode())]
+
+
+def children(pid: int, module: str) -> list[int]:
+    """Descendants that run `module.serve()`: processes of reward functions or of environments."""
+    return [child for child in descendants(pid) if f"{module}.serve()".encode() in command_line(child)]
+
+
+def command_line(pid: int) -> bytes:
+    """Empty if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def left_behind(scratch: str, memory: set[str], within_s: float = 10.0) -> tuple[list[str], list[str], set[str]]:

@@ -172,9 +172,10 @@ class RunConfig:
     """With `async_rl`: how many times the learner is restarted from the same checkpoint after a rank is lost, before
     the run ends. A newer checkpoint starts the count again."""
     learner_timeout_s: Annotated[float, Above(0), FREE] = 1800.0
-    """With `async_rl`: seconds that a learner rank may take for a micro-batch, an optimizer update or a snapshot. A
-    slower rank is considered hung: it writes the stacks of its threads into `logs/` in `output_dir` and ends, and the
-    learner is restarted."""
+    """With `async_rl`: seconds that a learner rank may take to start, or for a micro-batch, an optimizer update, a
+    snapshot, a checkpoint or an export. A slower rank is considered hung: it writes the stacks of its threads into
+    `logs/` in `output_dir` and ends, and the learner is restarted. So it is if its process answers nothing for as long.
+    """
     resume_from_checkpoint: Annotated[Literal[True, False, "auto"], FREE] | None = None
     """Whether to continue from the newest intact checkpoint in `output_dir`. true: it is an error if there is none.
     false: start a new run. `auto`: continue if there is one, otherwise start, so that one command serves the first try

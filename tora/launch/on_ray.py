@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,12 +23,18 @@ from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
 
+if TYPE_CHECKING:
+    from learner.ray_ranks import LearnerGroup
+
 
 class OnRay:
     """Learner ranks and rollout workers, each a Ray actor. All are requested before any is waited for."""
 
     def __init__(self, cfg: RunConfig, stop: Stop | None = None) -> None:
         self._cfg, self.world, self._stop = cfg, World(), stop or Stop()
+        self._learner: LearnerGroup | None = None
+        # asked once: a node that is lost takes its resource with it, and what it ran waits for another such node
+        self._of_learner, self._of_rollout = role_resources("learner"), role_resources("rollout")
         self._gpus = gpus_per_device(_num_devices(cfg), cfg.device)
         self._cfg = with_packing(cfg, on_gpu=self._gpus > 0)
         self.devices = _devices(cfg, self._gpus)
@@ -47,7 +54,9 @@ class OnRay:
     def learner(self) -> Learner:
         from learner.ray_ranks import LearnerGroup
 
-        group = LearnerGroup(self._cfg, self._gpus, role_resources("learner"))
+        if self._learner is not None:
+            self._learner.kill()  # it may have been given up by another sign than the death of a rank
+        group = self._learner = LearnerGroup(self._cfg, self._gpus, self._of_learner)
         if 0 < self._gpus < 1:
             # vLLM counts memory that others take while it starts as its own
             group.wait_until_loaded()
@@ -65,7 +74,7 @@ class OnRay:
         options = {
             "num_cpus": self._cfg.rollout.tensor_parallel,
             "num_gpus": self._gpus * self._cfg.rollout.tensor_parallel,
-            "resources": role_resources("rollout"),
+            "resources": self._of_rollout,
             "scheduling_strategy": "SPREAD",
             # one thread per group in flight, as many for calls of an evaluation, of which there is always room for one,
             # and one each for log-probs, snapshots, heartbeats and aborts
