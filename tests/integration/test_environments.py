@@ -18,7 +18,7 @@ from tora.environments.content import Content
 from tora.environments.host import ToolResult
 from tora.environments.processes import EnvironmentProcesses, Session
 from tora.environments.tools import ToolCall, check_turn_rewards
-from tora.errors import ConfigError
+from tora.errors import ConfigError, ToraError
 from tora.types import FailedReward, Prompt
 
 PROMPT = Prompt(0, (1,), [{"role": "user", "content": "q"}], {"answer": "2"})
@@ -214,6 +214,23 @@ def test_a_process_outlives_the_signals_that_ask_its_parent_to_stop(make) -> Non
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(host, number)
     assert host_of(processes.open(1)) == host
+
+
+_UNREADABLE = """
+class Odd(Exception):
+    def __init__(self, a, b):
+        super().__init__(f"{a} {b}")
+
+raise Odd("no", "server")
+"""
+
+
+@pytest.mark.parametrize(("line", "message"), [("raise SystemExit(3)", "3"), (_UNREADABLE, "no server")])
+def test_a_module_that_cannot_be_imported_ends_the_run(make, tmp_path: Path, line: str, message: str) -> None:
+    """Also with an error that only its own process can read."""
+    (tmp_path / "odd_envs.py").write_text(line)
+    with pytest.raises(ToraError, match=message):
+        make(None, ("odd_envs.look",))
 
 
 @pytest.mark.parametrize("how", ["sleep", "lock"])

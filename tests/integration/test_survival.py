@@ -34,11 +34,20 @@ def test_a_killed_worker_is_replaced_and_its_groups_run_again(tmp_path: Path) ->
     check_nothing_lost(folder, done)
 
 
+def listening(pids: list[int]) -> set[int]:
+    """TCP ports that the processes listen on. Raises AssertionError if another machine could reach one."""
+    connections = [c for pid in pids if psutil.pid_exists(pid) for c in psutil.Process(pid).net_connections("tcp")]
+    listeners = [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listeners
+    return {address.port for address in listeners}
+
+
 def test_a_killed_learner_rank_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torch = ["rollout.engine=torch", "learner_ranks=2", "num_steps=14", "checkpoint.every=3", "checkpoint.keep=99"]
     with tora_run(folder, *torch, "max_learner_restarts=1") as run:
         wait_for(lambda: len(read(folder)) >= 5, run)
+        assert listening(actors(run.pid, "LearnerRank")) and listening(descendants(run.pid))
         os.kill(actors(run.pid, "LearnerRank")[1], signal.SIGKILL)
         assert run.wait(240) == 0
     assert "the learner is lost" in output(folder)
@@ -145,12 +154,6 @@ def shared_memory(pids: list[int]) -> set[str]:
             continue
         found |= {word for word in words if word.startswith("/dev/shm/")}
     return found
-
-
-def listening(pids: list[int]) -> set[int]:
-    """TCP ports that the processes listen on."""
-    connections = [c for pid in pids if psutil.pid_exists(pid) for c in psutil.Process(pid).net_connections("tcp")]
-    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])

@@ -24,7 +24,7 @@ from tora.config.schema import Component
 from tora.environments.base import resolve, tool_methods
 from tora.environments.content import Content, content_of, text_content
 from tora.environments.tools import ToolCall
-from tora.errors import ConfigError
+from tora.errors import ConfigError, portable
 from tora.rewards.processes import end_with_parent, outlive_stops
 from tora.rewards.rewarder import Call, Column, Unanswered, build_rewarder
 from tora.types import Prompt
@@ -210,8 +210,8 @@ def serve() -> None:
         asked = int(setup.memory_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (asked if hard == resource.RLIM_INFINITY else min(asked, hard), hard))
         host = Host(setup, send)
-    except Exception as error:  # a mistake in the config, or an error in a user's module
-        connection.send(error)
+    except BaseException as error:  # a mistake in the config, or whatever a user's module raises, SystemExit too
+        connection.send(portable(error))
         return
     connection.send(host.scored_here)
     # If an environment holds the interpreter lock forever and the parent is gone, only the kernel can end it.
