@@ -26,6 +26,10 @@ class NeedsTwo(RuntimeError):
         super().__init__(f"{first} and {second}")
 
 
+class OfAModule(ValueError):
+    """Pickles, but another process may lack this module."""
+
+
 def test_errors_that_do_not_pickle_cross_processes_as_text() -> None:
     with pytest.raises(TypeError):
         pickle.loads(pickle.dumps(NeedsTwo("a", "b")))
@@ -35,5 +39,6 @@ def test_errors_that_do_not_pickle_cross_processes_as_text() -> None:
     assert [type(e) for e in sent] == [RolloutError, KeyError, ToraError, ToraError, SyncError]
     assert str(sent[0]) == "NeedsTwo: a and b" and str(sent[3]) == "SystemExit: 3"
     assert all(str(pickle.loads(pickle.dumps(e))) == str(e) for e in sent)
+    assert type(portable(OfAModule("x"))) is ToraError and str(portable(OfAModule("x"))) == "OfAModule: x"
     with pytest.raises(RolloutError, match="NeedsTwo"), portable_errors():
         raise NeedsTwo("a", "b")
