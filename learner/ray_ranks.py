@@ -177,7 +177,8 @@ class LearnerGroup:
             if beat is None or ray.wait([beat], timeout=0)[0]:  # the death of a rank shows in its other answers
                 fresh = self._ranks[rank].beat.options(concurrency_group=_BEAT).remote()
                 self._beats[rank] = fresh, time.monotonic()
-            elif time.monotonic() > since + self._limit_s:
+            # one more look: it may be this process that was stopped, with the answer waiting for it
+            elif time.monotonic() > since + self._limit_s and not ray.wait([beat], timeout=_BEAT_EVERY_S)[0]:
                 self.kill()
                 how = f"rank {rank} has answered nothing for learner_timeout_s={self._limit_s:g}, as if it were stopped"
                 raise LearnerLost(f"the learner is lost: {how}")
