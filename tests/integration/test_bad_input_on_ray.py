@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import output, tora_run
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "configs" / "bases" / "chain_sum"
@@ -42,33 +41,3 @@ def test_the_sentence_is_the_same_on_ray(case: str, tmp_path: Path) -> None:
         assert not (tmp_path / "outputs").exists() or not any((tmp_path / "outputs").iterdir())
         said.append(done.stderr.strip())
     assert said[0] == said[1] and words in said[0] and len(said[0].splitlines()) == 1
-
-
-_LOSS = """
-from dataclasses import dataclass
-from learner.loss import GRPOLoss
-
-class Odd(Exception):
-    def __init__(self, first, second):  # does not unpickle
-        super().__init__(f"{first} of {second}")
-
-@dataclass(frozen=True)
-class Failing(GRPOLoss):
-    def __call__(self, x):
-        raise Odd("none", "them")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("learner_ranks", [1, 2])
-def test_what_a_users_loss_raises_is_one_sentence_and_its_place(tmp_path: Path, learner_ranks: int) -> None:
-    """Whose class the driver cannot read. The traceback is in the rank's log."""
-    folder, module = tmp_path / "run", tmp_path / "odd_losses.py"
-    module.write_text(_LOSS)
-    words = ["rollout.engine=torch", f"import_from=[{tmp_path}]", "loss._component_=odd_losses.Failing"]
-    with tora_run(folder, *words, f"learner_ranks={learner_ranks}") as run:
-        assert run.wait(200) == 1
-    *_, said = output(folder).splitlines()
-    assert said.startswith(f"a learner rank failed: Odd: none of them ({module}, line 12: raise Odd(")
-    log = folder / "logs/learner_rank_0_log.txt"
-    assert f"what it printed is in {log}" in said and "Traceback" in log.read_text()
