@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from tora.environments.host import ToolResult, told
 from tora.environments.processes import EnvironmentProcesses, Session
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import MalformedCall, ToolCall, ToolParser
+from tora.environments.turns import Turns
 from tora.protocols import Engine
 from tora.types import Completion, FailedReward, Prompt, Rollout, SampleRequest, StopReason
 
@@ -147,15 +148,17 @@ class EpisodePlayer:
     def __init__(
         self,
         environments: EnvironmentProcesses,
-        template: TurnTemplate,
-        parse: ToolParser,
+        turns: Turns,
+        make_parser: Callable[[list[dict[str, Any]]], ToolParser],
         tokenizer: Any,
         *,
         max_tool_calling_iterations: int | None,
     ) -> None:
-        """`tokenizer` is only used to decode what the policy wrote, for `parse`."""
+        """`make_parser`: from the schemas of an environment's tools. `tokenizer` is only used to decode what the policy
+        wrote."""
         self.environments = environments
-        self._template, self._parse, self._tokenizer = template, parse, tokenizer
+        self._turns, self._tokenizer = turns, tokenizer
+        self._parsers = {name: make_parser(template.schemas) for name, template in turns.templates.items()}
         self._max_iterations = max_tool_calling_iterations
 
     @contextmanager
@@ -167,7 +170,7 @@ class EpisodePlayer:
         groups: list[PlayedGroup] = []
         try:
             for prompt, request in zip(prompts_P, requests_P, strict=True):
-                session = self.environments.open(request.num_samples)
+                session = self.environments.open(request.num_samples, self._turns.name_of(prompt.columns))
                 episodes = [Episode(request, session, index) for index in range(request.num_samples)]
                 groups.append(PlayedGroup(prompt, episodes, session))
             self._begin(groups)
@@ -180,6 +183,9 @@ class EpisodePlayer:
         finally:
             for group in groups:
                 group.session.close()
+
+    def _template_of(self, e: Episode) -> TurnTemplate:
+        return self._turns.templates[e.session.environment]
 
     def _begin(self, groups: Sequence[PlayedGroup]) -> None:
         """Reset the environments and append their observations."""
@@ -196,7 +202,7 @@ class EpisodePlayer:
                 continue
             e.opening = observation.parts if observation else ""
             try:
-                opening = self._template.opening(prompt.source, observation)
+                opening = self._template_of(e).opening(prompt.source, observation)
             except ValueError as error:  # an image that the model cannot take
                 e.failure = FailedReward("environment", f"shows what cannot be shown: {error}")
                 continue
@@ -225,7 +231,7 @@ class EpisodePlayer:
             e.stop_reason = StopReason.LENGTH
             e.messages.append({"role": "assistant", "content": text})
             return
-        parsed = self._parse(text)
+        parsed = self._parsers[e.session.environment](text)
         calls = [c for c in parsed.calls if isinstance(c, ToolCall)]
         content = parsed.content if len(calls) == len(parsed.calls) else text
         message: dict[str, Any] = {"role": "assistant", "content": content}
@@ -269,14 +275,14 @@ class EpisodePlayer:
             else:
                 result = next(rest)
                 name, content, failed = call.name, result.content, result.error is not None
-            if content.images and e.has_sampled(self._template.placeholders):
+            if content.images and e.has_sampled(self._template_of(e).placeholders):
                 # Engines take the first runs of placeholders for images, and the policy's own would be among them.
                 content, failed = told("No image can be shown after a reply that holds an image's placeholder."), True
             e.tool_errors += failed
             messages.append({"role": "tool", "name": name, "content": content.parts})
             images += content.images
         try:
-            answer = self._template.answers(messages, images)
+            answer = self._template_of(e).answers(messages, images)
         except ValueError as error:  # an image that the model cannot take
             e.failure = FailedReward("environment", f"shows what cannot be shown: {error}")
             return

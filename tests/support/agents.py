@@ -22,6 +22,7 @@ from tora.batching.packing import OwnPrompts, SharedPrompts
 from tora.environments.processes import EnvironmentProcesses
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import Parsed, ToolCall, ToolParser
+from tora.environments.turns import Turns
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.protocols import Engine
 from tora.rewards.processes import RewardProcesses
@@ -276,7 +277,8 @@ def agents(
         limits = {"timeout_s": timeout_s, "reward_timeout_s": timeout_s, "num_processes": 2}
         limits["memory_gib"] = memory_gib
         environments = EnvironmentProcesses({"_component_": factory}, [], rewards, **limits)
-        return EpisodePlayer(environments, template, parse, tokenizer, max_tool_calling_iterations=iterations)
+        turns = Turns({"": template})
+        return EpisodePlayer(environments, turns, lambda _: parse, tokenizer, max_tool_calling_iterations=iterations)
 
     sampling = Sampling(max_tokens, stop_token_ids=(*STOPS, tokenizer.eos_token_id))
     worker = RolloutWorker(

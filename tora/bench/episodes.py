@@ -31,6 +31,7 @@ from tora.config.schema import ModelConfig, RolloutConfig, RunConfig, SyncConfig
 from tora.environments.processes import EnvironmentProcesses
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import Parsed, ToolCall, tool_schemas
+from tora.environments.turns import Turns
 from tora.errors import ConfigError
 from tora.rewards.processes import RewardProcesses
 from tora.types import Completion, GroupResult, Prompt, SampleRequest, Sampling
@@ -103,12 +104,12 @@ def measure(groups: int, turns: int, turn_latency: float, tool_latency: float, l
     factory = {"_component_": "tora.bench.episodes.Waiting", "seconds": tool_latency}
     rewards = [{"_component_": "tora.environments.get_reward"}]
     template = TurnTemplate(tokenizer, tool_schemas(factory, []), [tokenizer.eos_token_id])
-    prompt_ids = template.prompt("?")
+    prompt_ids, turns_of = template.prompt("?"), Turns({"": template})
 
     def make_player() -> EpisodePlayer:
         limits: dict[str, Any] = {"timeout_s": 60.0, "reward_timeout_s": 60.0, "num_processes": 4}
         environments = EnvironmentProcesses(factory, [], rewards, **limits)
-        return EpisodePlayer(environments, template, _look, tokenizer, max_tool_calling_iterations=turns - 1)
+        return EpisodePlayer(environments, turns_of, lambda _: _look, tokenizer, max_tool_calling_iterations=turns - 1)
 
     def make_worker() -> PlayingWorker:
         word = tokenizer("1")["input_ids"][0]

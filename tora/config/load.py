@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tora.config.components import check_component, check_path, check_reward
 from tora.config.convert import build, defaults, join, show
+from tora.config.environments import by_name, key_of
 from tora.config.rules import check
 from tora.config.schema import Component, RunConfig
 from tora.config.secrets import redacted
@@ -97,8 +98,8 @@ def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
             if not isinstance(dataset, dict):
                 raise ConfigError(f"eval.more.{name}={show(dataset)} must hold _component_ and its arguments.")
             yield from _datasets(dataset, f"eval.more.{name}")
-    if cfg.environment_factory is not None:
-        yield "environment_factory", cfg.environment_factory
+    for name, component in by_name(cfg.environment_factory).items():
+        yield key_of(name), component
     for i, logger in enumerate(cfg.metric_logger):
         yield f"metric_logger.{i}", logger
 

@@ -107,6 +107,8 @@ def _broken_environments(cfg: RunConfig) -> Iterator[str]:
         for number, reward in enumerate(cfg.rewards):
             if reward.get("_component_") in _ASKS_ENVIRONMENT:
                 yield f"rewards.{number}._component_={reward['_component_']} needs environment_factory."
+    if cfg.agent is None and cfg.agent_python is not None:
+        yield f"agent_python={cfg.agent_python} has no effect without agent."
     if cfg.agent is not None:
         if cfg.environment_factory is not None or cfg.tools:
             yield "agent has no place beside environment_factory or tools: the program has its own."

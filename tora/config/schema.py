@@ -290,7 +290,8 @@ class RunConfig:
     two rollouts left is replaced."""
     environment_factory: Component | None = None
     """The environment that a rollout acts in: a class or callable with TRL's contract, whose public methods are the
-    model's tools. Built in: `tora.tasks.guess_number.GuessNumber`. null: none. See `docs/agents.md`."""
+    model's tools. Several by name, `{NAME: {_component_: ...}, ...}`, if the dataset has a column `environment` that
+    names each row's. Built in: `tora.tasks.guess_number.GuessNumber`. null: none. See `docs/agents.md`."""
     tools: list[str] = field(default_factory=list)
     """Dotted paths of functions that the model may call, beside the environment's methods or without an environment.
     Their type hints and docstrings become the schemas that the chat template shows. Built in:
@@ -300,6 +301,9 @@ class RunConfig:
     `f(base_url, api_key, **row)` that asks the policy through an OpenAI-compatible endpoint and returns its reward.
     `environment_timeout_s` is its time. Needs the extra `agents`. null: the engine answers the prompt, with tools if
     there are any. See `docs/agents.md`."""
+    agent_python: str | None = None
+    """The Python interpreter that runs `agent`, such as `~/other/bin/python`: for a program whose packages cannot be
+    installed beside Tora's. It needs nothing of Tora's. null: the run's own."""
     tool_parser: str = "hermes"
     """The format in which the model calls tools. `hermes` (also Qwen2.5 and Qwen3) is built in; other names are those
     of vLLM's tool parsers, such as `llama3_json` and `mistral`, and need vLLM."""

@@ -31,9 +31,11 @@ class Environment(Protocol):
         ...
 
 
-def get_reward(environments: Sequence[Any], **columns: Any) -> list[float]:
-    """A reward function: what each environment's own `get_reward()` returns, sync or async."""
-    return [resolve(environment.get_reward()) for environment in environments]
+def get_reward(environments: Sequence[Any], **columns: Any) -> list[float | None]:
+    """A reward function: what each environment's own `get_reward()` returns, sync or async; None for one without it,
+    as in TRL."""
+    asked = (getattr(environment, "get_reward", None) for environment in environments)
+    return [None if ask is None else resolve(ask()) for ask in asked]
 
 
 def tool_methods(kind: type) -> dict[str, Callable[..., Any]]:

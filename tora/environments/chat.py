@@ -54,6 +54,10 @@ class ChatTemplate:
 
     placeholders: tuple[int, ...] = ()
 
+    def of(self, columns: Mapping[str, Any]) -> ChatTemplate:
+        """As `tora.environments.turns.Turns.of`: all rows share it."""
+        return self
+
     def prompt(self, source: Any, images: Sequence[bytes] = ()) -> tuple[int, ...]:
         """What all conversations about a row share: only the program knows what it will say."""
         if images:

@@ -19,7 +19,10 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tora.config.components import instantiate, locate
+import cloudpickle
+
+from tora.config.components import instantiate, locate, restore
+from tora.config.environments import COLUMN, key_of
 from tora.config.schema import Component
 from tora.environments.base import resolve, tool_methods
 from tora.environments.content import Content, content_of, text_content
@@ -39,11 +42,14 @@ Key = tuple[int, int]
 class Setup:
     """What a host needs to start."""
 
-    factory: Component | None
+    factories: Mapping[str, Component]
+    """The environments by name, as `tora.config.environments.by_name` gives them; empty for tools alone."""
     tools: tuple[str, ...]
     rewards: tuple[Component, ...]
     memory_gib: float
     """How much the host may allocate."""
+    objects: bytes | None = None
+    """What `tora.config.components.registered` found in the program, pickled by value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,9 @@ class ToolResult:
 class _Seat:
     """An environment and its thread; empty until the first reset."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        """`name`: the environment's."""
+        self.name = name
         self.thread = ThreadPoolExecutor(1)
         self.environment: Any = None
         self.tools: dict[str, Callable[..., Any]] = {}
@@ -80,30 +88,33 @@ class Host:
         """`send` takes a request's number and its answer, from any thread. Raises `ConfigError` if a component does not
         exist or the environment cannot be made."""
         self._setup, self._send = setup, send
+        if setup.objects is not None:
+            restore(cloudpickle.loads(setup.objects))
         self._functions = {function.__name__: function for function in map(locate, setup.tools)}
         self._rewarder = build_rewarder(setup.rewards)
         numbers = range(len(self._rewarder.rewards))
         self.scored_here = tuple(i for i in numbers if self._rewarder.takes_environments(i))
         self._seats: dict[Key, _Seat] = {}
-        self._free: list[_Seat] = []
+        self._free: dict[str, list[_Seat]] = {name: [] for name in setup.factories or ("",)}
         self._scoring = ThreadPoolExecutor()
         self._probe()
 
     def _probe(self) -> None:
-        """Make the first environment, so that one that cannot be made ends the run before it starts."""
-        seat = _Seat()
-        try:
-            self._make(seat)
-        except ConfigError:
-            raise
-        except Exception as error:  # a user's code may raise anything
-            name = (self._setup.factory or {}).get("_component_")
-            raise ConfigError(f"environment_factory={name} raised {type(error).__name__}: {error}") from error
-        self._free.append(seat)
+        """Make the first of each environment, so that one that cannot be made ends the run before it starts."""
+        for name, free in self._free.items():
+            seat = _Seat(name)
+            try:
+                self._make(seat)
+            except ConfigError:
+                raise
+            except Exception as error:  # a user's code may raise anything
+                path = self._setup.factories[name]["_component_"]
+                raise ConfigError(f"{key_of(name)}={path} raised {type(error).__name__}: {error}") from error
+            free.append(seat)
 
     def _make(self, seat: _Seat) -> None:
-        if self._setup.factory is not None:
-            seat.environment = instantiate(self._setup.factory)
+        if seat.name in self._setup.factories:
+            seat.environment = instantiate(self._setup.factories[seat.name])
             seat.tools = {name: getattr(seat.environment, name) for name in tool_methods(type(seat.environment))}
         seat.tools |= self._functions
 
@@ -118,7 +129,9 @@ class Host:
         else:
             key, *rest = arguments
             if operation == "reset":
-                self._seats[key] = self._free.pop() if self._free else _Seat()
+                name, *rest = rest
+                free = self._free[name]
+                self._seats[key] = free.pop() if free else _Seat(name)
             work = {"reset": self._reset, "call": self._call}[operation]
             self._seats[key].thread.submit(self._answer, number, work, (self._seats[key], *rest))
 
@@ -134,6 +147,8 @@ class Host:
             self._make(seat)
         if seat.environment is None:
             return None  # tools alone
+        if seat.name:
+            row = {column: value for column, value in row.items() if column != COLUMN}
         observation = resolve(seat.environment.reset(**row))
         if observation is None or isinstance(observation, str):
             return text_content(observation) if observation else None
@@ -169,7 +184,9 @@ class Host:
 
     def _close(self, keep: Sequence[Key], drop: Sequence[Key]) -> None:
         """The environments of `keep` may serve other rollouts; those of `drop` failed."""
-        self._free += [self._seats.pop(key) for key in keep if key in self._seats]
+        for key in keep:
+            if seat := self._seats.pop(key, None):
+                self._free[seat.name].append(seat)
         for key in drop:
             if seat := self._seats.pop(key, None):
                 seat.thread.shutdown(wait=False)

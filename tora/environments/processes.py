@@ -17,12 +17,16 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import cloudpickle
+
+from tora.config.environments import by_name
 from tora.config.schema import Component
 from tora.environments.host import Key, Raised, Setup, ToolResult
 from tora.environments.tools import ToolCall
-from tora.errors import RolloutError
+from tora.errors import ConfigError, RolloutError
 from tora.rewards.processes import START_S, spawn
 from tora.rewards.rewarder import Call, Column, Unanswered, setting_by_name, took_longer
 from tora.types import FailedReward, Prompt
@@ -54,14 +58,16 @@ class EnvironmentProcesses:
         reward_timeout_s: float,
         num_processes: int,
         memory_gib: float = 8.0,
+        objects: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Starts one process; more are started, up to `num_processes`, while all hold groups. `memory_gib`: see
-        `RunConfig.environment_memory_gib`.
+        """Starts one process; more are started, up to `num_processes`, while all hold groups. `factory` and
+        `memory_gib`: see `RunConfig.environment_factory` and `environment_memory_gib`. `objects`: those of a program
+        that components name, see `tora.config.components.registered`.
 
         Raises `ConfigError` if a component does not exist or the environment cannot be made, what a module raises when
         it is imported, and `RolloutError` if the process does not start.
         """
-        self._setup = Setup(factory, tuple(tools), tuple(rewards), memory_gib)
+        self._setup = Setup(by_name(factory), tuple(tools), tuple(rewards), memory_gib, _by_value(objects))
         timeout_scores = setting_by_name(rewards, "timeout_score", 0.0)
         self.reward_names, self.timeout_scores = [*timeout_scores], [*timeout_scores.values()]
         self.timeout_s, self.reward_timeout_s, self._num_processes = timeout_s, reward_timeout_s, num_processes
@@ -72,8 +78,9 @@ class EnvironmentProcesses:
         self.scored_here = self._all[0].scored_here
         """Numbers of the rewards whose functions take `environments`. Only `Session.column` can call those."""
 
-    def open(self, size: int) -> Session:
-        """The environments of a group of `size` rollouts. Raises `RolloutError` if a new process does not start."""
+    def open(self, size: int, environment: str = "") -> Session:
+        """The environments of a group of `size` rollouts. `environment`: its name, if there are several. Raises
+        `RolloutError` if a new process does not start."""
         with self._lock:
             self._all = [process for process in self._all if not process.ended]
             for process in self._all:
@@ -84,7 +91,7 @@ class EnvironmentProcesses:
                 least = _Process(self._setup, self.timeout_s)
                 self._all.append(least)
             least.num_sessions += 1
-            return Session(self, least, [(next(self._numbers), index) for index in range(size)])
+            return Session(self, least, [(next(self._numbers), index) for index in range(size)], environment)
 
     def _retire_if_full(self, process: _Process) -> None:
         """Memory that an environment has leaked comes back only with its process."""
@@ -125,13 +132,17 @@ class EnvironmentProcesses:
 class Session:
     """The environments of one group's rollouts. Close it when the group is scored."""
 
-    def __init__(self, processes: EnvironmentProcesses, process: _Process, keys: Sequence[Key]) -> None:
+    def __init__(
+        self, processes: EnvironmentProcesses, process: _Process, keys: Sequence[Key], environment: str
+    ) -> None:
         self._processes, self._process, self._keys = processes, process, keys
+        self.environment = environment
+        """Its name; "" if there is only one."""
         self._failed: set[int] = set()
 
     def reset(self, index: int, row: Mapping[str, Any]) -> Future[Any]:
         """Begin an episode of rollout `index`; `settle` gives the observation, a `Content` or None."""
-        return self._process.ask("reset", self._keys[index], row)
+        return self._process.ask("reset", self._keys[index], self.environment, row)
 
     def call(self, index: int, calls: Sequence[ToolCall]) -> Future[Any]:
         """Call tools in order; `settle` gives a list of `ToolResult`."""
@@ -194,6 +205,20 @@ class Session:
             return Unanswered(took_longer(limit_s), is_timeout=True)
         except _Lost:
             return Unanswered("ended its process", is_timeout=False)
+
+
+def _by_value(objects: Mapping[str, Any]) -> bytes | None:
+    """Raises ConfigError if they hold what no other process can have."""
+    if not objects:
+        return None
+    try:
+        return cloudpickle.dumps(dict(objects))
+    except Exception as error:  # whatever the objects refer to
+        names = ", ".join(path.rpartition(".")[2] for path in objects)
+        raise ConfigError(
+            f"{names} cannot be sent to the processes of environments, which raised {type(error).__name__}: {error}; "
+            "what is defined in a module of its own need not be sent"
+        ) from error
 
 
 class _Process:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from actors.vllm_engine.config import EngineConfig
 from tora.adapters.peft_config import read_peft_config
 from tora.config.components import registered, restore
+from tora.config.environments import by_name
 from tora.config.rules import check
 from tora.config.schema import Component, RunConfig
 from tora.distributed.process_group import World
 from tora.environments.chat import ChatTemplate
-from tora.environments.template import TurnTemplate
+from tora.environments.turns import Turns
 from tora.errors import ConfigError
 from tora.models.length import longest_sequence
 from tora.models.vision.processor import ImageProcessor
@@ -66,7 +67,7 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """Keyword arguments of `RolloutWorker`, except `make_engine`."""
     from tora.rewards.processes import RewardProcesses
 
-    objects = registered(cfg.rewards)
+    objects, of_turns = registered(cfg.rewards), registered(_of_turns(cfg))
     make_rewarder = (
         partial(_rewarder_of_objects, cfg.rewards, objects)
         if objects
@@ -78,6 +79,7 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
             collects_prints=cfg.async_rl,
         )
     )
+    turns = prompts.turns
     return {
         "make_rewarder": make_rewarder,
         "tokenizer": prompts.tokenizer,
@@ -89,7 +91,7 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "num_steps": cfg.num_steps,
         "eval_seed": None if cfg.eval is None else cfg.eval.seed,
         "part_tokens": cfg.rollout.partial,
-        "make_player": None if prompts.turns is None else partial(_make_player, cfg, prompts.turns, prompts.tokenizer),
+        "make_player": None if turns is None else partial(_make_player, cfg, turns, prompts.tokenizer, of_turns),
     }
 
 
@@ -102,12 +104,27 @@ def _rewarder_of_objects(components: list[Component], objects: Mapping[str, Call
     return build_rewarder(components)
 
 
-def _make_player(cfg: RunConfig, turns: TurnTemplate | ChatTemplate, tokenizer: Any) -> EpisodePlayer | AgentPlayer:
+def _of_turns(cfg: RunConfig) -> list[Component]:
+    """What the processes of environments call."""
+    return [
+        *cfg.rewards,
+        *by_name(cfg.environment_factory).values(),
+        *({"_component_": path} for path in (*cfg.tools, cfg.agent) if path is not None),
+    ]
+
+
+def _make_player(
+    cfg: RunConfig, turns: Turns | ChatTemplate, tokenizer: Any, objects: Mapping[str, Callable[..., Any]]
+) -> EpisodePlayer | AgentPlayer:
     from actors.episode import EpisodePlayer
     from tora.environments.processes import EnvironmentProcesses
     from tora.environments.tools import make_parser
 
-    program: Component = {"_component_": "tora.environments.program.Program", "program": cfg.agent}
+    program: Component = {
+        "_component_": "tora.environments.program.Program",
+        "program": cfg.agent,
+        "python": cfg.agent_python,
+    }
     environments = EnvironmentProcesses(
         cfg.environment_factory if cfg.agent is None else program,
         cfg.tools,
@@ -116,6 +133,7 @@ def _make_player(cfg: RunConfig, turns: TurnTemplate | ChatTemplate, tokenizer: 
         reward_timeout_s=cfg.reward_timeout_s,
         num_processes=cfg.environment_processes,
         memory_gib=cfg.environment_memory_gib,
+        objects=objects,
     )
     if isinstance(turns, ChatTemplate):
         from actors.agent_player import AgentPlayer
@@ -127,9 +145,9 @@ def _make_player(cfg: RunConfig, turns: TurnTemplate | ChatTemplate, tokenizer: 
             max_context=cfg.max_prompt_tokens + cfg.max_generated_tokens,
             gathers=cfg.rollout.engine == "torch",
         )
-    parser = make_parser(cfg.tool_parser, tokenizer, turns.schemas)
+    parser_of = partial(make_parser, cfg.tool_parser, tokenizer)
     iterations = cfg.max_tool_calling_iterations
-    return EpisodePlayer(environments, turns, parser, tokenizer, max_tool_calling_iterations=iterations)
+    return EpisodePlayer(environments, turns, parser_of, tokenizer, max_tool_calling_iterations=iterations)
 
 
 GPU_MEMORY = 0.9

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from tora.config.components import make
+from tora.config.environments import by_name
 from tora.config.schema import Component, EvalConfig, OverlongPrompts, RunConfig
 from tora.environments.chat import ChatTemplate
 from tora.environments.template import TurnTemplate
 from tora.environments.tools import check_turn_rewards, tool_schemas
+from tora.environments.turns import Turns
 from tora.errors import ConfigError, OverlongPrompt, raised
 from tora.models.load import read_config
 from tora.models.vision.processor import ImageProcessor, has_image_processor
@@ -59,7 +61,7 @@ class PromptStream:
         *,
         overlong: OverlongPrompts = "error",
         limited_by: str | None = None,
-        turns: TurnTemplate | ChatTemplate | None = None,
+        turns: Turns | ChatTemplate | None = None,
         template_variables: Mapping[str, Any] | None = None,
         shuffle: bool = True,
         vocab_size: int | None = None,
@@ -115,7 +117,7 @@ class PromptStream:
             raise ConfigError(missing_column(f"dataset row {index}", "prompt", "prompt", list(columns)))
         try:
             source, images = take_images(columns)
-            token_ids = self._encode(source, images, self._variables_of(columns))
+            token_ids = self._encode(source, images, columns)
             self._check_known(token_ids)
         except ValueError as error:
             raise ConfigError(f"dataset row {index}: {error}") from error
@@ -156,10 +158,11 @@ class PromptStream:
                 )
 
     def _encode(
-        self, source: str | list[dict[str, Any]], images: tuple[bytes, ...], variables: dict[str, Any]
+        self, source: str | list[dict[str, Any]], images: tuple[bytes, ...], columns: dict[str, Any]
     ) -> tuple[int, ...]:
+        variables = self._variables_of(columns)
         if self._turns is not None:
-            return self._turns.prompt(source, images)
+            return self._turns.of(columns).prompt(source, images)
         if self._image_processor is None:
             if images:
                 raise ConfigError(f"it has {len(images)} images, but the model takes none")
@@ -277,15 +280,21 @@ def _sampling(
 
 def _turn_template(
     cfg: RunConfig, tokenizer: Any, stop: tuple[int, ...], images: ImageProcessor | None
-) -> TurnTemplate | ChatTemplate | None:
+) -> Turns | ChatTemplate | None:
     if cfg.agent is not None:
         return ChatTemplate(tokenizer, stop, cfg.chat_template_kwargs)
     if cfg.environment_factory is None and not cfg.tools:
         return None
-    schemas = tool_schemas(cfg.environment_factory, cfg.tools)
-    if cfg.credit == "turn" and cfg.environment_factory is not None:
-        check_turn_rewards(cfg.environment_factory)
-    return TurnTemplate(tokenizer, schemas, stop, cfg.chat_template_kwargs, images)
+    environments = by_name(cfg.environment_factory)
+    if cfg.credit == "turn":
+        for component in environments.values():
+            check_turn_rewards(component)
+    return Turns(
+        {
+            name: TurnTemplate(tokenizer, tool_schemas(component, cfg.tools), stop, cfg.chat_template_kwargs, images)
+            for name, component in (environments or {"": None}).items()
+        }
+    )
 
 
 def _image_processor(model: Path, max_pixels: int | None) -> ImageProcessor | None:

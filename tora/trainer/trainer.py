@@ -14,7 +14,9 @@ from tora.config.components import register
 from tora.config.load import load_config
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
+from tora.trainer import objects
 from tora.trainer.arguments import GRPOConfig, model_tree
+from tora.trainer.objects import Environments, path_of, rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +57,22 @@ class GRPOTrainer:
     """TRL's arguments, where the meaning is the same.
 
     `reward_funcs`: functions, dotted paths, or a list of them. Functions that another module can import run in
-    processes of their own, with time limits; those of a script or a notebook run in this process. Datasets: anything
-    with `len` and `[i]` whose rows have a `prompt`.
+    processes of their own, with time limits; those of a script or a notebook run in this process. May be None if the
+    environment has `get_reward`. Datasets: anything with `len` and `[i]` whose rows have a `prompt`. `tools`: functions
+    that the model may call. `environment_factory`: a class or callable, or several by the names in the dataset's column
+    `environment`; those of a script are sent to the processes of environments. See `docs/agents.md`.
     """
 
     def __init__(
         self,
         model: str | Path,
-        reward_funcs: Callable[..., Any] | str | Sequence[Callable[..., Any] | str],
+        reward_funcs: Callable[..., Any] | str | Sequence[Callable[..., Any] | str] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: Any = None,
+        tools: Sequence[Callable[..., Any] | str] | None = None,
+        environment_factory: Environments | None = None,
         **others: Any,
     ) -> None:
         """Checks everything that needs no weights. Raises ConfigError for what cannot be trained."""
@@ -81,7 +87,9 @@ class GRPOTrainer:
             **self.args.tree(len(rows)),
             "model": model_tree(model, peft_config),
             "dataset": {"_component_": register("train_dataset", lambda: rows)},
-            "rewards": _rewards(reward_funcs, self.args.reward_weights),
+            "rewards": rewards(reward_funcs, self.args.reward_weights, environment_factory),
+            "tools": [path_of(tool, "tools") for tool in tools or ()],
+            "environment_factory": objects.environment_factory(environment_factory),
             "eval": self._evaluation(eval_dataset),
         }
         overrides = [f"{key}={_plain(value)}" for key, value in (self.args.tora or {}).items()]
@@ -125,41 +133,6 @@ class GRPOTrainer:
         if output_dir is not None:
             kind = self.result.adapter.name
             export_to(find(str(self.result.output_dir)), Path(output_dir).absolute(), kind)
-
-
-def _rewards(functions: Any, weights: Sequence[float] | None) -> list[dict[str, Any]]:
-    listed = list(functions) if isinstance(functions, list | tuple) else [functions]
-    if weights is not None and len(weights) != len(listed):
-        raise ConfigError(f"reward_weights has {len(weights)} weights for {len(listed)} reward_funcs")
-    found: list[dict[str, Any]] = []
-    for number, function in enumerate(listed):
-        path, name = _path_of(function), _name_of(function)
-        name = f"{name}_{number}" if any(each["name"] == name for each in found) else name
-        weight = {} if weights is None else {"weight": float(weights[number])}
-        found.append({"_component_": path, "name": name, **weight})
-    return found
-
-
-def _name_of(function: Any) -> str:
-    name = function.rpartition(".")[2] if isinstance(function, str) else getattr(function, "__name__", "")
-    if name.isidentifier():
-        return name
-    return "reward" if name else type(function).__name__  # a lambda, or an object that is called
-
-
-def _path_of(function: Any) -> str:
-    """A dotted path. A function that a module has under its own name is found there by other processes too."""
-    import sys
-
-    if isinstance(function, str):
-        return function
-    if not callable(function):
-        raise ConfigError(f"reward_funcs holds a {type(function).__name__}, expected a function or its dotted path")
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    loaded = sys.modules.get(module or "")
-    if module != "__main__" and name.isidentifier() and getattr(loaded, name, None) is function:
-        return f"{module}.{name}"
-    return register(_name_of(function), function)
 
 
 def _rows(dataset: Any, name: str) -> Any:
