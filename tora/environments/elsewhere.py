@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from tora.rewards.processes import START_S
 _MAIN = str(Path(__file__).with_name("elsewhere_main.py"))
 _RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 """A script's own folder would come first in its path for imports, and ours has a `python.py`."""
-_WATCH = 'read _; sleep 6; kill -9 -- "-$0"'
+_WATCH = 'read _; sleep 6; kill -9 "-$0"'
 """Ends the group `$0` when this process has ended, even if code there holds its interpreter lock forever."""
 
 
@@ -47,7 +48,10 @@ class Elsewhere:
 
         Raises ConfigError if there is no such interpreter or function.
         """
-        self._python, self._path = str(Path(python).expanduser()), path
+        found = shutil.which(Path(python).expanduser())
+        if found is None:
+            raise ConfigError(f"{python} is no Python interpreter: there is no such program.")
+        self._python, self._path = str(Path(found).absolute()), path
         self._lock = threading.Lock()
         self._child = self._start()
 
@@ -99,7 +103,7 @@ class _Interpreter:
         file = _file_of(path)
         ours, theirs = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if name not in _OURS}
-        programs = str(Path(python).parent.absolute())  # as if its virtual environment were activated
+        programs = str(Path(python).parent)  # as if its virtual environment were activated
         environment["PATH"] = os.pathsep.join((programs, environment.get("PATH", os.defpath)))
         with theirs:
             descriptor = theirs.fileno()
