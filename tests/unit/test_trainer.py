@@ -14,6 +14,7 @@ from peft import LoraConfig
 from tiny import make_text_model
 
 from tora import GRPOConfig, GRPOTrainer
+from tora.config.load import configs_dir
 from tora.errors import ConfigError
 
 SCRIPT = """
@@ -52,6 +53,69 @@ print("LOSS", result.training_loss, result.metrics["reward/format_reward"], resu
 print("SAID", len(result.generate(["Say 1."], max_tokens=4)))
 """
 
+ENVIRONMENT_SCRIPT = """
+import random
+from datasets import Dataset
+from peft import LoraConfig
+from tora import GRPOConfig, GRPOTrainer
+
+LOW = 1
+
+class GuessNumber:
+    def reset(self, answer: int, highest: int, **kwargs) -> str:
+        self.secret, self.solved = answer, False
+        return f" It is between {{LOW}} and {{highest}}."
+
+    def guess(self, number: int) -> str:
+        \"\"\"
+        Guess the number.
+
+        Args:
+            number: The guess.
+        \"\"\"
+        self.solved = self.solved or number == self.secret
+        return "correct" if number == self.secret else "higher" if number < self.secret else "lower"
+
+    def get_reward(self) -> float:
+        return float(self.solved)
+
+class Patient(GuessNumber):
+    async def get_reward(self) -> float:
+        return self.solved / 2
+
+def brevity(completions, environments, **kwargs):
+    assert all(type(e).__name__ in ("GuessNumber", "Patient") for e in environments)
+    return [-len(completion) / 100 for completion in completions]
+
+def rows(count, seed, names):
+    draw = random.Random(seed)
+    for n in range(count):
+        highest = draw.randint(24, 31)
+        prompt = [{{"role": "user", "content": "Guess my number."}}]
+        row = {{"prompt": prompt, "answer": draw.randint(1, highest), "highest": highest}}
+        yield row if names is None else {{**row, "environment": names[n % 2]}}
+
+names = {names}
+trainer = GRPOTrainer(
+    model={model!r},
+    {rewards}
+    environment_factory=GuessNumber if names is None else dict(zip(names, (GuessNumber, Patient))),
+    train_dataset=Dataset.from_list(list(rows(4096, 0, names))),
+    eval_dataset=Dataset.from_list(list(rows({held_out}, 1, names))),
+    args=GRPOConfig(
+        output_dir={out!r}, learning_rate=1e-3, adam_beta2=0.95, warmup_steps=3, max_steps={steps}, num_generations=8,
+        per_device_train_batch_size={batch}, max_completion_length=256, max_tool_calling_iterations=5, bf16=False,
+        use_cpu=True, eval_strategy="steps", eval_steps={steps}, eval_on_start=True, seed=0, loss_type="grpo",
+        tora={{"num_threads": 1}},
+    ),
+    peft_config=LoraConfig(r=1, lora_alpha=32, target_modules="all-linear"),
+)
+if __name__ == "__main__":
+    result = trainer.train()
+    print("EVAL", *[row["eval/reward_mean"] for row in result.history if "eval/reward_mean" in row])
+    print("KEYS", sorted(key for key in result.metrics if key.startswith("reward/")))
+"""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -78,6 +142,31 @@ def test_a_trl_script_runs_with_two_imports_changed(tmp_path: Path, model: str) 
     assert "LOSS" in done.stdout and "SAID 1" in done.stdout
     assert (tmp_path / "saved/adapter_config.json").is_file() and (tmp_path / "saved/README.md").is_file()
     assert len(list((tmp_path / "out/checkpoints").iterdir())) == 2, "no limit of checkpoints, as in TRL"
+
+
+def environment_script(tmp_path: Path, **values: Any) -> str:
+    """What TRL's example of an environment prints, here with the base of `quickstart_guess`."""
+    model = str(configs_dir() / "bases/guess_number")
+    small = {"names": None, "rewards": "", "steps": 1, "batch": 16, "held_out": 8, **values}
+    script = tmp_path / "script.py"
+    script.write_text(ENVIRONMENT_SCRIPT.format(model=model, out=str(tmp_path / "out"), **small))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_trl_script_with_environments_in_the_script_itself(tmp_path: Path) -> None:
+    """Classes and functions that no other process can import, and two environments by name."""
+    said = environment_script(tmp_path, names=["once", "half"], rewards="reward_funcs=[brevity],")
+    assert "'reward/brevity'" in said and "'reward/get_reward'" in said
+    assert "environment" not in said.lower(), said
+
+
+@pytest.mark.slow  # a quick start
+def test_a_trl_script_with_an_environment_learns(tmp_path: Path) -> None:
+    said = environment_script(tmp_path, steps=30, batch=128, held_out=256)
+    before, after = (float(value) for value in said.partition("EVAL ")[2].splitlines()[0].split())
+    assert before < 0.3 and after > before + 0.2, (before, after)
 
 
 def test_names_have_trls_meaning(tmp_path: Path, model: str) -> None:
@@ -118,6 +207,11 @@ def test_a_closure_rewards_a_run_in_a_thread(tmp_path: Path, model: str) -> None
 
 
 WRONG = [
+    ({"reward_funcs": None}, "needs reward_funcs, or an environment_factory whose class has get_reward"),
+    ({"environment_factory": 3}, "environment_factory holds a int, expected a function or its dotted path"),
+    ({"environment_factory": {"a": 3}}, "environment_factory holds a int"),
+    ({"environment_factory": {}}, "environment_factory={} must hold _component_"),
+    ({"tools": [3]}, "tools holds a int"),
     ({"args": {"num_generation": 4}}, "GRPOConfig has no argument num_generation; the nearest is num_generations"),
     ({"args": {"num_generations": 3}}, "must be a multiple of num_generations=3"),
     ({"args": {"loss_type": "ppo"}}, "loss_type=ppo is not one of grpo, bnpo, dapo, dr_grpo"),
