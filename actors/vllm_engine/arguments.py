@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from actors.vllm_engine.config import HAS_GAINS, EngineConfig
 from actors.vllm_engine.images import image_args, vision_linears
+from actors.vllm_engine.process import hush
 from actors.vllm_engine.served_config import config_overrides
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def engine_rank(rank: int) -> int:
 
 def class_of_transformers(model_path: str) -> str | None:
     """The architecture of a model that vLLM 0.32 serves with transformers' own class; None if it has a class itself."""
+    hush()
     from vllm.model_executor.models.registry import ModelRegistry
 
     (name, *_) = json.loads(Path(model_path, "config.json").read_text()).get("architectures") or [None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import spawn
@@ -37,6 +38,14 @@ _WHILE_UP = ("VLLM_", *_FLOAT32)
 """Variables, or their beginnings, that are read while vLLM runs."""
 
 
+def hush() -> None:
+    """Call before vllm is imported. It warns of what it finds, such as a Triton without a CPU backend, before it reads
+    VLLM_LOGGING_LEVEL, and touches deprecated names of torch. A user who sets that variable hears it all."""
+    if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+
+
 class Environment:
     """Sets the environment variables that vLLM needs, and undoes the changes that vLLM makes.
 
@@ -52,6 +61,7 @@ class Environment:
 
     def prepare(self) -> None:
         """Call before vllm is imported."""
+        hush()
         for name, value in self._defaults.items():
             os.environ.setdefault(name, value)
         os.environ.update(_REQUIRED)

@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"lora": ["lora"], "qdora": ["dora_cache", "model.quantize_base=true"], "full": ["full"]}
     for name, (lora_type, *more) in kinds.items():
-        more += ["eval.keep_best=true", "eval.samples=2", "eval.num_prompts=4", "num_steps=3"]
+        more += ["eval.keep_best=true", "eval.num_prompts=2", "num_steps=3"]
         train("quickstart", folder / name, *HERE, f"model.lora_type={lora_type}", *more)
     return {name: folder / name for name in kinds}
 
@@ -221,16 +221,16 @@ def test_an_evaluation_writes_tables_that_filter_a_dataset(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["eval", str(runs["lora"]), "--checkpoint", "best", "--engine", "torch", "--num-prompts", "24", "--json"]
+    words = ["eval", str(runs["lora"]), "--checkpoint", "best", "--engine", "torch", "--num-prompts", "12", "--json"]
     assert main([*words, "--samples", "4", "seed=3"]) == 0
     result = json.loads(capsys.readouterr().out)
     completions = load_dataset("parquet", data_files=result["completions"], split="train")
-    assert len(completions) == 24 * 4 and {"prompt", "completion", "reward/answer_tag"} <= set(completions.column_names)
+    assert len(completions) == 12 * 4 and {"prompt", "completion", "reward/answer_tag"} <= set(completions.column_names)
     assert np.mean(completions["reward"]) == pytest.approx(result["reward"]) == pytest.approx(result["pass@1"])
     low, high = result["intervals"]["reward"]
     assert low <= result["reward"] <= high and low < high
     rates = load_dataset("parquet", data_files=result["prompts"], split="train")["pass_rate"]
-    assert len(rates) == 24 and np.mean(rates) == pytest.approx(result["accuracy"])
+    assert len(rates) == 12 and np.mean(rates) == pytest.approx(result["accuracy"])
     one_of_four = np.mean([rate > 0 for rate in rates])
     assert result["pass@4"] == pytest.approx(one_of_four)
     kept = [f"eval.dataset={{_component_: tora.tasks.dataset.file_dataset, path: {result['prompts']}, keep: 0.2..0.8}}"]
@@ -251,6 +251,6 @@ def test_an_adapter_a_merged_model_and_its_run_score_the_same(
     scores, config = [], ["--config", "quickstart"]
     for words in ([str(runs["lora"])], [str(merged["lora"]), *config], ["adapter", *config]):
         capsys.readouterr()
-        assert main(["eval", *words, "--greedy", "--engine", "torch", "--num-prompts", "40", "--json"]) == 0
+        assert main(["eval", *words, "--greedy", "--engine", "torch", "--num-prompts", "16", "--json"]) == 0
         scores.append(json.loads(capsys.readouterr().out)["reward"])
     assert len(set(scores)) == 1, scores

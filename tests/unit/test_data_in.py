@@ -15,6 +15,7 @@ import pandas
 import pytest
 from transformers import AutoTokenizer
 
+from tora.config.load import load_config
 from tora.errors import ConfigError
 from tora.tasks.dataset import Rows, file_dataset
 from tora.tasks.encode import encode_prompt
@@ -268,3 +269,30 @@ def test_a_wrong_template_file_is_named(tmp_path: Path, text: str | None, words:
         (tmp_path / "t.jinja").write_text(text)
     with pytest.raises(ConfigError, match=rf"chat_template=.*t.jinja.*{words}"):
         load_tokenizer(BASE, str(tmp_path / "t.jinja"))
+
+
+def test_data_beside_the_config_is_found_unless_the_working_directory_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (there, there / "more", here):
+        folder.mkdir()
+        write(folder / "rows.jsonl")
+    part = "{{_component_: {0}, path: '{1}', weight: 1}}".format
+    parts = f"[{part(FILE, 'more/*.jsonl')}, {part(FILE, 'none.jsonl')}]"
+    shutil.copytree(BASE, there / "model")
+    (there / "mine.yaml").write_text(
+        f"extends: quickstart\nmodel: {{path: model}}\ndataset: {{_component_: {FILE}, path: rows.jsonl}}\n"
+        f"eval: {{dataset: {{_component_: tora.tasks.mixture.mixture, datasets: {parts}}}, "
+        f"more: {{a: {{_component_: {FILE}, path: rows.jsonl}}}}}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("project/mine.yaml")
+    assert cfg.eval is not None
+    mixed = [part["path"] for part in cfg.eval.dataset["datasets"]]
+    assert cfg.dataset["path"] == cfg.eval.more["a"]["path"] == str(there / "rows.jsonl")
+    assert mixed == [str(there / "more/*.jsonl"), "none.jsonl"], "what is nowhere keeps its name for the message"
+    assert cfg.model.path == str(there / "model")
+    assert len(file_dataset(mixed[0])) == len(ROWS)
+    monkeypatch.chdir(here)
+    assert load_config("../project/mine.yaml").dataset["path"] == "rows.jsonl"

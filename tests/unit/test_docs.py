@@ -219,6 +219,13 @@ def importable(dotted: str, folder: Path) -> Any:
     return locate(dotted)
 
 
+def test_the_tutorials_files_are_the_examples() -> None:
+    shown = {block.file: block.text for block in blocks(ROOT / "docs/tutorial.md") if block.file}
+    assert len(shown) == 2
+    for name, text in shown.items():
+        assert (ROOT / "examples/plurals" / name).read_text() == text, name
+
+
 @pytest.mark.parametrize("block", every_block("json"), ids=str)
 def test_data_loads(block: Block, tmp_path: Path) -> None:
     from tora.tasks.dataset import file_dataset

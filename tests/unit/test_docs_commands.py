@@ -180,6 +180,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 def test_commands_work_as_typed(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, block.page)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     for words in commands(block.text):
         check(words)
 

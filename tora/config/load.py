@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,17 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or name_or_path}: {_reason(error)}.") from error
     cfg = build(RunConfig, tree, "")
-    cfg.model.path = _find_folder(cfg.model.path)
-    if cfg.model.adapter_path is not None:
-        cfg.model.adapter_path = _find_folder(cfg.model.adapter_path)
     home = file.resolve().parent
+    cfg.model.path = _find_folder(cfg.model.path, home)
+    if cfg.model.adapter_path is not None:
+        cfg.model.adapter_path = _find_folder(cfg.model.adapter_path, home)
     if cfg.import_from is None:
         cfg.import_from = [] if home.is_relative_to(configs_dir().resolve()) else [str(home)]
     if cfg.chat_template is not None and not Path(cfg.chat_template).expanduser().exists():
         cfg.chat_template = str(home / cfg.chat_template)
+    evaluated = [cfg.eval.dataset, *cfg.eval.more.values()] if cfg.eval is not None else []
+    for dataset in (cfg.dataset, *evaluated):
+        _look_beside(home, dataset)
     check(cfg)
     for key, component in _components(cfg):
         check_component(component, key)
@@ -85,6 +89,22 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     if cfg.agent is not None:
         check_path(cfg.agent, "agent")
     return cfg
+
+
+def _look_beside(home: Path, dataset: Any) -> None:
+    """Have a dataset, or those that a mixture mixes, read a file or a pattern that is in the config's folder `home` and
+    not in the working directory."""
+    if not isinstance(dataset, dict):
+        return
+    path = dataset.get("path")
+    if isinstance(path, str) and not _is_there(path) and _is_there(str(home / path)):
+        dataset["path"] = str(home / path)
+    for part in dataset["datasets"] if isinstance(dataset.get("datasets"), list) else ():
+        _look_beside(home, part)
+
+
+def _is_there(path: str) -> bool:
+    return Path(path).expanduser().exists() or bool(glob(path, recursive=True))
 
 
 def _components(cfg: RunConfig) -> Iterator[tuple[str, Component]]:
@@ -220,9 +240,10 @@ def _reason(error: BaseException) -> str:
     return first.rpartition("raised while resolving interpolation: ")[2].strip('".')
 
 
-def _find_folder(path: str) -> str:
-    """The path as a folder in the working directory or in `configs/`; unchanged if there is none."""
-    for root in (Path.cwd(), configs_dir()):
+def _find_folder(path: str, home: Path) -> str:
+    """The path as a folder in the working directory, in the config's folder `home` or in `configs/`; unchanged if there
+    is none."""
+    for root in (Path.cwd(), home, configs_dir()):
         folder = root / Path(path).expanduser()
         if folder.is_dir():
             return str(folder)
