@@ -1,7 +1,7 @@
 def right(completions, answer, **columns):
     """1 if the last word is the answer."""
     last = [text.strip().rstrip(".").lower().split()[-1:] for text in completions]
-    return [float(word == [gold]) for word, gold in zip(last, answer)]
+    return [float(word == [gold]) for word, gold in zip(last, answer, strict=True)]
 
 
 def brief(completion_ids, **columns):
