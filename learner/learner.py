@@ -29,6 +29,7 @@ from learner.optim import OptimizerSettings, advance, build_optimizer, build_sch
 from learner.policy import DTYPES, check_policy, empty_policy, fill_policy, load_adapter, trains_full_weights
 from learner.reference import Reference, adapted_reference, base_reference
 from learner.reward_kl import with_reward_kl
+from learner.shared_base import SharedBase
 from learner.training_state import load_training_state, save_training_state
 from learner.trial import Trial
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
@@ -47,11 +48,17 @@ class Learner:
     """Implements `tora.protocols.Learner`. Methods are collective: all ranks must call them with the same arguments."""
 
     def __init__(
-        self, cfg: RunConfig, *, shares_model: bool = False, on_micro_batch: Callable[[], object] = lambda: None
+        self,
+        cfg: RunConfig,
+        *,
+        shares_model: bool = False,
+        shared_base: SharedBase | None = None,
+        on_micro_batch: Callable[[], object] = lambda: None,
     ) -> None:
         """`shares_model`: an engine in this process generates with this very model, so snapshots need no tensors.
+        `shared_base`: an engine of this process holds the frozen weights; only for a single rank with adapters.
         `on_micro_batch` is called before each pass through the model."""
-        self._shares_model, self._on_micro_batch = shares_model, on_micro_batch
+        self._shares_model, self._shared_base, self._on_micro_batch = shares_model, shared_base, on_micro_batch
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.cfg, self.world, self.version = cfg, World.from_environment(), 0
@@ -83,6 +90,9 @@ class Learner:
         shard = sharder(
             self.world, self.device, compute=self._compute, reshard_after_forward=reshard, cpu_offload=cpu_offload
         )
+        if self._shared_base is not None:
+            assert self.world.size == 1 and not trains_full_weights(self.cfg)
+            shard = self._shared_base.sharer(model)
         fill_policy(model, self.cfg, self.device, shard)
         check_policy(model, self.cfg, self.device)
         return model

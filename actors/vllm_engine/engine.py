@@ -22,6 +22,7 @@ import torch.distributed
 
 from actors.abort import Aborted
 from actors.vllm_engine.arguments import engine_args
+from actors.vllm_engine.cache import Cache
 from actors.vllm_engine.commands import Generate, Install, Sleep, engine_error
 from actors.vllm_engine.config import EngineConfig
 from actors.vllm_engine.images import EngineInputs
@@ -29,9 +30,7 @@ from actors.vllm_engine.process import (
     Environment,
     build,
     engine_occupancy,
-    free_cache,
     rendezvous_address,
-    restore_cache,
     shut_down,
 )
 from actors.vllm_engine.requests import (
@@ -79,7 +78,7 @@ class VLLMEngine:
         """
         self._resources = resources or ExitStack()
         self._update, self._step, self._gpu = update, step, config.gpu
-        self._sleeps, self._is_asleep = config.sleeps, False
+        self._sleeps = config.sleeps
         # Tensor-parallel workers are processes that only one thread may talk to, and whole weights have no slot to
         # stage for: either way the engine's thread makes the whole install in one call between two steps.
         self._one_call_installs = config.tensor_parallel > 1 or update.num_slots == 0
@@ -96,7 +95,7 @@ class VLLMEngine:
         self._newest: LoadedPolicy | None = None
         self._in_flight: Counter[Slot] = Counter()  # unfinished vLLM requests
         self._running: dict[str, tuple[Generate, int]] = {}  # by vLLM's request id
-        self._request_ids = count()
+        self._request_ids, self._cache = count(), Cache()
         started: Future[None] = Future()
         self._environment = Environment(float32=config.dtype == "fp32")
         self._environment.prepare()
@@ -194,6 +193,12 @@ class VLLMEngine:
         began = self._step_began
         step_seconds = 0.0 if began is None else time.monotonic() - began
         return replace(engine_occupancy(llm), step_seconds=step_seconds)
+
+    def base_weights(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Views of the weights with these Hugging Face names, without tensor parallelism; see `base_views`."""
+        with self._wake:
+            self._check_alive()
+            return self._llm.collective_rpc("base_weights", args=(names,))[0]
 
     def sleep(self) -> None:
         """Frees the KV cache, and with it the prefixes that it holds, until the next call that generates or scores.
@@ -293,10 +298,10 @@ class VLLMEngine:
             if isinstance(command, Install):
                 self._install(command)
             elif isinstance(command, Sleep):
-                self._fall_asleep()
+                self._cache.free(self._llm)
                 command.future.set_result(None)
             else:
-                self._wake_up()
+                self._cache.restore(self._llm)
                 self._start_requests(command)
             with self._wake:
                 self._commands.popleft()  # only now, so that `_fail_all` finds it if vLLM raises
@@ -338,16 +343,6 @@ class VLLMEngine:
         if slot is None:
             return consensus(self._llm.collective_rpc("install_weights", args=(command.snapshot,)))
         return consensus(self._llm.collective_rpc("install_adapter", args=(command.snapshot, slot)))
-
-    def _fall_asleep(self) -> None:
-        if not self._is_asleep:
-            free_cache(self._llm)
-            self._is_asleep = True
-
-    def _wake_up(self) -> None:
-        if self._is_asleep:
-            restore_cache(self._llm)
-            self._is_asleep = False
 
     def _start_requests(self, command: Generate) -> None:
         policy = self._policies.get(self._pinned_slot) if command.pinned else self._newest

@@ -76,6 +76,8 @@ INTERNALS: Mapping[str, str] = {
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase._token_lora_indices": "each token's slot, at one address",
     "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU": "base of the grouped product on a CPU",
     "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.add_lora_linear": "float32, which its kernels refuse",
+    "vllm.model_executor.layers.linear:LinearBase": "its weight is the learner's too",
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding": "the same, of embedding and head",
     "vllm.model_executor.layers.linear:RowParallelLinear": "its first rank alone adds the bias",
     "vllm.config:get_current_vllm_config": "whether adapters may have gains, while the model is built",
     "vllm.model_executor.models.registry:ModelRegistry": "whether vLLM has a model of an architecture",

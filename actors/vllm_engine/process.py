@@ -127,22 +127,6 @@ def engine_occupancy(llm: LLMEngine) -> Occupancy:
     return Occupancy(scheduler.kv_cache_manager.usage, sum(request.num_preemptions for request in requests))
 
 
-def free_cache(llm: LLMEngine) -> None:
-    """Free the key-value cache alone, with what it holds. No request may be running."""
-    core = llm.engine_core.engine_core  # pyright: ignore[reportAttributeAccessIssue]
-    # vLLM frees it only once its workers know which requests have finished, which the next step would tell them, and
-    # while its scheduler is paused.
-    while core.scheduler.has_requests() or core.batch_queue:
-        llm.step()
-    llm.sleep(level=0)
-    llm.release_kv_cache_memory()
-
-
-def restore_cache(llm: LLMEngine) -> None:
-    """Undo `free_cache`, but for the cache's contents."""
-    llm.wake_up(["kv_cache"])
-
-
 @contextmanager
 def _children_import_tora() -> Iterator[None]:
     """For vLLM's tensor-parallel ranks. A spawned process first imports its parent's main module, which may be any

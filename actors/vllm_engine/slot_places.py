@@ -30,7 +30,7 @@ def find_places(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
 
     Raises SyncError if a module has no LoRA layer in this engine, or shares its place with another.
     """
-    places, rename = all_places(manager), _renamer(manager.model)
+    places, rename = all_places(manager), renamer(manager.model)
     found: dict[str, Place] = {}
     for name in modules:
         place = places.get(rename(name))
@@ -51,7 +51,7 @@ def all_places(manager: Any) -> dict[str, Place]:
     }
 
 
-def _renamer(model: Any) -> Any:
+def renamer(model: Any) -> Any:
     """Maps a Hugging Face module name to vLLM's, and to None if vLLM leaves the module out."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:

@@ -15,6 +15,7 @@ import torch
 
 from actors.vllm_engine import adapter_slots, cpu_lora, dora_layers, gpu_lora, model_differences, policy_logprobs
 from actors.vllm_engine.adapter_slots import Staged
+from actors.vllm_engine.base_views import base_views
 from actors.vllm_engine.full_weights import replace_weights
 from actors.vllm_engine.slot_contents import Refusal, SlotContents
 from actors.vllm_engine.streams import Streams, streams_for
@@ -53,6 +54,10 @@ class SnapshotExtension:
     def rendezvous_address(self) -> str:
         """Where vLLM's processes met to form their process group."""
         return self.distributed_init_method
+
+    def base_weights(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """See `base_views`."""
+        return base_views(self.model_runner.get_model(), names)
 
     def stage_snapshot(self, snapshot: PolicySnapshot) -> Staged:
         """Raises SyncError if a tensor is damaged or has no place in the engine."""

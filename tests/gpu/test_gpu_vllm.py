@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from learners import LOSS, config, make_batch, make_groups
 from peft_reference import Reference
 from tiny import make_text_model
 from vllm_engines import request, start_engine
+
+from learner.learner import Learner
+from learner.shared_base import SharedBase
+from tora.adapters.inject import trained_parameters
 
 pytest.importorskip("vllm")
 
@@ -75,6 +80,26 @@ def test_a_sleeping_engine_frees_its_cache_and_serves_on(tmp_path: Path) -> None
             assert torch.cuda.mem_get_info()[0] - awake > 0.2 * total
             for completion in group:
                 assert reference.error("dora", version, asked, completion) < 1e-3
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_learner_computes_with_vllms_weights(tmp_path: Path, dtype: Any) -> None:
+    folder = make_text_model(tmp_path, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    engine = start_engine(folder, dtype=dtype, enforce_eager=False)
+    try:
+        cfg, shared = config(folder, "dora", loss=LOSS, dtype=dtype), SharedBase(engine.base_weights)
+        learner, own = Learner(cfg, shared_base=shared), Learner(cfg)
+        trained = trained_parameters(own.model)
+        base = {name: p for name, p in own.model.named_parameters() if name not in trained}
+        assert shared.nbytes == sum(p.nbytes for name, p in base.items() if not name.endswith(".scale"))
+        for step in range(3):
+            batch = make_batch(make_groups(3, seed=step))
+            found, expected = learner.step(batch).metrics, own.step(batch).metrics
+            assert found == pytest.approx(expected, rel=1e-5)
+            engine.install(learner.snapshot())
+            assert engine.generate([request()])[0]
     finally:
         engine.close()
 

@@ -57,7 +57,7 @@ def test_shipped_configs_fit_the_cards_that_they_name() -> None:
 def test_a_plan_is_the_same_by_hand(gpu_gib: int) -> None:
     """Qwen3-0.6B with LoRA, counted from its config.json: 28 layers of 1024 x (2048 + 2 x 1024), 2048 x 1024 and 3 x
     1024 x 3072, an embedding of 151,936 x 1024, and 8 heads of 128 for keys and values."""
-    cfg = resolved("qwen3/0.6B_lora_grpo_single_device", "rollout.sleep=false")
+    cfg = resolved("qwen3/0.6B_lora_grpo_single_device", "rollout.sleep=false", "rollout.share_base=false")
     (place,) = planned(cfg, gpu_gib).places
     weights = 28 * (1024 * 4096 + 2048 * 1024 + 3 * 1024 * 3072) + 151_936 * 1024
     assert place.parts["engine weights"] == pytest.approx(2 * weights, rel=1e-3)
@@ -82,6 +82,16 @@ def test_learner_and_sleeping_engine_take_turns() -> None:
     assert dict(asleep) == {n: s for n, s in kept.items() if n not in smaller}
 
 
+def test_a_shared_base_is_held_once() -> None:
+    once, twice = (
+        planned(resolved(WIDE, f"rollout.share_base={value}"), 80).places[0].parts for value in ("true", "false")
+    )
+    assert once["base weights"] < 0.001 * twice["base weights"] and twice["base weights"] > 15 * GIB
+    assert once["engine weights"] == twice["engine weights"]
+    for overrides in (["model.quantize_base=true"], ["rollout.dtype=fp32"], ["learner_ranks=2"], ["async_rl=true"]):
+        assert planned(resolved(WIDE, *overrides), 80).places[0].parts["base weights"] > 0.2 * twice["base weights"]
+
+
 def test_sleep_is_refused_where_nothing_could_use_the_memory() -> None:
     for overrides in (["async_rl=true"], ["rollout.engine=torch"]):
         with pytest.raises(ConfigError, match=r"rollout\.sleep=true needs async_rl=false and rollout\.engine=vllm"):
@@ -92,16 +102,16 @@ WIDE = "qwen3/8B_lora_grpo_single_device"
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_fit() -> None:
-    cfg = resolved(WIDE, "activation_checkpointing=none", "micro_batch_tokens=8192")
+    cfg = resolved(WIDE, "activation_checkpointing=none", "micro_batch_tokens=16384")
     with pytest.raises(ConfigError) as refused:
         check_memory(cfg, Devices(True, nominal(80)))
     sentence = str(refused.value)
-    assert "The GPU needs 8" in sentence and "of 78.8 GiB" in sentence
+    assert "The GPU needs 1" in sentence and "of 78.8 GiB" in sentence
     ways = sentence.partition("It would fit with ")[2].partition(". memory_plan=warn")[0].split("; or with ")
     assert 2 <= len(ways) <= 3 and "activation_checkpointing=full" in ways
     for way in ways:
         assert planned(
-            resolved(WIDE, "activation_checkpointing=none", "micro_batch_tokens=8192", *way.split()), 80
+            resolved(WIDE, "activation_checkpointing=none", "micro_batch_tokens=16384", *way.split()), 80
         ).fits
 
 
@@ -130,7 +140,7 @@ def test_a_run_says_its_plan_in_one_line() -> None:
 
 
 def test_a_user_may_start_it_anyway(caplog: pytest.LogCaptureFixture) -> None:
-    cfg = resolved(WIDE, "activation_checkpointing=none", "memory_plan=warn")
+    cfg = resolved(WIDE, "activation_checkpointing=none", "micro_batch_tokens=16384", "memory_plan=warn")
     plan = check_memory(cfg, Devices(True, nominal(80)))
     assert plan is not None and not plan.fits
     assert "The GPU needs" in caplog.text and "activation_checkpointing=full" in caplog.text
@@ -194,7 +204,8 @@ def total(cfg: RunConfig) -> float:
     ids=str,
 )
 def test_settings_move_the_plan_the_right_way(change: dict[str, Any], more: bool | None) -> None:
-    before = resolved("qwen3/8B_lora_grpo_single_device", "activation_checkpointing=none", "micro_batch_tokens=8192")
+    alone = ["rollout.share_base=false", "activation_checkpointing=none", "micro_batch_tokens=8192"]
+    before = resolved("qwen3/8B_lora_grpo_single_device", *alone)
     after = changed(before, change)
     if more is None:  # shards weigh less, and gathered layers more
         assert total(after) != total(before)
@@ -235,7 +246,7 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3/0.6B_lora_grpo_single_device", "--gpu-gib", "24"]) == 0
     printed = capsys.readouterr().out
     assert "GPU of 23.6 GiB" in printed and "key-value cache" in printed and "rollouts of 1,024 tokens" in printed
-    over = ["plan", WIDE, "--gpu-gib", "80", "activation_checkpointing=none", "micro_batch_tokens=8192"]
+    over = ["plan", WIDE, "--gpu-gib", "80", "activation_checkpointing=none", "micro_batch_tokens=16384"]
     assert main(over) == 1
     assert "It would fit with" in capsys.readouterr().out
 

@@ -90,6 +90,10 @@ class RolloutConfig:
     """Whether vLLM gives its KV cache back to the GPU while the learner steps, so that either can use what the other
     needs; cached prefixes are lost. `auto`: in every synchronous run on a GPU. true needs `async_rl=false` and vLLM.
     No effect on a CPU."""
+    share_base: Annotated[bool, FREE] = True
+    """In a synchronous run with an adapter on one GPU: the learner computes with the frozen weights that vLLM holds, as
+    far as they are its own to the bit, instead of a second copy. No effect with `model.quantize_base=true`, with
+    another `rollout.dtype` or on a CPU, where vLLM repacks weights for its kernels."""
     kv_cache_gib: Annotated[float, Above(0), FREE] = 0.25
     """Size of vLLM's KV cache on a CPU, in GiB. No effect on a GPU."""
     enforce_eager: Annotated[bool, FREE] = False

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from actors.agent_player import AgentPlayer
     from actors.episode import EpisodePlayer
+    from actors.vllm_engine.engine import VLLMEngine
     from actors.vllm_engine.weight_updates import WeightUpdate
     from learner.learner import Learner as Rank
     from tora.models.decoder import Decoder
@@ -187,9 +188,18 @@ def sleeps(cfg: RunConfig, *, on_gpu: bool) -> bool:
     return on_gpu and not cfg.async_rl and cfg.rollout.engine == "vllm" and cfg.rollout.sleep is not False
 
 
+def shares_base(cfg: RunConfig, *, on_gpu: bool) -> bool:
+    """Whether learner and engine hold one copy of the frozen weights. `rollout.engine` must be resolved."""
+    model, rollout = cfg.model, cfg.rollout
+    is_frozen = model.lora_type != "full" and model.train_vision != "full" and not model.quantize_base
+    is_alike = (rollout.dtype or cfg.dtype) == cfg.dtype
+    together = on_gpu and not cfg.async_rl and rollout.engine == "vllm" and cfg.learner_ranks == 1
+    return rollout.share_base and together and is_frozen and is_alike and not cfg.fsdp_cpu_offload
+
+
 def make_vllm_engine(
     cfg: RunConfig, gpu_share: float = 1.0, max_rank: int | None = None, *, on_gpu: bool = False
-) -> Engine:
+) -> VLLMEngine:
     """`gpu_share`: the share of a GPU that the engine has to itself, 0 to 1. `max_rank`: see `largest_rank`; None for
     `model.lora_rank`. `on_gpu`: for `sleeps`."""
     from actors.vllm_engine.engine import VLLMEngine

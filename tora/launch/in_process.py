@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import TYPE_CHECKING
 
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import World, leave
 from tora.errors import ConfigError
-from tora.launch.engines import largest_rank, make_vllm_engine, shared_torch_engine, with_packing, worker_arguments
+from tora.launch.engines import (
+    largest_rank,
+    make_vllm_engine,
+    shared_torch_engine,
+    shares_base,
+    with_packing,
+    worker_arguments,
+)
 from tora.launch.memory import SYNC_SHARE, here
 from tora.launch.signals import Stop
-from tora.protocols import Learner, Rollouts
+from tora.protocols import Engine, Learner, Rollouts
 from tora.run.checkpoints import RunState
 from tora.tasks.prompts import RunPrompts
+
+if TYPE_CHECKING:
+    from actors.vllm_engine.engine import VLLMEngine
+
+_log = logging.getLogger(__name__)
 
 
 def check_in_process(cfg: RunConfig) -> None:
@@ -42,31 +55,51 @@ class InProcess:
         check_in_process(cfg)
         self.devices = here(cfg)
         self._cfg = with_packing(cfg, on_gpu=self.devices.on_gpu)
+        self._vllm: VLLMEngine | None = None
+        """Started before the learner where that takes its frozen weights from it."""
 
     def learner(self) -> Learner:
         from learner.learner import Learner as Rank
+        from learner.shared_base import SharedBase
 
-        self._learner = Rank(self._cfg, shares_model=self._cfg.rollout.engine == "torch")
+        shared = None
+        if shares_base(self._cfg, on_gpu=self.devices.on_gpu):
+            self._vllm = self._vllm or self._start_vllm()
+            shared = SharedBase(self._vllm.base_weights)
+        self._learner = Rank(self._cfg, shares_model=self._cfg.rollout.engine == "torch", shared_base=shared)
+        if shared is not None and shared.nbytes == 0:
+            _log.warning("vLLM holds no weights as they were loaded, so the learner has a copy of its own")
         return self._learner
 
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
         from actors.local import LocalRollouts
         from actors.worker import RolloutWorker
 
-        vllm = self._cfg.rollout.engine == "vllm"
-        make_engine = (
-            partial(make_vllm_engine, self._cfg, SYNC_SHARE, largest_rank(self._cfg), on_gpu=self.devices.on_gpu)
-            if vllm
-            else partial(shared_torch_engine, self._cfg, self._learner)
-        )
-        worker = RolloutWorker(make_engine, **worker_arguments(self._cfg, prompts))
+        worker = RolloutWorker(self._engine, **worker_arguments(self._cfg, prompts))
         return LocalRollouts(self._cfg, worker, prompts.at, prompts.held_out, state.rollouts, self.world, self._stop)
+
+    def close(self) -> None:
+        """End an engine that `rollouts` has not taken over."""
+        if self._vllm is not None:
+            self._vllm.close()
+
+    def _engine(self) -> Engine:
+        if self._cfg.rollout.engine == "torch":
+            return shared_torch_engine(self._cfg, self._learner)
+        return self._vllm or self._start_vllm()
+
+    def _start_vllm(self) -> VLLMEngine:
+        return make_vllm_engine(self._cfg, SYNC_SHARE, largest_rank(self._cfg), on_gpu=self.devices.on_gpu)
 
 
 @contextmanager
 def in_process(cfg: RunConfig, stop: Stop) -> Iterator[InProcess]:
     """Leaves the process group at the end."""
+    site = None
     try:
-        yield InProcess(cfg, stop)
+        site = InProcess(cfg, stop)
+        yield site
     finally:
+        if site is not None:
+            site.close()
         leave()

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tora.config.schema import RunConfig
 from tora.distributed.device import device_for, machine_memory
 from tora.distributed.process_group import World
 from tora.errors import ConfigError, first_line
-from tora.launch.engines import GPU_MEMORY, MIN_SEQS, max_rows, sleeps
+from tora.launch.engines import GPU_MEMORY, MIN_SEQS, max_rows, shares_base, sleeps
 from tora.models.load import implementation_of, read_config
 from tora.models.released import shape_config, shape_of_folder
 from tora.plan.activations import MicroBatch
@@ -221,7 +221,11 @@ def _engine(cfg: RunConfig, training: Training, limits: EngineLimits, devices: D
 def _together(
     cfg: RunConfig, title: str, learner: LearnerMemory, engine: EngineMemory, devices: Devices, *, processes: int
 ) -> Place:
-    """Learner and engines on one GPU. In one process a step and a generation take turns, unless vLLM is kept awake."""
+    """Learner and engines on one GPU. In one process they share frozen weights where they can, and a step and a
+    generation take turns, unless vLLM is kept awake."""
+    if shares_base(cfg, on_gpu=True):
+        once = min(learner.held["base weights"], engine.held["engine weights"])
+        learner = replace(learner, held=learner.held - Counter({"base weights": once}))
     if cfg.rollout.engine == "torch" and not cfg.async_rl:
         parts = _taking_turns(learner, engine)
     elif sleeps(cfg, on_gpu=True):
