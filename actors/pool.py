@@ -93,7 +93,6 @@ class AsyncRollouts:
         self._seats: list[Seat] = []
         self._evaluator = Evaluator(self._seats, self._spawn, self._on_evaluation_call_ended, self._fail)
         self._reset(state, version)
-        self._snapshot: Any = None
         self._published, self._stopping, self._changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._started = False
         """Whether the first publish is done."""
@@ -116,6 +115,7 @@ class AsyncRollouts:
         self._retries: deque[Slot] = deque()
         self._evaluator.give_up()
         self._failure = None if isinstance(self._failure, LearnerLost) else self._failure
+        self._snapshot: Any = None  # a worker that starts now would load that of another history
         self._paused = True
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, T], stop_requested: Callable[[], bool]) -> T:

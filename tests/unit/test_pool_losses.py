@@ -261,6 +261,38 @@ def test_a_snapshot_that_went_with_its_learner_costs_no_worker(first: bool) -> N
         assert len(workers) == 2 and all(worker.version == 5 for worker in workers)
 
 
+def test_a_lost_snapshot_is_nobodys_after_a_rewind() -> None:
+    """A worker that starts between two learners would give the second one up for the first one's snapshot."""
+    may_start = threading.Event()
+
+    class Late(Fetching):
+        async def start(self, limit_s: float) -> None:
+            while not may_start.is_set():
+                await asyncio.sleep(0.01)
+
+    made = iter([Fetching(), Fetching(), Late()])
+    with running(config(0, max_workers=3), made.__next__, timing=QUICK) as rollouts:
+        Fetching.gone = set()
+        rollouts.publish(make_snapshot(0))
+        next_batch(rollouts, 0)
+        Fetching.gone = {1}
+        rollouts.publish(make_snapshot(1))
+        with pytest.raises(LearnerLost):
+            next_batch(rollouts, 1)
+        rollouts.rewind(RolloutState(), 0)
+        may_start.set()
+        time.sleep(0.3)
+        Fetching.gone = set()
+        rollouts.publish(make_snapshot(0))
+        for step in range(100):
+            workers = next_batch(rollouts, step).metrics["rollout/workers"]
+            rollouts.publish(make_snapshot(step + 1))
+            if workers == 3:
+                break
+            time.sleep(0.02)
+        assert workers == 3, "the late one too, with the new learner's"
+
+
 def test_a_learner_is_missed_when_it_goes_with_all_workers() -> None:
     """Whoever waits for rollouts would otherwise wait for ever: no new worker can load the newest snapshot."""
 
