@@ -122,9 +122,9 @@ def test_a_run_outlives_its_nodes(nodes: Any, tmp_path: Path, lost: list[str]) -
         wait_for(lambda: "the learner is lost" in output(folder), run)
         for name in lost:
             add(nodes, name)
-        assert run.wait(240) == 0
+        assert run.wait(500) == 0
     seen = read(folder)
     assert (seen[-1]["rollout/workers_lost"] > 0) == (len(lost) > 1)
-    assert "ObjectReconstruction" not in output(folder)
+    assert "ObjectReconstruction" not in output(folder) and "state-dump" not in output(folder)
     check_history(folder, 24, 4, 1)
     check_nothing_lost(folder, 24)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,9 @@ _GROUPS_BYTES = 2**30
 _VERSIONS = 5
 """Snapshots that are held at a time: the newest, the one before it that workers still fetch, both while they are
 written and read, and one that is being evaluated."""
+_log = logging.getLogger(__name__)
+_LONGEST = 300
+"""Characters of what Ray says of a node or worker."""
 _RAYS_SHARE = 0.3
 """Of the machine's memory, that Ray takes by default."""
 _ENVIRONMENT = {
@@ -56,7 +59,9 @@ def ray_session(num_cpus: int, *, snapshot_bytes: int | None = 0, scratch: Path 
             # Ray's agent runs any job that it is sent. A token keeps out other users of this machine.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
+    import ray._private.worker
 
+    ray._private.worker.print_to_stdstream = _say_shortly  # where Ray prints what its raylets tell of errors
     if joins_existing:
         with _own_signals():
             _join()
@@ -114,6 +119,12 @@ def check_answers(address: str, patience_s: float = 3.0) -> None:
                 f"RAY_ADDRESS={address} cannot be reached: {error}; start Ray there, or unset RAY_ADDRESS for a "
                 "cluster of the run's own."
             ) from error
+
+
+def _say_shortly(told: dict[str, Any], *args: object, **options: object) -> None:
+    """The first line of each message. The rest is the last part of a raylet's log, dozens of lines."""
+    for message in told["lines"]:
+        _log.warning("Ray says: %s", next(iter(str(message).splitlines()), "")[:_LONGEST])
 
 
 def _join() -> None:
