@@ -36,7 +36,7 @@ from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot
 from tora.adapters.snapshot import pack
 from tora.config.calls import call
 from tora.config.schema import RunConfig
-from tora.distributed.device import device_for
+from tora.distributed.device import device_for, memory_gib
 from tora.distributed.process_group import World, gather_objects, join, sum_over_ranks
 from tora.distributed.sharding import full_tensor
 from tora.models.base import Decoder
@@ -197,7 +197,7 @@ class Learner:
         metrics["learner/updates"] = float(len(updates) - bool(bad))
         advance(self.cfg.lr_scheduler, self._schedule)
         self.version += 1
-        return StepResult(self.version, metrics, bad)
+        return StepResult(self.version, metrics, bad, memory_gib(self.device))
 
     def _proximal(self, x: Inputs, at_start_N: torch.Tensor) -> torch.Tensor:
         """Log-probs of the policy that the loss clips around, [N]."""

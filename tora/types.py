@@ -318,6 +318,8 @@ class StepResult:
     metrics: Metrics
     bad: str = ""
     """Why an update was left out: a clause that names the values that are not finite. Empty if none was."""
+    memory_gib: float = field(default=0.0, compare=False, repr=False)
+    """Of this rank: the most that PyTorch has allocated on its GPU, or what its process holds. 0 if unknown."""
 
 
 @dataclass(frozen=True, slots=True)

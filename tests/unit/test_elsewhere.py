@@ -145,7 +145,8 @@ def test_a_task_that_exits_ends_the_call_and_not_the_next(python: str, module: P
 
 
 @pytest.mark.parametrize(
-    "how", ["child", *(pytest.param(how, marks=pytest.mark.slow) for how in ("hang", "lock"))]  # seconds of grace
+    "how",
+    ["child", *(pytest.param(how, marks=pytest.mark.slow) for how in ("hang", "lock"))],  # seconds of grace
 )
 def test_nothing_is_left_of_it(python: str, module: Path, how: str) -> None:
     """Neither when it is closed, nor when the process that called it is killed."""

@@ -37,7 +37,10 @@ def make_run(folder: Path, *, lr: float = 1e-3, steps: int = 5) -> Path:
     rows: list[dict] = [{"step": 0, "eval/reward": 0.125}]
     for step in range(steps):
         times = {"time/rollout_s": 1.5, "time/learner_s": 0.5, "learner/tokens": 0 if step == 3 else 9}
-        rows.append({"step": step, "version": step + 1, "reward/mean": 0.25 + step / 8, "loss/total": None, **times})
+        memory = {"memory/learner_gib": 1.5}
+        rows.append(
+            {"step": step, "version": step + 1, "reward/mean": 0.25 + step / 8, "loss/total": None, **times, **memory}
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     group = make_group(make_prompt(1), [0.0, 1.0])
     prompt = replace(group.prompt, source=SCRIPT, images=(picture(16, 16),))
@@ -91,7 +94,12 @@ def test_a_report_has_settings_curves_completions_images_and_failures(tmp_path: 
     text = parsed(page)
     for words in ("5 of 9", "optimizer.lr", "0.001", "Best completions of step 10", "Worst", "trained nothing"):
         assert words in text, words
-    assert "data:image/png;base64," in page and page.count("<polyline") == 2 and "waiting for generation" in text
+    assert (
+        "data:image/png;base64," in page
+        and page.count("<polyline") == 3
+        and "memory/learner_gib" in text
+        and "waiting for generation" in text
+    )
     assert "<script" not in page and SCRIPT in text, "what a prompt holds is text"
     assert not re.search(r"(src|href)=['\"]?http", page), "it needs no network"
 
@@ -167,7 +175,7 @@ def test_a_browser_shows_the_values_legibly_and_nothing_is_wider_than_the_screen
     tmp_path: Path, page: Page, width: int, dark: bool
 ) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", lr=2e-3)
-    pages = {"one": (report(one), "5 of 9", 2), "both": (compare([one, two]), None, 4)}
+    pages = {"one": (report(one), "5 of 9", 3), "both": (compare([one, two]), None, 4)}
     for name, (text, steps, lines) in pages.items():
         (tmp_path / f"{name}.html").write_text(text)
         page.open(tmp_path / f"{name}.html", width=width, dark=dark)

@@ -13,6 +13,7 @@ from tora.errors import ConfigError
 
 DRIVER = 580
 """The oldest NVIDIA driver for the CUDA 13 that PyTorch's wheels are built for."""
+_STATM = Path("/proc/self/statm")
 
 
 def device_for(kind: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
@@ -79,3 +80,14 @@ def _reason() -> str:
         f"it is built for CUDA {torch.version.cuda}, which needs an NVIDIA driver of version {DRIVER} or later, and "
         f"{f'{installed} is installed' if installed else 'none is loaded'}."
     )
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that PyTorch has allocated on this GPU so far, or what this process holds on a CPU; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        pages = int(_STATM.read_text().split()[1])
+    except OSError:  # no Linux
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30

@@ -47,7 +47,7 @@ def report(run: Path) -> str:
     steps = [row for row in rows if "version" in row]
     memory = sorted({key for row in rows for key in row if "memory" in key})
     is_stale = any(row.get(key) for row in rows for key in STALENESS)
-    chosen = [chart for chart in (*CHARTS, ("Memory", memory, "")) if is_stale or chart[1] != STALENESS]
+    chosen = [chart for chart in (*CHARTS, ("Memory", memory, "GiB")) if is_stale or chart[1] != STALENESS]
     charts = [line_chart(title, _series(rows, keys), note) for title, keys, note in chosen]
     times = [(row["step"] + 1, row.get("time/rollout_s") or 0.0, row.get("time/learner_s") or 0.0) for row in steps]
     parts = [

@@ -71,7 +71,8 @@ def train(run: Run) -> Outcome:
             "time/learner_s": learned - generated,
             "time/step_s": time.perf_counter() - began,
         }
-        metrics = {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **times}
+        memory = {"memory/learner_gib": result.memory_gib} if result.memory_gib else {}
+        metrics = {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **memory, **times}
         run.log.step(step, metrics, batch.prompt_ids)
         run.log_completions(step, batch)
         if sentence := idle_steps.add(step + 1, batch):
