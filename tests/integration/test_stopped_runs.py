@@ -82,13 +82,15 @@ def test_a_run_can_be_stopped_at_any_moment(site: str, count: int, tmp_path: Pat
         slowest = max(slowest, seconds)
         done = len(steps(read(folder)))
         checkpoints = sorted((folder / "checkpoints").glob("step_*"))
-        phases.append(f"{moment:.1f} s: {done} steps, {time.monotonic() - began:.0f}")
+        evaluations = len(read(folder)) - done
+        phases.append(f"{moment:.1f} s ({done} steps, {evaluations} evaluations)")
         assert [int(row["step"]) for row in steps(read(folder))] == [*range(done)]
         if "stopping after" in output(folder) and site != "ranks":
             assert checkpoints and damage(checkpoints[-1]) is None
             assert int(checkpoints[-1].name[-6:]) == done
     assert late <= count // 3
     print(f"{site}: {count - late} stops in a life of {life:.0f} s, acknowledged within {slowest:.2f} s")
+    print("; ".join(phases))
     resumable = [tmp_path / f"run_{n}" for n in range(count) if [*(tmp_path / f"run_{n}").glob("checkpoints/step_*")]]
     for folder in resumable[:2]:
         with tora_run(folder, *words, "resume_from_checkpoint=true", evaluates=True) as run:
