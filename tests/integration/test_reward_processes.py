@@ -195,6 +195,18 @@ def test_a_child_that_is_stopped_costs_a_time_limit(make) -> None:
     assert not Path(f"/proc/{int(row['pid'])}").exists()
 
 
+def test_a_child_that_is_killed_while_it_starts_is_started_again(make, tmp_path: Path) -> None:
+    mark = tmp_path / "dies_at_its_next_start"
+    dying = f"import os\nif os.path.exists({str(mark)!r}):\n    os.remove({str(mark)!r})\n    os._exit(9)\n"
+    (tmp_path / "odd_rewards.py").write_text(dying + SOURCE)
+    rewarder = make("pid")
+    (row,) = ask(rewarder, ["a"])
+    mark.touch()
+    os.kill(int(row["pid"]), signal.SIGKILL)
+    after = ask(rewarder, ["a", "b"])
+    assert all(isinstance(each, dict) and each != row for each in after) and not mark.exists()
+
+
 def test_a_child_ends_with_a_parent_that_was_killed(modules: None) -> None:
     import subprocess
     import sys

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +28,7 @@ from tora.config.schema import Component
 from tora.environments.host import Key, Raised, Setup, ToolResult
 from tora.environments.tools import ToolCall
 from tora.errors import ConfigError, RolloutError
-from tora.rewards.processes import START_S, spawn
+from tora.rewards.processes import START_S, again, spawn
 from tora.rewards.rewarder import Call, Column, Unanswered, setting_by_name, took_longer
 from tora.types import FailedReward, Prompt
 
@@ -88,7 +89,7 @@ class EnvironmentProcesses:
             usable = [process for process in self._all if not process.retired]
             least = min(usable, key=lambda process: process.num_sessions, default=None)
             if least is None or (least.num_sessions and len(usable) < self._num_processes):
-                least = _Process(self._setup, self.timeout_s)
+                least = again(partial(_Process, self._setup, self.timeout_s))
                 self._all.append(least)
             least.num_sessions += 1
             return Session(self, least, [(next(self._numbers), index) for index in range(size)], environment)

@@ -23,14 +23,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from tora.config.schema import Component
 from tora.errors import RolloutError, portable
@@ -49,6 +49,9 @@ from tora.rewards.rewarder import (
 )
 from tora.types import FailedReward, Prompt
 
+T = TypeVar("T")
+_CLOSED = "the processes for reward functions are closed"
+_STARTS = 3
 START_S = 300.0
 """Time limit for a child to start and import the functions."""
 _CANCEL_S = 2.0
@@ -66,6 +69,14 @@ def spawn(module: str, timeout_s: float) -> tuple[subprocess.Popen[bytes], Conne
         command = [sys.executable, "-c", _MAIN.format(module), *arguments]
         limit(ours, socket.SO_SNDTIMEO, timeout_s)
         return subprocess.Popen(command, pass_fds=[descriptor]), ours
+
+
+def again(start: Callable[[], T]) -> T:
+    """`start()`, for a process like others that did start: one that dies meanwhile was killed, and is tried again."""
+    for _ in range(_STARTS - 1):
+        with suppress(RolloutError):
+            return start()
+    return start()
 
 
 def limit(connection: Connection, direction: int, seconds: float) -> None:
@@ -196,7 +207,7 @@ class RewardProcesses:
         with self._free:
             with self._lock:
                 child = self._idle.pop() if self._idle else None
-            child = child or self._start()
+            child = child or again(self._start)
             try:
                 yield child
             finally:
@@ -207,13 +218,15 @@ class RewardProcesses:
                         self._all.discard(child)
 
     def _start(self) -> _Child:
+        if self._closed:
+            raise RolloutError(_CLOSED)
         child = _Child(self._components, self._timeout_s)
         with self._lock:
             if not self._closed:
                 self._all.add(child)
                 return child
         child.kill()
-        raise RolloutError("the processes for reward functions are closed")
+        raise RolloutError(_CLOSED)
 
 
 class _Child:
