@@ -254,3 +254,17 @@ def test_an_adapter_a_merged_model_and_its_run_score_the_same(
         assert main(["eval", *words, "--greedy", "--engine", "torch", "--num-prompts", "16", "--json"]) == 0
         scores.append(json.loads(capsys.readouterr().out)["reward"])
     assert len(set(scores)) == 1, scores
+
+
+@pytest.mark.slow
+def test_vllm_scores_a_run_as_the_torch_engine_does(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.chdir(tmp_path)
+    scores = []
+    for engine in ("torch", "vllm"):
+        words = ["eval", str(runs["lora"]), "--greedy", "--engine", engine, "--num-prompts", "16", "--json"]
+        assert main([*words, "--out", engine]) == 0
+        scores.append({k: v for k, v in json.loads(capsys.readouterr().out).items() if isinstance(v, float)})
+    assert scores[0] == pytest.approx(scores[1]) and scores[0]["reward"] >= 0

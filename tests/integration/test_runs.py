@@ -212,15 +212,30 @@ def test_with_vllm_and_a_quantised_base(tmp_path: Path, base: str, where: str) -
     assert not (tmp_path / "run" / "rollout_base").exists()
 
 
-def test_asynchronous_with_two_workers_and_the_torch_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "import asyncio\nasync def later(completions, **columns):\n    await asyncio.sleep(0.01)\n"
-    (tmp_path / "async_reward_of_a_run.py").write_text(f"{source}    return [0.5] * len(completions)\n")
+REWARDS = """\
+import asyncio
+
+async def later(completions, **columns):
+    await asyncio.sleep(0.01)
+    return [0.5] * len(completions)
+
+def loud(completions):
+    print("a reward saw", len(completions))
+    return [0.0] * len(completions)
+"""
+
+
+def test_asynchronous_with_two_workers_and_the_torch_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "async_reward_of_a_run.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
-    rewards = "rewards=[{_component_: tora.rewards.answer_tag}, {_component_: async_reward_of_a_run.later}]"
+    rewards = "rewards=[tora.rewards.answer_tag, async_reward_of_a_run.later, async_reward_of_a_run.loud]"
     where = ["rollout.engine=torch", "rollout.num_workers=2", "max_staleness=0", "model.lora_type=dora"]
     rows = train(tmp_path / "run", rewards, *where)
     check_whole(tmp_path / "run", rows)
     assert {row["reward/later"] for row in steps(rows)} == {0.5}
+    assert "a reward saw 4" in capsys.readouterr().out, "what is printed in a Ray actor's processes"
     assert {row["staleness/max"] for row in steps(rows)} == {0}
     assert max(row["mismatch_kl"] for row in steps(rows)) < 1e-9
 

@@ -12,7 +12,7 @@ class TrainerState:
     """The part of transformers' `TrainerState` that means the same here."""
 
     global_step: int = 0
-    """Completed optimizer steps of the policy that wrote the completions."""
+    """Completed steps of the policy that wrote the completions."""
     max_steps: int = 0
     """`num_steps`."""
 
