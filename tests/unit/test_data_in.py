@@ -296,3 +296,9 @@ def test_data_beside_the_config_is_found_unless_the_working_directory_has_it(
     assert len(file_dataset(mixed[0])) == len(ROWS)
     monkeypatch.chdir(here)
     assert load_config("../project/mine.yaml").dataset["path"] == "rows.jsonl"
+
+
+def test_a_template_file_takes_the_place_of_the_models(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}1 + {{ m['content'] }}{% endfor %}")
+    tokenizer = load_tokenizer(BASE, str(tmp_path / "t.jinja"))
+    assert tokenizer.decode(encode_prompt(tokenizer, "2 + 3 =")) == "1 + 2 + 3 ="

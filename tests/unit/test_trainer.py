@@ -19,6 +19,7 @@ from tora.errors import ConfigError
 
 SCRIPT = """
 import re
+import signal
 from datasets import Dataset
 from peft import LoraConfig
 from tora import GRPOConfig, GRPOTrainer
@@ -47,7 +48,9 @@ trainer = GRPOTrainer(
     train_dataset=dataset,
     peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
 )
+handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 result = trainer.train()
+assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], "a notebook's stay"
 trainer.save_model({saved!r})
 print("LOSS", result.training_loss, result.metrics["reward/format_reward"], result.adapter)
 print("SAID", len(result.generate(["Say 1."], max_tokens=4)))
