@@ -141,7 +141,10 @@ def _check_settings(theirs: PeftConfig, model: Decoder, cfg: ModelConfig, folder
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The folder's tensors by the names of `peft_tensors`, without what wrappers and adapter names add to them."""
     if not (folder / _WEIGHTS).is_file():
-        raise ConfigError(f"model.adapter_path {str(folder)!r} holds no {_WEIGHTS}; other formats are not read")
+        remedy = ""
+        if (folder / "adapter_model.bin").is_file():
+            remedy = "; PEFT reads its adapter_model.bin, and `save_pretrained` of what it loads writes that file"
+        raise ConfigError(f"model.adapter_path {str(folder)!r} holds no {_WEIGHTS}; other formats are not read{remedy}")
     tensors: dict[str, torch.Tensor] = {}
     with open_weights(folder / _WEIGHTS) as file:
         held = {stored: file.get_tensor(stored) for stored in file.keys()}  # noqa: SIM118  (a handle is not iterable)
