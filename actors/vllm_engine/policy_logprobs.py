@@ -22,13 +22,13 @@ def install() -> None:
     """Wrap the samplers of both model runners. Call before the model is built."""
     from vllm.v1.sample.sampler import Sampler
 
-    _wrap_v1(Sampler)
+    wrap_v1(Sampler)
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda_alike():  # the V2 runner needs Triton
         from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
 
-        _wrap_v2(SamplerV2)
+        wrap_v2(SamplerV2)
 
 
 def token_logprobs(logits_BV: torch.Tensor, temperature_B: torch.Tensor | None, token_B: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def token_logprobs(logits_BV: torch.Tensor, temperature_B: torch.Tensor | None, 
     return logits_BV.gather(1, token_B.long()[:, None])[:, 0] - logits_BV.logsumexp(1)
 
 
-def _wrap_v1(sampler: Any) -> None:
+def wrap_v1(sampler: Any) -> None:
     inner = sampler.forward
     if getattr(inner, "reports_policy", False):
         return
@@ -56,7 +56,7 @@ def _wrap_v1(sampler: Any) -> None:
     sampler.forward = forward
 
 
-def _wrap_v2(sampler: Any) -> None:
+def wrap_v2(sampler: Any) -> None:
     inner = sampler.__call__
     if getattr(inner, "reports_policy", False):
         return
