@@ -201,3 +201,27 @@ def test_a_logger_that_fails_costs_its_rows_and_not_the_run(tmp_path: Path, capl
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
     (sentence,) = (message for message in caplog.messages if "metric logger" in message)
     assert sentence == "the metric logger Away failed and lacks rows from now on: the server is away"
+
+
+class Closing(Keyed):
+    """One that cannot say goodbye, and one that can."""
+
+    closed: ClassVar[list[str]] = []
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def close(self) -> None:
+        self.closed.append(self.name)
+        if self.name == "bad":
+            raise ConnectionError("the server is away")
+
+
+def test_a_logger_that_does_not_close_leaves_the_others_to_close(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = load_config("quickstart", [f"output_dir={tmp_path}"])
+    cfg.metric_logger = [{"_component_": "test_loggers.Closing", "name": name} for name in ("bad", "good")]
+    MetricLog(cfg, tmp_path).close()
+    assert importlib.import_module("test_loggers").Closing.closed == ["bad", "good"]
+    assert "the metric logger Closing did not close: the server is away" in caplog.text

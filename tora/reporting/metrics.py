@@ -98,7 +98,10 @@ class MetricLog:
         self._console.close()
         self._file.close()
         for logger in self._loggers:
-            logger.close()
+            try:
+                logger.close()
+            except Exception as error:  # each service's client raises errors of its own
+                _log.warning("the metric logger %s did not close: %s", type(logger).__name__, described(error))
 
     def rewind(self, step: int) -> None:
         """Removes rows of `step` and later from `metrics.jsonl`, for a run that returns to a checkpoint."""
