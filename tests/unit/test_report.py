@@ -199,6 +199,15 @@ def test_settings_at_their_defaults_are_folded_away_and_alike_completions_shown_
     assert text.count("<article>") == 2 * len({rollout.text for rollout in group.rollouts})
 
 
+def test_staleness_is_drawn_where_there_is_any(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    for worst in (0.0, 2.0):
+        row = {"step": 5, "version": 6, "staleness/mean": worst / 2, "staleness/max": worst}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        assert ("Staleness" in report(run)) == ("Staleness" in compare([run, run])) == (worst > 0)
+
+
 def test_the_axis_of_what_is_never_negative_starts_at_zero() -> None:
     assert ">0</text>" in line_chart("lr", {"lr": [(0, 1e-5), (1, 1e-3)]})
 

@@ -46,8 +46,7 @@ def report(run: Path) -> str:
     config, rows = read_run(run)
     steps = [row for row in rows if "version" in row]
     memory = sorted({key for row in rows for key in row if "memory" in key})
-    is_stale = any(row.get(key) for row in rows for key in STALENESS)
-    chosen = [chart for chart in (*CHARTS, ("Memory", memory, "GiB")) if is_stale or chart[1] != STALENESS]
+    chosen = (*_charts_of(rows), ("Memory", memory, "GiB"))
     charts = [line_chart(title, _series(rows, keys), note) for title, keys, note in chosen]
     times = [(row["step"] + 1, row.get("time/rollout_s") or 0.0, row.get("time/learner_s") or 0.0) for row in steps]
     parts = [
@@ -66,7 +65,7 @@ def compare(runs: Sequence[Path]) -> str:
     labels = _labels(runs)
     read = {label: read_run(run) for label, run in zip(labels, runs, strict=True)}
     charts = []
-    for title, keys, note in CHARTS:
+    for title, keys, note in _charts_of([row for _, rows in read.values() for row in rows]):
         for key in keys:
             series = {label: _points(rows, key) for label, (_, rows) in read.items()}
             charts.append(line_chart(f"{title}: {key}", series, note))
@@ -89,6 +88,12 @@ def read_run(run: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ConfigError(f"{run} is no run: it has no config.yaml and metrics.jsonl.")
     config = yaml.safe_load((run / "config.yaml").read_text())
     return config if isinstance(config, dict) else {}, read_rows(run / "metrics.jsonl")
+
+
+def _charts_of(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...], str]]:
+    """`CHARTS`, without the staleness of synchronous runs, which is 0."""
+    is_stale = any(row.get(key) for row in rows for key in STALENESS)
+    return [chart for chart in CHARTS if is_stale or chart[1] != STALENESS]
 
 
 def _labels(runs: Sequence[Path]) -> list[str]:
@@ -248,7 +253,7 @@ article{border:1px solid var(--line);border-radius:8px;padding:10px;margin:8px 0
 pre{white-space:pre-wrap;margin:6px 0 0;font:13px/1.45 ui-monospace,monospace;max-height:320px;overflow:auto}
 .prompt{color:var(--dim)}img{max-width:160px;max-height:160px;margin:6px 6px 0 0;border-radius:4px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;width:100%}th,td{text-align:left;
-padding:3px 8px;border-bottom:1px solid var(--line);vertical-align:top}td:first-child{min-width:9em}
+padding:3px 8px;border-bottom:1px solid var(--line);vertical-align:top}td{min-width:7em}td:first-child{min-width:9em}
 summary{cursor:pointer;color:var(--dim);margin:8px 0}
 """
 _LIGHT = ("#2563eb", "#c2410c", "#059669", "#9333ea", "#a16207", "#0e7490")
