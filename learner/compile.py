@@ -20,6 +20,6 @@ def compile_layers(model: Decoder) -> None:
     """Compile layers in place; a graph break is an error. Call before FSDP2 wraps the layers, so that its hooks stay
     outside the graphs."""
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
-    for layer in chain(*model.stacks()):
+    for layer in chain(*model.compilable()):
         forward: Any = torch.compile(layer.forward, dynamic=True, fullgraph=True)
         layer.forward = forward

@@ -45,7 +45,9 @@ class ChatTemplate:
     ) -> None:
         """`variables`: the template's. Raises ConfigError if the model has no chat template."""
         if tokenizer.chat_template is None:
-            raise ConfigError("agent needs a chat template, and the model has none")
+            raise ConfigError(
+                "agent needs a chat template, and the model has none; name a file that has one in chat_template"
+            )
         self.tokenizer, self.stop_token_ids = tokenizer, tuple(stop_token_ids)
         self._stops = [tokenizer.decode([token]) for token in stop_token_ids]
         self._variables = dict(variables or {})

@@ -63,8 +63,12 @@ class Decoder(nn.Module):
         return self.logit_map(head_logits(hidden_NH, self.head, fp32=self.lm_head_fp32))
 
     def stacks(self) -> list[list[nn.Module]]:
-        """Stacks of equal layers; each layer is compiled, checkpointed and sharded separately."""
+        """Stacks of equal layers; each layer is checkpointed and sharded separately."""
         raise NotImplementedError
+
+    def compilable(self) -> list[list[nn.Module]]:
+        """The stacks whose layers torch.compile takes whole."""
+        return self.stacks()
 
     def adaptable(self) -> list[str]:
         """Names of the linear layers in the decoder's layers that may carry an adapter."""

@@ -37,6 +37,8 @@ def encode_prompt(
     if tokenizer.chat_template is None:
         if isinstance(source, str):
             return tuple(tokenizer(source)["input_ids"])
-        raise ConfigError("the dataset's prompts are chat messages, but the tokenizer has no chat template")
+        raise ConfigError(
+            "the dataset's prompts are chat messages, but the tokenizer has no chat template; name a file that has one in chat_template"
+        )
     text = render(tokenizer, messages, None, variables or {})
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -65,6 +65,10 @@ class GenericVision(GenericDecoder):
     def stacks(self) -> list[list[nn.Module]]:
         return [*self._tower_layers(), *super().stacks()]
 
+    def compilable(self) -> list[list[nn.Module]]:
+        """Without towers, whose code may branch on the sizes of images."""
+        return super().stacks()
+
     def _tower_layers(self) -> list[list[nn.Module]]:
         """The longest list of equal modules of each tower, where it has one."""
         found = []

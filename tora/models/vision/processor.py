@@ -157,7 +157,9 @@ class ImageProcessor:
         differ, or there is a video; ValueError as `pixels` does.
         """
         if self.template is None:
-            raise ConfigError("a vision model's prompts are chat messages, but its folder has no chat template")
+            raise ConfigError(
+                "a vision model's prompts are chat messages, but its folder has no chat template; name a file that has one in chat_template"
+            )
         return self.tokens(render(self._tokenizer, messages, self.template, variables or {}), images)
 
     @property
