@@ -10,7 +10,7 @@ from torch import nn
 
 from learner.fsdp import reshard
 from tora.adapters.inject import refresh
-from tora.distributed.sharding import local
+from tora.distributed.sharding import local, local_rows
 from tora.models.base import Decoder
 
 _STD = 0.02
@@ -35,8 +35,8 @@ class Trial:
             self._kept = {name: local(p.detach()).clone() for name, p in self._live.items()}
             generator = torch.Generator().manual_seed(0)
             for p in self._live.values():
-                rows = local(p)
-                rows.add_(_STD * torch.randn(rows.shape, generator=generator).to(rows))
+                noise = _STD * torch.randn(p.shape, generator=generator)  # whole: each rank's rows have their own
+                local(p).add_(local_rows(noise, p).to(local(p)))
         else:
             for name, rows in self._kept.items():
                 local(self._live[name]).copy_(rows)
