@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[str, bool]] = {
     "NF4": ("dora_cache", True),
     "full": ("full", False),
 }
-FAST = ("gemma2", "DoRA")
+
 WITHOUT_EXPERTS = ("NF4", "full")
 
 
@@ -62,10 +62,11 @@ def check(cfg: RunConfig, batches: list[Any], on_ranks: RankProcesses, out: Path
     assert (moved > 1e-3) == (cfg.model.lora_type != "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        pytest.param(family, method, marks=[] if (family, method) == FAST else pytest.mark.slow)
+        (family, method)
         for family in FAMILIES
         for method in METHODS
         if not ("moe" in family and method in WITHOUT_EXPERTS)

@@ -40,6 +40,9 @@ class VisionFamily:
     """Of the language model, beyond the sizes that all share."""
     extra: tuple[str, ...] = ()
     """More special tokens."""
+    released: tuple[tuple[str, str], ...] = ()
+    """Prefixes of tensors' names as transformers 5 writes them, and as they are in the folders that are released, which
+    alone vLLM 0.32 reads; empty where they are the same."""
 
 
 def _qwen2_5(ids: Mapping[str, int]) -> dict[str, Any]:
@@ -166,6 +169,7 @@ _PLACES = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 
 _GEMMA_TOKENS = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}}
 _WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 64}
+_TOWER_NAMES = (("vision_tower.", "vision_tower.vision_model."),)
 _LLAMA = {"model_type": "llama"}
 
 VISION_FAMILIES: dict[str, VisionFamily] = {
@@ -179,7 +183,14 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
         _MROPE,
     ),
     "gemma3_vl": VisionFamily(
-        "Gemma 3", "Gemma3", _GEMMA_TOKENS, "<start_of_image>", _gemma3, _gemma3_processor, _WINDOWS
+        "Gemma 3",
+        "Gemma3",
+        _GEMMA_TOKENS,
+        "<start_of_image>",
+        _gemma3,
+        _gemma3_processor,
+        _WINDOWS,
+        released=_TOWER_NAMES,
     ),
     "idefics3": VisionFamily(
         "Idefics3", "Idefics3", _PIECE_TOKENS, "<image>", _idefics3, lambda: _pieces("Idefics3"), _LLAMA, _PLACES
@@ -195,6 +206,7 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
         _llava_next,
         _llava_next_processor,
         {"model_type": "mistral"},
+        released=_TOWER_NAMES,
     ),
 }
 
@@ -226,11 +238,24 @@ def write_vision_family(folder: Path, name: str, *, dtype: torch.dtype = torch.f
     model = getattr(transformers, f"{family.prefix}ForConditionalGeneration")(config)
     randomize(model, seed)
     model.to(dtype).save_pretrained(folder)
+    if family.released:
+        _rename(folder / "model.safetensors", family.released)
     made = getattr(transformers, f"{family.prefix}Processor")(
         tokenizer=tokenizer, chat_template=tokenizer.chat_template, **family.processor()
     )
     made.save_pretrained(folder)
     return folder
+
+
+def _rename(file: Path, prefixes: tuple[tuple[str, str], ...]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def renamed(name: str) -> str:
+        old, new = next(((old, new) for old, new in prefixes if name.startswith(old)), ("", ""))
+        return new + name.removeprefix(old)
+
+    tensors = {renamed(name): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _tokenizer(family: VisionFamily) -> Any:

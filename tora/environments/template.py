@@ -43,7 +43,8 @@ class TurnTemplate:
         self._template = tokenizer.chat_template if processor is None else processor.template
         if self._template is None:
             raise ConfigError(
-                "environments and tools need a chat template, and the model has none; name a file that has one in chat_template"
+                "environments and tools need a chat template, and the model has none; "
+                "name a file that has one in chat_template"
             )
         self._tokenizer, self._processor = tokenizer, processor
         self.schemas, self._variables = [*schemas], dict(variables or {})

@@ -25,6 +25,7 @@ from tora.plan.learner import LearnerMemory, learner_memory
 from tora.plan.places import CUDA, FRAGMENTS, Place, RunPlan
 from tora.plan.shapes import Shapes, read_shapes
 from tora.plan.training import Training, itemsize, training_of
+from tora.plan.transformers_shapes import TransformersShapes, layer_bytes, read_transformers_shapes
 
 SYNC_SHARE = 0.5
 """The engine's share of a GPU that the learner uses too, in one process."""
@@ -48,6 +49,9 @@ def plan_run(cfg: RunConfig, shapes: Shapes, devices: Devices, start: PeftConfig
     """`start`: the config of the PEFT folder that the run starts from. `rollout.engine` must be resolved."""
     training = training_of(cfg, shapes, start)
     batch = _micro_batch(cfg, shapes, devices)
+    if isinstance(shapes, TransformersShapes):
+        counted = layer_bytes(cfg, shapes, start, tokens=batch.tokens, longest=batch.longest, on_gpu=devices.on_gpu)
+        batch = replace(batch, counted=counted)
     learner = learner_memory(
         training,
         batch,
@@ -76,33 +80,39 @@ def plan_run(cfg: RunConfig, shapes: Shapes, devices: Devices, start: PeftConfig
 
 
 def check_memory(cfg: RunConfig, devices: Devices) -> RunPlan | None:
-    """The plan of a run that is about to start; None for a model that transformers' code runs, whose layers are not
-    known.
+    """The plan of a run that is about to start; None for a model that transformers' code runs with a trained tower.
 
     Raises ConfigError, with the settings that would make it fit, if it does not fit on a GPU, or if its weights alone
     exceed the machine's memory. On a CPU anything else that does not fit is a warning, since what the system keeps
-    free changes and memory can be swapped out.
+    free changes and memory can be swapped out; so it is for a model that transformers' code runs, whose plan has not
+    been measured on a GPU.
     """
     config, start = _model_config(cfg), _start(cfg)
-    if implementation_of(config, cfg.model.implementation) != "native":
+    if (shapes := _shapes(cfg, config)) is None:
         return None
-    shapes = read_shapes(config)
     plan = plan_run(cfg, shapes, devices, start)
     if plan.fits:
         return plan
     sentence = f"{plan.why_not()}. {remedy(cfg, shapes, devices, start)}"
-    if cfg.memory_plan == "refuse" and (devices.on_gpu or _is_hopeless(plan)):
+    is_sure = devices.on_gpu and not isinstance(shapes, TransformersShapes)
+    if cfg.memory_plan == "refuse" and (is_sure or (not devices.on_gpu and _is_hopeless(plan))):
         raise ConfigError(f"{sentence} memory_plan=warn starts it all the same.")
     _log.warning("%s", sentence)
     return plan
 
 
 def snapshot_bytes(cfg: RunConfig) -> int | None:
-    """Of the trained weights in float32, which a sync sends; None for a model that transformers' code runs."""
-    config = _model_config(cfg)
-    if implementation_of(config, cfg.model.implementation) != "native":
+    """Of the trained weights in float32, which a sync sends; None for a tower of transformers that is trained."""
+    shapes = _shapes(cfg, _model_config(cfg))
+    return None if shapes is None else training_of(cfg, shapes, _start(cfg)).gradient_bytes
+
+
+def _shapes(cfg: RunConfig, config: Any) -> Shapes | None:
+    if implementation_of(config, cfg.model.implementation) == "native":
+        return read_shapes(config)
+    if hasattr(config, "vision_config") and cfg.model.train_vision != "none":
         return None
-    return training_of(cfg, read_shapes(config), _start(cfg)).gradient_bytes
+    return read_transformers_shapes(config)
 
 
 def remedy(cfg: RunConfig, shapes: Shapes, devices: Devices, start: PeftConfig | None = None) -> str:
@@ -121,14 +131,14 @@ def here(cfg: RunConfig) -> Devices:
 
 def model_shapes(cfg: RunConfig) -> Shapes:
     """Of the model's folder. If there is none: those of the released model that the path ends in, or of the hub's
-    config.json. Raises ConfigError if neither is known, or if transformers' code runs the model."""
+    config.json. Raises ConfigError if neither is known, or for a trained tower that transformers' code runs."""
     config = _model_config(cfg)
-    if implementation_of(config, cfg.model.implementation) != "native":
+    if (shapes := _shapes(cfg, config)) is None:
         raise ConfigError(
-            f"tora plan knows the layers of Tora's own decoder, and transformers' code runs "
-            f"model.path={cfg.model.path} of model_type {config.model_type}."
+            f"tora plan does not know what a trained vision tower of model_type {config.model_type} keeps: plan with "
+            "model.train_vision=none"
         )
-    return read_shapes(config)
+    return shapes
 
 
 def _model_config(cfg: RunConfig) -> Any:

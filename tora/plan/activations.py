@@ -24,6 +24,16 @@ CHUNK_BYTES = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """What autograd keeps of one micro-batch, counted on a model whose layers are not known."""
+
+    first: int
+    """Of the first layer, the final norm and what all layers share."""
+    each: int
+    """Of any later layer."""
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """The size of one micro-batch on one device. Sequences are taken to be of equal length: on a CPU, attention pads
     them to the longest."""
@@ -38,6 +48,8 @@ class MicroBatch:
     checkpointing: str = "none"
     """`activation_checkpointing`."""
     offloading: bool = False
+    counted: LayerBytes | None = None
+    """None for Tora's own decoder, whose layers keep what their shapes say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,8 @@ class Activations:
 
 def activations(training: Training, batch: MicroBatch) -> Activations:
     """The most memory of one forward and backward pass, besides weights, gradients and optimizer state."""
+    if batch.counted is not None:
+        return _counted(training, batch, batch.counted)
     shapes, size = training.shapes, training.itemsize
     tower = shapes.tower if batch.patches else None
     passes_on = training.full or (tower is not None and training.vision != "none")
@@ -83,6 +97,22 @@ def activations(training: Training, batch: MicroBatch) -> Activations:
         saved["norms"] += _norm(training, batch, batch.tokens, shapes.hidden)
         saved["log-probs"] += batch.responses * (shapes.hidden * size + 2 * _FLOAT)
         saved["attention"] += batch.tokens * shapes.head_dim * _FLOAT  # cos and sin, which all layers share
+    return Activations(saved, max(_head(training, batch), recomputed + _backward(training, batch)))
+
+
+def _counted(training: Training, batch: MicroBatch, counted: LayerBytes) -> Activations:
+    width = batch.tokens * training.shapes.hidden * training.itemsize
+    saved, recomputed = Counter[str](), 0
+    for index in range(training.shapes.layers):
+        own = counted.each if index else counted.first
+        if is_checkpointed(batch.checkpointing, index):
+            saved["layer inputs"] += 0 if batch.offloading else width
+            recomputed = max(recomputed, own)
+        else:
+            saved["layers"] += own
+    if batch.offloading and recomputed:
+        saved["layer inputs"] += 2 * width
+    saved["log-probs"] += batch.responses * (training.shapes.hidden * training.itemsize + 2 * _FLOAT)
     return Activations(saved, max(_head(training, batch), recomputed + _backward(training, batch)))
 
 

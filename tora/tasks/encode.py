@@ -38,7 +38,8 @@ def encode_prompt(
         if isinstance(source, str):
             return tuple(tokenizer(source)["input_ids"])
         raise ConfigError(
-            "the dataset's prompts are chat messages, but the tokenizer has no chat template; name a file that has one in chat_template"
+            "the dataset's prompts are chat messages, but the tokenizer has no chat template; "
+            "name a file that has one in chat_template"
         )
     text = render(tokenizer, messages, None, variables or {})
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

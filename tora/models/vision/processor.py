@@ -158,7 +158,8 @@ class ImageProcessor:
         """
         if self.template is None:
             raise ConfigError(
-                "a vision model's prompts are chat messages, but its folder has no chat template; name a file that has one in chat_template"
+                "a vision model's prompts are chat messages, but its folder has no chat template; "
+                "name a file that has one in chat_template"
             )
         return self.tokens(render(self._tokenizer, messages, self.template, variables or {}), images)
 
