@@ -1,7 +1,7 @@
 """Bounded staleness by slots: a group that would be too old by the time it is trained is never started.
 
-With B groups per step and a staleness bound of K steps, a group granted under version v must be trained by step v + K,
-its deadline.
+With B groups per step and a staleness bound of K steps, a group that a worker starts under version v must be trained by
+step v + K, its deadline. Workers may have different versions, as each installs a snapshot in its own time.
     A group starts only while fewer than (v + K + 1)·B slots have been granted, not counting released ones.
     A step takes the B finished groups with the earliest deadlines, once the rest can still meet theirs: for every later
     step s, at most (s - step)·B of the remaining groups may have a deadline of s or earlier.
@@ -35,7 +35,7 @@ class Slot:
     ticket: int
     prompt: Prompt
     version: int
-    """Policy version when the slot was granted."""
+    """That of its worker when the slot was granted; on another worker the group has this version or a newer one."""
 
 
 class Buffer:
@@ -70,20 +70,23 @@ class Buffer:
         return self._version
 
     def advance(self, version: int) -> None:
-        """Call once the workers serve this version."""
+        """Call once this version is on its way to the workers."""
         assert version >= self._version, "versions never decrease"
         self._version = version
 
-    def may_grant(self) -> bool:
+    def may_grant(self, version: int | None = None) -> bool:
+        """`version`: that of the worker which would run the group; the newest if it is None."""
+        version = self._version if version is None else version
         next_step = self._taken // self._per_step
-        if self._version + self._bound < next_step:
-            return False  # a spare slot, between a step and its version, would be late from the start
+        if version + self._bound < next_step:
+            return False  # a spare slot, or one of an old version, would be late from the start
         granted = self._taken + len(self._in_flight) + len(self._ready)
-        return granted < (self._version + self._bound + 1) * self._per_step + self._spare
+        return granted < (version + self._bound + 1) * self._per_step + self._spare
 
-    def grant(self, prompt: Prompt) -> Slot:
-        assert self.may_grant(), "check may_grant first"
-        slot = Slot(next(self._tickets), prompt, self._version)
+    def grant(self, prompt: Prompt, version: int | None = None) -> Slot:
+        """`version`: as for `may_grant`."""
+        assert self.may_grant(version), "check may_grant first"
+        slot = Slot(next(self._tickets), prompt, self._version if version is None else version)
         self._in_flight[slot.ticket] = slot
         self._untaken[slot.version] += 1
         return slot

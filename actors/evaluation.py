@@ -10,7 +10,7 @@ from typing import Any
 
 from actors.seat import Seat
 from tora.config.schema import RunConfig
-from tora.errors import WorkerLost
+from tora.errors import SnapshotLost, WorkerLost
 from tora.types import Group, GroupResult, Prompt
 
 _LEAST_CALLS = 4
@@ -125,6 +125,9 @@ class Evaluator:
     async def _run(self, call: range, seat: Seat, evaluation: Evaluation) -> None:
         try:
             evaluation.put(call, await seat.evaluate(evaluation.prompts(call), evaluation.snapshot))
+        except SnapshotLost:  # with the learner: it comes back without this version
+            if evaluation is self._evaluation:
+                self.give_up()
         except WorkerLost:
             evaluation.give_back(call)
         except Exception as error:

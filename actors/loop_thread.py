@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -35,3 +36,18 @@ class LoopThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def all_or_none(stopping: asyncio.Event, calls: Iterable[Coroutine[Any, Any, T]]) -> list[T] | None:
+    """All results, or None if `stopping` is set first, which cancels the calls. Raises the first error of a call."""
+    together = asyncio.gather(*calls)
+    stopped = asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait({together, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return together.result() if together.done() else None
+    finally:
+        stopped.cancel()
+        if not together.done():
+            together.cancel()
+            with suppress(asyncio.CancelledError):
+                await together

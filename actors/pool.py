@@ -2,7 +2,7 @@
 
     learner's thread        event loop (one thread)                                          workers
 
-    next_batch ....> _next_batch ....> Buffer.can_take
+    next_batch ....> _take ..........> Buffer.can_take
                                             ^
                                             | put
                                        _run_slot (one per group) ....> Seat.run_group .....> run_group
@@ -10,16 +10,17 @@
                                             | starts
                                        _dispatch <--- a step's groups are taken, a group ends, a snapshot
                                                       is published, a seat comes up or its limit rises
-    publish .......> _publish ....> Seat.forward (each seat that is up) ...................> forward
+    publish .......> _publish ---> Buffer.advance, which frees slots
                         |
-                        +--> Buffer.advance, which frees slots
-    evaluated .....> _evaluated ....> Evaluation.is_done
-                                            ^
-                                            | put
-                                       _run_evaluation (one per call) ....> Seat.evaluate ..> evaluate
+                        +--> Spread (each seat that is up) ....> Seat.catch_up .............> forward
+    logprobs ......> _until_spread
+    evaluated .....> Evaluator.is_done <--- its calls ....> Seat.evaluate .................> evaluate
                      Seat.run_forever (one per seat) ......................................> start, forward, occupancy
 
     A ....> B   A waits for B        A --> B   A unblocks B
+
+A snapshot spreads while training goes on: each worker installs it in its own time, and is given groups by the version
+that it has. The learner waits for all of them only before the first groups, after a rewind, and for log-probs.
 
 Nobody waits for a lost worker: its calls fail at once with `WorkerLost`, and every call has a time limit. The first
 `publish` waits until `num_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns
@@ -44,8 +45,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,18 +54,17 @@ import numpy as np
 from actors.buffer import Buffer, Slot, spare_slots, split_by_deadline
 from actors.evaluation import Evaluation, Evaluator, prompts_per_call
 from actors.group_filter import SignalFilter, show_printed
-from actors.loop_thread import LoopThread
-from actors.prompt_cursor import PromptCursor
-from actors.rollout_metrics import sync_metrics
+from actors.loop_thread import LoopThread, all_or_none
+from actors.prompts_ahead import PromptMaker, PromptsAhead
 from actors.running_mean import RunningMean
 from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
+from actors.spread import Spread
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
 from tora.errors import LearnerLost, RolloutError, WorkerLost, described
 from tora.types import Group, LogprobRequest, Metrics, Prompt, RolloutState, TrainBatch
 
 T = TypeVar("T")
-_LOOK_AGAIN_S = 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -86,14 +86,16 @@ class AsyncRollouts:
         `make_worker` is called for every worker, including each replacement. `prompt_at` is the prompt stream. The run
         starts from `state` at policy version `version`. `stop_requested` ends every wait.
         """
-        self._cfg, self._make_worker, self._eval_prompts, self._prompt_at = cfg, make_worker, eval_prompts, prompt_at
+        self._cfg, self._make_worker, self._eval_prompts = cfg, make_worker, eval_prompts
         self._timing, self._stop_requested = timing or SeatTiming(), stop_requested
         self._failure: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._seats: list[Seat] = []
-        self._evaluator = Evaluator(self._seats, self._spawn, self._on_evaluation_call_ended, self._fail)
+        self._evaluator = Evaluator(self._seats, self._spawn, self._go_on, self._fail)
+        self._spread = Spread(self._seats, self._spawn, self._go_on, self._fail)
+        self._maker = PromptMaker(prompt_at)
         self._reset(state, version)
-        self._published, self._stopping, self._changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._stopping, self._changed = asyncio.Event(), asyncio.Event()
         self._started = False
         """Whether the first publish is done."""
         self._losses = self._reruns = self._aborted = 0
@@ -109,7 +111,8 @@ class AsyncRollouts:
         per_step, bound = self._cfg.batch_size, self._cfg.max_staleness
         usable, late = split_by_deadline(state.finished, per_step, bound, version)
         pending = [*state.pending, *(group.prompt.id for _, group in late)]
-        self._cursor = PromptCursor(self._prompt_at, RolloutState(state.cursor, pending))
+        rest = RolloutState(state.cursor, pending)
+        self._prompts = PromptsAhead(self._maker, rest, per_step=per_step, on_ready=self._dispatch)
         self._filter = SignalFilter(self._cfg)
         self._buffer = Buffer(per_step, bound, version=version, finished=usable, spare=spare_slots(self._cfg))
         self._retries: deque[Slot] = deque()
@@ -126,23 +129,9 @@ class AsyncRollouts:
         self._stopping.set()
         self._changed.set()
 
-    async def _all_or_stop(self, calls: Iterable[Coroutine[Any, Any, T]]) -> list[T] | None:
-        """All results, or None if a stop is requested first. Raises the first error of a call."""
-        together = asyncio.gather(*calls)
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        try:
-            await asyncio.wait({together, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            return together.result() if together.done() else None
-        finally:
-            stopping.cancel()
-            if not together.done():
-                together.cancel()
-                with suppress(asyncio.CancelledError):
-                    await together
-
     async def _add_seat(self) -> None:
         seat = Seat(
-            len(self._seats), self._make_worker, self._latest_snapshot, self._cfg.rollout, self, timing=self._timing
+            len(self._seats), self._make_worker, self._spread.latest, self._cfg.rollout, self, timing=self._timing
         )
         self._seats.append(seat)
         self._spawn(seat.run_forever())
@@ -153,13 +142,6 @@ class AsyncRollouts:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _latest_snapshot(self, lost: Any) -> Any:
-        """The newest one, as soon as there is one other than `lost`."""
-        await self._published.wait()
-        while self._snapshot is lost:
-            await asyncio.sleep(_LOOK_AGAIN_S)
-        return self._snapshot
-
     def _seats_up(self) -> list[Seat]:
         return [seat for seat in self._seats if seat.up]
 
@@ -168,11 +150,15 @@ class AsyncRollouts:
     def on_worker_up(self, seat: Seat) -> None:
         if self._started:
             _log.warning("rollout worker %d is up", seat.number)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Something happened that somebody may be waiting for."""
         self._dispatch()
         self._changed.set()
 
     def on_snapshot_lost(self, snapshot: Any) -> None:
-        if snapshot is self._snapshot:  # its owner is gone, and whoever waits for rollouts would not notice
+        if snapshot is self._spread.snapshot:  # its owner is gone, and whoever waits for rollouts would not notice
             self._fail(LearnerLost("the learner is lost: the node that held its newest policy is gone"))
 
     def on_capacity(self) -> None:
@@ -216,26 +202,31 @@ class AsyncRollouts:
             self._evaluator.dispatch()
 
     def _dispatch_groups(self) -> None:
-        while not self._paused and (seat := self._least_loaded()) is not None:
-            if self._retries:
-                slot = self._retries.popleft()
-            elif self._buffer.may_grant():
-                try:
-                    slot = self._buffer.grant(self._cursor.next())
-                except Exception as error:  # a dataset's row may be anything
-                    self._fail(error)
-                    return
-            else:
-                return
+        while not self._paused and self._failure is None and (start := self._next_start()) is not None:
+            seat, slot = start
             tokens = len(slot.prompt.token_ids) + self._tokens_per_group.mean
             seat.reserve(slot, tokens)
             task = self._spawn(self._run_slot(slot, seat, tokens, self._buffer))
             task.add_done_callback(partial(self._on_slot_ended, slot, seat, tokens))
             self._running[slot] = task
 
-    def _least_loaded(self) -> Seat | None:
-        free = (seat for seat in self._seats if seat.up and len(seat.slots) < seat.limit)
-        return min(free, key=lambda seat: seat.outstanding_tokens, default=None)
+    def _next_start(self) -> tuple[Seat, Slot] | None:
+        """A seat with room and the slot that it gets, which must not be newer than the seat's version."""
+        free = [seat for seat in self._seats if seat.up and len(seat.slots) < seat.limit]
+        for slot in self._retries:
+            if able := [seat for seat in free if seat.version >= slot.version]:
+                self._retries.remove(slot)
+                return min(able, key=attrgetter("outstanding_tokens")), slot
+        granted = {version: self._buffer.may_grant(version) for version in {seat.version for seat in free}}
+        able = [seat for seat in free if granted[seat.version]]
+        try:
+            if not able or (prompt := self._prompts.take()) is None:
+                return None
+        except Exception as error:  # a dataset's row may be anything
+            self._fail(error)
+            return None
+        seat = min(able, key=attrgetter("outstanding_tokens"))
+        return seat, self._buffer.grant(prompt, seat.version)
 
     async def _run_slot(self, slot: Slot, seat: Seat, tokens: float, buffer: Buffer) -> None:
         """`buffer` granted the slot. After a rewind it is no longer the pool's, and the group is discarded."""
@@ -256,8 +247,7 @@ class AsyncRollouts:
         seat.release(slot, tokens)
         if self._running.get(slot) is task:
             del self._running[slot]
-        self._dispatch()
-        self._changed.set()
+        self._go_on()
 
     def _abort(self, slots: Iterable[Slot]) -> None:
         """End the work on groups that nobody needs any more."""
@@ -275,29 +265,35 @@ class AsyncRollouts:
             self._buffer.release(slot)
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch | None:
-        return self._wait_for(self._next_batch(step), stop_requested)
+        make = self._wait_for(self._take(step), stop_requested)
+        return None if make is None else make()  # here, not on the event loop
 
-    async def _next_batch(self, step: int) -> TrainBatch | None:
+    async def _take(self, step: int) -> Callable[[], TrainBatch] | None:
+        """What makes the batch of a step, whose groups are taken; None if a stop is requested first."""
         await self._wait_until(lambda: self._stopping.is_set() or self._buffer.can_take(step))
         if not self._buffer.can_take(step):
             return None
         groups = self._buffer.take(step)
         late, finished = self._buffer.expire(step)
         self._abort(late)
-        self._cursor.put_back(slot.prompt.id for slot in (*late, *finished))
+        self._prompts.put_back(slot.prompt for slot in (*late, *finished))
         generated, drops = self._filter.drain()
         self._dispatch()
-        now = time.perf_counter()
-        batch = make_batch(self._cfg, groups, generated, drops, step, now - self._last_batch)
-        self._last_batch = now
-        batch.metrics["rollout/ready"] = float(self._buffer.num_ready)
-        batch.metrics["rollout/prompts_dropped"] = float(self._cursor.take_dropped())
-        batch.metrics["rollout/in_flight"] = float(self._buffer.num_in_flight)
-        batch.metrics["rollout/workers"] = float(len(self._seats_up()))
-        batch.metrics["rollout/workers_lost"] = float(self._losses)
-        batch.metrics["rollout/groups_rerun"] = float(self._reruns)
-        batch.metrics["rollout/groups_aborted"] = float(self._aborted)
-        return batch
+        since, self._last_batch = self._last_batch, time.perf_counter()
+        seconds, metrics = self._last_batch - since, self._metrics()
+        return lambda: make_batch(self._cfg, groups, generated, drops, step, seconds, metrics)
+
+    def _metrics(self) -> Metrics:
+        counts = {
+            "ready": self._buffer.num_ready,
+            "prompts_dropped": self._prompts.take_dropped(),
+            "in_flight": self._buffer.num_in_flight,
+            "workers": len(self._seats_up()),
+            "workers_lost": self._losses,
+            "groups_rerun": self._reruns,
+            "groups_aborted": self._aborted,
+        }
+        return {f"rollout/{name}": float(count) for name, count in counts.items()}
 
     # Snapshots, evaluation, log-probs
 
@@ -305,34 +301,34 @@ class AsyncRollouts:
         return self._wait_for(self._publish(snapshot, generates), self._stop_requested)
 
     async def _publish(self, snapshot: Any, generates: bool) -> Metrics:
-        start = time.perf_counter()
-        self._snapshot = snapshot
-        if self._started:
-            calls = [_none_if_lost(seat.forward(snapshot)) for seat in self._seats_up()]
-            reports = await self._all_or_stop(calls) or []
-        else:
-            self._published.set()
+        self._spread.begin(snapshot)
+        if not self._started:
             required = self._seats[: self._cfg.rollout.num_workers]
             await self._wait_until(lambda: self._stopping.is_set() or all(seat.up for seat in required))
-            reports = [seat.report for seat in required if seat.up]
             self._started, self._last_batch = True, time.perf_counter()
+        if self._paused:  # what workers have belongs to another history, or to none
+            await self._until_spread()
+            if not self._spread.is_done:
+                return {}  # a stop is requested
         if generates:
             self._buffer.advance(snapshot.version)
             self._paused = False
             self._dispatch()
-        return sync_metrics([report for report in reports if report is not None], time.perf_counter() - start)
+        return self._spread.metrics()
+
+    async def _until_spread(self) -> None:
+        """Every worker that is up has the newest snapshot, or a stop is requested."""
+        await self._wait_until(lambda: self._stopping.is_set() or self._spread.is_done)
 
     def start_evaluation(self, *, pinned: bool) -> None:
-        self._loop.run(self._start_evaluation(pinned))
+        self._wait_for(self._start_evaluation(pinned), self._stop_requested)
 
     async def _start_evaluation(self, pinned: bool) -> None:
+        if not pinned:
+            await self._until_spread()
         per_call = prompts_per_call(self._cfg, len(self._eval_prompts), len(self._seats_up()))
-        self._evaluator.start(Evaluation(self._eval_prompts, per_call, self._snapshot if pinned else None))
+        self._evaluator.start(Evaluation(self._eval_prompts, per_call, self._spread.snapshot if pinned else None))
         self._dispatch()
-
-    def _on_evaluation_call_ended(self) -> None:
-        self._dispatch()
-        self._changed.set()
 
     def evaluated(self, *, wait: bool) -> list[Group] | None:
         return self._wait_for(self._evaluated(wait), self._stop_requested)
@@ -352,8 +348,9 @@ class AsyncRollouts:
         return self._wait_for(self._logprobs(requests, adapter), self._stop_requested)
 
     async def _logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> dict[int, list[np.ndarray]]:
+        await self._until_spread()
         seats = self._seats_up()
-        answers = await self._all_or_stop(_none_if_lost(seat.logprobs(requests, adapter)) for seat in seats)
+        answers = await all_or_none(self._stopping, (_none_if_lost(seat.logprobs(requests, adapter)) for seat in seats))
         if answers is None:
             return {}
         return {seat.number: answer for seat, answer in zip(seats, answers, strict=True) if answer is not None}
@@ -364,7 +361,7 @@ class AsyncRollouts:
         return self._loop.run(self._state())
 
     async def _state(self) -> RolloutState:
-        return self._cursor.state(self._buffer.in_flight(), self._buffer.finished())
+        return self._prompts.state(self._buffer.in_flight(), self._buffer.finished())
 
     def rewind(self, state: RolloutState, version: int) -> None:
         """Workers stay up; the groups that they are running are aborted, and an evaluation is given up."""
@@ -372,6 +369,7 @@ class AsyncRollouts:
 
     async def _rewind(self, state: RolloutState, version: int) -> None:
         self._abort(list(self._running))
+        self._prompts.give_up()
         self._reset(state, version)
 
     def close(self) -> None:
@@ -382,6 +380,8 @@ class AsyncRollouts:
     async def _close(self) -> None:
         self._paused = True
         self._evaluator.give_up()
+        self._prompts.give_up()
+        self._maker.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()

@@ -95,20 +95,16 @@ class RayWorker:
             raise
 
     async def evaluate(self, prompts: Sequence[Prompt], pinned: SnapshotRef | None = None) -> list[GroupResult]:
-        return await _result(self._actor.evaluate.remote(list(prompts), None if pinned is None else pinned.data))
+        if pinned is None:
+            return await _result(self._actor.evaluate.remote(list(prompts)))
+        return await _with_snapshot(self._actor.evaluate.remote(list(prompts), pinned.data), pinned)
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         return await _result(self._actor.logprobs.remote(list(requests), adapter=adapter))
 
     async def forward(self, snapshot: SnapshotRef) -> SyncReport:
         """The actor reads the bytes from its node's object store. Raises SnapshotLost if no node has them any more."""
-        try:
-            return await _result(self._actor.forward.remote(snapshot.data))
-        except WorkerLost as error:
-            cause = error.__cause__.cause if isinstance(error.__cause__, RayTaskError) else error.__cause__
-            if isinstance(cause, ObjectLostError):
-                raise SnapshotLost(f"policy version {snapshot.version} is lost ({type(cause).__name__})") from error
-            raise
+        return await _with_snapshot(self._actor.forward.remote(snapshot.data), snapshot)
 
     async def occupancy(self) -> Occupancy:
         return await _result(self._actor.occupancy.remote())
@@ -127,6 +123,17 @@ class RayWorker:
 
     def kill(self) -> None:
         ray.kill(self._actor)  # pyright: ignore[reportArgumentType]  Ray's types know handles by another class
+
+
+async def _with_snapshot(ref: Awaitable[T], snapshot: SnapshotRef) -> T:
+    """As `_result`. Raises SnapshotLost if no node has the snapshot's bytes any more."""
+    try:
+        return await _result(ref)
+    except WorkerLost as error:
+        cause = error.__cause__.cause if isinstance(error.__cause__, RayTaskError) else error.__cause__
+        if isinstance(cause, ObjectLostError):
+            raise SnapshotLost(f"policy version {snapshot.version} is lost ({type(cause).__name__})") from error
+        raise
 
 
 async def _result(ref: Awaitable[T]) -> T:

@@ -104,8 +104,11 @@ class Seat:
         self.number, self._make_worker, self._latest_snapshot = number, make_worker, latest_snapshot
         self._cfg, self._events, self._timing = cfg, events, timing
         self.up = False
+        self.installed: Any = None
+        """The last snapshot that the worker has installed."""
         self.report: SyncReport | None = None
-        """The worker's answer to the last snapshot."""
+        """The worker's answer to it."""
+        self._installing = asyncio.Lock()
         self.limit = cfg.concurrency
         """Maximum number of groups in flight; see `actors.concurrency`."""
         self.slots: set[Slot] = set()
@@ -125,11 +128,12 @@ class Seat:
     async def run_forever(self) -> None:
         """Run forever, replacing each lost worker."""
         while True:
+            self.installed = None
             self._lost = asyncio.get_running_loop().create_future()
             try:
                 self._worker = self._make_worker()
                 await self._worker.start(self._cfg.start_timeout_s)
-                await self._catch_up()
+                await self.catch_up()
                 self.up = True
                 self._events.on_worker_up(self)
                 await self._watch()
@@ -176,14 +180,23 @@ class Seat:
         """Raises as `_call` does."""
         return await self._call(lambda worker: worker.logprobs(requests, adapter), self._cfg.group_timeout_s)
 
-    async def forward(self, snapshot: Any) -> SyncReport:
-        """Raises as `_call` does, and SnapshotLost, which leaves the worker as it is."""
-        try:
-            self.report = await self._call(lambda worker: worker.forward(snapshot), self._cfg.group_timeout_s)
-        except SnapshotLost:
-            self._events.on_snapshot_lost(snapshot)
-            raise
-        return self.report
+    @property
+    def version(self) -> int:
+        """Groups that start here have this policy version or a newer one; -1 before the first snapshot."""
+        return -1 if self.installed is None else self.installed.version
+
+    async def catch_up(self) -> None:
+        """Install the newest snapshot, and again if a newer one is published meanwhile; one that is lost is not waited
+        for, but the next. Raises as `_call` does."""
+        async with self._installing:
+            lost = None
+            while self.installed is not (newest := await self._latest_snapshot(lost)):
+                try:
+                    self.report = await self._call(lambda worker: worker.forward(newest), self._cfg.group_timeout_s)
+                    self.installed = newest
+                except SnapshotLost:
+                    lost = newest
+                    self._events.on_snapshot_lost(newest)
 
     async def close(self) -> None:
         """Close a worker that is up, kill any other. Cancel `run_forever` first."""
@@ -193,15 +206,6 @@ class Seat:
             await self._worker.close()
         else:
             self._worker.kill()
-
-    async def _catch_up(self) -> None:
-        installed = lost = None
-        while installed is not (newest := await self._latest_snapshot(lost)):
-            try:
-                await self.forward(newest)
-                installed = newest
-            except SnapshotLost:
-                lost = newest
 
     async def _watch(self) -> None:
         """Send heartbeats until the worker is lost. Raises as `_call` does."""

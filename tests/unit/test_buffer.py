@@ -38,6 +38,44 @@ def test_staleness_never_exceeds_the_bound_and_nothing_stalls(bound: int, seed: 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(60))
+def test_workers_that_install_in_their_own_time_keep_the_bound(bound: int, seed: int) -> None:
+    """A group has the version that its worker had when it began; a step begins before all workers have the newest."""
+    rng = random.Random(seed)
+    per_step = rng.randint(1, 6)
+    buffer, running, workers = Buffer(per_step, bound), list[Slot](), [0] * rng.randint(1, 5)
+    prompt_id, step, oldest = 0, 0, 0
+    while step < 40:
+        free = [version for version in workers if buffer.may_grant(version)]
+        lagging = [number for number, version in enumerate(workers) if version < step]
+        moves = ["start"] * bool(free) + ["finish"] * bool(running) + ["train"] * buffer.can_take(step)
+        moves += ["install"] * bool(lagging)
+        assert moves, "deadlock: nothing can happen"
+        match rng.choice(moves):
+            case "install":
+                workers[rng.choice(lagging)] = step
+            case "start":
+                version = rng.choice(free)
+                running.append(buffer.grant(make_prompt(prompt_id), version))
+                assert running[-1].version == version
+                prompt_id += 1
+            case "finish":
+                slot = running.pop(rng.randrange(len(running)))
+                if rng.random() < 0.3:
+                    buffer.release(slot)
+                else:
+                    buffer.put(slot, make_group(slot.prompt, [0, 1], slot.version))
+            case "train":
+                groups = buffer.take(step)
+                assert len(groups) == per_step
+                assert all(0 <= step - group.version <= bound for group in groups)
+                oldest = max(oldest, max(step - group.version for group in groups))
+                step += 1
+                buffer.advance(step)
+    assert oldest == bound
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(60))
 def test_with_spare_slots_no_group_is_trained_late_lost_or_waited_for(bound: int, seed: int) -> None:
     """Some groups never finish; no other group is dropped before a step could have trained it."""
     rng = random.Random(seed)

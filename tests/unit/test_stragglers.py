@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_slow_groups_hold_up_no_step_and_are_generated_again() -> None:
             batch = next_batch(rollouts, step)
             assert batch.metrics["staleness/max"] <= 1 and len(batch.prompt_ids) == 4
             trained += batch.prompt_ids
+            time.sleep(0.02)  # the learner's, in which all but the slow ones finish
             rollouts.publish(make_snapshot(step + 1))
         state = rollouts.state()
         assert batch.metrics["rollout/groups_aborted"] == len(worker.aborted) > 0
@@ -81,6 +83,8 @@ def test_a_rewind_waits_for_no_group_of_the_lost_history() -> None:
     worker = Slow(range(8))
     with running(config(1, workers=1, concurrency=8), lambda: worker) as rollouts:
         rollouts.publish(make_snapshot(0))
+        while len(rollouts.state().pending) < 8:
+            time.sleep(0.01)
         rollouts.rewind(RolloutState(100), 0)
         rollouts.publish(make_snapshot(0))
         assert next_batch(rollouts, 0).prompt_ids == (100, 101, 102, 103)

@@ -37,11 +37,17 @@ def group_advantages(cfg: RunConfig, groups_P: Sequence[Group]) -> list[list[flo
 
 
 def make_batch(
-    cfg: RunConfig, groups_P: Sequence[Group], generated: Sequence[Group], drops: int, version: int, seconds: float
+    cfg: RunConfig,
+    groups_P: Sequence[Group],
+    generated: Sequence[Group],
+    drops: int,
+    version: int,
+    seconds: float,
+    more: Metrics | None = None,
 ) -> TrainBatch:
     """`groups_P`: the groups to train on. `generated`: all groups since the last step, including those the filter
     dropped; reward metrics average over these, or over `groups_P` if there are none. `drops`: how many were dropped.
-    `version`: the learner's. `seconds`: wall time since the last batch.
+    `version`: the learner's. `seconds`: wall time since the last batch. `more`: further metrics.
 
     `staleness/*`, in versions, is that of a group's oldest token; `rollout/mixed_share` is the share of rollouts
     sampled by more than one policy version.
@@ -51,6 +57,7 @@ def make_batch(
     measured = [group for group in generated if group.rollouts] or groups_P
     rollouts = [r for group in measured for r in group.rollouts]
     metrics: Metrics = {
+        **(more or {}),
         "staleness/mean": float(np.mean(staleness_P)),
         "staleness/max": float(max(staleness_P)),
         "rollout/signal_share": float(np.mean([has_signal(g, cfg) for g in measured])),
