@@ -101,7 +101,7 @@ class SleepingWorker:
     async def run_group(self, prompt: Prompt) -> GroupResult:
         version = self._version
         await asyncio.sleep(self._seconds())
-        return GroupResult(tuple(_rollout(float(i % 2), version) for i in range(_GROUP)))
+        return result_of(version)
 
     async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
         return [await self.run_group(prompt) for prompt in prompts]
@@ -163,6 +163,11 @@ class SleepingLearner:
     def try_out(self, on: bool) -> None: ...
 
 
+def result_of(version: int) -> GroupResult:
+    """A group whose rollouts are all of one version."""
+    return GroupResult(tuple(_rollout(float(i % 2), version) for i in range(_GROUP)))
+
+
 def _rollout(reward: float, version: int) -> Rollout:
     return Rollout(
         token_ids=np.arange(_TOKENS),
@@ -184,7 +189,7 @@ def _versions(micro: MicroBatch) -> np.ndarray:
 
 
 def simulate(scenario: Scenario, max_staleness: int) -> Measured:
-    cfg = _config(scenario, max_staleness)
+    cfg = scenario_config(scenario, max_staleness)
     numbers = count()
     learner = timed_run(cfg, lambda: SleepingWorker(scenario, next(numbers)), _prompt, scenario.learn_latency)
     num_groups = cfg.batch_size * scenario.num_steps
@@ -203,10 +208,14 @@ def simulate(scenario: Scenario, max_staleness: int) -> Measured:
 
 
 def timed_run(
-    cfg: RunConfig, make_worker: Callable[[], Any], prompt_at: Callable[[int], Prompt], learn_latency: float
+    cfg: RunConfig,
+    make_worker: Callable[[], Any],
+    prompt_at: Callable[[int], Prompt],
+    learn_latency: float,
+    learner: SleepingLearner | None = None,
 ) -> SleepingLearner:
-    """A run of `cfg` on workers of one's own, with a learner that sleeps `learn_latency` seconds a step."""
-    learner, state = SleepingLearner(learn_latency), RunState()
+    """A run of `cfg` on workers of one's own, with a learner that sleeps `learn_latency` seconds a step, or another."""
+    learner, state = learner or SleepingLearner(learn_latency), RunState()
     rollouts = AsyncRollouts(cfg, make_worker, prompt_at, [], state.rollouts, version=0)
     try:
         with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
@@ -230,7 +239,7 @@ def timed_run(
     return learner
 
 
-def _config(scenario: Scenario, max_staleness: int) -> RunConfig:
+def scenario_config(scenario: Scenario, max_staleness: int) -> RunConfig:
     return RunConfig(
         name="simulation",
         async_rl=True,
