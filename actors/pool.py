@@ -118,7 +118,7 @@ class AsyncRollouts:
         self._retries: deque[Slot] = deque()
         self._evaluator.give_up()
         self._failure = None if isinstance(self._failure, LearnerLost) else self._failure
-        self._snapshot: Any = None  # a worker that starts now would load that of another history
+        self._spread.forget()  # a worker that starts now would load a snapshot of another history
         self._paused = True
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, T], stop_requested: Callable[[], bool]) -> T:

@@ -38,9 +38,13 @@ class Spread:
     async def latest(self, lost: Any) -> Any:
         """The newest snapshot, as soon as there is one other than `lost`."""
         await self._published.wait()
-        while self.snapshot is lost:
+        while self.snapshot is None or self.snapshot is lost:
             await asyncio.sleep(_LOOK_AGAIN_S)
         return self.snapshot
+
+    def forget(self) -> None:
+        """No worker loads a snapshot before the next one."""
+        self.snapshot = None
 
     def begin(self, snapshot: Any) -> None:
         """Seats that are up install it, after the one that they are installing. Others do before they come up."""

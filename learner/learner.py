@@ -6,7 +6,8 @@ Shape letters: N response tokens, T packed tokens, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from learner.policy import DTYPES, check_policy, empty_policy, fill_policy, load
 from learner.reference import Reference, adapted_reference, base_reference
 from learner.reward_kl import with_reward_kl
 from learner.shared_base import SharedBase
-from learner.training_state import load_training_state, save_training_state
+from learner.training_state import load_training_state, training_state_files
 from learner.trial import Trial
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.snapshot import pack
@@ -72,6 +73,8 @@ class Learner:
         self._dropout = AdapterDropout(self.model, rate, seed=cfg.seed, world=self.world, device=self.device)
         self._parameters = trained_parameters(self.model)
         self._trial = Trial(self.model, self._parameters)
+        self._files = ThreadPoolExecutor(1, "files")
+        self._writing: Future[None] | None = None
         self._optimizer = build_optimizer(cfg.optimizer, self._parameters.values())
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
         processor = partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
@@ -277,23 +280,32 @@ class Learner:
         self._trial.set(on)
 
     def save(self, folder: Path) -> None:
-        """Write the training state into an existing folder; rank 0 writes.
+        """`begin_save` and `end_save`."""
+        self.begin_save(folder)
+        self.end_save()
 
-        Raises OSError or SafetensorError on rank 0 if a file cannot be written.
+    def begin_save(self, folder: Path) -> None:
+        """Copy the training state to the host and begin to write it into an existing folder; rank 0 writes. The save
+        before must have ended.
+
+        Raises OSError or SafetensorError on rank 0 if the reference's file cannot be written.
         """
-        with ExitStack() as after:
-            if self._reference is not None:
-                # also after a failed write, because the other ranks gather the reference's tensors too
-                after.callback(self._reference.save, folder, is_writer=self.world.rank == 0)
-            save_training_state(
-                folder,
-                version=self.version,
-                parameters=self._parameters,
-                optimizer=self._optimizer,
-                schedule=self._schedule,
-                settings=OptimizerSettings.from_config(self.cfg),
-                is_writer=self.world.rank == 0,
-            )
+        write = training_state_files(
+            version=self.version,
+            parameters=self._parameters,
+            optimizer=self._optimizer,
+            schedule=self._schedule,
+            settings=OptimizerSettings.from_config(self.cfg),
+            is_writer=self.world.rank == 0,
+        )
+        if self._reference is not None:
+            self._reference.save(folder, is_writer=self.world.rank == 0)
+        self._writing = self._files.submit(write, folder)
+
+    def end_save(self) -> None:
+        """See `tora.protocols.Learner`."""
+        if self._writing is not None:
+            self._writing.result()
 
     def restore(self, folder: Path) -> None:
         """Continue from what `save` wrote, on any number of ranks; before the first step only.

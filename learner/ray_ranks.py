@@ -30,6 +30,7 @@ from tora.types import MicroBatch, PolicySnapshot, SnapshotRef, StepResult, Trai
 _WARN_UNPLACED_AFTER_S = 60
 _DEATH_NOTICE_S = 10
 _BEAT, _BEAT_EVERY_S = "beat", 2.0
+_FILES = "files"
 _log = logging.getLogger(__name__)
 
 
@@ -78,9 +79,14 @@ class LearnerRank(Learner):
         with told(), self._watchdog.watching():
             super().try_out(on)
 
-    def save(self, folder: Path) -> None:
+    def begin_save(self, folder: Path) -> None:
         with told(), self._watchdog.watching():
-            super().save(folder)
+            super().begin_save(folder)
+
+    def end_save(self) -> None:
+        """Answered by a thread of its own, so that steps go on meanwhile."""
+        with told():
+            super().end_save()
 
     def restore(self, folder: Path) -> None:
         with told(), self._watchdog.watching():
@@ -114,7 +120,8 @@ class LearnerGroup:
         while not self._placement.wait(_WARN_UNPLACED_AFTER_S):
             told = "the learner is waiting for room in the cluster: it needs %d x %s; free: %s"
             _log.warning(told, count, bundle, ray.available_resources())
-        remote = ray.remote(concurrency_groups={_BEAT: 1})(LearnerRank)  # pyright: ignore[reportCallIssue]  Ray has it
+        threads = {_BEAT: 1, _FILES: 1}
+        remote = ray.remote(concurrency_groups=threads)(LearnerRank)  # pyright: ignore[reportCallIssue]  Ray has it
         self._ranks = [
             remote.options(
                 num_cpus=1,
@@ -230,8 +237,19 @@ class LearnerGroup:
         versions = self._get([version for _, version in answers])
         return SnapshotRef(versions[0], answers[0][0])
 
-    def save(self, folder: Path) -> None:
-        self._call_all("save", folder)
+    def begin_save(self, folder: Path) -> None:
+        self._call_all("begin_save", folder)
+
+    def end_save(self) -> None:
+        """Waits for rank 0, which writes; its death shows in the other calls too, which then end the learner."""
+        try:
+            ray.get(self._ranks[0].end_save.options(concurrency_group=_FILES).remote())
+        except RayActorError as error:
+            raise LearnerLost("the learner is lost while it writes a checkpoint") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, Exception):
+                raise error.cause from error
+            raise
 
     def restore(self, folder: Path) -> None:
         self._call_all("restore", folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from tora.errors import ConfigError
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "learner.json"
 
 
-def save_training_state(
-    folder: Path,
+def training_state_files(
     *,
     version: int,
     parameters: Mapping[str, torch.nn.Parameter],
@@ -28,13 +27,13 @@ def save_training_state(
     schedule: Any,
     settings: OptimizerSettings,
     is_writer: bool,
-) -> None:
-    """Collective; the rank with `is_writer` writes full tensors, so that any number of ranks can resume from them."""
-    state, weights = full_state(optimizer), _on_cpu(gather(parameters))
+) -> Callable[[Path], None]:
+    """Collective. Copies the state to the host; the result writes it into a folder, at any time and in any thread. The
+    rank with `is_writer` has full tensors, so that any number of ranks can resume from them; others write nothing."""
+    state, full = full_state(optimizer), gather(parameters)
     if not is_writer:
-        return
-    save_file(weights, folder / _WEIGHTS)
-    save_file({**_on_cpu(state.tensors), "rng": torch.get_rng_state()}, folder / _OPTIMIZER)
+        return lambda folder: None
+    weights, tensors = _copies(full), {**_copies(state.tensors), "rng": torch.get_rng_state()}
     document = {
         "version": version,
         "param_groups": plain(optimizer.state_dict()["param_groups"]),
@@ -42,18 +41,20 @@ def save_training_state(
         "schedule": {k: v for k, v in plain(schedule.state_dict()).items() if k != "lr_lambdas"},
         "settings": asdict(settings),
     }
-    (folder / _STATE).write_text(json.dumps(document))
+    text = json.dumps(document)
+
+    def write(folder: Path) -> None:
+        save_file(weights, folder / _WEIGHTS)
+        save_file(tensors, folder / _OPTIMIZER)
+        (folder / _STATE).write_text(text)
+
+    return write
 
 
-def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies where tensors share memory, as bitsandbytes' maps do, which safetensors refuses."""
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.cpu().contiguous()
-        found[name] = own.clone() if own.data_ptr() in seen else own
-        seen.add(own.data_ptr())
-    return found
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the host, which the next step does not change. Tensors that share memory, as bitsandbytes' maps do, which
+    safetensors refuses, no longer do."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

@@ -146,8 +146,14 @@ class Learner(Protocol):
         """Add noise to every adapter's B, or take it away again to the bit."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write all training state into `folder`, for `restore`."""
+    def begin_save(self, folder: Path) -> None:
+        """Begin to write all training state into `folder`, for `restore`. Returns once later steps no longer change
+        it."""
+        ...
+
+    def end_save(self) -> None:
+        """Returns once the files that `begin_save` began are written. May be called from another thread than the other
+        methods. Raises OSError or SafetensorError if one cannot be written."""
         ...
 
     def restore(self, folder: Path) -> None:

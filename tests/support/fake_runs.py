@@ -53,7 +53,9 @@ class FakeLearner:
     def try_out(self, on: bool) -> None:
         raise AssertionError("the canary is off")
 
-    def save(self, folder: Path) -> None:
+    def end_save(self) -> None: ...
+
+    def begin_save(self, folder: Path) -> None:
         (folder / "version").write_text(str(self.version))
         self.saved.append(self.version)
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tora.run.loop import train
 from tora.run.manifest import MANIFEST, damage, seal
 from tora.run.recovery import train_and_export
 from tora.run.run import Run
-from tora.types import Metrics, RolloutState, SnapshotRef, TrainBatch
+from tora.types import Metrics, RolloutState, SnapshotRef, StepResult, TrainBatch
 
 
 def write(folder: Path, steps: list[int], keep: int = 9) -> Checkpoints:
@@ -111,21 +112,28 @@ def test_a_seal_covers_folders_within_and_ignores_what_is_added(tmp_path: Path) 
 class FullDisk(FakeLearner):
     """Cannot write its files at some versions."""
 
-    def __init__(self, error: Exception, *versions: int) -> None:
+    def __init__(self, error: Exception, *versions: int, later: bool) -> None:
+        """`later`: it shows while the run trains on."""
         super().__init__()
-        self._error, self._versions = error, versions
+        self._error, self._versions, self._later, self._begun = error, versions, later, 0
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        if self.version in self._versions:
+    def begin_save(self, folder: Path) -> None:
+        super().begin_save(folder)
+        if self.version in self._versions and not self._later:
+            raise self._error
+        self._begun = self.version
+
+    def end_save(self) -> None:
+        if self._begun in self._versions:
             raise self._error
 
 
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
 )
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, error: Exception) -> None:
-    run = make_run(tmp_path, [FullDisk(error, 2, 3)])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, error: Exception, later: bool) -> None:
+    run = make_run(tmp_path, [FullDisk(error, 2, 3, later=later)])
     run.cfg, run.log = dataclasses.replace(run.cfg, checkpoint=CheckpointConfig(every=1)), Warnings()
     train_and_export(run)
     assert [s.split(":")[0] for s in run.log.sentences] == ["no checkpoint of step 2", "no checkpoint of step 3"]
@@ -207,8 +215,51 @@ def test_nothing_is_saved_that_is_there_or_wrong_or_shared(tmp_path: Path) -> No
         assert sorted(p.name for p in run.folder.glob("checkpoints/*")) == expected
 
 
+class SlowToWrite(FakeLearner):
+    """A file takes half a second."""
+
+    def __init__(self, *, lost_at: int | None = None) -> None:
+        super().__init__()
+        self.writing, self.steps_meanwhile, self._lost_at = False, 0, lost_at
+
+    def step(self, batch: TrainBatch) -> StepResult:
+        self.steps_meanwhile += self.writing
+        return super().step(batch)
+
+    def begin_save(self, folder: Path) -> None:
+        assert not self.writing, "the next save waits for the one before"
+        self.writing = True
+        super().begin_save(folder)
+
+    def end_save(self) -> None:
+        time.sleep(0.5)
+        self.writing = False
+        if self.saved[-1] == self._lost_at:
+            raise LearnerLost("one of its ranks died")
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    learner = SlowToWrite()
+    run = make_run(tmp_path, [learner])
+    began = time.perf_counter()
+    train_and_export(run)
+    assert learner.steps_meanwhile == 3, "3 and 4 beside the checkpoint of step 2, and 5 beside that of 4"
+    assert time.perf_counter() - began >= 1.5 and not learner.writing, "the run's end waits for the last"
+    assert names(tmp_path) == ["step_000004", "step_000005"]
+    state = run.checkpoints.read(run.checkpoints.folder_of(4), make_prompt)
+    assert (state.step, state.rollouts.cursor) == (4, 4), "as it was when the save began"
+
+
+def test_a_learner_that_is_lost_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    learners: list[FakeLearner] = [SlowToWrite(lost_at=4), FakeLearner()]
+    run = make_run(tmp_path, learners)
+    train_and_export(run)
+    assert names(tmp_path) == ["step_000004", "step_000005"] and run.state.step == 5
+    assert isinstance(run.rollouts, FakeRollouts) and "rewind 2" in run.rollouts.events
+
+
 class LostWhileSaving(FakeLearner):
-    def save(self, folder: Path) -> None:
+    def begin_save(self, folder: Path) -> None:
         raise LearnerLost("one of its ranks died")
 
 

@@ -8,7 +8,8 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from tora.errors import ConfigError
@@ -57,10 +58,13 @@ class Checkpoints:
         """`is_writer`: this rank writes. Every rank must call `save`, which is collective for the learners."""
         self._folder, self._keep, self.is_writer = folder, keep, is_writer
         self._damaged: list[Path] = []
+        self._files = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
 
     def newest(self) -> Path | None:
-        """The newest intact checkpoint; newer ones that are damaged are named in a warning, once each. None if there
-        is no intact one."""
+        """The newest intact checkpoint, after the one that is being written; newer ones that are damaged are named in a
+        warning, once each. None if there is no intact one."""
+        self.wait()
         for folder in reversed(self._all()):
             clause = damage_of(folder)
             if clause is None:
@@ -98,18 +102,49 @@ class Checkpoints:
         return sorted((path for path in self._folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
 
     def save(self, state: RunState, learner: Learner, *, replaces: bool = True) -> None:
-        """`replaces`: it takes the place of the oldest one kept. False deletes none.
+        """`begin` and `end`. Raises OSError or SafetensorError if it cannot be written; the checkpoints before it stay
+        as they are."""
+        self.begin(state, learner, replaces=replaces)
+        self.end()
 
-        Raises OSError or SafetensorError if it cannot be written; the checkpoints before it stay as they are.
+    def begin(self, state: RunState, learner: Learner, *, replaces: bool = True) -> None:
+        """Begin to write a checkpoint of what there is now, after the one that is being written. `replaces`: it takes
+        the place of the oldest one kept. False deletes none.
+
+        Raises what the save before did.
         """
+        self.end()
         final = self.folder_of(state.step)
         temporary = self._folder / f".{final.name}"
         if not self.is_writer:
-            learner.save(temporary)
+            learner.begin_save(temporary)
             return
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that died while writing
         try:
-            self._write(temporary, state, learner)
+            temporary.mkdir(parents=True)
+            learner.begin_save(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        held = replace(state, rollouts=replace(state.rollouts))
+        self._writing = self._files.submit(self._finish, temporary, final, held, learner, replaces)
+
+    def end(self) -> None:
+        """Returns once nothing is being written. Raises what the last `begin` could not write, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def wait(self) -> None:
+        """Returns once nothing is being written, and leaves it to `end` to say what could not be."""
+        if self._writing is not None:
+            wait([self._writing])
+
+    def _finish(self, temporary: Path, final: Path, state: RunState, learner: Learner, replaces: bool) -> None:
+        """In a thread of its own."""
+        try:
+            learner.end_save()
+            self._write(temporary, state)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except BaseException:
@@ -117,15 +152,10 @@ class Checkpoints:
             raise
         sync_folder(self._folder)
         for old in self._all()[: -self._keep] if replaces else ():
-            try:
-                shutil.rmtree(old)
-            except OSError as error:
-                _log.warning("checkpoint %s stays, as it cannot be removed: %s", old, error)
+            shutil.rmtree(old)
 
     @staticmethod
-    def _write(temporary: Path, state: RunState, learner: Learner) -> None:
-        temporary.mkdir(parents=True)
-        learner.save(temporary)
+    def _write(temporary: Path, state: RunState) -> None:
         save_groups(temporary, state.rollouts.finished)
         document = {
             "run_id": state.run_id,

@@ -96,6 +96,7 @@ def train(run: Run) -> Outcome:
                 run.push()
         if last:
             break
+    run.end_save()
     seconds = time.perf_counter() - start
     return Outcome(
         before=evaluations.before,

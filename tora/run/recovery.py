@@ -29,6 +29,13 @@ def train_and_export(run: Run) -> Outcome:
     the config's optimizer, schedule or loss raises, and LearnerLost if a learner is lost after
     `max_learner_restarts` restarts from one checkpoint; `run.state` is then that of the newest checkpoint.
     """
+    try:
+        return _train_and_export(run)
+    finally:
+        run.checkpoints.wait()
+
+
+def _train_and_export(run: Run) -> Outcome:
     limit, losses, restarted_from = run.cfg.max_learner_restarts, 0, -1
     while True:
         try:
@@ -43,12 +50,15 @@ def train_and_export(run: Run) -> Outcome:
         except (RolloutError, ConfigError):
             with suppress(LearnerLost):
                 run.save_after_failure()  # the learner is sound: rollouts, a reward or a row of the data ended the run
+                run.end_save()
             raise
         except ComponentError as error:
             folder = run.checkpoints.newest()  # an update half made is not worth saving
             how = f"resume_from_checkpoint=true continues from {folder.name}" if folder else "no checkpoint yet"
             raise ComponentError(f"{error} in step {run.state.step + 1}; {how}.") from error
         except LearnerLost as error:
+            with suppress(Exception):
+                run.checkpoints.end()  # one that it was writing is lost with it
             folder = run.checkpoints.newest()
             run.state.assign(run.checkpoints.read(folder, run.prompt_at) if folder else RunState())
             losses = losses + 1 if run.state.step == restarted_from else 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -72,6 +73,8 @@ class Run:
 
     uploads: Uploads | None = None
     """Of the rank that uploads policies to the hub."""
+    _saving: int = field(default=0, init=False)
+    """The step of the checkpoint that is being written."""
 
     @property
     def result_folder(self) -> Path:
@@ -138,14 +141,27 @@ class Run:
             self.save(replaces=False)
 
     def save(self, *, replaces: bool) -> None:
-        """Write a checkpoint; one that the disk does not take is left out with a warning, and the run goes on.
+        """Begin to write a checkpoint; one that the disk does not take is left out with a warning, now or at the next
+        save, and the run goes on.
 
-        `replaces`: see `Checkpoints.save`.
+        `replaces`: see `Checkpoints.begin`.
         """
+        self.end_save()
+        self.state.rollouts = self.rollouts.state()
+        with self._unsaved(self.state.step):
+            self.checkpoints.begin(self.state, self.learner, replaces=replaces)
+            self._saving = self.state.step
+
+    def end_save(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        with self._unsaved(self._saving):
+            self.checkpoints.end()
+
+    @contextmanager
+    def _unsaved(self, step: int) -> Iterator[None]:
         from safetensors import SafetensorError
 
-        self.state.rollouts = self.rollouts.state()
         try:
-            self.checkpoints.save(self.state, self.learner, replaces=replaces)
+            yield
         except (OSError, SafetensorError) as error:
-            self.log.warning(f"no checkpoint of step {self.state.step}: {error}")
+            self.log.warning(f"no checkpoint of step {step}: {error}")
