@@ -285,15 +285,15 @@ class AsyncRollouts:
 
     def _metrics(self) -> Metrics:
         counts = {
-            "ready": self._buffer.num_ready,
-            "prompts_dropped": self._prompts.take_dropped(),
-            "in_flight": self._buffer.num_in_flight,
-            "workers": len(self._seats_up()),
-            "workers_lost": self._losses,
-            "groups_rerun": self._reruns,
-            "groups_aborted": self._aborted,
+            "rollout/ready": self._buffer.num_ready,
+            "rollout/prompts_dropped": self._prompts.take_dropped(),
+            "rollout/in_flight": self._buffer.num_in_flight,
+            "rollout/workers": len(self._seats_up()),
+            "rollout/workers_lost": self._losses,
+            "rollout/groups_rerun": self._reruns,
+            "rollout/groups_aborted": self._aborted,
         }
-        return {f"rollout/{name}": float(count) for name, count in counts.items()}
+        return {name: float(count) for name, count in counts.items()}
 
     # Snapshots, evaluation, log-probs
 
