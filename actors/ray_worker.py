@@ -17,6 +17,7 @@ from actors.worker import RolloutWorker
 from tora.config.components import import_from
 from tora.config.schema import RunConfig
 from tora.distributed.ray_logs import keep_log
+from tora.distributed.versions import differences, installed
 from tora.errors import SnapshotLost, WorkerLost, portable_errors
 from tora.protocols import Occupancy
 from tora.types import GroupResult, LogprobRequest, PolicySnapshot, Prompt, SnapshotRef, SyncReport
@@ -36,6 +37,9 @@ class RolloutActor(RolloutWorker):
     def ping(self) -> int:
         """This process's id, as soon as the cluster has placed this actor."""
         return os.getpid()
+
+    def versions(self) -> dict[str, str]:
+        return installed()
 
     def build(self, arguments: Mapping[str, Any], folders: Sequence[str]) -> None:
         """`folders`: to import components from."""
@@ -80,6 +84,8 @@ class RayWorker:
             free = await asyncio.to_thread(ray.available_resources)
             _log.warning("a rollout worker is waiting for room in the cluster: it needs %s; free: %s", needs, free)
         self._pid = await placed
+        if clause := differences(installed(), await _result(self._actor.versions.remote())):
+            _log.warning("the node of a rollout worker %s", clause)
         try:
             await asyncio.wait_for(_result(self._actor.build.remote(self._arguments, self._folders)), limit_s)
         except TimeoutError as error:

@@ -24,6 +24,7 @@ from tora.config.components import import_from
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import STORE_KEY
 from tora.distributed.ray_logs import keep_log
+from tora.distributed.versions import differences, installed
 from tora.errors import LearnerLost, TrainingError
 from tora.types import MicroBatch, PolicySnapshot, SnapshotRef, StepResult, TrainBatch
 
@@ -43,6 +44,9 @@ class LearnerRank(Learner):
 
     def pid(self) -> int:
         return os.getpid()
+
+    def versions(self) -> dict[str, str]:
+        return installed()
 
     def beat(self) -> None:
         """Answered by a thread of its own, whatever the rank does, unless its process is stopped as a whole."""
@@ -136,6 +140,9 @@ class LearnerGroup:
         """By rank: a heartbeat that is not answered yet, and when it was sent."""
         self._pids = self._get([rank.pid.remote() for rank in self._ranks])
         locations = self._get([rank.location.remote() for rank in self._ranks])
+        there = self._get([rank.versions.remote() for rank in self._ranks])
+        for clause in sorted({differences(installed(), versions) for versions in there} - {""}):
+            _log.warning("the node of a learner rank %s", clause)
         self._booted = [
             rank.boot.remote(cfg, variables)
             for rank, variables in zip(self._ranks, torchrun_variables(locations), strict=True)
