@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from adapters import shake
 from comparisons import compare
 from learners import config, weights
 from tiny import make_text_model, make_vl_model
@@ -15,7 +16,8 @@ from transformers import Qwen3VLForConditionalGeneration
 from vision_learners import LOSS, SGD, SHOWN, batch_of, check_gradients, hand_made, vision_groups, vl_config
 
 from learner.learner import Learner
-from tora.adapters.inject import trained_parameters
+from tora.adapters.inject import from_wire, trained_parameters
+from tora.adapters.snapshot import unpack
 from tora.errors import ConfigError
 from tora.types import TrainBatch
 
@@ -109,3 +111,24 @@ def test_a_text_model_has_no_tower_to_train(tmp_path: Path, folder: Path) -> Non
         Learner(vl_config(text, "lora", "lora"))
     with pytest.raises(ValueError, match="prompts have images, but the model takes none"):
         Learner(config(text)).step(batch_of(vision_groups(folder)))
+
+
+@pytest.mark.parametrize("train_vision", ["none", "lora"])
+def test_both_implementations_of_a_vision_model_agree(folder: Path, train_vision: str) -> None:
+    """Log-probs, metrics and the adapters after two steps."""
+    found = []
+    for implementation in ("native", "transformers"):
+        changes = {"implementation": implementation}
+        learner = Learner(vl_config(folder, "dora_cache", train_vision, loss=KL, optimizer=SGD, model=changes))
+        if found:
+            from_wire(learner.model, found[0][0])
+        else:
+            shake(learner.model)
+        start, groups = unpack(learner.snapshot()), vision_groups(folder)
+        metrics = [learner.step(batch_of(groups, capacity=200)).metrics for _ in range(2)]
+        found.append((start, metrics, unpack(learner.snapshot())))
+    (_, native, adapters), (_, generic, others) = found
+    for ours, theirs in zip(native, generic, strict=True):
+        for name, value in ours.items():
+            assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    compare(adapters, others)

@@ -1,7 +1,7 @@
 """The table of `docs/models.md`: what holds for each family that runs transformers' code, on a tiny random model.
 
     python -m tora.bench.models            # print the table
-    python -m tora.bench.models --write    # put it into docs/models.md
+    python -m tora.bench.models --write    # put it into docs/models.md, row by row
     python -m tora.bench.models --vllm     # also serve each family with vLLM, which takes a minute each
 
 A cell is the largest difference of a token's log-prob in float32, in nats: of `packed` from transformers' plain forward
@@ -11,10 +11,11 @@ of the same model, of an engine from the learner. Methods have an x where a trai
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,34 @@ import numpy as np
 import torch
 
 from learner.learner import Learner
-from learner.logprobs import token_logprobs
 from tora.adapters.inject import refresh, trained_parameters
 from tora.adapters.targets import target_leaves
 from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
 from tora.bench.families import FAMILIES, write_family
+from tora.bench.vision_families import VISION_FAMILIES, write_vision_family
 from tora.config.schema import ALL_LINEAR, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
 from tora.launch.engines import make_vllm_engine, shared_torch_engine
 from tora.launch.in_process import check_in_process
-from tora.models.attention import PackedAttention
-from tora.models.load import load_decoder
+from tora.launch.servable import vllm_gap as unservable
+from tora.models.vision.processor import ImageProcessor
 from tora.protocols import Engine
-from tora.types import Completion, PolicySnapshot, Prompt, Rollout, SampleRequest, Sampling, StopReason, SyncReport
+from tora.types import (
+    Completion,
+    MicroBatch,
+    PolicySnapshot,
+    Prompt,
+    Rollout,
+    SampleRequest,
+    Sampling,
+    StopReason,
+    SyncReport,
+)
 
 _PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _BEGIN, _END = "<!-- begin: python -m tora.bench.models --write -->\n", "<!-- end -->\n"
+_NOT_RUN = "not run"
 _METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_type": "lora"},
     "DoRA": {"lora_type": "dora_cache"},
@@ -63,25 +75,69 @@ def make_config(folder: Path, engine: str, **model: Any) -> RunConfig:
     )
 
 
+def takes_images(name: str) -> bool:
+    return name in VISION_FAMILIES
+
+
+def write(folder: Path, name: str) -> Path:
+    """Write a family's model."""
+    return write_vision_family(folder, name) if takes_images(name) else write_family(folder, name)
+
+
+def prompts_of(folder: Path, name: str) -> list[Prompt]:
+    """Three prompts; of a model that takes images, one with none, one with one and one with two."""
+    if not takes_images(name):
+        return _PROMPTS
+    processor, prompts = ImageProcessor(folder), []
+    for number in range(3):
+        images = tuple(_picture(40 + 8 * i, 24 + 8 * number) for i in range(number))
+        words = {"type": "text", "text": f" and {number}?"}
+        parts = [part for _ in images for part in ({"type": "image"}, words)] or [words]
+        ids = processor.encode([{"role": "user", "content": parts}], images)
+        prompts.append(Prompt(number, ids, "", {}, images))
+    return prompts
+
+
+def _picture(width: int, height: int) -> bytes:
+    """A PNG of noise."""
+    from PIL import Image
+
+    noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def _sequences(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> MicroBatch:
+    """Each prompt with its completion, packed."""
+    sequences = [
+        (p, Rollout(c.token_ids, c.versions >= 0, c.logprobs, c.versions, StopReason.LENGTH, "", 0.0, {}), 1.0, i)
+        for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
+    ]
+    return pack(OwnPrompts(), sequences, [1.0] * len(sequences))
+
+
 @torch.no_grad()
-def packed_gap(folder: Path) -> float:
-    """Of log-probs from packed documents, against transformers' plain forward of each."""
-    from transformers import AutoModelForCausalLM
+def packed_gap(folder: Path, name: str) -> float:
+    """Of the learner's log-probs of packed documents, against transformers' plain forward of each."""
+    import transformers
 
-    reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    device = torch.device("cpu")
-    model = load_decoder(folder, dtype=torch.float32, device=device, implementation="transformers")
-    documents = [torch.tensor(prompt.token_ids) for prompt in _PROMPTS]
-    tokens, lengths = torch.cat(documents), torch.tensor([len(document) for document in documents])
-    places, targets = torch.cat([torch.arange(int(n)) for n in lengths]), tokens.roll(-1)
-
-    def finish(hidden_1TH: torch.Tensor) -> torch.Tensor:
-        found, _ = token_logprobs(hidden_1TH[0], model.head, targets, temperature=1.0, logit_map=model.logit_map)
-        return found
-
-    ours = model(tokens[None], positions=places[None], attend=PackedAttention(lengths), output_fn=finish)
-    logits = torch.cat([reference(document[None]).logits[0] for document in documents])
-    return float((ours - logits.log_softmax(1).gather(1, targets[:, None])[:, 0]).abs().max())
+    images = takes_images(name)
+    auto: Any = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
+    reference = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    processor = ImageProcessor(folder) if images else None
+    prompts, ids = prompts_of(folder, name), np.arange(60, 84)
+    nothing, versions = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int64)
+    completions = [Completion(ids + 7 * i, nothing, nothing, versions, False) for i in range(len(prompts))]
+    learner = Learner(make_config(folder, "torch", **_METHODS["LoRA"]))
+    ours = learner.logprobs(_sequences(prompts, completions), adapter=False)
+    theirs = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        whole = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
+        own = processor.inputs_for(whole, prompt.images) if processor is not None else {"input_ids": whole}
+        logits = reference(**own).logits[0, len(prompt.token_ids) - 1 : -1]
+        theirs.append(logits.log_softmax(1).gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0])
+    return float(np.abs(ours - torch.cat(theirs).numpy()).max())
 
 
 @torch.no_grad()
@@ -93,29 +149,25 @@ def randomize_adapter(learner: Learner, seed: int) -> None:
     refresh(learner.model)
 
 
-def engine_gap(engine: Engine | _Elsewhere, learner: Learner, version: int) -> float:
+def engine_gap(engine: Engine | _Elsewhere, learner: Learner, version: int, prompts: Sequence[Prompt]) -> float:
     """Of the log-probs that an engine reports while it samples with a random adapter, against the learner's."""
     randomize_adapter(learner, version)
     learner.version = version
     engine.install(learner.snapshot())
-    groups = engine.generate([SampleRequest(p.token_ids, 2, p.id, Sampling(24), p.images) for p in _PROMPTS])
-    sampled = [(prompt, c) for prompt, group in zip(_PROMPTS, groups, strict=True) for c in group]
-    sequences = [
-        (p, Rollout(c.token_ids, c.versions >= 0, c.logprobs, c.versions, StopReason.LENGTH, "", 0.0, {}), 1.0, i)
-        for i, (p, c) in enumerate(sampled)
-    ]
-    batch = pack(OwnPrompts(), sequences, [1.0] * len(sequences))
+    groups = engine.generate([SampleRequest(p.token_ids, 2, p.id, Sampling(24), p.images) for p in prompts])
+    sampled = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
+    batch = _sequences(*zip(*sampled, strict=True))
     return float(np.abs(learner.logprobs(batch, adapter=True) - batch.actor_logprobs_N).max())
 
 
-def torch_gap(folder: Path, method: str) -> float | str:
+def torch_gap(folder: Path, name: str, method: str) -> float | str:
     """`engine_gap` of the torch engine; what refuses the method, if anything does."""
     cfg = make_config(folder, "torch", **_METHODS[method])
     try:
         learner = Learner(cfg, shares_model=True)
     except ConfigError as error:
         return str(error)
-    return engine_gap(shared_torch_engine(cfg, learner), learner, 1)
+    return engine_gap(shared_torch_engine(cfg, learner), learner, 1, prompts_of(folder, name))
 
 
 class _Elsewhere:
@@ -150,9 +202,11 @@ def _call(method: str, *args: Any) -> Any:
     return getattr(_engine[0], method)(*args)
 
 
-def vllm_gap(folder: Path) -> float:
-    """The larger `engine_gap` of vLLM with LoRA and with DoRA."""
-    cfg = make_config(folder, "vllm", **_METHODS["DoRA"])
+def vllm_gap(folder: Path, name: str) -> float | str:
+    """The larger `engine_gap` of vLLM with LoRA and with DoRA; what refuses it, if anything does."""
+    cfg, prompts = make_config(folder, "vllm", **_METHODS["DoRA"]), prompts_of(folder, name)
+    if gap := unservable(cfg):
+        return gap
     try:
         check_in_process(cfg)
         engine = make_vllm_engine(cfg, gpu_share=0.5)
@@ -160,46 +214,62 @@ def vllm_gap(folder: Path) -> float:
         engine = _Elsewhere(cfg)
     try:
         learners = [Learner(make_config(folder, "vllm", **_METHODS[m])) for m in ("LoRA", "DoRA")]
-        return max(engine_gap(engine, learner, version) for version, learner in enumerate(learners))
+        return max(engine_gap(engine, learner, version, prompts) for version, learner in enumerate(learners))
     finally:
         engine.close()
 
 
 def row(name: str, *, with_vllm: bool, folder: Path) -> list[str]:
     """One family's cells."""
-    write_family(folder, name)
-    gaps = {method: torch_gap(folder, method) for method in _METHODS}
+    write(folder, name)
+    gaps = {method: torch_gap(folder, name, method) for method in _METHODS}
     numbers = [gap for gap in gaps.values() if isinstance(gap, float)]
     methods = ["refused" if isinstance(gap, str) else "x" if gap < 1e-4 else f"{gap:.0e}" for gap in gaps.values()]
-    vllm = f"{vllm_gap(folder):.0e}" if with_vllm else "not run"
+    vllm = vllm_gap(folder, name) if with_vllm else _NOT_RUN
+    served = f"{vllm:.0e}" if isinstance(vllm, float) else _NOT_RUN if vllm == _NOT_RUN else "refused"
     layers = f"`{' '.join(target_leaves(make_config(folder, 'torch').model))}`"
+    title = VISION_FAMILIES[name].title if takes_images(name) else FAMILIES[name].title
+    takes = "text, images" if takes_images(name) else "text"
     worst = max(numbers, default=math.nan)
-    return [FAMILIES[name].title, layers, *methods, f"{packed_gap(folder):.0e}", f"{worst:.0e}", vllm]
+    return [title, takes, layers, *methods, f"{packed_gap(folder, name):.0e}", f"{worst:.0e}", served]
 
 
-def table(names: Sequence[str], *, with_vllm: bool) -> str:
-    """The table in Markdown."""
-    head = ["family", "layers with adapters", *_METHODS, "packed", "torch", "vLLM"]
-    rows = []
+def rows(names: Sequence[str], *, with_vllm: bool) -> Iterator[list[str]]:
+    """The cells of each family."""
     for name in names:
         with tempfile.TemporaryDirectory(prefix="tora-models-") as folder:
-            rows.append(row(name, with_vllm=with_vllm, folder=Path(folder)))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *rows])
+            yield row(name, with_vllm=with_vllm, folder=Path(folder))
+
+
+def table(found: Sequence[Sequence[str]]) -> str:
+    """The table in Markdown."""
+    head = ["family", "takes", "layers with adapters", *_METHODS, "packed", "torch", "vLLM"]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *found])
+
+
+def merged(page: str, found: Sequence[list[str]]) -> str:
+    """The page with these rows in its table, in place of those of the same families. A cell of vLLM that was not run
+    stays as it is on the page."""
+    before, _, rest = page.partition(_BEGIN)
+    old, _, after = rest.partition(_END)
+    lines = [line.strip("|").split("|") for line in old.splitlines() if line.startswith("|")][2:]
+    kept = {cells[0]: cells for cells in ([cell.strip() for cell in line] for line in lines)}
+    for cells in found:
+        has_vllm = cells[-1] != _NOT_RUN or cells[0] not in kept
+        kept[cells[0]] = cells if has_vllm else [*cells[:-1], kept[cells[0]][-1]]
+    return f"{before}{_BEGIN}\n{table([*kept.values()])}\n{_END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tora.bench.models", description=__doc__)
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), help="which (default: all)")
+    parser.add_argument("families", nargs="*", default=[*FAMILIES, *VISION_FAMILIES], help="which (default: all)")
     parser.add_argument("--vllm", action="store_true", help="serve each family with vLLM too")
-    parser.add_argument("--write", action="store_true", help="replace the table in docs/models.md")
+    parser.add_argument("--write", action="store_true", help="put each row into docs/models.md as it is found")
     args = parser.parse_args()
-    text = table(args.families, with_vllm=args.vllm)
-    print(text, end="")
-    if args.write:
-        page = _PAGE.read_text()
-        before, _, rest = page.partition(_BEGIN)
-        _, _, after = rest.partition(_END)
-        _PAGE.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+    for cells in rows(args.families, with_vllm=args.vllm):
+        print(f"| {' | '.join(cells)} |", flush=True)
+        if args.write:
+            _PAGE.write_text(merged(_PAGE.read_text(), [cells]))
 
 
 if __name__ == "__main__":

@@ -129,10 +129,10 @@ class GenericDecoder(Decoder):
         assert images is None
         return output_fn(self._decode(positions, attend, input_ids=tokens))
 
-    def _decode(self, positions: torch.Tensor, attend: AttentionContext | None, **tokens: torch.Tensor) -> torch.Tensor:
+    def _decode(self, positions: torch.Tensor, attend: AttentionContext | None, **inputs: Any) -> torch.Tensor:
         """Hidden states after the final norm, [b, s, hidden], of `input_ids` or `inputs_embeds`."""
         ours = {} if attend is None else {_ATTEND: attend}
-        return self.hf.get_decoder()(position_ids=positions, use_cache=False, **tokens, **ours).last_hidden_state
+        return self.hf.get_decoder()(position_ids=positions, use_cache=False, **inputs, **ours).last_hidden_state
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:

@@ -107,13 +107,18 @@ class GenericVision(GenericDecoder):
             return super().forward(tokens, positions=positions, attend=attend, output_fn=output_fn)
         assert attend is not None
         h = self.hf.get_input_embeddings()(tokens)
-        features = self.hf.base_model.get_image_features(**images.pixels, return_dict=True).pooler_output
-        features_FH = torch.cat([each.flatten(0, -2) for each in features]).to(h.dtype)
-        features_MH = features_FH.index_select(0, images.feature_M)
-        h = h.flatten(0, 1).index_copy(0, images.index_M, features_MH).view_as(h)
+        seen = self.hf.base_model.get_image_features(**images.pixels, return_dict=True)
+        features_FH = torch.cat([each.flatten(0, -2) for each in seen.pooler_output]).to(h.dtype)
+        h = h.flatten(0, 1).index_copy(0, images.index_M, features_FH.index_select(0, images.feature_M)).view_as(h)
+        more: dict[str, Any] = {}
+        if deep := getattr(seen, "deepstack_features", None):  # of Qwen3-VL, to add after the first layers
+            placed = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
+            placed.view(-1)[images.index_M] = True
+            deep_MH = [torch.cat([*each]).index_select(0, images.feature_M) for each in deep]
+            more = {"visual_pos_masks": placed, "deepstack_visual_embeds": deep_MH}
         if images.blocks is not None:
             attend = BlockAttention(attend, images.blocks)
-        return output_fn(self._decode(positions, attend, inputs_embeds=h))
+        return output_fn(self._decode(positions, attend, inputs_embeds=h, **more))
 
     @classmethod
     def attention_settings(cls, name: str) -> Any:

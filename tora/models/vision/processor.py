@@ -186,6 +186,15 @@ class ImageProcessor:
         made = self._whole(text=[text], images=pictures, return_tensors="pt", add_special_tokens=False, **size)
         return dict(made)
 
+    def inputs_for(self, ids_1L: Any, images: Sequence[bytes]) -> dict[str, Any]:
+        """`model_inputs` for token ids that are a tensor already, and for any number of rows that share the images."""
+        if not images:
+            return {"input_ids": ids_1L}
+        inputs = self.model_inputs(" ".join([self._mark] * len(images)), images)
+        del inputs["attention_mask"]
+        kinds = {kind for kind in ("token_type_ids", "mm_token_type_ids") if kind in inputs}
+        return {**inputs, **dict.fromkeys(kinds, (ids_1L == self.image_token_id).int()), "input_ids": ids_1L}
+
     @property
     def mark(self) -> str:
         """What stands for an image in the text of a prompt."""
