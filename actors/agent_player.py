@@ -34,9 +34,11 @@ class AgentPlayer:
         *,
         max_context: int,
         gathers: bool,
+        host: str = "127.0.0.1",
     ) -> None:
         """`environments`: of `tora.environments.program.Program`. `max_context`: tokens of a conversation. `gathers`:
-        whether the engine runs one call at a time, so that requests that wait for it are put together."""
+        whether the engine runs one call at a time, so that requests that wait for it are put together. `host`: the
+        endpoint's address."""
         self.environments = environments
         self._template, self._max_context = template, max_context
         self._engine: Engine | None = None
@@ -50,7 +52,7 @@ class AgentPlayer:
                 parsers[key] = make_parser(tools)
             return parsers[key]
 
-        self._endpoint = Endpoint(self._generate, template, parser_of)
+        self._endpoint = Endpoint(self._generate, template, parser_of, host)
 
     @contextmanager
     def play(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from actors.continuation import derived_seed
 from actors.episode import Episode
@@ -34,9 +35,15 @@ class _Turn:
 class Asked:
     """A request that has its tokens."""
 
-    episode: Episode
     place: _Place
+    turn: _Turn | None
+    """The turn that it goes on from."""
+    messages: list[dict[str, Any]]
     request: SampleRequest
+
+
+class NoRoom(ValueError):
+    """The messages are as long as a conversation may be."""
 
 
 class AgentSession:
@@ -45,7 +52,7 @@ class AgentSession:
     def __init__(self, request: SampleRequest, session: Session, index: int, template: ChatTemplate) -> None:
         """`request`: the group's, for its seed and limits. `index`: the rollout's in its group."""
         self.request, self._session, self._index, self._template = request, session, index, template
-        self.episodes: list[Episode] = []
+        self._asked, self._is_finished = 0, False
         self._endings: dict[Episode, StopReason] = {}
         self._turns: dict[_Place, _Turn] = {}
         self._replies: set[Reply] = set()
@@ -64,32 +71,25 @@ class AgentSession:
                 context = self._template.encode(pieces[0])
             else:
                 context = turn.context + self._template.after_turn(pieces[-1], stopped=turn.stopped)
-            episode = self._episode_at(turn, context)
-            episode.messages += [dict(m) for m in messages[len(episode.messages) :]]
-            seed = derived_seed(self.request.seed, self._index, self.episodes.index(episode), len(context))
-            limit = episode.room if max_tokens is None else min(max_tokens, episode.room)
-            sampling = replace(self.request.sampling, max_tokens=limit)
+            first = len(self.request.token_ids)
+            if context[:first] != self.request.token_ids:
+                raise ValueError("the chat template begins a conversation in several ways")
+            room = self.request.sampling.max_tokens - (len(context) - first)
+            if room < 1:
+                raise NoRoom(f"the messages leave no room: {len(context)} tokens")
+            self._asked += 1
+            seed = derived_seed(self.request.seed, self._index, self._asked, len(context))
+            sampling = replace(self.request.sampling, max_tokens=room if max_tokens is None else min(max_tokens, room))
             request = SampleRequest(context, 1, seed, sampling, pinned=self.request.pinned)
-            return Asked(episode, (pieces, replies), request)
-
-    def _episode_at(self, turn: _Turn | None, context: tuple[int, ...]) -> Episode:
-        """The episode that has this context now: the turn's own if nothing has followed it, or a new one."""
-        episode = turn.episode if turn is not None and turn.episode.context == turn.context else None
-        if episode is None:
-            episode = Episode(self.request, self._session, self._index)
-        first = len(episode.context)
-        if context[:first] != episode.context:
-            raise ValueError("the chat template begins a conversation in several ways")
-        if not episode.add(context[first:]):
-            raise ValueError(f"the messages leave no room: {len(context)} tokens")
-        if episode not in self.episodes:
-            self.episodes.append(episode)
-        return episode
+            return Asked((pieces, replies), turn, [dict(m) for m in messages], request)
 
     def answer(self, asked: Asked, completion: Completion, message: Message) -> None:
-        """`message`: the turn as the program gets it."""
+        """`message`: the turn as the program gets it. Dropped if the session has ended: a program may leave before it
+        is answered, and what it did not wait for is not trained on."""
         with self._lock:
-            episode, (pieces, replies) = asked.episode, asked.place
+            if self._is_finished:
+                return
+            episode, (pieces, replies) = self._episode_of(asked), asked.place
             episode.take(completion)
             episode.messages.append(dict(message))
             episode.tool_calls += len(message.get("tool_calls") or ())
@@ -99,9 +99,22 @@ class AgentSession:
             self._turns[(pieces, (*replies, reply))] = _Turn(episode, episode.context, stopped)
             self._endings[episode] = StopReason.STOP if completion.stopped else StopReason.LENGTH
 
+    def _episode_of(self, asked: Asked) -> Episode:
+        """The episode that ends with what was asked: the turn's own if nothing has followed it, or a new one."""
+        turn, context = asked.turn, asked.request.token_ids
+        if turn is not None and turn.episode.context == turn.context:
+            episode = turn.episode
+        else:
+            episode = Episode(self.request, self._session, self._index)
+        has_room = episode.add(context[len(episode.context) :])
+        assert has_room, "`ask` has counted"
+        episode.messages += asked.messages[len(episode.messages) :]
+        return episode
+
     def finish(self) -> list[Episode]:
-        """The episodes with a turn, ended."""
+        """The episodes, ended. Nothing is asked or answered afterwards."""
         with self._lock:
+            self._is_finished = True
             for episode, ending in self._endings.items():
                 episode.stop_reason = ending
             return [*self._endings]

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint in front of a rollout worker's engine, on the loopback address.
+"""An OpenAI-compatible endpoint in front of a rollout worker's engine.
 
 Every episode has a session: a key, and an address `/sessions/KEY/v1` of its own; `/v1` with the key is the same. Chat
 completions are sampled as the run samples, whatever temperature is asked for, and recorded: `actors.agent_session`.
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from actors.agent_session import AgentSession
+from actors.agent_session import AgentSession, NoRoom
 from tora.environments.chat import ChatTemplate
 from tora.environments.tools import Parsed, ToolCall, ToolParser
 from tora.errors import ConfigError, RolloutError
@@ -34,8 +34,10 @@ class Endpoint:
         generate: Callable[[SampleRequest], Completion],
         template: ChatTemplate,
         make_parser: Callable[[list[dict[str, Any]]], ToolParser],
+        host: str = "127.0.0.1",
     ) -> None:
-        """`generate` is called from many threads. `make_parser`: from the tools that a request names.
+        """`generate` is called from many threads. `make_parser`: from the tools that a request names. `host`: the
+        address at which it listens, and which programs are told.
 
         Raises ConfigError if the web server is not installed, and RolloutError if it does not start.
         """
@@ -54,8 +56,8 @@ class Endpoint:
             for name, handler, method in (("/chat/completions", self._chat, "POST"), ("/models", self._models, "GET"))
         ]
         self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._socket.bind((host, 0))
+        self.address = f"http://{host}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(
             Starlette(routes=routes), log_level="error", lifespan="off", timeout_graceful_shutdown=1
         )
@@ -106,6 +108,8 @@ class Endpoint:
             body = await request.json()
             wanted = _checked(body)
             answer = await asyncio.get_running_loop().run_in_executor(self._threads, self._answer, session, *wanted)
+        except NoRoom as error:
+            return _refusal(400, str(error), "context_length_exceeded")
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # what a program sends may have any form
             return _refusal(
                 400, f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
@@ -113,7 +117,8 @@ class Endpoint:
         except Exception as error:  # of the engine, whose worker reports it too
             return _refusal(500, f"{type(error).__name__}: {error}")
         if body.get("stream"):
-            return StreamingResponse(_streamed(answer), media_type="text/event-stream")
+            with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+            return StreamingResponse(_streamed(answer, with_usage), media_type="text/event-stream")
         return JSONResponse(answer)
 
     def _answer(
@@ -142,6 +147,16 @@ class Endpoint:
         }
 
 
+def own_address() -> str:
+    """This machine's address in its network; the loopback address if it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address kept for documentation; nothing is sent
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]
+
+
 def _call(call: ToolCall) -> dict[str, Any]:
     function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
     return {"id": f"call_{secrets.token_hex(8)}", "type": "function", "function": function}
@@ -163,15 +178,16 @@ def _checked(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[s
     return messages, tools, most
 
 
-def _refusal(status: int, reason: str) -> Any:
+def _refusal(status: int, reason: str, code: str | None = None) -> Any:
+    """`code`: OpenAI's name for it, by which agents know what to do."""
     from starlette.responses import JSONResponse
 
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": reason, "type": kind, "code": None}}, status_code=status)
+    return JSONResponse({"error": {"message": reason, "type": kind, "code": code}}, status_code=status)
 
 
-async def _streamed(answer: dict[str, Any]) -> AsyncIterator[str]:
-    """The answer as a stream of two chunks: all of it, then why it ended."""
+async def _streamed(answer: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:
+    """The answer as a stream of two chunks: all of it, then why it ended; and of a third that counts its tokens."""
     (choice,) = answer["choices"]
     message = dict(choice["message"])
     if "tool_calls" in message:
@@ -180,4 +196,6 @@ async def _streamed(answer: dict[str, Any]) -> AsyncIterator[str]:
     for delta, finish in ((message, None), ({}, choice["finish_reason"])):
         chunk = {**same, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
         yield f"data: {json.dumps(chunk)}\n\n"
+    if with_usage:
+        yield f"data: {json.dumps({**same, 'choices': [], 'usage': answer['usage']})}\n\n"
     yield "data: [DONE]\n\n"

@@ -159,7 +159,7 @@ RUN = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["async_rl=false"])
+@pytest.mark.parametrize("schedule", ["async_rl=false", "async_rl=true"])
 def test_a_run_survives_them_all(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from actors.agent_player import AgentPlayer
 from actors.agent_session import AgentSession
-from actors.endpoint import Endpoint
+from actors.endpoint import Endpoint, own_address
 from actors.worker import RolloutWorker
 from learner.learner import Learner
 from tora.config.load import load_config
@@ -29,7 +29,7 @@ from tora.environments.processes import EnvironmentProcesses
 from tora.environments.tools import Parsed, ToolCall
 from tora.errors import ConfigError
 from tora.rewards.processes import RewardProcesses
-from tora.types import Group, Prompt, SampleRequest, Sampling
+from tora.types import Completion, Group, Prompt, SampleRequest, Sampling
 
 pytest.importorskip("uvicorn")
 PROGRAMS = '''
@@ -241,6 +241,65 @@ def test_what_the_endpoint_refuses(tokenizer) -> None:
     assert chat.finish() == []
     endpoint.end(key)
     assert post(url, key, {"messages": hello})[0] == 401
+    endpoint.close()
+
+
+def completion(*ids: int) -> Completion:
+    some = np.full(len(ids), -0.5, dtype=np.float32)
+    return Completion(np.array(ids), some, some, np.zeros(len(ids), dtype=np.int64), stopped=True)
+
+
+def test_what_a_program_did_not_wait_for_is_not_trained_on(tokenizer) -> None:
+    template = ChatTemplate(tokenizer, STOPS)
+    group: Any = None
+    chat = AgentSession(SampleRequest((template.first_token,), 1, 0, Sampling(300)), group, 0, template)
+    said = {"role": "assistant", "content": "a"}
+    hello = [{"role": "user", "content": "hello"}]
+    asked = chat.ask(hello, [], None)
+    chat.ask(hello, [], None)  # never answered
+    chat.answer(asked, completion(5, STOPS[0]), said)
+    more = [*hello, said, {"role": "user", "content": "more"}]
+    late = chat.ask(more, [], None)
+    assert late.request.token_ids[: len(asked.request.token_ids) + 2] == (*asked.request.token_ids, 5, STOPS[0])
+    assert late.request.seed != asked.request.seed
+    (episode,) = chat.finish()
+    tokens = episode.token_ids.tolist()
+    chat.answer(late, completion(6, STOPS[0]), said)
+    assert chat.finish() == [episode] and episode.token_ids.tolist() == tokens and tokens[-2:] == [5, STOPS[0]]
+    assert [m["content"] for m in episode.messages] == ["hello", "a"] and episode.turns == 1
+
+
+def test_two_answers_to_one_question_are_two_sequences(tokenizer) -> None:
+    """Asked at the same time, as a program that votes does."""
+    template = ChatTemplate(tokenizer, STOPS)
+    group: Any = None
+    chat = AgentSession(SampleRequest((template.first_token,), 1, 0, Sampling(300)), group, 0, template)
+    hello = [{"role": "user", "content": "hello"}]
+    first, second = chat.ask(hello, [], None), chat.ask(hello, [], None)
+    assert first.request.token_ids == second.request.token_ids and first.request.seed != second.request.seed
+    chat.answer(second, completion(6, STOPS[0]), {"role": "assistant", "content": "b"})
+    chat.answer(first, completion(5, STOPS[0]), {"role": "assistant", "content": "a"})
+    assert [e.token_ids.tolist()[-2:] for e in chat.finish()] == [[6, STOPS[0]], [5, STOPS[0]]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_endpoint_at_the_machines_own_address(tokenizer, stream: bool) -> None:
+    """With a key there as on the loopback address, and nothing on the loopback address."""
+    template = ChatTemplate(tokenizer, STOPS)
+    group: Any = None
+    chat = AgentSession(SampleRequest((template.first_token,), 1, 0, Sampling(60)), group, 0, template)
+    endpoint = Endpoint(lambda _: completion(5, STOPS[0]), template, lambda _: Parsed, own_address())
+    url, key = endpoint.open(chat)
+    assert url.startswith(f"http://{own_address()}:")
+    hello = {"messages": [{"role": "user", "content": "hello"}], "stream": stream}
+    assert post(url, "x", hello)[0] == 401
+    status, said = post(url, key, {**hello, "stream_options": {"include_usage": True}})
+    used = {"prompt_tokens": len(chat.finish()[0].context) - 2, "completion_tokens": 2}
+    chunks = [json.loads(line.removeprefix("data: ")) for line in said.splitlines() if "{" in line]
+    assert status == 200 and chunks[-1]["usage"] == {**used, "total_tokens": sum(used.values())}
+    if stream:
+        assert [bool(chunk["choices"]) for chunk in chunks] == [True, True, False]
+        assert chunks[1]["choices"][0]["finish_reason"] == "stop" and said.endswith("data: [DONE]\n\n")
     endpoint.close()
 
 

@@ -301,9 +301,13 @@ class RunConfig:
     `f(base_url, api_key, **row)` that asks the policy through an OpenAI-compatible endpoint and returns its reward.
     `environment_timeout_s` is its time. Needs the extra `agents`. null: the engine answers the prompt, with tools if
     there are any. See `docs/agents.md`."""
-    agent_python: str | None = None
+    agent_python: Annotated[str | None, FREE] = None
     """The Python interpreter that runs `agent`, such as `~/other/bin/python`: for a program whose packages cannot be
     installed beside Tora's. It needs nothing of Tora's. null: the run's own."""
+    agent_address: Annotated[Literal["loopback", "cluster"], FREE] = "loopback"
+    """Where the endpoint for `agent` listens: `loopback`, for programs beside their rollout worker; `cluster`, the
+    machine's own address in its network, for what they start in containers or on other machines. Each rollout's key
+    protects it either way, without encryption."""
     tool_parser: str = "hermes"
     """The format in which the model calls tools. `hermes` (also Qwen2.5 and Qwen3) is built in; other names are those
     of vLLM's tool parsers, such as `llama3_json` and `mistral`, and need vLLM."""

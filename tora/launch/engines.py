@@ -138,6 +138,7 @@ def _make_player(
     )
     if isinstance(turns, ChatTemplate):
         from actors.agent_player import AgentPlayer
+        from actors.endpoint import own_address
 
         return AgentPlayer(
             environments,
@@ -145,6 +146,7 @@ def _make_player(
             partial(make_parser, cfg.tool_parser, tokenizer),
             max_context=cfg.max_prompt_tokens + cfg.max_generated_tokens,
             gathers=cfg.rollout.engine == "torch",
+            host="127.0.0.1" if cfg.agent_address == "loopback" else own_address(),
         )
     parser_of = partial(make_parser, cfg.tool_parser, tokenizer)
     iterations = cfg.max_tool_calling_iterations
