@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,13 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from runs import steps, train
 
 from tora.environments.content import Content
 from tora.environments.processes import EnvironmentProcesses
 from tora.environments.tools import ToolCall, tool_schemas
 from tora.types import FailedReward, Prompt
 
-pytest.importorskip("openenv.core.env_server", exc_type=ImportError)
+PYTHON = os.environ.get("OPENENV_PYTHON")
+"""An interpreter that has OpenEnv, where this one has not: beside vLLM it cannot."""
+if PYTHON is None:
+    pytest.importorskip("openenv.core.env_server", exc_type=ImportError)
+OTHER = {} if PYTHON is None else {"python": PYTHON}
 SERVER = """
 import sys
 import uvicorn
@@ -32,8 +38,8 @@ class Said(Observation):
 class Game(Environment):
     SUPPORTS_CONCURRENT_SESSIONS = True
 
-    def reset(self, seed=None, episode_id=None, secret=7, **other):
-        self.secret = int(secret)
+    def reset(self, seed=None, episode_id=None, secret=7, answer=None, **other):
+        self.secret = int(answer or secret)
         return Said(text=" It is between 1 and 30.")
 
     def step(self, action, **other):
@@ -49,6 +55,24 @@ app = create_fastapi_app(Game, Guess, Said, max_concurrent_envs=16)
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
 """
 
+PROGRAM = '''
+from tora.environments.openenv import OpenEnv
+
+class Guesser(OpenEnv):
+    """With the tool that the base calls, in place of `step`."""
+
+    step = None
+
+    async def guess(self, number: int) -> str:
+        """
+        Guess.
+
+        Args:
+            number: The guess.
+        """
+        return await OpenEnv.step(self, {"number": int(number)})
+'''
+
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -57,7 +81,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(script), str(port)])
+    server = subprocess.Popen([PYTHON or sys.executable, str(script), str(port)])
     deadline = time.monotonic() + 60
     while server.poll() is None and time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -71,7 +95,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_each_rollout_plays_its_own_episode(address: str) -> None:
     factory = {"_component_": "tora.environments.openenv.OpenEnv", "base_url": address, "text": "text"}
-    factory["reset_columns"] = ["secret"]
+    factory |= {"reset_columns": ["secret"], **OTHER}
     (schema,) = tool_schemas(factory, [])
     assert schema["function"]["name"] == "step" and "action" in schema["function"]["parameters"]["properties"]
     rewards = [{"_component_": "tora.environments.get_reward"}]
@@ -99,8 +123,27 @@ def test_each_rollout_plays_its_own_episode(address: str) -> None:
     made.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_a_run(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """The base of the quick start knows no action: each of its calls is answered, and rewarded by the server."""
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    (tmp_path / "games.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    python = "" if PYTHON is None else f", python: {PYTHON}"
+    written = train(
+        "quickstart_guess", tmp_path / "run", "async_rl=false", f"rollout.engine={engine}", "eval=null",
+        "environment_factory={_component_: games.Guesser, text: text, reset_columns: [answer], "
+        f"base_url: '{address}'{python}}}", "rewards=[{_component_: tora.environments.get_reward}]",
+    )  # fmt: skip
+    assert len(steps(written)) == 3 and all(row["reward/failed_share"] == 0 for row in steps(written))
+    assert all(row["mismatch_kl"] < 1e-9 and row["rollout/turns_mean"] > 1 for row in steps(written))
+    assert any(row["reward/mean"] < 0 for row in steps(written)), "each wrong guess costs an eighth"
+
+
 def test_a_server_that_is_not_there_costs_the_rollout() -> None:
-    factory = {"_component_": "tora.environments.openenv.OpenEnv", "base_url": "http://127.0.0.1:1"}
+    factory = {"_component_": "tora.environments.openenv.OpenEnv", "base_url": "http://127.0.0.1:1", **OTHER}
     rewards = [{"_component_": "tora.environments.get_reward"}]
     made = EnvironmentProcesses(factory, [], rewards, timeout_s=20, reward_timeout_s=20, num_processes=1)
     session = made.open(1)

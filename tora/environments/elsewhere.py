@@ -5,6 +5,7 @@ The interpreter needs nothing of Tora's. Arguments and answers are JSON. See `el
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import os
@@ -57,11 +58,17 @@ class Elsewhere:
 
     def __call__(self, **arguments: Any) -> Any:
         """Raises RemoteError if the function raises or its interpreter ends, TypeError if an argument is not JSON."""
+        return self._ask(arguments).result()
+
+    async def answer(self, **arguments: Any) -> Any:
+        """As a call, without holding up the event loop."""
+        return await asyncio.wrap_future(self._ask(arguments))
+
+    def _ask(self, arguments: Mapping[str, Any]) -> Future[Any]:
         with self._lock:
             if self._child.ended:
                 self._child = self._start()
-            child = self._child
-        return child.ask(arguments).result()
+            return self._child.ask(arguments)
 
     def close(self) -> None:
         self._child.close()

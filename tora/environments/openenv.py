@@ -7,37 +7,43 @@ Its only tool is `step`, whose argument is the environment's action. Each rollou
 
 from __future__ import annotations
 
+import functools
 import json
+import secrets
 from typing import Any
 
+from tora.environments import openenv_client
+from tora.environments.elsewhere import Elsewhere, RemoteError, shared
 from tora.errors import ConfigError
 
 _DONE = "The episode is over."
 _RESET = ("seed", "episode_id")
 """What a reset takes of a row, beside the names in `reset_columns`."""
+_ASK = "tora.environments.openenv_client.ask"
 
 
 class OpenEnv:
-    def __init__(self, base_url: str, text: str | None = None, reset_columns: tuple[str, ...] | list[str] = ()) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        text: str | None = None,
+        reset_columns: tuple[str, ...] | list[str] = (),
+        python: str | None = None,
+    ) -> None:
         """`base_url`: of the server. `text`: the field of an observation that the policy reads; None for all of it, as
-        JSON. `reset_columns`: columns of the dataset that a reset takes, beside `seed` and `episode_id`.
+        JSON. `reset_columns`: columns of the dataset that a reset takes, beside `seed` and `episode_id`. `python`: the
+        interpreter that has OpenEnv, which cannot be installed beside vLLM; None for this one.
 
-        Raises ConfigError if OpenEnv is not installed.
+        Raises ConfigError if there is no such interpreter or OpenEnv is not installed.
         """
-        try:
-            from openenv.core.generic_client import GenericEnvClient  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ConfigError(f"OpenEnv needs its package: pip install openenv ({error.name} is missing)") from error
-        self._make = lambda: GenericEnvClient(base_url=base_url)
+        _check(python)
+        self._base_url, self._python = base_url, python
         self._text, self._columns = text, {*_RESET, *reset_columns}
-        self._client: Any = None
+        self._name = secrets.token_hex(8)
 
     async def reset(self, **row: Any) -> str:
-        if self._client is None:
-            self._client = self._make()
-            await self._client.connect()
         self._total, self._earned, self._done = 0.0, 0.0, False
-        return self._take(await self._client.reset(**{k: v for k, v in row.items() if k in self._columns}))
+        return await self._ask("reset", {name: value for name, value in row.items() if name in self._columns})
 
     async def step(self, action: dict) -> str:
         """
@@ -49,7 +55,7 @@ class OpenEnv:
         if self._done:
             self._earned = 0.0
             return _DONE
-        return self._take(await self._client.step(action))
+        return await self._ask("step", action)
 
     def get_reward(self) -> float:
         """The sum of the rewards of all steps."""
@@ -59,8 +65,30 @@ class OpenEnv:
         """For `credit: turn`, with a reward of another function for the whole episode."""
         return self._earned
 
-    def _take(self, result: Any) -> str:
-        self._earned, self._done = float(result.reward or 0.0), bool(result.done)
+    async def _ask(self, operation: str, arguments: dict[str, Any]) -> str:
+        asked = {"base_url": self._base_url, "operation": operation, "arguments": arguments}
+        if self._python is None:
+            answer = await openenv_client.ask(self._name, **asked)
+        else:
+            answer = await shared(self._python, _ASK).answer(environment=self._name, **asked)
+        observation, reward, is_done = answer
+        self._earned, self._done = float(reward or 0.0), bool(is_done)
         self._total += self._earned
-        shown = result.observation if self._text is None else result.observation.get(self._text, "")
+        shown = observation if self._text is None else observation.get(self._text, "")
         return shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False, default=str)
+
+
+@functools.cache
+def _check(python: str | None) -> None:
+    try:
+        if python is None:
+            openenv_client.check()
+        else:
+            there = Elsewhere(python, "tora.environments.openenv_client.check")
+            try:
+                there()
+            finally:
+                there.close()
+    except (ImportError, RemoteError) as error:
+        where = "" if python is None else f" in {python}"
+        raise ConfigError(f"OpenEnv needs its package{where}: pip install openenv ({error})") from error
