@@ -51,7 +51,7 @@ class Game(Environment):
     def state(self):
         return State()
 
-app = create_fastapi_app(Game, Guess, Said, max_concurrent_envs=16)
+app = create_fastapi_app(Game, Guess, Said, max_concurrent_envs=256)
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
 """
 

@@ -46,7 +46,7 @@ class ProductTask(vf.Task[ProductData]):
 
 class ProductConfig(vf.TasksetConfig):
     tools: vf.SharedToolsetConfig = vf.SharedToolsetConfig()
-    broken: int = 0
+    broken: int = -1
 
 class ProductTaskset(vf.Taskset[ProductTask, ProductConfig]):
     @classmethod
@@ -55,7 +55,7 @@ class ProductTaskset(vf.Taskset[ProductTask, ProductConfig]):
 
     def load(self):
         for n in range(16):
-            answer = "bad" if n < self.config.broken else "good"
+            answer = "bad" if n == self.config.broken else "good"
             yield ProductTask(ProductData(prompt=f"What is {11 + n} * {50 + n} ?", answer=answer), self.config.task)
 
 __all__ = ["ProductTaskset"]
@@ -98,18 +98,18 @@ def test_its_tasks_are_rows(python: str) -> None:
 def test_a_run_with_its_own_harness_tools_and_rewards(
     tmp_path: Path, python: str, path_with_uv: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two tasks of four cannot be scored."""
-    environment = ENVIRONMENT.replace("BROKEN", "2")
+    """The second task cannot be scored."""
+    environment = ENVIRONMENT.replace("BROKEN", "1")
     written = train(
         "quickstart_tools", tmp_path / "run", "async_rl=false", "rollout.engine=torch", "num_steps=1", "batch_size=2",
         "eval=null", "tools=[]", "max_tool_calling_iterations=null", "shuffle=false", "environment_timeout_s=120",
         f"dataset={{_component_: tora.tasks.verifiers_v1.tasks, python: {python}, environment: {environment}}}",
         "agent=tora.environments.verifiers_v1.play", f"agent_python={python}", "log_completions=1",
-        "rewards=[{_component_: tora.environments.get_reward}]", "max_failed_rewards=0.8",
+        "rewards=[{_component_: tora.environments.get_reward}]", "max_failed_rewards=0.9",
     )  # fmt: skip
     (row,) = steps(written)
     assert row["mismatch_kl"] < 1e-9 and row["learner/grad_norm"] > 0
-    assert row["reward/failed/agent"] == 8 and "this task cannot be scored" in "".join(capfd.readouterr())
+    assert row["reward/failed/agent"] == 4 and "this task cannot be scored" in "".join(capfd.readouterr())
     table = read_parquet(tmp_path / "run/completions/step_1.parquet")
     assert len(table) == 8 and all(r["reward"] % 1 == 0.5 for r in table), "the sum of both rewards"
     assert any("by MCP" in r["messages"] for r in table), "the tools of its server were called"

@@ -115,7 +115,7 @@ trainer = GRPOTrainer(
 )
 if __name__ == "__main__":
     result = trainer.train()
-    print("EVAL", *[row["eval/reward_mean"] for row in result.history if "eval/reward_mean" in row])
+    print("EVAL", *[row["eval/reward"] for row in result.history if "eval/reward" in row])
     print("KEYS", sorted(key for key in result.metrics if key.startswith("reward/")))
 """
 
