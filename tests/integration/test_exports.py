@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"lora": ["lora"], "qdora": ["dora_cache", "model.quantize_base=true"], "full": ["full"]}
     for name, (lora_type, *more) in kinds.items():
-        more += ["eval.keep_best=true", "eval.num_prompts=2", "num_steps=3"]
+        more += ["eval.keep_best=true", "eval.samples=2", "eval.num_prompts=4", "num_steps=3"]
         train("quickstart", folder / name, *HERE, f"model.lora_type={lora_type}", *more)
     return {name: folder / name for name in kinds}
 
