@@ -13,7 +13,7 @@ import pytest
 import torch
 from decoders import CPU
 from tiny import picture
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from vision_inputs import hugging_face_inputs
 from vision_learners import LOSS, check_gradients, vl_config
 
@@ -25,7 +25,9 @@ from tora.config.schema import RolloutConfig
 from tora.errors import ConfigError
 from tora.launch.servable import vllm_gap, with_served_model
 from tora.models.attention import PackedAttention
+from tora.models.generic_build import build_generic
 from tora.models.load import load_decoder
+from tora.models.proof import prove
 from tora.models.shared_prefix import SharedPrefixAttention
 from tora.models.vision.generic import GenericVision
 from tora.models.vision.inputs import image_inputs
@@ -190,3 +192,40 @@ def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(tiny: Tiny)
     assert with_served_model(cfg, "auto").rollout.engine == "torch"
     gap = vllm_gap(vl_config(tiny.folder, "lora", "none"))
     assert (gap is None) == (tiny.ours.hf.config.model_type != "gemma3" or torch.cuda.is_available())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("qwen3_5", "layers of type 'linear_attention'"),
+        ("llama4", "layers of type 'chunked_attention'"),
+        ("gemma3n", "its layers share keys and values"),
+        ("florence2", "it has an encoder"),
+        ("kosmos-2", "its decoder has no `layers`"),
+        ("deepseek_vl", "does not let its attention be replaced"),
+        ("idefics", "no attribute 'image_token_id'"),
+        ("mllama", "no attribute 'tie_word_embeddings'"),
+        ("qwen2_5_omni_thinker", "no attribute 'thinker'"),
+    ],
+)
+def test_a_model_with_images_that_cannot_be_trained_is_refused_by_reason(model_type: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"cannot be trained: .*{words}"):
+        build_generic(AutoConfig.for_model(model_type))
+
+
+def test_a_forward_that_expects_something_else_is_refused_by_what_it_raised(tiny: Tiny) -> None:
+    decoder = tiny.ours.hf.get_decoder()
+    plain = decoder.forward
+
+    def odd(*args: Any, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        if "tora_attend" in kwargs:
+            raise TypeError("it wants ids")
+        return plain(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    decoder.forward = odd
+    try:
+        with pytest.raises(ConfigError, match=r"its forward raised TypeError for packed documents: it wants ids"):
+            prove(tiny.ours, CPU, lambda: tiny.processor)
+    finally:
+        decoder.forward = plain
+    prove(tiny.ours, CPU, lambda: tiny.processor)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tora.errors import ConfigError
+from tora.errors import ConfigError, first_line
 from tora.models.generic import NAME, GenericDecoder, attention
 from tora.models.generic_support import check_config
 from tora.models.vision.generic import GenericVision
@@ -31,9 +31,11 @@ def build_generic(config: Any, linear: type[nn.Linear] = nn.Linear) -> GenericDe
     try:
         with torch.device("meta"):
             hf = auto.from_config(config, attn_implementation=ours.attention_settings(NAME), dtype=torch.float32)
-    except ValueError as error:
-        raise ConfigError(f"a {config.model_type!r} model cannot be trained: {error}") from None
-    model = ours(hf)
+        model = ours(hf)
+    except ConfigError:
+        raise
+    except Exception as error:  # of many kinds, for a model that is built in a way of its own
+        raise ConfigError(f"a {config.model_type!r} model cannot be trained: {first_line(error)}") from error
     for name in model.adaptable():
         model.get_submodule(name).__class__ = linear
     return model

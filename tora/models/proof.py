@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tora.errors import ConfigError
+from tora.errors import ConfigError, described
 from tora.models.attention import PackedAttention
 from tora.models.generic import GenericDecoder
 from tora.models.vision.generic import OwnInputs
@@ -44,7 +44,7 @@ def prove(model: GenericDecoder, device: torch.device, processor: Callable[[], I
         documents = [document.masked_fill(document == model.image_token, 0) for document in documents]
     shown = _shown(processor(), device) if model.image_token is not None and processor is not None else None
     ids = [*documents, *([] if shown is None else [shown.arguments["input_ids"][0]])]
-    with torch.compiler.set_stance("force_eager"):
+    with _refusing(model), torch.compiler.set_stance("force_eager"):
         with _outputs(model) as packed:
             model(torch.cat(ids)[None], **_packed(model, ids, processor if shown is not None else None, device))
         with _outputs(model) as own, model.own_attention():
@@ -63,6 +63,18 @@ def prove(model: GenericDecoder, device: torch.device, processor: Callable[[], I
                 f"{type(model.hf).__name__} cannot be trained: with Tora's attention its hidden states part from its "
                 f"own after {names[layer]}, by {gap:.1e} of their size, and {bound:.0e} is allowed"
             )
+
+
+@contextmanager
+def _refusing(model: GenericDecoder) -> Iterator[None]:
+    """Errors of code that expects other inputs than documents become one of the model."""
+    try:
+        yield
+    except (AttributeError, TypeError, LookupError, AssertionError, NotImplementedError) as error:
+        name = type(model.hf).__name__
+        raise ConfigError(
+            f"{name} cannot be trained: packed documents end its forward by {described(error)}"
+        ) from error
 
 
 def _shown(processor: ImageProcessor, device: torch.device) -> OwnInputs:
