@@ -70,10 +70,12 @@ def _refusing(model: GenericDecoder) -> Iterator[None]:
     """Errors of code that expects other inputs than documents become one of the model."""
     try:
         yield
-    except (AttributeError, TypeError, LookupError, AssertionError, NotImplementedError) as error:
-        name = type(model.hf).__name__
+    except ConfigError:
+        raise
+    except (AttributeError, TypeError, ValueError, LookupError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"{name} cannot be trained: packed documents end its forward by {described(error)}"
+            f"{type(model.hf).__name__} cannot be trained: its forward raised {type(error).__name__} for packed "
+            f"documents: {described(error)}"
         ) from error
 
 
