@@ -92,6 +92,9 @@ def check_python(words: list[str]) -> None:
     if words[0] == "-m":
         if words[1] in ("venv", "pytest", "pip"):
             return
+        if words[1] == "vllm.entrypoints.openai.api_server":  # what `vllm serve` runs
+            check_vllm(["serve", *(word for word in words[2:] if word != "--model")])
+            return
         source = importlib.util.find_spec(words[1])
         assert source is not None and source.origin is not None
         options = [word for word in words[2:] if word.startswith("--")]
