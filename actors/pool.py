@@ -23,7 +23,7 @@ A snapshot spreads while training goes on: each worker installs it in its own ti
 that it has. The learner waits for all of them only before the first groups, after a rewind, and for log-probs.
 
 Nobody waits for a lost worker: its calls fail at once with `WorkerLost`, and every call has a time limit. The first
-`publish` waits until `num_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns
+`publish` waits until `min_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns
 when a stop is requested, and `publish`, `evaluated` and `logprobs` with what they have by then. Waiting for groups or
 for a seat to come up ends when the run fails.
 
@@ -303,8 +303,8 @@ class AsyncRollouts:
     async def _publish(self, snapshot: Any, generates: bool) -> Metrics:
         self._spread.begin(snapshot)
         if not self._started:
-            required = self._seats[: self._cfg.rollout.num_workers]
-            await self._wait_until(lambda: self._stopping.is_set() or all(seat.up for seat in required))
+            least = self._cfg.rollout.min_workers or self._cfg.rollout.num_workers
+            await self._wait_until(lambda: self._stopping.is_set() or len(self._seats_up()) >= least)
             self._started, self._last_batch = True, time.perf_counter()
         if self._paused:  # what workers have belongs to another history, or to none
             await self._until_spread()

@@ -171,6 +171,8 @@ def test_a_stop_ends_every_wait(wait: str) -> None:
 
     with running(config(1), Endless, stop_requested=stop.is_set) as rollouts:
         rollouts.publish(make_snapshot(0))
+        while not rollouts.state().cursor:
+            time.sleep(0.01)
         began = time.perf_counter()
         match wait:
             case "publish":  # which waits for all workers after a rewind

@@ -39,6 +39,24 @@ def test_no_step_waits_for_a_worker_that_installs_slowly() -> None:
         assert workers[1].began == [] and metrics.keys() >= {"sync/seconds", "sync/workers"}
 
 
+def test_a_run_begins_with_a_quorum_and_uses_the_late() -> None:
+    class Late(FakeWorker):
+        async def start(self, limit_s: float) -> None:
+            await asyncio.sleep(0.4)
+
+    workers = [FakeWorker(lambda: 0.005), Late(lambda: 0.005), Late(lambda: 0.005)]
+    with running(config(1, workers=3, min_workers=1), iter(workers).__next__) as rollouts:
+        began = time.perf_counter()
+        rollouts.publish(make_snapshot(0))
+        assert next_batch(rollouts, 0).metrics["rollout/workers"] == 1 and time.perf_counter() - began < 0.4
+        step = 0
+        while not workers[1].prompt_ids and time.perf_counter() - began < 5:
+            step += 1
+            rollouts.publish(make_snapshot(step))
+            metrics = next_batch(rollouts, step).metrics
+        assert metrics["rollout/workers"] == 3 and workers[1].prompt_ids
+
+
 @pytest.mark.parametrize("bound", [0, 1, 3])
 @pytest.mark.parametrize("dies", [False, True])
 def test_staleness_holds_whatever_the_workers_have(bound: int, dies: bool) -> None:

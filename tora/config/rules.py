@@ -85,6 +85,11 @@ def _broken_workers(cfg: RunConfig) -> Iterator[str]:
             f"group's rewards may take: {rounds} * reward_timeout_s for each, once for the whole group and once for "
             "each rollout, of which reward_processes are scored at a time."
         )
+    if (least := cfg.rollout.min_workers) is not None:
+        if not cfg.async_rl:
+            yield f"rollout.min_workers={least} needs async_rl=true."
+        if least > cfg.rollout.num_workers:
+            yield f"rollout.min_workers={least} must be at most rollout.num_workers, {cfg.rollout.num_workers}."
     if cfg.rollout.max_workers is not None:
         if not cfg.async_rl:
             yield f"rollout.max_workers={cfg.rollout.max_workers} needs async_rl=true."

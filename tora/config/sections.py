@@ -39,6 +39,9 @@ class RolloutConfig:
     """Rollout workers at the start of the run. More than one needs `async_rl=true`."""
     tensor_parallel: Annotated[int, AtLeast(1), FREE] = 1
     """GPUs (or CPUs) of one node that share one worker's weights. More than one needs `async_rl=true` and vLLM."""
+    min_workers: Annotated[int, AtLeast(1), FREE] | None = None
+    """Rollout workers that an asynchronous run begins with, at most `num_workers`; the others join once the cluster has
+    room for them and their engines are up. null: all of `num_workers`."""
     max_workers: Annotated[int, AtLeast(1), FREE] | None = None
     """Rollout workers that an asynchronous run may grow to, at least `num_workers`. Workers beyond `num_workers` wait
     until the cluster has room for them; an autoscaler sees them as demand. null: no workers are added."""
