@@ -96,7 +96,7 @@ def test_its_tasks_are_rows(python: str) -> None:
 
 
 def test_a_run_with_its_own_harness_tools_and_rewards(
-    tmp_path: Path, python: str, path_with_uv: None, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, python: str, path_with_uv: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second task cannot be scored."""
     environment = ENVIRONMENT.replace("BROKEN", "1")
@@ -109,7 +109,7 @@ def test_a_run_with_its_own_harness_tools_and_rewards(
     )  # fmt: skip
     (row,) = steps(written)
     assert row["mismatch_kl"] < 1e-9 and row["learner/grad_norm"] > 0
-    assert row["reward/failed/agent"] == 4 and "this task cannot be scored" in "".join(capfd.readouterr())
+    assert row["reward/failed/agent"] == 4 and "this task cannot be scored" in caplog.text
     table = read_parquet(tmp_path / "run/completions/step_1.parquet")
     assert len(table) == 8 and all(r["reward"] % 1 == 0.5 for r in table), "the sum of both rewards"
     assert any("by MCP" in r["messages"] for r in table), "the tools of its server were called"
