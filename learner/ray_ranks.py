@@ -248,9 +248,17 @@ class LearnerGroup:
         self._call_all("begin_save", folder)
 
     def end_save(self) -> None:
-        """Waits for rank 0, which writes; its death shows in the other calls too, which then end the learner."""
+        """Waits for rank 0, which writes; its death shows in the other calls too, which then end the learner. Raises
+        LearnerLost if it writes for longer than `learner_timeout_s`, as to a file server that is gone."""
+        written = self._ranks[0].end_save.options(concurrency_group=_FILES).remote()
+        deadline = time.monotonic() + self._limit_s
+        while not ray.wait([written], timeout=_BEAT_EVERY_S)[0]:
+            self._check_beats()
+            if time.monotonic() > deadline:
+                self.kill()
+                raise LearnerLost(f"the learner is lost: it wrote a checkpoint for learner_timeout_s={self._limit_s:g}")
         try:
-            ray.get(self._ranks[0].end_save.options(concurrency_group=_FILES).remote())
+            ray.get(written)
         except RayActorError as error:
             raise LearnerLost("the learner is lost while it writes a checkpoint") from error
         except RayTaskError as error:
