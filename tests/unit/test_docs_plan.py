@@ -33,4 +33,4 @@ def test_the_quoted_lines_are_the_plans(capsys: pytest.CaptureFixture[str]) -> N
     (quoted,) = [block.text.splitlines() for block in blocks(ROOT / "docs/one-gpu.md", "") if "total" in block.text]
     assert set(quoted) <= set(said) and len(quoted) > 5
     main(["plan", "qwen3/8B_lora_grpo_single_device", "--gpu-gib", "80", "max_generated_tokens=4096"])
-    assert "holds 29 rollouts" in capsys.readouterr().out and "hold" in PAGE and "29 of them instead of 131" in PAGE
+    assert "holds 57 rollouts" in capsys.readouterr().out and "hold" in PAGE and "57 of them instead of 257" in PAGE

@@ -73,7 +73,8 @@ def test_a_plan_is_the_same_by_hand(gpu_gib: int) -> None:
 
 def test_learner_and_sleeping_engine_take_turns() -> None:
     kept, asleep = (
-        planned(resolved(WIDE, f"rollout.sleep={value}"), 80).places[0].parts for value in ("false", "auto")
+        planned(resolved(WIDE, f"rollout.sleep={value}", "rollout.gpu_memory_utilization=0.45"), 80).places[0].parts
+        for value in ("false", "auto")
     )
     work = {name for name in kept if name.startswith("activations")} | {"gradients", "optimizer step"}
     generating = {"key-value cache", "engine steps"}
@@ -90,6 +91,15 @@ def test_a_shared_base_is_held_once() -> None:
     assert once["engine weights"] == twice["engine weights"]
     for overrides in (["model.quantize_base=true"], ["rollout.dtype=fp32"], ["learner_ranks=2"], ["async_rl=true"]):
         assert planned(resolved(WIDE, *overrides), 80).places[0].parts["base weights"] > 0.2 * twice["base weights"]
+
+
+def test_the_engine_gets_more_where_learner_and_cache_take_turns_over_one_base() -> None:
+    def cache(*overrides: str) -> int:
+        return planned(resolved(WIDE, *overrides), 80).places[0].parts["key-value cache"]
+
+    assert cache() - cache("rollout.sleep=false") == pytest.approx((0.675 - 0.45) * nominal(80), abs=2)
+    assert cache("rollout.share_base=false") == cache("rollout.sleep=false")
+    assert cache("rollout.gpu_memory_utilization=0.45") == cache("rollout.sleep=false")
 
 
 def test_sleep_is_refused_where_nothing_could_use_the_memory() -> None:
@@ -134,7 +144,7 @@ def test_a_run_says_its_plan_in_one_line() -> None:
     line = planned(resolved("qwen3/0.6B_lora_grpo_single_device"), 24).line()
     assert "\n" not in line
     assert re.match(r"memory plan: GPU \d+\.\d GiB of 23\.6 GiB \(key-value cache \d", line)
-    assert line.endswith("cache for 77 rollouts of 1,024 tokens")
+    assert line.endswith("cache for 125 rollouts of 1,024 tokens")
     small = plan_run(cfg := resolved("quickstart"), model_shapes(cfg), Devices(False, 24 * GIB)).line()
     assert " 0.0" not in small, "parts that do not show are left out"
 
@@ -178,8 +188,8 @@ def test_a_model_of_transformers_has_the_plan_of_ours(caplog: pytest.LogCaptureF
 
 
 def test_a_cache_without_room_for_one_sequence_is_refused() -> None:
-    cfg = resolved("qwen3/0.6B_lora_grpo_single_device", "rollout.max_model_len=100000")
-    with pytest.raises(ConfigError, match="no room for a sequence of 100,000 tokens"):
+    cfg = resolved("qwen3/0.6B_lora_grpo_single_device", "rollout.max_model_len=200000")
+    with pytest.raises(ConfigError, match="no room for a sequence of 200,000 tokens"):
         check_memory(cfg, Devices(True, nominal(24)))
 
 

@@ -88,7 +88,8 @@ class RolloutConfig:
     Only for models that take images. null: the limit of the model's image processor."""
     gpu_memory_utilization: Annotated[float, Above(0), AtMost(1), FREE] | None = None
     """Fraction of the GPU's memory that vLLM may use for weights and KV cache. null: 0.9 where an engine has a GPU to
-    itself, 0.45 where it shares one with the learner, and less with more engines on it. No effect on a CPU."""
+    itself, 0.675 where it shares weights and takes turns with the learner (`share_base`, `sleep`), else 0.45 beside it,
+    and less with more engines. No effect on a CPU."""
     sleep: Annotated[Literal[True, False, "auto"], FREE] = "auto"
     """Whether vLLM gives its KV cache back to the GPU while the learner steps, so that either can use what the other
     needs; cached prefixes are lost. `auto`: in every synchronous run on a GPU. true needs `async_rl=false` and vLLM.

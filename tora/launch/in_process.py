@@ -18,7 +18,7 @@ from tora.launch.engines import (
     with_packing,
     worker_arguments,
 )
-from tora.launch.memory import SYNC_SHARE, here
+from tora.launch.memory import here, sync_share
 from tora.launch.signals import Stop
 from tora.protocols import Engine, Learner, Rollouts
 from tora.run.checkpoints import RunState
@@ -89,7 +89,8 @@ class InProcess:
         return self._vllm or self._start_vllm()
 
     def _start_vllm(self) -> VLLMEngine:
-        return make_vllm_engine(self._cfg, SYNC_SHARE, largest_rank(self._cfg), on_gpu=self.devices.on_gpu)
+        on_gpu = self.devices.on_gpu
+        return make_vllm_engine(self._cfg, sync_share(self._cfg, on_gpu=on_gpu), largest_rank(self._cfg), on_gpu=on_gpu)
 
 
 @contextmanager

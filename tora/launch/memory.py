@@ -27,8 +27,9 @@ from tora.plan.shapes import Shapes, read_shapes
 from tora.plan.training import Training, itemsize, training_of
 from tora.plan.transformers_shapes import TransformersShapes, layer_bytes, read_transformers_shapes
 
-SYNC_SHARE = 0.5
-"""The engine's share of a GPU that the learner uses too, in one process."""
+_BESIDE, _IN_TURN = 0.5, 0.75
+"""The engine's share of a GPU that the learner uses too, in one process: in general, and with weights that are also the
+learner's and a cache that it gives back while the learner steps."""
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of vLLM's adapter slots."""
 _log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def plan_run(cfg: RunConfig, shapes: Shapes, devices: Devices, start: PeftConfig
     if not devices.on_gpu:
         return _on_cpu(cfg, training, learner, limits, devices)
     if not cfg.async_rl:
-        engine = _engine(cfg, training, limits, devices, SYNC_SHARE)
+        engine = _engine(cfg, training, limits, devices, sync_share(cfg, on_gpu=True))
         places = [_together(cfg, "GPU", learner, engine, devices, processes=1)]
         return RunPlan(places, engine.rollouts, limits.rows, limits.longest)
     wanted = cfg.learner_ranks + cfg.rollout.num_workers * cfg.rollout.tensor_parallel
@@ -77,6 +78,11 @@ def plan_run(cfg: RunConfig, shapes: Shapes, devices: Devices, start: PeftConfig
     else:
         places = [_together(cfg, "GPU", learner, engine, devices, processes=on_each)]
     return RunPlan(places, engine.rollouts, limits.rows, limits.longest)
+
+
+def sync_share(cfg: RunConfig, *, on_gpu: bool) -> float:
+    """The engine's share of the GPU of a synchronous run, 0 to 1. `rollout.engine` must be resolved."""
+    return _IN_TURN if sleeps(cfg, on_gpu=on_gpu) and shares_base(cfg, on_gpu=on_gpu) else _BESIDE
 
 
 def check_memory(cfg: RunConfig, devices: Devices) -> RunPlan | None:
