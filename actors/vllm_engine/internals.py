@@ -45,6 +45,7 @@ INTERNALS: Mapping[str, str] = {
     # requests and versions
     "vllm.inputs:tokens_input": "a prompt as token ids",
     "vllm.inputs:EngineInput": "type of a prompt",
+    "vllm.multimodal.inputs:PlaceholderRange": "where an image's features go among a prompt's tokens",
     "vllm.exceptions:VLLMClientError": "what a rejected request raises",
     "vllm.sampling_params:RequestOutputKind": "outputs of finished requests alone",
     "vllm.lora.model_manager:process_packed_modules_mapping": "splits layers that a model's files have whole",

@@ -24,6 +24,7 @@ def run_folder(tmp_path: Path) -> Path:
     (tmp_path / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(load_config(BEFORE[0], BEFORE[1:])))
     (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / "checkpoints" / "step_000002" / "run_state.json").write_text('{"step": 2}')
     seal(tmp_path / "run" / "checkpoints" / "step_000002")
     return tmp_path / "run"
 
