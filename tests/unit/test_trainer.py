@@ -12,10 +12,12 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import make_text_model
+from transformers import AutoTokenizer
 
 from tora import GRPOConfig, GRPOTrainer
 from tora.config.load import configs_dir
 from tora.errors import ConfigError
+from tora.trainer.objects import check_processing_class
 
 SCRIPT = """
 import re
@@ -232,6 +234,19 @@ WRONG = [
     ({"peft_config": LoraConfig(rank_pattern={"q_proj": 4})}, "peft_config has rank_pattern"),
     ({"callbacks": [print]}, "GRPOTrainer has no argument callbacks"),
 ]
+
+
+def test_a_processing_class_is_the_models_own(model: str) -> None:
+    own = AutoTokenizer.from_pretrained(model)
+    check_processing_class(own, model, None)
+    check_processing_class(None, model, None)
+    own.chat_template = "{{ messages }}"
+    with pytest.raises(ConfigError, match="another chat template"):
+        check_processing_class(own, model, None)
+    check_processing_class(own, model, "template.jinja")
+    own.name_or_path = "Qwen/Qwen3-8B"
+    with pytest.raises(ConfigError, match=r"the tokenizer of Qwen/Qwen3-8B, and a run reads the model's own"):
+        check_processing_class(own, model, None)
 
 
 @pytest.mark.parametrize(("keys", "sentence"), WRONG, ids=[sentence for _, sentence in WRONG])

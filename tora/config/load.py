@@ -54,8 +54,9 @@ def config_file(name_or_path: str) -> Path:
     raise ConfigError(f"There is no config {name_or_path}{nearest(name_or_path, config_names())}.")
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, merge, interpolate and check a config. Raises ConfigError if it has a mistake."""
+def load_config(name_or_path: str, overrides: Sequence[str] = (), *, home: Path | None = None) -> RunConfig:
+    """Read, merge, interpolate and check a config. `home`: the folder in which files and modules that it names are also
+    looked for; None for its own. Raises ConfigError if it has a mistake."""
     file = config_file(name_or_path)
     tree = _merge(_read(file, ()), _parse_overrides(overrides), "")
     for field in dataclasses.fields(RunConfig):
@@ -68,7 +69,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or name_or_path}: {_reason(error)}.") from error
     cfg = build(RunConfig, tree, "")
-    home = file.resolve().parent
+    home = (home or file.parent).resolve()
     cfg.model.path = _find_folder(cfg.model.path, home)
     if cfg.model.adapter_path is not None:
         cfg.model.adapter_path = _find_folder(cfg.model.adapter_path, home)

@@ -82,10 +82,11 @@ def find(
     if (folder / CONFIG_FILE).is_file():
         run = folder.absolute().parent
         if config is None and _is_run(run):
-            base = {**read_tree(run / "config.yaml"), "name": run.name}
+            home, base = run, {**read_tree(run / "config.yaml"), "name": run.name}
         else:
-            base = {**_base(config, folder.absolute().name), "model": _adapted(folder)}
-        cfg = _load({**base, **(tree or {})}, overrides)
+            home, base = _base(config, folder.absolute().name)
+            base["model"] = _adapted(folder)
+        cfg = _load({**base, **(tree or {})}, overrides, home)
         model = fetched(replace(cfg.model, adapter_path=str(folder.absolute())))
         if not _is_run(run):
             return Target(replace(cfg, model=model), None, None, None, folder.absolute().name)
@@ -93,8 +94,8 @@ def find(
         return Target(replace(cfg, model=model), run, None, step, f"{run.name}-{folder.absolute().name}")
     if (folder / "config.json").is_file() or is_hub_name(target):
         path = str(folder.absolute()) if folder.is_dir() else target
-        base = {**_base(config, Path(path).name), "model": {"path": path}}
-        cfg = _load({**base, **(tree or {})}, overrides)
+        home, base = _base(config, Path(path).name)
+        cfg = _load({**base, "model": {"path": path}, **(tree or {})}, overrides, home)
         return Target(replace(cfg, model=fetched(_untrained(cfg.model))), None, None, None, Path(path).name)
     raise ConfigError(
         f"{target} is neither a run (config.yaml, metrics.jsonl), an adapter ({CONFIG_FILE}) nor a model (config.json)."
@@ -102,7 +103,7 @@ def find(
 
 
 def _of_run(run: Path, overrides: Sequence[str], checkpoint: str | None, tree: Tree) -> Target:
-    cfg = _load({**read_tree(run / "config.yaml"), **tree}, overrides)
+    cfg = _load({**read_tree(run / "config.yaml"), **tree}, overrides, run)
     cfg = replace(cfg, model=fetched(cfg.model))
     full = cfg.model.lora_type == "full"
     if checkpoint == "best":
@@ -169,20 +170,22 @@ def _in_tower(target: str) -> bool:
     return target in TOWER_LINEARS or not {*target.split(".")}.isdisjoint(TOWERS)
 
 
-def _base(config: str | None, name: str) -> dict[str, Any]:
+def _base(config: str | None, name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a config and its tree; without a config, a tree that only lacks the model."""
     if config is not None:
-        return {**read_tree(config_file(config)), "name": name}
+        file = config_file(config)
+        return file.parent, {**read_tree(file), "name": name}
     placeholder = {"_component_": "tora.rewards.format"}
-    return {"name": name, "dataset": {"_component_": "tora.tasks.sums.sums"}, "rewards": [placeholder]}
+    return Path.cwd(), {"name": name, "dataset": {"_component_": "tora.tasks.sums.sums"}, "rewards": [placeholder]}
 
 
-def _load(tree: Tree, overrides: Sequence[str]) -> RunConfig:
-    """A checked config of a tree, for one process."""
+def _load(tree: Tree, overrides: Sequence[str], home: Path) -> RunConfig:
+    """A checked config of a tree, for one process. `home`: see `load_config`."""
     tree = {**tree, **_ALONE, "rollout": {**(tree.get("rollout") or {}), **_ROLLOUT}}
     with tempfile.TemporaryDirectory(prefix="tora-config-") as scratch:
         file = Path(scratch, "config.yaml")
         file.write_text(yaml.safe_dump(dict(tree)))
-        return load_config(str(file), overrides)
+        return load_config(str(file), overrides, home=home)
 
 
 def _is_run(folder: Path) -> bool:

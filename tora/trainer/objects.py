@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tora.config.components import register
 from tora.errors import ConfigError
+from tora.tasks.tokenizer import load_tokenizer
 
 GET_REWARD = "tora.environments.get_reward"
 Environments = Callable[..., Any] | Mapping[str, Callable[..., Any]]
@@ -65,3 +67,25 @@ def path_of(function: Any, argument: str) -> str:
     if module != "__main__" and name.isidentifier() and getattr(loaded, name, None) is function:
         return f"{module}.{name}"
     return register(_name_of(function), function)
+
+
+def check_processing_class(processing_class: Any, model: Any, chat_template: str | None) -> None:
+    """Raises ConfigError if a tokenizer or processor is not the model's own, which is what a run reads.
+
+    `chat_template`: the file that takes the place of the model's own template, if there is one.
+    """
+    if processing_class is None:
+        return
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    name = getattr(tokenizer, "name_or_path", None) or str(model)
+    if Path(name).expanduser().absolute() != Path(model).expanduser().absolute():
+        raise ConfigError(
+            f"processing_class is the tokenizer of {name}, and a run reads the model's own, of {model}; save it into "
+            "the model's folder"
+        )
+    given = getattr(processing_class, "chat_template", None)
+    if chat_template is None and Path(model).is_dir() and given != load_tokenizer(Path(model)).chat_template:
+        raise ConfigError(
+            f"processing_class has another chat template than {model}; write it to a file and name that in "
+            "GRPOConfig(tora={'chat_template': FILE})"
+        )

@@ -61,6 +61,7 @@ class GRPOTrainer:
     environment has `get_reward`. Datasets: anything with `len` and `[i]` whose rows have a `prompt`. `tools`: functions
     that the model may call. `environment_factory`: a class or callable, or several by the names in the dataset's column
     `environment`; those of a script are sent to the processes of environments. See `docs/agents.md`.
+    `processing_class`: the model's own tokenizer or processor, which is read from its folder anyway.
     """
 
     def __init__(
@@ -73,15 +74,17 @@ class GRPOTrainer:
         peft_config: Any = None,
         tools: Sequence[Callable[..., Any] | str] | None = None,
         environment_factory: Environments | None = None,
+        processing_class: Any = None,
         **others: Any,
     ) -> None:
         """Checks everything that needs no weights. Raises ConfigError for what cannot be trained."""
         for name, value in others.items():
-            if value is not None and name != "processing_class":
+            if value is not None:
                 raise ConfigError(f"GRPOTrainer has no argument {name}")
         if train_dataset is None:
             raise ConfigError("GRPOTrainer needs a train_dataset")
         self.args = args or GRPOConfig()
+        objects.check_processing_class(processing_class, model, (self.args.tora or {}).get("chat_template"))
         rows = _rows(train_dataset, "train_dataset")
         tree = {
             **self.args.tree(len(rows)),
