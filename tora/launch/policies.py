@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tora.config.components import import_from
 from tora.distributed.device import device_for
 from tora.errors import ConfigError, nearest
 from tora.launch.engines import largest_rank, make_vllm_engine, torch_engine_of, with_engine, worker_arguments
@@ -97,6 +98,7 @@ def serving(target: Target) -> Iterator[tuple[RolloutWorker, RunPrompts]]:
     with tempfile.TemporaryDirectory(prefix="tora-eval-") as scratch:
         cfg = with_engine(replace(target.cfg, output_dir=scratch))
         cfg = with_served_model(cfg, target.cfg.rollout.engine)
+        import_from(cfg.import_from or ())
         prompts = RunPrompts(cfg)
         version, vllm = target.step or 0, cfg.rollout.engine == "vllm"
         device = device_for("cpu" if vllm else cfg.device)  # vLLM has a GPU to itself
