@@ -251,7 +251,8 @@ class LearnerGroup:
         """Waits for rank 0, which writes; its death shows in the other calls too, which then end the learner. Raises
         LearnerLost if it writes for longer than `learner_timeout_s`, as to a file server that is gone."""
         written = self._ranks[0].end_save.options(concurrency_group=_FILES).remote()
-        deadline = time.monotonic() + self._limit_s
+        # heartbeats, which begin meanwhile, are to tell first of a rank that is stopped as a whole
+        deadline = time.monotonic() + self._limit_s + 5 * _BEAT_EVERY_S
         while not ray.wait([written], timeout=_BEAT_EVERY_S)[0]:
             self._check_beats()
             if time.monotonic() > deadline:
