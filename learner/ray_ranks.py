@@ -251,13 +251,10 @@ class LearnerGroup:
         """Waits for rank 0, which writes; its death shows in the other calls too, which then end the learner. Raises
         LearnerLost if it writes for longer than `learner_timeout_s`, as to a file server that is gone."""
         written = self._ranks[0].end_save.options(concurrency_group=_FILES).remote()
-        # heartbeats, which begin meanwhile, are to tell first of a rank that is stopped as a whole
-        deadline = time.monotonic() + self._limit_s + 5 * _BEAT_EVERY_S
-        while not ray.wait([written], timeout=_BEAT_EVERY_S)[0]:
-            self._check_beats()
-            if time.monotonic() > deadline:
-                self.kill()
-                raise LearnerLost(f"the learner is lost: it wrote a checkpoint for learner_timeout_s={self._limit_s:g}")
+        # called by a thread beside the other calls, whose heartbeats are to tell first of a rank that is stopped
+        if not ray.wait([written], timeout=self._limit_s + 5 * _BEAT_EVERY_S)[0]:
+            self.kill()
+            raise LearnerLost(f"the learner is lost: it wrote a checkpoint for learner_timeout_s={self._limit_s:g}")
         try:
             ray.get(written)
         except RayActorError as error:
