@@ -61,6 +61,19 @@ FAMILIES: dict[str, TinyFamily] = {
 }
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+"""Of every tiny decoder, also of one with a vision tower."""
+
+
 def write_family(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any) -> Path:
     """Write a model's config and weights, and return its folder: two layers, 320 tokens, no tokenizer. `more` goes to
     the config."""
@@ -68,14 +81,7 @@ def write_family(folder: Path, name: str, *, dtype: torch.dtype = torch.float32,
 
     family = FAMILIES[name]
     sizes: dict[str, Any] = {
-        "vocab_size": 320,
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
+        **SIZES,
         "tie_word_embeddings": True,
         "pad_token_id": 0,
         "eos_token_id": 2,

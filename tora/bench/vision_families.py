@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tora.bench.families import randomize
+from tora.bench.families import SIZES, randomize
 
 _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _SIDE = 28
@@ -219,14 +219,7 @@ def write_vision_family(folder: Path, name: str, *, dtype: torch.dtype = torch.f
     tokenizer = _tokenizer(family)
     ids = {attribute: tokenizer.convert_tokens_to_ids(token) for attribute, token in family.tokens.items()}
     text: dict[str, Any] = {
-        "vocab_size": 320,
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
+        **SIZES,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
