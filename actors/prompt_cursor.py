@@ -30,10 +30,6 @@ class PromptCursor:
         self.position += 1
         return self.position - 1
 
-    def put_back(self, positions: Iterable[int]) -> None:
-        """These prompts come next again, in their order in the stream."""
-        self._pending = sorted([*self._pending, *positions])
-
     def take_dropped(self) -> int:
         """Prompts dropped since the last call."""
         dropped, self._dropped = self._dropped, 0
