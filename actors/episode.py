@@ -26,6 +26,7 @@ from tora.environments.template import TurnTemplate
 from tora.environments.tools import MalformedCall, ToolCall, ToolParser
 from tora.environments.turns import Turns
 from tora.protocols import Engine
+from tora.tasks.dataset import UNPROMPTED
 from tora.types import Completion, FailedReward, Prompt, Rollout, SampleRequest, StopReason
 
 
@@ -191,7 +192,8 @@ class EpisodePlayer:
         """Reset the environments and append their observations."""
         asked = []
         for group in groups:
-            row = {"prompt": group.prompt.source, **group.prompt.columns}
+            source = {} if group.prompt.source == UNPROMPTED else {"prompt": group.prompt.source}
+            row = {**source, **group.prompt.columns}
             for e in group.episodes:
                 asked.append((group.prompt, _Asked(e, (), group.session.reset(e.index, row), time.monotonic())))
         for prompt, each in asked:

@@ -1,15 +1,21 @@
-"""Episodes with vLLM: token-exact over five turns, and its parsers beside the built-in one."""
+"""Episodes with vLLM: five exact turns, what the prefix cache serves, and parsers beside the built-in one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from adapters import shake
 from agents import (
     SCHEMA,
+    Agents,
     agents,
+    always_look,
     check_exact,
     check_five_pictures,
     check_five_turns,
@@ -23,12 +29,17 @@ from runs import steps
 from runs import train as short_run
 from transformers import AutoTokenizer
 
+from actors.vllm_engine.engine import VLLMEngine
+from actors.vllm_engine.weight_updates import InFlight
 from learner.learner import Learner
+from tora.batching.batch import pack
+from tora.batching.packing import OwnPrompts
 from tora.config.schema import RolloutConfig
-from tora.environments.tools import MalformedCall, ToolCall, VLLMParser, make_parser, parse_hermes
+from tora.environments.tools import MalformedCall, Parsed, ToolCall, VLLMParser, make_parser, parse_hermes
 from tora.errors import ConfigError
-from tora.launch.engines import make_vllm_engine
+from tora.launch.engines import engine_config, make_vllm_engine
 from tora.models.vision.processor import ImageProcessor
+from tora.types import Group, Rollout
 
 pytest.importorskip("vllm")
 
@@ -40,23 +51,118 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_five_turns_are_trained_on_exactly_what_was_sampled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+class Cached:
+    """The `step` of an engine, which notes what each request found in vLLM's prefix cache."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[tuple[int, ...], int] = {}
+        """By the request's prompt."""
+        self.block = 0
+
+    def __call__(self, llm: Any) -> Any:
+        self.block = llm.vllm_config.cache_config.block_size
+        outputs = llm.step()
+        self.tokens |= {tuple(output.prompt_token_ids): output.num_cached_tokens for output in outputs}
+        return outputs
+
+
+class Played:
+    """A worker with vLLM and in-flight updates, whose environments are in the folder."""
+
+    def __init__(self, made: Agents, learner: Learner, cached: Cached) -> None:
+        self.made, self.learner, self.cached = made, learner, cached
+        self.version = -1
+        """The newest."""
+        self.after_turn: Callable[[], None] = lambda: None
+        """Called once each time that a turn was read."""
+
+    def run(self, *numbers: int) -> list[Group]:
+        prompts = [self.made.prompt(number) for number in numbers]
+        results = self.made.worker.run_groups(prompts)
+        return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
+
+    def publish(self) -> None:
+        self.version += 1
+        self.made.worker.forward(replace(self.learner.snapshot(), version=self.version))
+
+    def parse(self, text: str) -> Parsed:
+        self.after_turn()
+        return always_look(text)
+
+    def hits(self, group: Group, rollout: Rollout) -> Iterator[tuple[int, int, int]]:
+        """Of each turn but the first: its prompt's tokens, those of them that the cache served, and those that it can
+        serve if the turns before were computed by the same policy: whole blocks, without the last token sampled."""
+        edges = np.flatnonzero(np.diff(rollout.sampled.astype(int))) + 1
+        begins, ends = edges[2::2], edges[1::2]  # the prompt's rest comes first
+        for begin, end in zip(begins, ends, strict=True):
+            prompt = (*group.prompt.token_ids, *rollout.token_ids[:begin].tolist())
+            before = len(group.prompt.token_ids) + int(end) - 1
+            yield len(prompt), self.cached.tokens[prompt], before // self.cached.block * self.cached.block
+
+
+@pytest.fixture(scope="module")
+def played(folder: Path) -> Iterator[Played]:
     cfg = config(folder, rollout=RolloutConfig(engine="vllm", max_model_len=512))
-    learner = Learner(cfg)
+    learner, cached = Learner(cfg), Cached()
     shake(learner.model)
-    with agents(partial(make_vllm_engine, cfg), folder) as made:
-        made.worker.forward(learner.snapshot())
-        prompts = [made.prompt(number) for number in (3, 4)]
-        results = made.worker.run_groups(prompts)
-        groups = [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
-        for group in groups:
-            assert len(group.rollouts) == 4
-            check_five_turns(group)
-        check_exact(learner, groups, share_prefix=False)
-        made.worker.forward(learner.snapshot())
-        later = made.worker.run_group(prompts[0])
-        assert all((rollout.versions == 1).all() for rollout in later.rollouts)
+
+    def engine() -> VLLMEngine:
+        update = InFlight(recompute_kv=False)
+        return VLLMEngine(engine_config(cfg, str(folder), 1.0), update=update, step=cached)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        with agents(engine, folder, parse=lambda text: played.parse(text)) as made:
+            played = Played(made, learner, cached)
+            played.publish()
+            yield played
+
+
+def test_five_turns_are_trained_on_exactly_what_was_sampled(played: Played) -> None:
+    groups = played.run(3, 4)
+    for group in groups:
+        assert len(group.rollouts) == 4
+        check_five_turns(group)
+    check_exact(played.learner, groups, share_prefix=False)
+    played.publish()
+    (later,) = played.run(3)
+    assert all((rollout.versions == played.version).all() for rollout in later.rollouts)
+
+
+def test_a_turn_finds_the_turns_before_in_the_cache(played: Played) -> None:
+    (group,) = played.run(5)
+    found = [hit for rollout in group.rollouts for hit in played.hits(group, rollout)]
+    assert len(found) == 16
+    for tokens, served, at_most in found:
+        assert served == at_most > tokens / 2
+
+
+def test_no_turn_finds_what_an_older_policy_has_computed(played: Played) -> None:
+    """The policy changes between the second turn and the third, whose request comes to the new one."""
+    turns = 0
+
+    def update() -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 8:  # the last of four rollouts' second turns
+            shake(played.learner.model, seed=1)
+            played.publish()
+
+    played.after_turn = update
+    try:
+        (group,) = played.run(6)
+    finally:
+        played.after_turn = lambda: None
+    for rollout in group.rollouts:
+        (_, second, most), (tokens, third, _), *later = played.hits(group, rollout)
+        assert second == most > 0 and third == 0 and tokens > most
+        assert all(served == at_most > 0 for _, served, at_most in later)
+    versions = np.concatenate([rollout.versions for rollout in group.rollouts])
+    batch = pack(OwnPrompts(), [(group.prompt, r, 0.0, 0) for r in group.rollouts], [1.0] * 4)
+    errors = np.abs(played.learner.logprobs(batch, adapter=True) - batch.actor_logprobs_N)
+    newest = versions == versions.max()
+    assert 0 < newest.sum() < len(versions)
+    assert errors[newest].max() <= 1e-4 < errors[~newest].max(), "they are the new policy's, of its own keys and values"
 
 
 @pytest.mark.slow  # starts an engine of its own

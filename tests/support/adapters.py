@@ -44,9 +44,9 @@ def build(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> None:
+def shake(model: nn.Module, seed: int = 3) -> None:
     """Moves every trained parameter away from its initial value."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in trained_parameters(model).items():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("magnitude"):

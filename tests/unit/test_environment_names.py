@@ -11,8 +11,10 @@ from runs import steps, train
 
 from tora.config.environments import by_name, chosen
 from tora.config.load import load_config
+from tora.environments.content import Content
 from tora.errors import ConfigError
 from tora.reporting.completions import read_parquet
+from tora.tasks.dataset import empty_rows, file_dataset
 from tora.tasks.prompts import RunPrompts
 
 ENVIRONMENTS = '''
@@ -65,6 +67,12 @@ def rows():
 def unknown():
     return [{"prompt": "a", "environment": "doorz"}]
 
+def routed():
+    return [{"environment": kind, "answer": "0"} for kind in ("sums", "doors")]
+
+def nulls():
+    return [{**row, "prompt": None} for row in routed()]
+
 def unnamed():
     return [{"prompt": "a"}]
 '''
@@ -113,6 +121,34 @@ def test_each_prompt_shows_its_own_tools(folder: Path) -> None:
         text = prompts.tokenizer.decode(prompt.token_ids)
         own, other = ("calculate", "open") if prompt.columns["environment"] == "sums" else ("open", "calculate")
         assert own in text and other not in text
+
+
+@pytest.mark.parametrize("rows", ["routed", "nulls"])
+def test_a_row_needs_no_prompt_where_an_environment_gives_it(folder: Path, rows: str) -> None:
+    """As in TRL: an empty user message, which the observation fills."""
+    overrides = [*RUN, f"dataset={{_component_: names.{rows}}}", "eval=null"]
+    prompts = RunPrompts(load_config("quickstart_tools", overrides))
+    for prompt in prompts.first(2):
+        assert prompt.source == "" and "prompt" not in prompt.columns
+        turns = prompts.turns.of(prompt.columns)
+        empty = [{"role": "user", "content": ""}]
+        assert prompt.token_ids == turns.prompt(empty)
+        asked = [{"role": "user", "content": "What is 2 * 3 ?"}]
+        whole = prompt.token_ids + turns.opening(prompt.source, Content("What is 2 * 3 ?"))
+        assert whole == turns.prompt(asked) + turns.opening(asked, None)
+    with pytest.raises(ConfigError, match=r"row [0-9]+ has no column prompt|its prompt is null"):
+        RunPrompts(load_config("quickstart_tools", [f"dataset={{_component_: names.{rows}}}", "eval=null"])).first(1)
+
+
+def test_a_file_without_prompts(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"answer": "1", "environment": "sums"}\n')
+    with pytest.raises(ConfigError, match=r"no column prompt \(prompt_key\).*prompt_key=null is for an environment"):
+        file_dataset(str(tmp_path / "rows.jsonl"))
+    assert file_dataset(str(tmp_path / "rows.jsonl"), prompt_key=None)[0] == {"answer": "1", "environment": "sums"}
+    brief = file_dataset(str(tmp_path / "rows.jsonl"), prompt_key=None, system_prompt="Be brief.")[0]["prompt"]
+    assert [(m["role"], m["content"]) for m in brief] == [("system", "Be brief."), ("user", "")]
+    with pytest.raises(ConfigError, match="num_rows is 0"):
+        empty_rows(0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -17,6 +18,9 @@ from transformers import AutoTokenizer
 from tora import GRPOConfig, GRPOTrainer
 from tora.config.load import configs_dir
 from tora.errors import ConfigError
+from tora.reporting.completions import read_parquet
+from tora.tasks.guess_number import GuessNumber
+from tora.tasks.prompts import RunPrompts
 from tora.trainer.objects import check_processing_class
 
 SCRIPT = """
@@ -69,7 +73,7 @@ LOW = 1
 class GuessNumber:
     def reset(self, answer: int, highest: int, **kwargs) -> str:
         self.secret, self.solved = answer, False
-        return f" It is between {{LOW}} and {{highest}}."
+        return ("" if "prompt" in kwargs else "Guess my number.") + f" It is between {{LOW}} and {{highest}}."
 
     def guess(self, number: int) -> str:
         \"\"\"
@@ -96,9 +100,9 @@ def rows(count, seed, names):
     draw = random.Random(seed)
     for n in range(count):
         highest = draw.randint(24, 31)
+        row = {{"answer": draw.randint(1, highest), "highest": highest}}
         prompt = [{{"role": "user", "content": "Guess my number."}}]
-        row = {{"prompt": prompt, "answer": draw.randint(1, highest), "highest": highest}}
-        yield row if names is None else {{**row, "environment": names[n % 2]}}
+        yield {{**row, "prompt": prompt}} if names is None else {{**row, "environment": names[n % 2]}}
 
 names = {names}
 trainer = GRPOTrainer(
@@ -111,7 +115,7 @@ trainer = GRPOTrainer(
         output_dir={out!r}, learning_rate=1e-3, adam_beta2=0.95, warmup_steps=3, max_steps={steps}, num_generations=8,
         per_device_train_batch_size={batch}, max_completion_length=256, max_tool_calling_iterations=5, bf16=False,
         use_cpu=True, eval_strategy="steps", eval_steps={steps}, eval_on_start=True, seed=0, loss_type="grpo",
-        tora={{"num_threads": 1}},
+        tora={{"num_threads": 1, "log_completions": 1}},
     ),
     peft_config=LoraConfig(r=1, lora_alpha=32, target_modules="all-linear"),
 )
@@ -161,10 +165,25 @@ def environment_script(tmp_path: Path, **values: Any) -> str:
 
 
 def test_a_trl_script_with_environments_in_the_script_itself(tmp_path: Path) -> None:
-    """Classes and functions that no other process can import, and two environments by name."""
+    """Classes and functions that no other process can import, and two environments by name, which give the prompts."""
     said = environment_script(tmp_path, names=["once", "half"], rewards="reward_funcs=[brevity],")
     assert "'reward/brevity'" in said and "'reward/get_reward'" in said
     assert "environment" not in said.lower(), said
+    (table,) = (tmp_path / "out/completions").glob("step_1.parquet")
+    opened = [json.loads(row["messages"])[0] for row in read_parquet(table)]
+    assert all(m["role"] == "environment" and m["content"].startswith("Guess my number. It is") for m in opened)
+
+
+def test_an_environment_alone_needs_no_dataset(tmp_path: Path) -> None:
+    made = trainer(
+        str(configs_dir() / "bases/guess_number"), tmp_path, train_dataset=None, environment_factory=GuessNumber
+    )
+    first, second = RunPrompts(made.cfg).first(2)
+    assert first.source == "" and first.columns == {} and first.id != second.id
+    with pytest.raises(ConfigError, match=r"without a train_dataset needs GRPOConfig\(max_steps=\.\.\.\)"):
+        trainer("m", tmp_path, train_dataset=None, environment_factory=GuessNumber, args={"max_steps": -1})
+    with pytest.raises(ConfigError, match="several environments need a train_dataset"):
+        trainer("m", tmp_path, train_dataset=None, environment_factory={"a": GuessNumber, "b": GuessNumber})
 
 
 @pytest.mark.slow  # a quick start

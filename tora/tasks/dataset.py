@@ -1,6 +1,7 @@
 """Datasets as sequences of rows.
 
 A dataset is anything with `len` and `[i]` whose rows are mappings with a `prompt`: a string or a list of chat messages.
+A row for an environment may have none, see `UNPROMPTED`.
 Images are in the messages or in a column `images` or `image`, see `tora.tasks.image_rows`. All other columns are passed
 to the reward functions by name.
 """
@@ -16,6 +17,15 @@ from tora.tasks.messages import Messages, as_messages, checked
 from tora.tasks.table import Table, load_files, load_hub
 
 Row = dict[str, Any]
+UNPROMPTED = ""
+"""`Prompt.source` of a row without a prompt: an empty user message, which the environment's observation fills. As in
+TRL, `reset` gets no `prompt` then."""
+
+
+_WITHOUT = {
+    "prompt_key": "; prompt_key=null is for an environment that gives the prompt",
+    "answer_key": "; answer_key=null is for data without answers",
+}
 
 
 class Dataset(Protocol):
@@ -31,14 +41,14 @@ class Rows:
         self,
         table: Table,
         source: str,
-        prompt_key: str = "prompt",
+        prompt_key: str | None = "prompt",
         answer_key: str | None = "answer",
         system_prompt: str | None = None,
         few_shot: Messages | None = None,
         keep: Keep | None = None,
     ) -> None:
-        """`source` names the table in messages. `answer_key` is None for a table without answers. A key with a dot
-        reads a field of a column that holds mappings. The other arguments are `file_dataset`'s.
+        """`source` names the table in messages. A key with a dot reads a field of a column that holds mappings. The
+        other arguments are `file_dataset`'s.
 
         Raises ConfigError if the table is empty, lacks a column, or `keep` leaves no rows.
         """
@@ -46,8 +56,7 @@ class Rows:
             raise ConfigError(f"{source} has no rows")
         for key, column in (("prompt_key", prompt_key), ("answer_key", answer_key)):
             if column is not None and not {column, column.partition(".")[0]} & set(table.column_names):
-                note = "; answer_key=null is for data without answers" if key == "answer_key" else ""
-                raise ConfigError(missing_column(source, key, column, table.column_names) + note)
+                raise ConfigError(missing_column(source, key, column, table.column_names) + _WITHOUT[key])
         self._table, self._source = table, source
         self._prompt_key, self._answer_key = prompt_key, answer_key
         self._system: Messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
@@ -64,12 +73,15 @@ class Rows:
         place = index if self._kept is None else self._kept[index]
         row = self._table[place]
         try:
-            prompt = self._with_examples(_without_nulls(_taken(row, self._prompt_key)))
+            prompt = self._with_examples(self._prompt_of(row))
             if self._answer_key is not None:
                 row["answer"] = _gold(_taken(row, self._answer_key))
         except ConfigError as error:
             raise ConfigError(f"{self._source}: row {place} {error}") from error
-        return {**row, "prompt": prompt}
+        return row if self._prompt_key is None and prompt == UNPROMPTED else {**row, "prompt": prompt}
+
+    def _prompt_of(self, row: Row) -> Any:
+        return UNPROMPTED if self._prompt_key is None else _without_nulls(_taken(row, self._prompt_key))
 
     def _with_examples(self, prompt: Any) -> Any:
         """The prompt after system prompt and few-shot turns; a string becomes a user message."""
@@ -85,7 +97,7 @@ class Rows:
 def file_dataset(
     path: str,
     split: str = "train",
-    prompt_key: str = "prompt",
+    prompt_key: str | None = "prompt",
     answer_key: str | None = "answer",
     system_prompt: str | None = None,
     few_shot: Messages | None = None,
@@ -97,7 +109,8 @@ def file_dataset(
     `split` is as in the `datasets` library: all rows of a single file are `train`, `train[:90%]` selects a part, and
     files in a folder belong to the split that their names contain. `system_prompt` is put before each prompt as a
     system message, and `few_shot`, chat messages, between the two; a string prompt becomes a user message after them.
-    `keep`: see `tora.tasks.keep`.
+    `prompt_key` is None for rows that have no prompt, whose environment gives it, and `answer_key` for data without
+    answers. `keep`: see `tora.tasks.keep`.
 
     Raises ConfigError if the file cannot be loaded, is empty or lacks a column, or `keep` leaves no rows.
     """
@@ -108,7 +121,7 @@ def hub_dataset(
     name: str,
     subset: str | None = None,
     split: str = "train",
-    prompt_key: str = "prompt",
+    prompt_key: str | None = "prompt",
     answer_key: str | None = "answer",
     system_prompt: str | None = None,
     few_shot: Messages | None = None,
@@ -119,6 +132,13 @@ def hub_dataset(
     Raises ConfigError if it, its subset or its split cannot be loaded, or if it is empty or lacks a column.
     """
     return Rows(load_hub(name, subset, split), name, prompt_key, answer_key, system_prompt, few_shot, keep)
+
+
+def empty_rows(num_rows: int = 64) -> list[Row]:
+    """For an environment whose `reset` makes up the task and returns the prompt. Raises ConfigError for no rows."""
+    if num_rows < 1:
+        raise ConfigError(f"empty_rows: num_rows is {num_rows}, expected at least 1")
+    return [{} for _ in range(num_rows)]
 
 
 def check_dataset(rows: Any, source: str) -> Dataset:

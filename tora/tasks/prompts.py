@@ -23,7 +23,7 @@ from tora.environments.turns import Turns
 from tora.errors import ConfigError, OverlongPrompt, raised
 from tora.models.load import read_config
 from tora.models.vision.processor import ImageProcessor, has_image_processor
-from tora.tasks.dataset import Dataset, check_dataset, missing_column
+from tora.tasks.dataset import UNPROMPTED, Dataset, check_dataset, missing_column
 from tora.tasks.encode import as_messages, check_template, encode_prompt
 from tora.tasks.image_rows import take_images
 from tora.tasks.overlong import OverlongRows, prompt_limit
@@ -65,19 +65,21 @@ class PromptStream:
         template_variables: Mapping[str, Any] | None = None,
         shuffle: bool = True,
         vocab_size: int | None = None,
+        needs_prompts: bool = True,
         source: str = "the dataset",
     ) -> None:
         """`tokenizer` is a Hugging Face tokenizer; `image_processor` is None for a model that takes no images.
         `limited_by`: what sets `max_prompt_tokens`, as a clause; None for the config's key of that name. `turns`: None
         for rollouts without tools. `template_variables`: the chat template's; a row's own come on top. `shuffle`: False
-        keeps the rows' order in every epoch. `vocab_size`: of the embedding; None if it need not be checked. `source`
-        names the rows in messages.
+        keeps the rows' order in every epoch. `vocab_size`: of the embedding; None if it need not be checked.
+        `needs_prompts`: False if environments give the prompts of rows that have none. `source` names the rows in
+        messages.
 
         Raises ConfigError if there are no rows, or `rows` is no dataset.
         """
         self._rows = rows = check_dataset(rows, source)
         self._warn_of_hidden(rows[0])
-        self._vocab_size = vocab_size
+        self._vocab_size, self._needs_prompts = vocab_size, needs_prompts
         self._tokenizer = tokenizer
         self._overlong = OverlongRows(overlong, max_prompt_tokens, len(rows), limited_by)
         self._image_processor = image_processor
@@ -113,6 +115,8 @@ class PromptStream:
             raise
         except Exception as error:  # of a user's dataset, or of one that reads files as it goes
             raise ConfigError(f"dataset row {index} cannot be read: {raised(error)}") from error
+        if not self._needs_prompts and columns.get("prompt") is None:
+            columns["prompt"] = UNPROMPTED
         if "prompt" not in columns:
             raise ConfigError(missing_column(f"dataset row {index}", "prompt", "prompt", list(columns)))
         try:
@@ -205,6 +209,7 @@ class RunPrompts:
                 template_variables=cfg.chat_template_kwargs,
                 shuffle=cfg.shuffle,
                 vocab_size=vocab_size,
+                needs_prompts=cfg.environment_factory is None,
                 source=str(dataset["_component_"]),
             )
 

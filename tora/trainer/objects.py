@@ -9,6 +9,7 @@ from typing import Any
 
 from tora.config.components import register
 from tora.errors import ConfigError
+from tora.tasks.dataset import empty_rows
 from tora.tasks.tokenizer import load_tokenizer
 
 GET_REWARD = "tora.environments.get_reward"
@@ -40,6 +41,17 @@ def environment_factory(environments: Environments | None) -> dict[str, Any] | N
     if isinstance(environments, Mapping):
         return {name: {"_component_": path_of(made, "environment_factory")} for name, made in environments.items()}
     return {"_component_": path_of(environments, "environment_factory")}
+
+
+def placeholder_rows(environments: Environments | None, max_steps: int) -> list[dict[str, Any]]:
+    """What stands for a dataset that is not given, as in TRL. Raises ConfigError where one is needed."""
+    if environments is None:
+        raise ConfigError("GRPOTrainer needs a train_dataset, or an environment_factory whose reset gives the prompts")
+    if isinstance(environments, Mapping):
+        raise ConfigError("several environments need a train_dataset, whose column environment names that of each row")
+    if max_steps <= 0:
+        raise ConfigError("GRPOTrainer without a train_dataset needs GRPOConfig(max_steps=...), which ends the run")
+    return empty_rows()
 
 
 def _factories(environments: Environments | None) -> Sequence[Any]:

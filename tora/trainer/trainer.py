@@ -58,9 +58,10 @@ class GRPOTrainer:
 
     `reward_funcs`: functions, dotted paths, or a list of them. Functions that another module can import run in
     processes of their own, with time limits; those of a script or a notebook run in this process. May be None if the
-    environment has `get_reward`. Datasets: anything with `len` and `[i]` whose rows have a `prompt`. `tools`: functions
-    that the model may call. `environment_factory`: a class or callable, or several by the names in the dataset's column
-    `environment`; those of a script are sent to the processes of environments. See `docs/agents.md`.
+    environment has `get_reward`. Datasets: anything with `len` and `[i]` whose rows have a `prompt`, which an
+    environment may give instead; a single environment needs no `train_dataset` if `max_steps` is set. `tools`:
+    functions that the model may call. `environment_factory`: a class or callable, or several by the names in the
+    dataset's column `environment`; those of a script are sent to the processes of environments. See `docs/agents.md`.
     `processing_class`: the model's own tokenizer or processor, which is read from its folder anyway.
     """
 
@@ -81,11 +82,12 @@ class GRPOTrainer:
         for name, value in others.items():
             if value is not None:
                 raise ConfigError(f"GRPOTrainer has no argument {name}")
-        if train_dataset is None:
-            raise ConfigError("GRPOTrainer needs a train_dataset")
         self.args = args or GRPOConfig()
+        self._needs_prompts = environment_factory is None
+        if train_dataset is None:
+            train_dataset = objects.placeholder_rows(environment_factory, self.args.max_steps)
         objects.check_processing_class(processing_class, model, (self.args.tora or {}).get("chat_template"))
-        rows = _rows(train_dataset, "train_dataset")
+        rows = self._rows(train_dataset, "train_dataset")
         tree = {
             **self.args.tree(len(rows)),
             "model": model_tree(model, peft_config),
@@ -105,15 +107,29 @@ class GRPOTrainer:
         sets = dataset if isinstance(dataset, dict) else {"": dataset}
         components = []
         for name, each in sets.items():
-            rows = _rows(each, "eval_dataset")
+            rows = self._rows(each, "eval_dataset")
             components.append((name, {"_component_": register(f"eval_dataset{name}", lambda rows=rows: rows)}))
         return {
             "dataset": components[0][1],
             "more": dict(components[1:]),
-            "num_prompts": max(1, *(len(_rows(each, "eval_dataset")) for each in sets.values()), 1),
+            "num_prompts": max(1, *(len(self._rows(each, "eval_dataset")) for each in sets.values()), 1),
             "every": self.args.eval_steps or self.args.logging_steps,
             "at_start": bool(self.args.eval_on_start),
         }
+
+    def _rows(self, dataset: Any, name: str) -> Any:
+        """Rows with a `prompt`, unless environments give it. Images of a `datasets` table stay encoded."""
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, str | Mapping):
+            raise ConfigError(f"{name} is a {type(dataset).__name__}, expected rows: anything with len and [i]")
+        if hasattr(dataset, "column_names") and hasattr(dataset, "features"):
+            from tora.tasks.dataset import Rows
+            from tora.tasks.table import Table
+
+            is_given = self._needs_prompts or "prompt" in dataset.column_names
+            return Rows(Table(dataset), name, "prompt" if is_given else None, answer_key=None)
+        if len(dataset) == 0:
+            raise ConfigError(f"{name} has no rows")
+        return dataset
 
     def train(self, resume_from_checkpoint: bool = False) -> TrainResult:
         """Train, and return what the run leaves. Raises a ToraError in a sentence for what ends the run."""
@@ -136,20 +152,6 @@ class GRPOTrainer:
         if output_dir is not None:
             kind = self.result.adapter.name
             export_to(find(str(self.result.output_dir)), Path(output_dir).absolute(), kind)
-
-
-def _rows(dataset: Any, name: str) -> Any:
-    """Rows with a `prompt`. Images of a `datasets` table stay encoded."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, str | Mapping):
-        raise ConfigError(f"{name} is a {type(dataset).__name__}, expected rows: anything with len and [i]")
-    if hasattr(dataset, "column_names") and hasattr(dataset, "features"):
-        from tora.tasks.dataset import Rows
-        from tora.tasks.table import Table
-
-        return Rows(Table(dataset), name, answer_key=None)
-    if len(dataset) == 0:
-        raise ConfigError(f"{name} has no rows")
-    return dataset
 
 
 def _plain(value: Any) -> str:
