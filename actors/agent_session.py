@@ -62,7 +62,8 @@ class AgentSession:
         """Raises ValueError, for the program, if the messages cannot be rendered or leave no room."""
         with self._lock:
             said = [reply_of(m) if m.get("role") == "assistant" else None for m in messages]
-            own = [reply in self._replies for reply in said]
+            kept = self._template.kept(messages, tools)
+            own = [reply in self._replies and whole for reply, whole in zip(said, kept, strict=True)]
             pieces = tuple(self._template.pieces(messages, tools, own))
             replies = tuple(reply for reply, mine in zip(said, own, strict=True) if mine and reply is not None)
             turn = self._turns.get((pieces[:-1], replies)) if replies else None

@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,9 @@ from tora.environments.turns import Turns
 from tora.protocols import Engine
 from tora.tasks.dataset import UNPROMPTED
 from tora.types import Completion, FailedReward, Prompt, Rollout, SampleRequest, StopReason
+
+_MOST_AT_ONCE = 1024
+"""Episodes of a call that are played at the same time, apart from one another."""
 
 
 class Episode:
@@ -154,13 +158,15 @@ class EpisodePlayer:
         tokenizer: Any,
         *,
         max_tool_calling_iterations: int | None,
+        together: bool = True,
     ) -> None:
         """`make_parser`: from the schemas of an environment's tools. `tokenizer` is only used to decode what the policy
-        wrote."""
+        wrote. `together`: episodes take their turns at the same time, for an engine that runs one call at a time; else
+        none waits for another after its group's first turn."""
         self.environments = environments
         self._turns, self._tokenizer = turns, tokenizer
         self._parsers = {name: make_parser(template.schemas) for name, template in turns.templates.items()}
-        self._max_iterations = max_tool_calling_iterations
+        self._max_iterations, self._together = max_tool_calling_iterations, together
 
     @contextmanager
     def play(
@@ -175,15 +181,41 @@ class EpisodePlayer:
                 episodes = [Episode(request, session, index) for index in range(request.num_samples)]
                 groups.append(PlayedGroup(prompt, episodes, session))
             self._begin(groups)
-            running = [e for group in groups for e in group.episodes if e.is_running]
-            while running:
-                self._turn(engine, running, part)
-                self._answer([e for e in running if e.is_running])
-                running = [e for e in running if e.is_running]
+            running = [[e for e in group.episodes if e.is_running] for group in groups]
+            if self._together:
+                self._play_together(engine, [e for episodes in running for e in episodes], part)
+            else:
+                self._play_apart(engine, running, part)
             yield groups
         finally:
             for group in groups:
                 group.session.close()
+
+    def _play_together(self, engine: Engine, running: Sequence[Episode], part: int | None) -> None:
+        """Turn by turn, until all have ended."""
+        while running:
+            self._turn(engine, running, part)
+            self._answer([e for e in running if e.is_running])
+            running = [e for e in running if e.is_running]
+
+    def _play_apart(self, engine: Engine, groups: Sequence[Sequence[Episode]], part: int | None) -> None:
+        """The first turns of a group share its prompt. Then each episode has a thread, in which it goes on as soon as
+        its own tools have answered."""
+
+        def finish(e: Episode) -> None:
+            self._answer([e])
+            self._play_together(engine, [e] if e.is_running else [], part)
+
+        def begin(running: Sequence[Episode]) -> list[Future[None]]:
+            self._turn(engine, running, part)
+            return [pool.submit(copy_context().run, finish, e) for e in running if e.is_running]
+
+        count = sum(map(len, groups))
+        with ThreadPoolExecutor(max(1, min(count, _MOST_AT_ONCE)), thread_name_prefix="episode") as pool:
+            begun = [pool.submit(copy_context().run, begin, running) for running in groups if running]
+            for group in begun:
+                for episode in group.result():
+                    episode.result()
 
     def _template_of(self, e: Episode) -> TurnTemplate:
         return self._turns.templates[e.session.environment]

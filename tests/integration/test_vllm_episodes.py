@@ -200,17 +200,24 @@ def test_the_built_in_parser_reads_what_vllms_does(tokenizer, text: str) -> None
     assert theirs(text) == parse_hermes(text)
 
 
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TAKES_A = {"type": "function", "function": {**SCHEMA["function"], "parameters": PARAMETERS}}
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
         ("llama3_json", '{"name": "look", "parameters": {"a": 1}}'),
         ("pythonic", "[look(a=1)]"),
+        ("qwen3_json", '<tool_call>\n{"name": "look", "arguments": {"a": 1}}\n</tool_call>'),
+        ("qwen3_coder", "<tool_call>\n<function=look>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"),
+        ("mistral", '[TOOL_CALLS]look[ARGS]{"a": 1}'),
     ],
 )
 def test_vllms_parsers_by_name(folder: Path, name: str, call: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens("<|python_tag|>")
-    parse = make_parser(name, tokenizer, [SCHEMA])
+    tokenizer.add_tokens(["<|python_tag|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]"])
+    parse = make_parser(name, tokenizer, [TAKES_A])
     assert parse(call).calls == (ToolCall("look", {"a": 1}),)
     assert parse("Lima.").calls == ()
     assert parse(call).calls == (ToolCall("look", {"a": 1}),), "one turn leaves nothing for the next"

@@ -267,6 +267,7 @@ def agents(
     part_tokens: int | None = None,
     timeout_s: float = 10.0,
     memory_gib: float = 8.0,
+    together: bool = True,
 ) -> Iterator[Agents]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = ImageProcessor(folder) if has_image_processor(folder) else None
@@ -278,7 +279,9 @@ def agents(
         limits["memory_gib"] = memory_gib
         environments = EnvironmentProcesses({"_component_": factory}, [], rewards, **limits)
         turns = Turns({"": template})
-        return EpisodePlayer(environments, turns, lambda _: parse, tokenizer, max_tool_calling_iterations=iterations)
+        return EpisodePlayer(
+            environments, turns, lambda _: parse, tokenizer, max_tool_calling_iterations=iterations, together=together
+        )
 
     sampling = Sampling(max_tokens, stop_token_ids=(*STOPS, tokenizer.eos_token_id))
     worker = RolloutWorker(

@@ -282,9 +282,48 @@ def test_two_answers_to_one_question_are_two_sequences(tokenizer) -> None:
     assert [e.token_ids.tolist()[-2:] for e in chat.finish()] == [[6, STOPS[0]], [5, STOPS[0]]]
 
 
+STRIPS = ("\n{{ m.content }}<", "\n{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<")
+LABELS = ("<|im_start|>{{ m.role }}", "<|im_start|>{{ 'earlier ' if m.role == 'assistant' }}{{ m.role }}")
+LATEST = (STRIPS[0], STRIPS[1].replace("if m.role", "if loop.index < 3 and m.role"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "turns"),
+    [
+        (STRIPS, "a", [3]),
+        (STRIPS, "<think>why</think>a", [1, 1, 1]),
+        (STRIPS, "why</think>a", [1, 1, 1]),
+        (LATEST, "<think>why</think>a", [1, 2]),
+        (LABELS, "a", [1, 1, 1]),
+        (("", ""), "<think>why</think>a", [3]),
+    ],
+)
+def test_a_turn_that_the_template_rewrites_later_ends_its_sequence(
+    tokenizer, change: tuple[str, str], said: str, turns: list[int]
+) -> None:
+    """What follows is asked as a deployed model is: with the turn as the template shows it."""
+    tokenizer.chat_template = tokenizer.chat_template.replace(*change)
+    template = ChatTemplate(tokenizer, STOPS)
+    group: Any = None
+    chat = AgentSession(SampleRequest((template.first_token,), 1, 0, Sampling(600)), group, 0, template)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+    for number in range(3):
+        asked = chat.ask(messages, [], None)
+        if len(turns) == 3:
+            whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            assert asked.request.token_ids == template.encode(whole)
+        ids = template.encode(said)
+        reply = {"role": "assistant", "content": f"{said}{number}"}
+        chat.answer(asked, completion(*ids, *template.encode(str(number)), STOPS[0]), reply)
+        messages = [*messages, reply, {"role": "user", "content": "more"}]
+    episodes = chat.finish()
+    assert [e.turns for e in episodes] == turns
+    assert sum(map(sum, (e.sampled for e in episodes))) == 3 * (len(template.encode(said)) + 2)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_endpoint_at_the_machines_own_address(tokenizer, stream: bool) -> None:
-    """With a key there as on the loopback address, and nothing on the loopback address."""
+    """With a key there as on the loopback address, and nothing on the loopback address. Both addresses of a session."""
     template = ChatTemplate(tokenizer, STOPS)
     group: Any = None
     chat = AgentSession(SampleRequest((template.first_token,), 1, 0, Sampling(60)), group, 0, template)
@@ -293,7 +332,9 @@ def test_the_endpoint_at_the_machines_own_address(tokenizer, stream: bool) -> No
     assert url.startswith(f"http://{own_address()}:")
     hello = {"messages": [{"role": "user", "content": "hello"}], "stream": stream}
     assert post(url, "x", hello)[0] == 401
-    status, said = post(url, key, {**hello, "stream_options": {"include_usage": True}})
+    status, said = post(
+        f"{endpoint.address}/v1" if stream else url, key, {**hello, "stream_options": {"include_usage": True}}
+    )
     used = {"prompt_tokens": len(chat.finish()[0].context) - 2, "completion_tokens": 2}
     chunks = [json.loads(line.removeprefix("data: ")) for line in said.splitlines() if "{" in line]
     assert status == 200 and chunks[-1]["usage"] == {**used, "total_tokens": sum(used.values())}

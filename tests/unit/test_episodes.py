@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from agents import (
 from learners import config
 from torch_engines import engine_of
 
+from actors.torch_engine.engine import TorchEngine
 from learner.learner import Learner
 from tora.environments.tools import MalformedCall, Parsed, ToolCall
 from tora.models.vision.processor import ImageProcessor
 from tora.run.group_files import load_groups, save_groups
-from tora.types import FailedReward, Group, StopReason
+from tora.types import Completion, FailedReward, Group, SampleRequest, StopReason
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,41 @@ def test_an_episode_is_the_same_alone_and_among_others(make) -> None:
     agents = make()
     both, (alone,) = run(agents, [3, 4]), run(agents, [4])
     for one, other in zip(both[1].rollouts, alone.rollouts, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+
+
+class Held:
+    """An engine that answers the first rollout's second turn once the others have ended."""
+
+    def __init__(self, engine: TorchEngine, others: int) -> None:
+        self._engine, self._others = engine, others
+        self._held: tuple[int, ...] = ()
+        self._ended, self._counting = threading.Event(), threading.Lock()
+
+    def generate(self, requests: list[SampleRequest]) -> list[list[Completion]]:
+        completions = self._engine.generate(requests)
+        if not self._held:
+            self._held = (*requests[0].token_ids, *completions[0][0].token_ids.tolist())
+        elif any(r.token_ids[: len(self._held)] == self._held for r in requests):
+            assert self._ended.wait(20), "the others wait for this one"
+        else:
+            with self._counting:
+                self._others -= sum(r.num_samples for r in requests)
+            if self._others == 0:
+                self._ended.set()
+        return completions
+
+    def close(self) -> None: ...
+
+
+def test_no_episode_waits_for_another_where_the_engine_answers_many(folder: Path, learner: Learner, make) -> None:
+    """And all are as they would be together."""
+    (together,) = run(make(), [3])
+    engine: Any = Held(engine_of(learner), others=3 * 4)
+    with agents(lambda: engine, folder, together=False) as made:
+        (apart,) = run(made, [3])
+    check_five_turns(apart)
+    for one, other in zip(apart.rollouts, together.rollouts, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
 
 

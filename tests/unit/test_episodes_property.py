@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,31 +67,33 @@ def parse(text: str) -> Parsed:
 
 
 class Ledger:
-    """An engine that samples at random and keeps what it returned, by context."""
+    """An engine that samples at random, by the requests' seeds, and keeps what it returned, by context."""
 
     def __init__(self, seed: int, words: int, stop: int) -> None:
-        self._random, self._words, self._stop = np.random.default_rng(seed), words, stop
-        self._version = 0
+        self._seed, self._words, self._stop = seed, words, stop
+        self._version, self._turn = 0, threading.Lock()
         self.fails_at = -1
         self.returned: dict[tuple[int, ...], list[Completion]] = {}
 
     def generate(self, requests: list[SampleRequest]) -> list[list[Completion]]:
-        self.fails_at -= 1
-        if self.fails_at == 0:
-            raise RuntimeError("the engine died")
-        drawn = [[self._sample(r.sampling.max_tokens) for _ in range(r.num_samples)] for r in requests]
-        for request, completions in zip(requests, drawn, strict=True):
-            self.returned.setdefault(request.token_ids, []).extend(completions)
-        return drawn
+        with self._turn:
+            self.fails_at -= 1
+            if self.fails_at == 0:
+                raise RuntimeError("the engine died")
+            drawn = [[self._sample(r, i) for i in range(r.num_samples)] for r in requests]
+            for request, completions in zip(requests, drawn, strict=True):
+                self.returned.setdefault(request.token_ids, []).extend(completions)
+            return drawn
 
-    def _sample(self, most: int) -> Completion:
-        length = min(most, int(self._random.integers(1, 9)))
-        stopped = length < most or bool(self._random.random() < 0.5)
-        ids = self._random.integers(3, self._words, length if stopped else most)
+    def _sample(self, request: SampleRequest, number: int) -> Completion:
+        draw, most = np.random.default_rng([self._seed, request.seed, number]), request.sampling.max_tokens
+        length = min(most, int(draw.integers(1, 9)))
+        stopped = length < most or bool(draw.random() < 0.5)
+        ids = draw.integers(3, self._words, length if stopped else most)
         ids[-1] = self._stop if stopped else ids[-1]
-        versions = self._version + np.cumsum(self._random.random(len(ids)) < 0.05)
+        versions = self._version + np.cumsum(draw.random(len(ids)) < 0.05)
         self._version = int(versions[-1])
-        logprobs = -self._random.random(len(ids)).astype(np.float32)
+        logprobs = -draw.random(len(ids)).astype(np.float32)
         return Completion(ids, logprobs, logprobs, versions, stopped)
 
 
@@ -131,12 +134,13 @@ class Play:
         return [result.with_prompt(prompt) for result, prompt in zip(results, prompts, strict=True)]
 
 
-@pytest.fixture(scope="module", params=[(None, 4, 300), (3, None, 120)])
+@pytest.fixture(scope="module", params=[(None, 4, 300, True), (3, None, 120, False)])
 def play(folder: Path, request: pytest.FixtureRequest) -> Iterator[Play]:
-    """Tokens of a part, rounds of answers, and tokens of an episode."""
-    part, iterations, max_tokens = request.param
+    """Tokens of a part, rounds of answers, tokens of an episode, and whether episodes take their turns together."""
+    part, iterations, max_tokens, together = request.param
     engine: Any = Switch()
     options: dict[str, Any] = {"iterations": iterations, "max_tokens": max_tokens, "part_tokens": part}
+    options["together"] = together
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with agents(lambda: engine, folder, parse=parse, factory="wild.Wild", **options) as made:

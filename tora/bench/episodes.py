@@ -109,7 +109,10 @@ def measure(groups: int, turns: int, turn_latency: float, tool_latency: float, l
     def make_player() -> EpisodePlayer:
         limits: dict[str, Any] = {"timeout_s": 60.0, "reward_timeout_s": 60.0, "num_processes": 4}
         environments = EnvironmentProcesses(factory, [], rewards, **limits)
-        return EpisodePlayer(environments, turns_of, lambda _: _look, tokenizer, max_tool_calling_iterations=turns - 1)
+        most = turns - 1
+        return EpisodePlayer(
+            environments, turns_of, lambda _: _look, tokenizer, max_tool_calling_iterations=most, together=False
+        )
 
     def make_worker() -> PlayingWorker:
         word = tokenizer("1")["input_ids"][0]

@@ -15,6 +15,7 @@ from tora.errors import ConfigError
 Message = Mapping[str, Any]
 Reply = str
 """A turn as its message says it: content and calls as canonical JSON."""
+_THINK_END = "</think>"
 
 
 def reply_of(message: Message) -> Reply:
@@ -83,6 +84,20 @@ class ChatTemplate:
                     raise ValueError("the chat template leaves out a turn")
                 pieces.append(piece)
         return [*pieces, text]
+
+    def kept(self, messages: Sequence[Message], tools: Sequence[Message]) -> list[bool]:
+        """Which messages the template shows whole: of earlier turns it may leave out the reasoning, what stands before
+        `</think>`."""
+        marks = [f"\u2063reasoning{number}\u2063" for number in range(len(messages))]
+        reasons = [m.get("role") == "assistant" and _THINK_END in (text_of(m) or "") for m in messages]
+        if not any(reasons):
+            return [True] * len(messages)
+        shown = [
+            {**_readable(message), "content": f"<think>\n{mark}\n{_THINK_END}\n\n?"} if reasoned else _readable(message)
+            for message, mark, reasoned in zip(messages, marks, reasons, strict=True)
+        ]
+        text = self._render(shown, tools)
+        return [not reasoned or mark in text for mark, reasoned in zip(marks, reasons, strict=True)]
 
     def after_turn(self, piece: str, *, stopped: bool) -> tuple[int, ...]:
         """Token ids of a piece that follows a turn; without the stop token if the turn ends with it."""

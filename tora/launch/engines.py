@@ -150,7 +150,14 @@ def _make_player(
         )
     parser_of = partial(make_parser, cfg.tool_parser, tokenizer)
     iterations = cfg.max_tool_calling_iterations
-    return EpisodePlayer(environments, turns, parser_of, tokenizer, max_tool_calling_iterations=iterations)
+    return EpisodePlayer(
+        environments,
+        turns,
+        parser_of,
+        tokenizer,
+        max_tool_calling_iterations=iterations,
+        together=cfg.rollout.engine == "torch",
+    )
 
 
 GPU_MEMORY = 0.9
