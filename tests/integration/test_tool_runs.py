@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from agents import check_tool_run
+from pages import ROOT, blocks, write_files
 from runs import steps
 from runs import train as short_run
 
@@ -25,6 +27,21 @@ def test_an_environment(tmp_path: Path) -> None:
     assert all("reward/failed/environment" not in row and row["rollout/turns_mean"] > 2 for row in steps(rows))
     assert all(row["reward/get_reward"] == row["reward/mean"] for row in steps(rows))
     assert any(row["learner/grad_norm"] > 0 for row in steps(rows))
+
+
+def test_the_environment_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its reader would: the page's files, and its lines of a config."""
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs/agents.md"
+    write_files(tmp_path, page)
+    (lines,) = (b.text for b in blocks(page) if b.language == "yaml" and "path: mazes.jsonl" in b.text)
+    (tmp_path / "maze.yaml").write_text(f"extends: quickstart_guess.yaml\n{lines}")
+    small = ["num_steps=1", "batch_size=2", "max_generated_tokens=64", "rollout.max_refills=0", "log_completions=1"]
+    (row,) = steps(short_run("maze.yaml", tmp_path / "run", *HERE, *small, "eval=null"))
+    assert "reward/failed/environment" not in row and 0 <= row["reward/get_reward"] <= 1
+    table = read_parquet(tmp_path / "run/completions/step_1.parquet")
+    opened = [json.loads(r["messages"])[0]["content"] for r in table]
+    assert opened == [" You see the doors red, green and blue."] * 8
 
 
 @pytest.mark.slow  # the short runs above cover the rest
