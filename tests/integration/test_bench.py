@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from adapters import build, model_config
 
+from tora.bench.implementations import main as compare_implementations
 from tora.bench.measure import shapes_of
 from tora.bench.rows import Samples, Setting, make_row, ratio
 from tora.bench.shapes import shape_names, write_random_model
@@ -49,6 +50,12 @@ def test_sync_measures_an_engine(tmp_path: Path) -> None:
         assert 0 < row["stall_ms"][0] <= row["stall_ms"][1] and row["install_ms"] > row["stall_ms"][0]
         assert row["copy_ms"][0] > 0 and row["tokens_per_s"] > 0
     assert [r["lora_type"] for r in speeds] == ["lora", "dora"] and all(r["ratio"] > 0 for r in speeds)
+
+
+def test_the_two_implementations_of_a_model_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    compare_implementations(["--shapes", "tiny", "--tokens", "256"])
+    said = capsys.readouterr().out
+    assert said.startswith("tiny, float32, 256 tokens") and said.count(" s, ratio ") == 2
 
 
 def test_only_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,13 +41,13 @@ def compare(shapes: str, lora_type: LoraType, workload: Workload, dtype: str) ->
         return samples
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tora.bench.implementations", description=__doc__)
     parser.add_argument("--shapes", choices=shape_names(), default="small")
-    parser.add_argument("--tokens", type=int, default=Workload.tokens)
-    parser.add_argument("--rounds", type=int, default=Workload.rounds)
+    parser.add_argument("--tokens", type=int, default=Workload().tokens)
+    parser.add_argument("--rounds", type=int, default=Workload().rounds)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     workload = Workload(tokens=args.tokens, rounds=args.rounds)
     print(f"{args.shapes}, {args.dtype}, {args.tokens} tokens, {torch.get_num_threads()} threads")
     for lora_type in _MODES:
