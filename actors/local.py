@@ -1,4 +1,4 @@
-"""LocalRollouts: one worker in this process, or one per rank under torchrun. Generation and training alternate.
+"""LocalRollouts: one worker in this process, or one per rank. Generation and training alternate.
 
 An engine that has generated sleeps until it is needed again, so that the learner can use its memory.
 """
@@ -51,6 +51,8 @@ class LocalRollouts:
         self._cfg, self._worker, self._eval_prompts, self._world = cfg, worker, eval_prompts, world
         self._prompt_at, self._stop_requested = prompt_at, stop_requested
         self._cursor = PromptCursor(prompt_at, state)
+        self._begun: list[int] = []
+        """Ids of the prompts of a batch that is not finished."""
         self._filter = SignalFilter(cfg)
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch:
@@ -58,13 +60,19 @@ class LocalRollouts:
         start = time.perf_counter()
         groups: list[Group] = []
         while len(groups) < self._cfg.batch_size:
-            prompts = [self._cursor.next() for _ in range(self._cfg.batch_size - len(groups))]
+            prompts = [self._next_prompt() for _ in range(self._cfg.batch_size - len(groups))]
             groups += [g for g in self._on_all_ranks(self._worker.run_groups, prompts) if self._filter.admit(g)]
         self._worker.sleep()
         generated, drops = self._filter.drain()
         batch = make_batch(self._cfg, groups, generated, drops, step, time.perf_counter() - start)
         batch.metrics["rollout/prompts_dropped"] = float(self._cursor.take_dropped())
+        self._begun.clear()
         return batch
+
+    def _next_prompt(self) -> Prompt:
+        prompt = self._cursor.next()
+        self._begun.append(prompt.id)
+        return prompt
 
     def publish(self, snapshot: PolicySnapshot, *, generates: bool = True) -> Metrics:
         start = time.perf_counter()
@@ -99,10 +107,10 @@ class LocalRollouts:
         return answers
 
     def state(self) -> RolloutState:
-        return self._cursor.state(())
+        return self._cursor.state(self._begun)
 
     def rewind(self, state: RolloutState, version: int) -> None:
-        self._cursor = PromptCursor(self._prompt_at, state)
+        self._cursor, self._begun = PromptCursor(self._prompt_at, state), []
 
     def close(self) -> None:
         self._worker.close()

@@ -18,13 +18,16 @@ class PromptCursor:
         self._dropped = 0
 
     def next(self) -> Prompt:
-        """The next prompt that is not dropped. Raises what the stream raises."""
+        """The next prompt that is not dropped. Raises what the stream raises, and then stays where it is."""
         while True:
             position = self._pending.pop(0) if self._pending else self._advance()
             try:
                 return self._prompt_at(position)
             except OverlongPrompt:
                 self._dropped += 1
+            except BaseException:
+                self._pending.insert(0, position)
+                raise
 
     def _advance(self) -> int:
         self.position += 1

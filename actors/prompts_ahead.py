@@ -66,16 +66,19 @@ class PromptsAhead:
         self._dropped = 0
 
     def take(self) -> Prompt | None:
-        """The next prompt that is not dropped; None if it is not made yet. Raises what the stream raises."""
+        """The next prompt that is not dropped; None if it is not made yet. Raises what the stream raises, and then
+        stays where it is."""
         self._fill()
         while self._made and self._made[0][1].done():
-            position, future = self._made.pop(0)
-            self._from_stream.discard(position)
-            self._fill()
             try:
-                return future.result()
+                prompt = self._made[0][1].result()
             except OverlongPrompt:
+                prompt = None
                 self._dropped += 1
+            self._from_stream.discard(self._made.pop(0)[0])
+            self._fill()
+            if prompt is not None:
+                return prompt
         return None
 
     def _fill(self) -> None:

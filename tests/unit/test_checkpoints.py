@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from fakes import make_group, make_prompt
 from safetensors import SafetensorError
 
 from tora.config.schema import CheckpointConfig
-from tora.errors import ConfigError, LearnerLost, RolloutError, SyncError
+from tora.errors import ConfigError, LearnerLost, RolloutError, SyncError, ToraError, TrainingError
 from tora.run.checkpoints import Checkpoints, RunState
 from tora.run.disk import DiskError, disk_errors
 from tora.run.loop import train
@@ -109,6 +110,22 @@ def test_a_seal_covers_folders_within_and_ignores_what_is_added(tmp_path: Path) 
     assert damage(tmp_path) == f"{MANIFEST} has changed since it was written"
 
 
+def test_the_disk_has_the_files_before_their_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut leaves a checkpoint with its name and without its content."""
+    told: list[Path] = []
+
+    def fsync(descriptor: int) -> None:
+        told.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    write(tmp_path, [1])
+    temporary, final = tmp_path / ".step_000001", tmp_path / "step_000001"
+    assert {path for path in told[:-2] if path.parent == temporary} == {temporary / f.name for f in final.iterdir()}
+    assert told[-2:] == [temporary, tmp_path], "then the folder, and then the rename"
+
+
 class FullDisk(FakeLearner):
     """Cannot write its files at some versions."""
 
@@ -169,7 +186,7 @@ def test_a_full_disk_ends_a_run_with_what_is_whole(tmp_path: Path, error: Except
 class FailingRollouts(FakeRollouts):
     """Fails in a step, or when it is to publish a version."""
 
-    def __init__(self, error: Exception, *, step: int = -1, version: int = -1) -> None:
+    def __init__(self, error: BaseException, *, step: int = -1, version: int = -1) -> None:
         super().__init__()
         self._error, self._step, self._version = error, step, version
 
@@ -190,9 +207,21 @@ def failing_run(folder: Path, rollouts: FailingRollouts, **changes: bool) -> Run
     return run
 
 
-@pytest.mark.parametrize("error", [RolloutError("every worker is lost"), ConfigError("row 7 has no prompt")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RolloutError("every worker is lost"),
+        ConfigError("row 7 has no prompt"),
+        ToraError("KeyError: 'x', of a worker"),
+        KeyError("x"),
+        MemoryError(),
+        OSError(errno.ENOENT, "No such file"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 @pytest.mark.parametrize("place", [{"step": 3}, {"version": 3}])
-def test_a_run_that_its_rollouts_end_is_saved(tmp_path: Path, error: Exception, place: dict[str, int]) -> None:
+def test_a_run_that_its_rollouts_end_is_saved(tmp_path: Path, error: BaseException, place: dict[str, int]) -> None:
     run = failing_run(tmp_path, FailingRollouts(error, **place))
     with pytest.raises(type(error)):
         train_and_export(run)
@@ -201,12 +230,25 @@ def test_a_run_that_its_rollouts_end_is_saved(tmp_path: Path, error: Exception, 
     assert run.checkpoints.read(run.checkpoints.folder_of(3), make_prompt).step == 3
 
 
+class FailsInAStep(FakeLearner):
+    """With weights that may be changed in part."""
+
+    def step(self, batch: TrainBatch) -> StepResult:
+        if self.version == 3:
+            raise MemoryError
+        return super().step(batch)
+
+
 def test_nothing_is_saved_that_is_there_or_wrong_or_shared(tmp_path: Path) -> None:
     lost, wrong = RolloutError("every worker is lost"), SyncError("other policy")
+    full = OSError(errno.ENOSPC, "No space left on device")
     cases = [
         (failing_run(tmp_path / "there", FailingRollouts(lost, step=2)), RolloutError, ["step_000002"]),
         (failing_run(tmp_path / "fresh", FailingRollouts(lost, step=0)), RolloutError, []),
         (failing_run(tmp_path / "wrong", FailingRollouts(wrong, version=3)), SyncError, ["step_000002"]),
+        (failing_run(tmp_path / "nan", FailingRollouts(TrainingError("nan"), step=3)), TrainingError, ["step_000002"]),
+        (failing_run(tmp_path / "full", FailingRollouts(full, step=3)), OSError, ["step_000002"]),
+        (make_run(tmp_path / "half", [FailsInAStep()]), MemoryError, ["step_000002"]),
         (failing_run(tmp_path / "ranks", FailingRollouts(lost, step=3), is_alone=False), RolloutError, ["step_000002"]),
     ]
     for run, error, expected in cases:
@@ -258,16 +300,24 @@ def test_a_learner_that_is_lost_while_it_writes_leaves_the_checkpoint_before(tmp
     assert isinstance(run.rollouts, FakeRollouts) and "rewind 2" in run.rollouts.events
 
 
-class LostWhileSaving(FakeLearner):
+class FailsToSave(FakeLearner):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
     def begin_save(self, folder: Path) -> None:
-        raise LearnerLost("one of its ranks died")
+        raise self._error
 
 
-def test_a_failure_is_named_although_the_learner_is_lost_too(tmp_path: Path) -> None:
-    run = make_run(tmp_path, [LostWhileSaving()])
+@pytest.mark.parametrize("second", [LearnerLost("one of its ranks died"), ValueError("no such state")])
+def test_a_failure_is_named_although_the_learner_fails_too(
+    tmp_path: Path, second: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path, [FailsToSave(second)])
     run.rollouts = FailingRollouts(RolloutError("every worker is lost"), step=1)
     with pytest.raises(RolloutError, match="every worker is lost"):
         train_and_export(run)
+    assert caplog.messages == [f"no checkpoint of step 1: {second}"]
 
 
 class Restarting(FakeRollouts):

@@ -10,6 +10,7 @@ import pytest
 from fakes import FakeWorker, make_prompt, make_snapshot
 from pools import QUICK, check_each_prompt_once, config, next_batch, pending, running, some_without_signal
 
+from tora.batching.train_batch import make_batch
 from tora.errors import OverlongPrompt, SyncError, WorkerLost
 from tora.types import Prompt, RolloutState, SyncReport
 
@@ -141,19 +142,43 @@ def test_prompts_that_take_long_do_not_block_the_event_loop() -> None:
     assert not set(trained) & pending(state)
 
 
+def test_a_batch_that_takes_long_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heartbeats of 256 workers cannot wait for a batch of images."""
+    gaps: list[float] = []
+
+    class Watched(FakeWorker):
+        async def occupancy(self) -> Any:
+            began = time.perf_counter()
+            await asyncio.sleep(0.005)
+            gaps.append(time.perf_counter() - began)
+            return await super().occupancy()
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.2)
+        return make_batch(*args)
+
+    monkeypatch.setattr("actors.pool.make_batch", slowly)
+    with running(config(1), Watched, timing=QUICK) as rollouts:
+        for step in range(3):
+            rollouts.publish(make_snapshot(step))
+            next_batch(rollouts, step)
+    assert len(gaps) > 20 and max(gaps) < 0.15
+
+
 def test_prompts_come_in_order_and_a_bad_row_ends_the_run() -> None:
     def prompt_at(number: int) -> Prompt:
         if number == 20:
             raise OSError("the row is unreadable")
         return make_prompt(number)
 
-    worker = FakeWorker()
-    with (
-        running(config(1, workers=1), lambda: worker, prompt_at=prompt_at, state=RolloutState(9, [7, 2])) as rollouts,
-        pytest.raises(OSError, match="unreadable"),
-    ):
-        for step in range(9):
-            rollouts.publish(make_snapshot(step))
-            next_batch(rollouts, step)
+    worker, trained = FakeWorker(), list[int]()
+    with running(config(1, workers=1), lambda: worker, prompt_at=prompt_at, state=RolloutState(9, [7, 2])) as rollouts:
+        with pytest.raises(OSError, match="unreadable"):
+            for step in range(9):
+                rollouts.publish(make_snapshot(step))
+                trained += next_batch(rollouts, step).prompt_ids
+        state = rollouts.state()
+    assert {2, 7, *range(9, state.cursor)} <= {*trained, *pending(state)}, "none is lost"
+    assert state.cursor <= 20 or 20 in state.pending, "its turn comes again"
     started: Sequence[int] = worker.prompt_ids
     assert list(started) == [2, 7, *range(9, 20)][: len(started)] and len(started) >= 8

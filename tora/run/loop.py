@@ -60,10 +60,11 @@ def train(run: Run) -> Outcome:
             run.save(replaces=not bad_steps.in_a_row)
             end = "stopped"
             break
-        generated = time.perf_counter()
+        run.is_stepping, generated = True, time.perf_counter()
         result = run.learner.step(replace(batch, groups=()))
         learned = time.perf_counter()
         state.step, state.seconds = step + 1, learned - start
+        run.is_stepping = False
         sync = run.publish(result.version)
         bytes_per_sync = sync.get("sync/bytes", bytes_per_sync)  # absent while every worker is restarting
         times = {

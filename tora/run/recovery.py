@@ -14,8 +14,9 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
-from tora.errors import ComponentError, ConfigError, LearnerLost, RolloutError
+from tora.errors import ComponentError, LearnerLost, SyncError, TrainingError, described
 from tora.run.checkpoints import RunState
+from tora.run.disk import is_full
 from tora.run.loop import Outcome, train
 from tora.run.run import Run
 
@@ -25,9 +26,10 @@ _log = logging.getLogger(__name__)
 def train_and_export(run: Run) -> Outcome:
     """`train`, then export the policy into `run.result_folder`.
 
-    A run that its rollouts or its data end is saved first. Raises ComponentError with what it can be continued from if
-    the config's optimizer, schedule or loss raises, and LearnerLost if a learner is lost after
-    `max_learner_restarts` restarts from one checkpoint; `run.state` is then that of the newest checkpoint.
+    A run that an error ends is saved first, unless the error is the learner's, an engine's that serves another policy,
+    or a full disk's. Raises ComponentError with what it can be continued from if the config's optimizer, schedule or
+    loss raises, and LearnerLost if a learner is lost after `max_learner_restarts` restarts from one checkpoint;
+    `run.state` is then that of the newest checkpoint.
     """
     try:
         return _train_and_export(run)
@@ -47,11 +49,6 @@ def _train_and_export(run: Run) -> Outcome:
             outcome = train(run)
             run.export()
             return outcome
-        except (RolloutError, ConfigError):
-            with suppress(LearnerLost):
-                run.save_after_failure()  # the learner is sound: rollouts, a reward or a row of the data ended the run
-                run.end_save()
-            raise
         except ComponentError as error:
             folder = run.checkpoints.newest()  # an update half made is not worth saving
             how = f"resume_from_checkpoint=true continues from {folder.name}" if folder else "no checkpoint yet"
@@ -70,5 +67,18 @@ def _train_and_export(run: Run) -> Outcome:
             if run.stop_requested():
                 raise LearnerLost(f"{error} while the run was stopping") from error
             _log.warning("%s; restarting it from step %d", error, run.state.step)
+            run.is_stepping = False
             run.rollouts.rewind(run.state.rollouts, run.state.step)
             run.log.rewind(run.state.step)
+        except (Exception, KeyboardInterrupt) as error:
+            if not isinstance(error, SyncError | TrainingError) and not is_full(error):
+                _save(run)  # the learner is sound: rollouts, a reward or a row of the data ended the run
+            raise
+
+
+def _save(run: Run) -> None:
+    """Not at the price of the error that ends the run."""
+    try:
+        run.save_after_failure()
+    except Exception as error:
+        _log.warning("no checkpoint of step %d: %s", run.state.step, described(error))

@@ -73,6 +73,8 @@ class Run:
 
     uploads: Uploads | None = None
     """Of the rank that uploads policies to the hub."""
+    is_stepping: bool = field(default=False, init=False)
+    """Whether the learner is in a step, or was when it failed: its weights may be changed in part."""
     _saving: int = field(default=0, init=False)
     """The step of the checkpoint that is being written."""
 
@@ -135,10 +137,13 @@ class Run:
             self.log.completions(step, batch.groups, group_advantages(self.cfg, batch.groups))
 
     def save_after_failure(self) -> None:
-        """Write a checkpoint of what the learner has, if there is none of it yet and the other ranks need not join."""
-        newest = self.checkpoints.newest()
-        if self.is_alone and self.state.step and self.checkpoints.folder_of(self.state.step) != newest:
+        """Write a checkpoint of what the learner has, if it is sound, there is none of it yet and the other ranks need
+        not join."""
+        if not self.is_alone or not self.state.step or self.is_stepping:
+            return
+        if self.checkpoints.folder_of(self.state.step) != self.checkpoints.newest():
             self.save(replaces=False)
+            self.end_save()
 
     def save(self, *, replaces: bool) -> None:
         """Begin to write a checkpoint; one that the disk does not take is left out with a warning, now or at the next
