@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from tora.types import GroupResult, LogprobRequest, PolicySnapshot, Prompt, Snap
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 20
-_WARN_UNPLACED_AFTER_S = 60
+WARN_UNPLACED_EVERY_S = 60
 _log = logging.getLogger(__name__)
 
 
@@ -64,9 +65,15 @@ class RolloutActor(RolloutWorker):
             return super().logprobs(requests, adapter=adapter)
 
 
+def ray_workers(arguments: Mapping[str, Any], cfg: RunConfig, **options: Any) -> Callable[[], RayWorker]:
+    """Makes workers. `arguments` go to `RolloutWorker`, and are pickled once for all of them: a tokenizer takes long.
+    `options` go to the actor."""
+    return partial(RayWorker, ray.put(dict(arguments)), cfg, **options)
+
+
 class RayWorker:
-    def __init__(self, arguments: Mapping[str, Any], cfg: RunConfig, **options: Any) -> None:
-        """Requests an actor from Ray. `arguments` go to `RolloutWorker`, `options` to the actor.
+    def __init__(self, arguments: ray.ObjectRef, cfg: RunConfig, **options: Any) -> None:
+        """Requests an actor from Ray. See `ray_workers`.
 
         The pool restarts lost actors, not Ray: an actor that Ray restarted would serve the base model.
         """
@@ -78,8 +85,7 @@ class RayWorker:
     async def start(self, limit_s: float) -> None:
         """Waits without limit for room in the cluster, then at most `limit_s` seconds for the engine."""
         placed = asyncio.ensure_future(_result(self._actor.ping.remote()))
-        done, _ = await asyncio.wait({placed}, timeout=_WARN_UNPLACED_AFTER_S)
-        if not done:
+        while not (await asyncio.wait({placed}, timeout=WARN_UNPLACED_EVERY_S))[0]:
             needs = {name: self._options.get(name) for name in ("num_cpus", "num_gpus")}
             free = await asyncio.to_thread(ray.available_resources)
             _log.warning("a rollout worker is waiting for room in the cluster: it needs %s; free: %s", needs, free)

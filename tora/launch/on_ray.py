@@ -64,7 +64,7 @@ class OnRay:
 
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
         from actors.pool import AsyncRollouts
-        from actors.ray_worker import RayWorker
+        from actors.ray_worker import ray_workers
 
         vllm = self._cfg.rollout.engine == "vllm"
         # a whole GPU or none, without which the share has no effect, is 1
@@ -80,7 +80,7 @@ class OnRay:
             # and one each for log-probs, snapshots, heartbeats and aborts
             "max_concurrency": 2 * self._cfg.rollout.concurrency + 5,
         }
-        make_worker = partial(RayWorker, arguments, self._cfg, **options)
+        make_worker = ray_workers(arguments, self._cfg, **options)
         return AsyncRollouts(
             self._cfg,
             make_worker,
