@@ -1,4 +1,4 @@
-"""The program `tora`, and `python -m tora`. torchrun starts each rank of a run this way."""
+"""The program `tora`, and `python -m tora`. Each rank of a run is started this way."""
 
 import os
 import sys

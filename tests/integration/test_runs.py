@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from processes import descendants, listening
 from runs import SHORT, read, steps
 from runs import train as short_run
 from safetensors.torch import load_file
@@ -144,11 +145,15 @@ def test_a_terminated_run_leaves_a_checkpoint_to_resume(tmp_path: Path, caplog: 
     assert any("has finished its 1 steps" in text for text in caplog.messages)
 
 
-def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
+def test_two_ranks_of_this_machine(tmp_path: Path) -> None:
     words = ["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "quickstart", *SHORT, *HERE]
     words += ["sync.canary_every=2", "model.lora_type=dora", f"output_dir={tmp_path / 'two'}"]
-    command = [sys.executable, "-m", "tora", "run", *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command, ports = [sys.executable, "-m", "tora", "run", *words], set[int]()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+        while child.poll() is None:
+            ports |= listening(descendants(child.pid))
+            time.sleep(0.1)
+    assert child.returncode == 0 and ports
     two = read(tmp_path / "two")
     check_whole(tmp_path / "two", two)
     one = train(tmp_path / "one", *HERE, "model.lora_type=dora")

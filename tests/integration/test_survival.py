@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from histories import check_history, check_nothing_lost
-from processes import actors, descendants, output, tora_run, wait_for
+from processes import actors, descendants, listening, output, tora_run, wait_for
 from runs import read
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -32,14 +32,6 @@ def test_a_killed_worker_is_replaced_and_its_groups_run_again(tmp_path: Path) ->
     done = len(read(folder))
     check_history(folder, done, 4, 1)
     check_nothing_lost(folder, done)
-
-
-def listening(pids: list[int]) -> set[int]:
-    """TCP ports that the processes listen on. Raises AssertionError if another machine could reach one."""
-    connections = [c for pid in pids if psutil.pid_exists(pid) for c in psutil.Process(pid).net_connections("tcp")]
-    listeners = [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
-    assert {address.ip for address in listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listeners
-    return {address.port for address in listeners}
 
 
 def test_a_killed_learner_rank_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:

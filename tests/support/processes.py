@@ -86,6 +86,17 @@ def children(pid: int, module: str) -> list[int]:
     return [child for child in descendants(pid) if f"{module}.serve()".encode() in command_line(child)]
 
 
+def listening(pids: list[int]) -> set[int]:
+    """TCP ports that the processes listen on. Raises AssertionError if another machine could reach one."""
+    listeners = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            connections = psutil.Process(pid).net_connections("tcp")
+            listeners += [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listeners
+    return {address.port for address in listeners}
+
+
 def command_line(pid: int) -> bytes:
     """Empty if the process has ended."""
     try:

@@ -117,7 +117,7 @@ def test_run_takes_a_recipe_and_options_as_torchtune_does(launched: list[RunConf
 RANKS = ["--nproc_per_node", "2", "lora_grpo_distributed", "--config", "qwen3/0.6B_lora_grpo"]
 
 
-def test_several_ranks_start_under_torchrun(
+def test_several_ranks_start_as_processes(
     launched: list[RunConfig], models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[tuple[list[str], int]] = []

@@ -1,4 +1,4 @@
-"""`tora run`: train from a config, in this process, under torchrun or on Ray."""
+"""`tora run`: train from a config, in this process, in several ranks of this machine or on Ray."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def command(args: argparse.Namespace) -> int:
         raise ConfigError(f"{clause}; `{program()} download` fetches models.")
     if cfg.learner_ranks > 1 and not cfg.async_rl:
         if "RANK" not in os.environ:
-            return _torchrun(config, [*args.overrides, *ranks], cfg, args.stop)
+            return _in_ranks(config, [*args.overrides, *ranks], cfg, args.stop)
         _check_ranks(cfg.learner_ranks)
     from tora.launch.launcher import run
 
@@ -85,16 +85,15 @@ def _check_recipe(recipe: str, cfg: RunConfig) -> None:
 
 
 def _check_ranks(learner_ranks: int) -> None:
-    """Raises ConfigError if torchrun started this process with another number of ranks."""
+    """Raises ConfigError if this process was started, as by torchrun, as one of another number of ranks."""
     world = os.environ.get("WORLD_SIZE")
     if world != str(learner_ranks):
-        raise ConfigError(f"learner_ranks={learner_ranks} must equal the {world} ranks that torchrun started.")
+        raise ConfigError(f"learner_ranks={learner_ranks} must equal the {world} ranks that were started.")
 
 
-def _torchrun(config: str, overrides: Sequence[str], cfg: RunConfig, stop: Stop | None) -> int:
+def _in_ranks(config: str, overrides: Sequence[str], cfg: RunConfig, stop: Stop | None) -> int:
     """Runs the same command in `cfg.learner_ranks` ranks on this machine. The exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.num_threads or 1))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     from tora.launch.local_ranks import run_ranks
 
     return run_ranks(["-m", "tora", "run", config, *overrides], cfg.learner_ranks, stop)

@@ -143,7 +143,7 @@ class RunConfig:
     """Folders to import components from, after the working directory. null: the folder of the config file."""
 
     learner_ranks: Annotated[int, AtLeast(1), FREE] = 1
-    """Learner processes, which share weights and work by FSDP2: under torchrun in a synchronous run, as Ray actors with
+    """Learner processes, which share weights and work by FSDP2: of this machine in a synchronous run, Ray actors with
     `async_rl=true`. `--nproc_per_node` sets it too."""
     fsdp_reshard_after_forward: Annotated[bool, FREE] = True
     """With several ranks: free a layer's gathered weights after its forward pass and gather them again for the backward

@@ -1,4 +1,4 @@
-"""The process group of a run, set up by torchrun's environment variables. A world of one rank has no group.
+"""The process group of a run, set up by the environment variables that torchrun sets. A world of one rank has no group.
 
 Functions marked collective must be called by every rank.
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 STORE_KEY = "TORA_STORE_KEY"
-"""The environment variable with the secret of a run whose ranks Tora starts; torchrun's ranks have none."""
+"""The environment variable with the secret of a run whose ranks Tora starts; ranks that torchrun starts have none."""
 _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -31,7 +31,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, as set by torchrun or by the Ray launcher; one rank if unset."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as set by torchrun or by Tora; one rank if unset."""
         return cls(*(int(os.environ.get(name, default)) for name, default in _VARIABLES.items()))
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -104,7 +104,7 @@ def end_rank(code: int) -> NoReturn:
     """Exit this process at once, without Python's shutdown; all its work must be done and written.
 
     During shutdown a rank on a busy machine occasionally aborts (`terminate called without an active exception`), and
-    torchrun would report the run as failed.
+    the run would count as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

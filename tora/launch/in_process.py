@@ -1,4 +1,4 @@
-"""A synchronous run: learner, engine and rollouts in one process, or in each rank under torchrun."""
+"""A synchronous run: learner, engine and rollouts in one process, or in each of several ranks."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
     """Train, evaluate, export and report; False if `stop` was requested before the end.
 
-    A run whose checkpoint and adapter have all of `num_steps` says so and ends. Under torchrun every rank calls this;
+    A run whose checkpoint and adapter have all of `num_steps` says so and ends. Of several ranks every one calls this;
     only rank 0 writes and reports. Raises ConfigError if opening the data or the model reveals a mistake in the config,
     and TrainingError if `max_idle_steps` ended the run.
     """
@@ -130,7 +130,7 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
                 _report(assembled, outcome)
                 if uploads is not None and outcome.end != "stopped":
                     uploads.finish(assembled.result_folder, state.step, lambda: stop.requested)
-        stopped = world.any(stop.requested)  # a barrier: torchrun ends the other ranks when the first one has ended
+        stopped = world.any(stop.requested)  # a barrier: the first rank to end may end the others
     if outcome.end == "idle":
         raise TrainingError(outcome.reason)
     return not stopped
