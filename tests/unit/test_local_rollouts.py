@@ -27,6 +27,8 @@ class Breaking(OneTokenEngine):
             raise RolloutError("the engine broke")
         return super().generate(requests)
 
+    def sleep(self) -> None: ...
+
 
 def prompt_at(number: int) -> Prompt:
     if number == 60:
