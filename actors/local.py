@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from actors.group_filter import SignalFilter
-from actors.prompt_cursor import PromptCursor
+from actors.prompt_cursor import PromptCursor, made_at_once
 from actors.rollout_metrics import sync_metrics
 from actors.worker import RolloutWorker
 from tora.batching.train_batch import make_batch
@@ -49,8 +49,8 @@ class LocalRollouts:
         Every rank reads the same stream and generates its share of each round; all ranks then have all groups.
         """
         self._cfg, self._worker, self._eval_prompts, self._world = cfg, worker, eval_prompts, world
-        self._prompt_at, self._stop_requested = prompt_at, stop_requested
-        self._cursor = PromptCursor(prompt_at, state)
+        self._ask, self._stop_requested = made_at_once(prompt_at), stop_requested
+        self._cursor = PromptCursor(self._ask, state)
         self._begun: list[int] = []
         """Ids of the prompts of a batch that is not finished."""
         self._filter = SignalFilter(cfg)
@@ -70,7 +70,8 @@ class LocalRollouts:
         return batch
 
     def _next_prompt(self) -> Prompt:
-        prompt = self._cursor.next()
+        prompt = self._cursor.take()
+        assert prompt is not None, "it is made when it is asked for"
         self._begun.append(prompt.id)
         return prompt
 
@@ -110,7 +111,7 @@ class LocalRollouts:
         return self._cursor.state(self._begun)
 
     def rewind(self, state: RolloutState, version: int) -> None:
-        self._cursor, self._begun = PromptCursor(self._prompt_at, state), []
+        self._cursor, self._begun = PromptCursor(self._ask, state), []
 
     def close(self) -> None:
         self._worker.close()

@@ -32,6 +32,11 @@ class LoopThread:
                 self._loop.call_soon_threadsafe(on_stop)
         return future.result()
 
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Call it on the loop, from any thread. Nothing happens once the loop is closed."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback)
+
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

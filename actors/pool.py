@@ -33,9 +33,8 @@ learner waits for it, its calls go first.
 Dispatch gives a slot from the buffer to the seat that is up, has room and has the fewest tokens outstanding. The slots
 of a lost worker go to the next seat with room, before any new slot. A slot ends with one group, put once, so no group
 is lost or trained twice. Requests are seeded by prompt id: under the same policy version a rerun uses the same seed.
-Under a newer version the group belongs to that version, which is no staler than the slot allows.
-
-All state belongs to the event loop's thread. The public methods are called from the learner's thread.
+Under a newer version the group belongs to that version, which is no staler than the slot allows. All state belongs to
+the event loop's thread. The public methods are called from the learner's thread.
 """
 
 from __future__ import annotations
@@ -44,20 +43,21 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
 
 from actors.buffer import Buffer, Slot, spare_slots, split_by_deadline
 from actors.evaluation import Evaluation, Evaluator, prompts_per_call
+from actors.free_seats import FreeSeats
 from actors.group_filter import SignalFilter, show_printed
 from actors.loop_thread import LoopThread, all_or_none
-from actors.prompts_ahead import PromptMaker, PromptsAhead
+from actors.prompt_cursor import PromptCursor
+from actors.prompts_ahead import LEAST_AHEAD, PromptMaker
 from actors.running_mean import RunningMean
-from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal
+from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal, none_if_lost
 from actors.spread import Spread
 from tora.batching.train_batch import make_batch
 from tora.config.schema import RunConfig
@@ -73,7 +73,7 @@ class AsyncRollouts:
         self,
         cfg: RunConfig,
         make_worker: Callable[[], WorkerHandle],
-        prompt_at: Callable[[int], Prompt],
+        read_prompt: Callable[[int], Callable[[], Prompt]],
         eval_prompts: Sequence[Prompt],
         state: RolloutState,
         *,
@@ -83,7 +83,7 @@ class AsyncRollouts:
     ) -> None:
         """Starts the workers. Nothing is generated before the first `publish`.
 
-        `make_worker` is called for every worker, including each replacement. `prompt_at` is the prompt stream. The run
+        `make_worker` is called for every worker, including each replacement. `read_prompt`: see `PromptMaker`. The run
         starts from `state` at policy version `version`. `stop_requested` ends every wait.
         """
         self._cfg, self._make_worker, self._eval_prompts = cfg, make_worker, eval_prompts
@@ -93,16 +93,16 @@ class AsyncRollouts:
         self._seats: list[Seat] = []
         self._evaluator = Evaluator(self._seats, self._spawn, self._go_on, self._fail)
         self._spread = Spread(self._seats, self._spawn, self._go_on, self._fail)
-        self._maker = PromptMaker(prompt_at)
+        self._maker = PromptMaker(read_prompt)
+        self._loop = LoopThread("rollouts")
         self._reset(state, version)
         self._stopping, self._changed = asyncio.Event(), asyncio.Event()
-        self._started = False
-        """Whether the first publish is done."""
+        self._started, self._dispatches = False, False
+        """Whether the first publish is done, and whether a dispatch comes soon."""
         self._losses = self._reruns = self._aborted = 0
         self._running: dict[Slot, asyncio.Task[None]] = {}
         self._tokens_per_group = RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
         self._last_batch = time.perf_counter()
-        self._loop = LoopThread("rollouts")
         for _ in range(cfg.rollout.max_workers or cfg.rollout.num_workers):
             self._loop.run(self._add_seat())
 
@@ -112,7 +112,8 @@ class AsyncRollouts:
         usable, late = split_by_deadline(state.finished, per_step, bound, version)
         pending = [*state.pending, *(group.prompt.id for _, group in late)]
         rest = RolloutState(state.cursor, pending)
-        self._prompts = PromptsAhead(self._maker, rest, per_step=per_step, on_ready=self._dispatch)
+        ahead, on_ready = max(LEAST_AHEAD, per_step), partial(self._loop.call_soon, self._dispatch_soon)
+        self._prompts = PromptCursor(self._maker.ask, rest, ahead=ahead, on_ready=on_ready)
         self._filter = SignalFilter(self._cfg)
         self._buffer = Buffer(per_step, bound, version=version, finished=usable, spare=spare_slots(self._cfg))
         self._retries: deque[Slot] = deque()
@@ -154,7 +155,7 @@ class AsyncRollouts:
 
     def _go_on(self) -> None:
         """Something happened that somebody may be waiting for."""
-        self._dispatch()
+        self._dispatch_soon()
         self._changed.set()
 
     def on_snapshot_lost(self, snapshot: Any) -> None:
@@ -162,7 +163,7 @@ class AsyncRollouts:
             self._fail(LearnerLost("the learner is lost: the node that held its newest policy is gone"))
 
     def on_capacity(self) -> None:
-        self._dispatch()
+        self._dispatch_soon()
 
     def on_worker_lost(self, seat: Seat, error: BaseException) -> None:
         is_required = not self._started and seat.number < self._cfg.rollout.num_workers
@@ -193,8 +194,15 @@ class AsyncRollouts:
 
     # Groups
 
+    def _dispatch_soon(self) -> None:
+        """Once for all that happens in one round of the event loop, such as a whole step's groups that end."""
+        if not self._dispatches:
+            self._dispatches = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
     def _dispatch(self) -> None:
         """Start groups, and calls of an evaluation, until there are none to start or seats run out."""
+        self._dispatches = False
         if self._evaluator.goes_first:
             self._evaluator.dispatch()
         if not self._evaluator.goes_first:
@@ -202,30 +210,30 @@ class AsyncRollouts:
             self._evaluator.dispatch()
 
     def _dispatch_groups(self) -> None:
-        while not self._paused and self._failure is None and (start := self._next_start()) is not None:
+        free = FreeSeats(self._seats)
+        while not self._paused and self._failure is None and (start := self._next_start(free)) is not None:
             seat, slot = start
+            free.remove(seat)
             tokens = len(slot.prompt.token_ids) + self._tokens_per_group.mean
             seat.reserve(slot, tokens)
+            free.add(seat)
             task = self._spawn(self._run_slot(slot, seat, tokens, self._buffer))
             task.add_done_callback(partial(self._on_slot_ended, slot, seat, tokens))
             self._running[slot] = task
 
-    def _next_start(self) -> tuple[Seat, Slot] | None:
+    def _next_start(self, free: FreeSeats) -> tuple[Seat, Slot] | None:
         """A seat with room and the slot that it gets, which must not be newer than the seat's version."""
-        free = [seat for seat in self._seats if seat.up and len(seat.slots) < seat.limit]
         for slot in self._retries:
-            if able := [seat for seat in free if seat.version >= slot.version]:
+            if (seat := free.find(lambda version, slot=slot: version >= slot.version)) is not None:
                 self._retries.remove(slot)
-                return min(able, key=attrgetter("outstanding_tokens")), slot
-        granted = {version: self._buffer.may_grant(version) for version in {seat.version for seat in free}}
-        able = [seat for seat in free if granted[seat.version]]
+                return seat, slot
         try:
-            if not able or (prompt := self._prompts.take()) is None:
+            seat = free.find(self._buffer.may_grant)
+            if seat is None or (prompt := self._prompts.take()) is None:
                 return None
         except Exception as error:  # a dataset's row may be anything
             self._fail(error)
             return None
-        seat = min(able, key=attrgetter("outstanding_tokens"))
         return seat, self._buffer.grant(prompt, seat.version)
 
     async def _run_slot(self, slot: Slot, seat: Seat, tokens: float, buffer: Buffer) -> None:
@@ -350,7 +358,7 @@ class AsyncRollouts:
     async def _logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> dict[int, list[np.ndarray]]:
         await self._until_spread()
         seats = self._seats_up()
-        answers = await all_or_none(self._stopping, (_none_if_lost(seat.logprobs(requests, adapter)) for seat in seats))
+        answers = await all_or_none(self._stopping, (none_if_lost(seat.logprobs(requests, adapter)) for seat in seats))
         if answers is None:
             return {}
         return {seat.number: answer for seat, answer in zip(seats, answers, strict=True) if answer is not None}
@@ -390,11 +398,3 @@ class AsyncRollouts:
         for seat, ending in zip(self._seats, endings, strict=True):
             if isinstance(ending, BaseException):  # the run is over: its result does not depend on this
                 _log.warning("rollout worker %d did not close: %s", seat.number, described(ending))
-
-
-async def _none_if_lost(answer: Awaitable[T]) -> T | None:
-    """None from a lost worker. Its replacement installs the newest snapshot before it does anything else."""
-    try:
-        return await answer
-    except WorkerLost:
-        return None

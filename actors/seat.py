@@ -262,3 +262,11 @@ def is_fatal(error: BaseException) -> bool:
     if isinstance(error, SyncError | ConfigError):
         return True
     return not isinstance(error, RuntimeError | MemoryError | OSError)
+
+
+async def none_if_lost(answer: Awaitable[T]) -> T | None:
+    """None from a lost worker. Its replacement installs the newest snapshot before it does anything else."""
+    try:
+        return await answer
+    except WorkerLost:
+        return None

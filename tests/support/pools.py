@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from fakes import FakeWorker, make_prompt
@@ -50,7 +51,7 @@ def running(
     rollouts = AsyncRollouts(
         cfg,
         make_worker,
-        prompt_at,
+        lambda position: partial(prompt_at, position),
         held_out,
         state or RolloutState(),
         version=version,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,24 @@ def test_a_parquet_column_of_images_arrives_as_it_is_in_the_file(tmp_path: Path,
         assert prompt.columns == {"answer": str(i)}
         assert prompt.source == user(BARE, BARE, {"type": "text", "text": f"q{i}"})
         assert prompt.token_ids.count(processor.image_token_id) == sum(map(processor.num_tokens, prompt.images))
+
+
+def test_an_image_travels_beside_the_message_that_has_it(tmp_path: Path, processor: ImageProcessor):
+    """So Ray copies it once, into its object store. Plain bytes are part of the message, and copied with it."""
+    image = png(noise(200, 300))
+    (tmp_path / "a.png").write_bytes(image)
+    forms = [image, bytearray(image), str(tmp_path / "a.png"), data_url(image), noise(200, 300), {"bytes": image}]
+    rows = [{"prompt": [{"role": "user", "content": [BARE, TEXT]}], "images": [form]} for form in forms]
+    stream = PromptStream(rows, processor._tokenizer, 500, 0, processor, shuffle=False)
+    for position in range(len(rows)):
+        prompt, apart = stream.prompt(position), []
+        message = pickle.dumps([prompt, replace(prompt, id=9)], protocol=5, buffer_callback=apart.append)
+        assert len(message) < 3000 < len(image) and len(apart) == 1, "once, though two prompts have it"
+        received = pickle.loads(message, buffers=[memoryview(bytes(buffer.raw())) for buffer in apart])
+        assert received == [prompt, replace(prompt, id=9)] and received[0].images == (image,)
+        assert pickle.loads(pickle.dumps(prompt)) == prompt, "and through pipes"
+        again: list[Any] = []
+        assert len(pickle.dumps(received[0], protocol=5, buffer_callback=again.append)) < 3000, "and onwards"
 
 
 def test_a_vision_models_prompt_needs_no_image(processor: ImageProcessor):

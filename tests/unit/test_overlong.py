@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from actors.prompt_cursor import PromptCursor
+from actors.prompt_cursor import PromptCursor, made_at_once
 from tora.config.load import configs_dir, load_config
 from tora.errors import ConfigError, OverlongPrompt
 from tora.tasks.encode import encode_prompt
 from tora.tasks.overlong import OverlongRows, prompt_limit
 from tora.tasks.prompts import PromptStream, RunPrompts
-from tora.types import RolloutState
+from tora.types import Prompt, RolloutState
 
 LONG = "1 + " * 50
 ROWS = [{"prompt": f"{n} + 1 ="} for n in range(3)] + [{"prompt": LONG}, {"prompt": "5 + 1 ="}, {"prompt": LONG}]
@@ -26,16 +27,26 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(configs_dir() / "bases" / "chain_sum")
 
 
+def taken(cursor: PromptCursor) -> Prompt:
+    prompt = cursor.take()
+    assert prompt is not None
+    return prompt
+
+
+def cursor_of(prompt_at: Callable[[int], Prompt], state: RolloutState | None = None) -> PromptCursor:
+    return PromptCursor(made_at_once(prompt_at), state or RolloutState())
+
+
 def test_a_dropped_prompt_costs_its_turn_only_and_is_named_once(tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    cursor = PromptCursor(PromptStream(ROWS, tokenizer, 32, overlong="drop").prompt, RolloutState())
-    prompts = [cursor.next() for _ in range(8)]
+    cursor = cursor_of(PromptStream(ROWS, tokenizer, 32, overlong="drop").prompt)
+    prompts = [taken(cursor) for _ in range(8)]
     assert sorted(p.source for p in prompts[:4]) == sorted(p.source for p in prompts[4:])
     assert LONG not in {p.source for p in prompts}
     assert len({p.id for p in prompts}) == 8
     length = len(encode_prompt(tokenizer, LONG))
     (said,) = caplog.messages
     assert f"has a prompt of {length} tokens, more than max_prompt_tokens=32: it is dropped" in said
-    position, dropped = cursor.position, cursor.take_dropped()
+    position, dropped = cursor.state(()).cursor, cursor.take_dropped()
     assert dropped == position - 8 and 2 <= dropped <= 4
     assert cursor.take_dropped() == 0
 
@@ -48,14 +59,14 @@ def test_a_resumed_run_does_not_meet_a_dropped_prompt_again(tokenizer) -> None:
         asked.append(position)
         return stream.prompt(position)
 
-    cursor = PromptCursor(prompt_at, RolloutState())
-    first = [cursor.next() for _ in range(4)]
+    cursor = cursor_of(prompt_at)
+    first = [taken(cursor) for _ in range(4)]
     state = cursor.state(in_flight=[first[-1].id])
     before = set(asked)
     asked.clear()
-    resumed = PromptCursor(prompt_at, state)
-    assert resumed.next() == first[-1]
-    resumed.next()
+    resumed = cursor_of(prompt_at, state)
+    assert taken(resumed) == first[-1]
+    taken(resumed)
     assert set(asked) & before == {first[-1].id}
 
 
@@ -68,7 +79,7 @@ def test_evaluation_takes_the_first_prompts_that_fit(tokenizer) -> None:
 def test_a_dataset_of_overlong_prompts_ends_the_run(tokenizer) -> None:
     stream = PromptStream([{"prompt": LONG}, {"prompt": LONG}], tokenizer, 32, overlong="drop")
     with pytest.raises(ConfigError, match="every prompt of the dataset is too long: dataset row"):
-        PromptCursor(stream.prompt, RolloutState()).next()
+        cursor_of(stream.prompt).take()
 
 
 def test_error_names_row_length_and_limit(tokenizer) -> None:

@@ -2,8 +2,8 @@
 
 The real loop, pool and buffer, and Ray's calls and objects. Two Ray actors answer at once for all 256 workers, and the
 learner only puts its batch into the object store, where ranks would read it: what is measured is the driver's own
-work, as the processor time of its whole process, Ray's threads included, and of its event loop's thread. Sizes are
-those of the pickled messages.
+work, as the processor time of its whole process, Ray's threads included, and of its event loop's thread. The images
+are made before, as a dataset has them. Sizes are those of the pickled messages.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from tora.bench.simulate import WARM_UP, Scenario, SleepingLearner, result_of, scenario_config, timed_run
 from tora.launch.ray_cluster import ray_session
+from tora.models.vision.parts import encoded
 from tora.protocols import Occupancy
 from tora.types import GroupResult, LogprobRequest, PolicySnapshot, Prompt, StepResult, SyncReport, TrainBatch
 
@@ -111,9 +112,10 @@ def measure(num_workers: int, image_bytes: int, num_steps: int) -> Work:
     import ray
 
     rng = np.random.default_rng(0)
+    images = [encoded(rng.bytes(image_bytes)) for _ in range(2 * num_workers)]  # all that are in use at a time differ
 
     def prompt_at(number: int) -> Prompt:
-        return Prompt(number, tuple(range(_TOKENS)), "", {}, (rng.bytes(image_bytes),))
+        return Prompt(number, tuple(range(_TOKENS)), "", {}, (images[number % len(images)],))
 
     scenario = Scenario(num_workers, 0.0, 0.0, 0.0, num_steps)
     with ray_session(_NUM_ACTORS, snapshot_bytes=0):

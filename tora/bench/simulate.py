@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def timed_run(
 ) -> SleepingLearner:
     """A run of `cfg` on workers of one's own, with a learner that sleeps `learn_latency` seconds a step, or another."""
     learner, state = learner or SleepingLearner(learn_latency), RunState()
-    rollouts = AsyncRollouts(cfg, make_worker, prompt_at, [], state.rollouts, version=0)
+    rollouts = AsyncRollouts(cfg, make_worker, lambda i: partial(prompt_at, i), [], state.rollouts, version=0)
     try:
         with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
             run = Run(

@@ -84,7 +84,7 @@ class OnRay:
         return AsyncRollouts(
             self._cfg,
             make_worker,
-            prompts.at,
+            prompts.read,
             prompts.held_out,
             state.rollouts,
             version=state.step,

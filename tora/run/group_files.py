@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tora.errors import ConfigError
+from tora.models.vision.encoded_image import EncodedImage
 from tora.types import Group, Prompt, Rollout, StopReason
 
 _ARRAYS, _VALUES = "groups.safetensors", "groups.json"
@@ -70,4 +71,4 @@ def _rollout(values: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str)
         array_values["sampled"] = np.ones(len(array_values["token_ids"]), dtype=bool)
     values["stop_reason"] = StopReason(values["stop_reason"])
     images = takewhile(lambda name: name in arrays, (f"{prefix}image.{i}" for i in count()))
-    return Rollout(**values, **array_values, images=tuple(arrays[name].tobytes() for name in images))
+    return Rollout(**values, **array_values, images=tuple(EncodedImage(arrays[name].data) for name in images))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tora.errors import ConfigError
+from tora.models.vision.encoded_image import EncodedImage
 from tora.models.vision.parts import IMAGE_TYPES, NO_VIDEOS, PLACEHOLDER, encoded, without_images
 from tora.tasks.messages import Messages, checked
 
@@ -88,7 +89,7 @@ def _with_placeholders(messages: Messages, count: int) -> Messages:
     raise ConfigError("it has images but no user message")
 
 
-def _without_images(message: dict[str, Any], left: Iterator[bytes], images: list[bytes]) -> dict[str, Any]:
+def _without_images(message: dict[str, Any], left: Iterator[EncodedImage], images: list[bytes]) -> dict[str, Any]:
     """The message with bare placeholders. Appends their images, from the message or next in `left`, to `images`."""
     content = message.get("content")
     return {**message, "content": without_images(content, left, images)} if isinstance(content, list) else message

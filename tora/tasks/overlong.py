@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class OverlongRows:
-    """Deals with a dataset's overlong prompts, and remembers their rows."""
+    """Deals with a dataset's overlong prompts, and remembers their rows. For any thread."""
 
     def __init__(self, action: OverlongPrompts, limit: int, num_rows: int, limited_by: str | None = None) -> None:
         """`limit`: tokens of the longest prompt that fits. `limited_by`: what sets the limit, as a clause."""
@@ -24,6 +25,7 @@ class OverlongRows:
         self._limited_by = limited_by or f"max_prompt_tokens={limit}"
         self._dropped: set[int] = set()
         self._named: set[str] = set()
+        self._lock = threading.Lock()
 
     def check(self, row: int) -> None:
         """Raises OverlongPrompt, before the row is read, if its prompt has been dropped before."""
@@ -44,15 +46,19 @@ class OverlongRows:
             self._name(what, "cut", "it loses its first tokens, as will others")
             return token_ids[-self._limit :]
         reason = "; a prompt with images cannot be cut" if self._action == "truncate_left" else ""
-        self._dropped.add(row)
-        if len(self._dropped) == self._num_rows:
+        with self._lock:
+            self._dropped.add(row)
+            all_dropped = len(self._dropped) == self._num_rows
+        if all_dropped:
             raise ConfigError(f"every prompt of the dataset is too long: {what}{reason}")
         self._name(f"{what}{reason}", "dropped", "it is dropped, as will others be")
         raise OverlongPrompt(what)
 
     def _name(self, what: str, kind: str, consequence: str) -> None:
-        if kind not in self._named:
+        with self._lock:
+            is_first = kind not in self._named
             self._named.add(kind)
+        if is_first:
             _log.warning("%s: %s (overlong_prompts=%s)", what, consequence, self._action)
 
 

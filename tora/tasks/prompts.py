@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class PromptStream:
         Raises ConfigError if there are no rows, or `rows` is no dataset.
         """
         self._rows = rows = check_dataset(rows, source)
+        self._reading = threading.Lock()
         self._warn_of_hidden(rows[0])
         self._vocab_size, self._needs_prompts = vocab_size, needs_prompts
         self._tokenizer = tokenizer
@@ -96,8 +98,13 @@ class PromptStream:
 
         Raises OverlongPrompt if the prompt is too long and dropped, and ConfigError if the row has no usable prompt.
         """
+        return self.read(position)()
+
+    def read(self, position: int) -> Callable[[], Prompt]:
+        """Reads the row at a position. What this returns makes its prompt, by any thread. Both raise as `prompt`."""
         epoch, place = divmod(position, len(self._rows))
-        return self._make(position, int(self._permutation(epoch)[place]))
+        index = int(self._permutation(epoch)[place])
+        return partial(self._make, position, index, self._row(index))
 
     def sequential(self, num_prompts: int, first_id: int = _FIRST_HELD_OUT_ID) -> list[Prompt]:
         """The first rows in order, for evaluation, without dropped ones; fewer if the dataset is smaller.
@@ -105,16 +112,21 @@ class PromptStream:
         Their ids start at `first_id`, by default 2**32, above those of the training prompts. Raises ConfigError as
         `prompt` does.
         """
-        return _usable(lambda index: self._make(first_id + index, index), num_prompts, len(self._rows))
+        return _usable(
+            lambda index: self._make(first_id + index, index, self._row(index)), num_prompts, len(self._rows)
+        )
 
-    def _make(self, prompt_id: int, index: int) -> Prompt:
+    def _row(self, index: int) -> dict[str, Any]:
         self._overlong.check(index)
         try:
-            columns = dict(self._rows[index])
+            with self._reading:
+                return dict(self._rows[index])
         except (ConfigError, MemoryError):
             raise
         except Exception as error:  # of a user's dataset, or of one that reads files as it goes
             raise ConfigError(f"dataset row {index} cannot be read: {raised(error)}") from error
+
+    def _make(self, prompt_id: int, index: int, columns: dict[str, Any]) -> Prompt:
         if not self._needs_prompts and columns.get("prompt") is None:
             columns["prompt"] = UNPROMPTED
         if "prompt" not in columns:
@@ -213,8 +225,11 @@ class RunPrompts:
                 source=str(dataset["_component_"]),
             )
 
-        self.at: Callable[[int], Prompt] = stream_of(cfg.dataset, "dataset").prompt
+        training = stream_of(cfg.dataset, "dataset")
+        self.at: Callable[[int], Prompt] = training.prompt
         """The training prompt at a position. Raises OverlongPrompt for one that is dropped."""
+        self.read: Callable[[int], Callable[[], Prompt]] = training.read
+        """The same in two parts, of which the second may be called by several threads."""
         self.held_out: list[Prompt] = []
         """Prompts for evaluation, of all sets; empty if there is none."""
         self.eval_sets: dict[str, int] = {}

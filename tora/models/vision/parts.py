@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tora.errors import ConfigError, nearest
+from tora.models.vision.encoded_image import EncodedImage
 
 PLACEHOLDER = {"type": "image"}
 _PAYLOADS = ("image", "image_url", "url", "path")
@@ -19,7 +20,7 @@ NO_VIDEOS = "prompts may have text and images, but no videos"
 
 
 def without_images(
-    content: Sequence[dict[str, Any]], left: Iterator[bytes], images: list[bytes]
+    content: Sequence[dict[str, Any]], left: Iterator[EncodedImage], images: list[bytes]
 ) -> list[dict[str, Any]]:
     """A message's parts with bare placeholders. Appends their images, from the parts or next in `left`, to `images`.
 
@@ -40,13 +41,15 @@ def without_images(
     return parts
 
 
-def encoded(image: Any) -> bytes:
+def encoded(image: Any) -> EncodedImage:
     """The encoded bytes of an image that is given as bytes, a path, a data URL, a Pillow image or a `datasets` image.
 
     Raises ConfigError if it is anything else, a missing file or a web address.
     """
+    if isinstance(image, EncodedImage):
+        return image
     if isinstance(image, bytes | bytearray | memoryview):
-        return bytes(image)
+        return EncodedImage(image)
     if isinstance(image, Mapping):  # the `Image` feature of `datasets`: `bytes` and `path`, one of which may be null
         return encoded(next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None))
     if isinstance(image, str) and image.startswith("data:"):
@@ -59,13 +62,13 @@ def encoded(image: Any) -> bytes:
         path = Path(image).expanduser()
         if not path.is_file():
             raise ConfigError(f"image {str(image)[:200]!r} is not a file")
-        return path.read_bytes()
+        return EncodedImage(path.read_bytes())
     if hasattr(image, "convert") and hasattr(image, "save"):
         return _png(image)
     raise ConfigError(f"an image has type {type(image).__name__}, expected bytes, a path, a data URL or a Pillow image")
 
 
-def _image_of(part: dict[str, Any], left: Iterator[bytes]) -> bytes:
+def _image_of(part: dict[str, Any], left: Iterator[EncodedImage]) -> EncodedImage:
     if part.get("base64") is not None:
         return _of_base64(part["base64"])
     given = next((part[key] for key in _PAYLOADS if part.get(key) is not None), None)
@@ -78,21 +81,21 @@ def _image_of(part: dict[str, Any], left: Iterator[bytes]) -> bytes:
     return image
 
 
-def _of_data_url(url: str) -> bytes:
+def _of_data_url(url: str) -> EncodedImage:
     head, comma, data = url.partition(",")
     if not comma or not head.endswith(";base64"):
         raise ConfigError(f"image {url[:40]!r} is not of the form data:image/png;base64,...")
     return _of_base64(data)
 
 
-def _of_base64(data: str) -> bytes:
+def _of_base64(data: str) -> EncodedImage:
     try:
-        return base64.b64decode(data, validate=True)
+        return EncodedImage(base64.b64decode(data, validate=True))
     except binascii.Error as error:
         raise ConfigError(f"image {data[:40]!r} is not base64: {error}") from error
 
 
-def _png(image: Any) -> bytes:
+def _png(image: Any) -> EncodedImage:
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)  # PNG files of Pillow's have no orientation
@@ -100,4 +103,4 @@ def _png(image: Any) -> bytes:
         image = image.convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return EncodedImage(buffer.getvalue())

@@ -119,11 +119,14 @@ class ImageProcessor:
 
     def _replacement(self, image: bytes) -> str:
         """The text that stands for an image in place of its mark."""
-        if image not in self._newest:
-            if len(self._newest) >= _KEPT:
-                self._newest.clear()
-            self._newest[image] = self._make_replacement(image)
-        return self._newest[image]
+        kept = self._newest.get(image)  # another thread may clear them
+        if kept is not None:
+            return kept
+        made = self._make_replacement(image)
+        if len(self._newest) >= _KEPT:
+            self._newest.clear()
+        self._newest[image] = made
+        return made
 
     def _make_replacement(self, image: bytes) -> str:
         if not self._counts_patches:
