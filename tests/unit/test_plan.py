@@ -27,7 +27,7 @@ SIZED = [name for name in config_names() if name.endswith(("single_device", "_gr
 
 
 def resolved(name: str, *overrides: str) -> RunConfig:
-    return resolved_engine(load_config(name, overrides), has_vllm=True)
+    return resolved_engine(load_config(name, overrides), on_gpu=True, has_vllm=True)
 
 
 def planned(cfg: RunConfig, gpu_gib: float, gpus: int | None = None) -> RunPlan:

@@ -28,7 +28,7 @@ _WORKER = Path(__file__).with_name("trl_worker.py")
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a step of each system does, in float32."""
+    """What a step of each system does; TRL in float32 alone."""
 
     model: str
     prompts: int = 4
@@ -38,6 +38,8 @@ class Workload:
     """The first warms up and is not counted."""
     rank: int = 8
     kl_coeff: float = 0.01
+    dtype: str = "fp32"
+    quantize: bool = False
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     texts: tuple[str, ...] = tuple(_STORY.format(thing) for thing in _THINGS)
 
@@ -98,14 +100,19 @@ def _tora(system: System, workload: Workload, folder: Path) -> list[str]:
         "name": "trl",
         "output_dir": str(folder / "run"),
         "async_rl": False,
-        "dtype": "fp32",
+        "dtype": workload.dtype,
         "num_threads": workload.threads,
         "num_steps": workload.steps,
         "batch_size": workload.prompts,
         "grpo_samples": workload.group_size,
         "max_prompt_tokens": 128,
         "max_generated_tokens": workload.new_tokens,
-        "model": {"path": workload.model, "lora_type": system.method, "lora_rank": workload.rank},
+        "model": {
+            "path": workload.model,
+            "lora_type": system.method,
+            "lora_rank": workload.rank,
+            "quantize_base": workload.quantize,
+        },
         "rollout": {"engine": system.engine, "kv_cache_gib": 0.25},
         "loss": {"kl_coeff": workload.kl_coeff},
         "dataset": {

@@ -35,10 +35,10 @@ def command(args: argparse.Namespace) -> int:
 
     if args.gpu_gib is None:
         devices = replace(here(cfg), gpus=args.gpus)
-        cfg = resolved_engine(cfg)
+        cfg = resolved_engine(cfg, on_gpu=devices.on_gpu)
     else:
         devices = Devices(True, nominal(args.gpu_gib), args.gpus)
-        cfg = resolved_engine(cfg, has_vllm=True)
+        cfg = resolved_engine(cfg, on_gpu=True, has_vllm=True)
     shapes = model_shapes(cfg)
     plan = plan_run(cfg, shapes, devices)
     print_plan(args.config, plan)

@@ -16,6 +16,7 @@ from tora.config.components import registered, restore
 from tora.config.environments import by_name
 from tora.config.rules import check
 from tora.config.schema import Component, RunConfig
+from tora.distributed.device import device_for
 from tora.distributed.process_group import World
 from tora.environments.chat import ChatTemplate
 from tora.environments.turns import Turns
@@ -48,20 +49,35 @@ def with_engine(cfg: RunConfig) -> RunConfig:
     has_vllm = find_spec("vllm") is not None
     if cfg.rollout.engine == "vllm" and not has_vllm:
         raise ConfigError(f"rollout.engine=vllm needs vLLM: {INSTALL}; or set rollout.engine=torch.")
-    return resolved_engine(cfg, has_vllm=has_vllm)
+    if cfg.rollout.engine != "auto":
+        return cfg
+    # The driver of an asynchronous run may have no GPU of its own.
+    on_gpu = not cfg.async_rl and device_for(cfg.device, World.from_environment().local_rank).type == "cuda"
+    return resolved_engine(cfg, on_gpu=on_gpu, has_vllm=has_vllm)
 
 
-def resolved_engine(cfg: RunConfig, *, has_vllm: bool | None = None) -> RunConfig:
-    """`with_engine` whatever is installed. `has_vllm`: whether vLLM counts as installed; None for whether it is."""
+def resolved_engine(cfg: RunConfig, *, on_gpu: bool, has_vllm: bool | None = None) -> RunConfig:
+    """`with_engine` whatever is installed. `on_gpu`: whether this process has one. `has_vllm`: whether vLLM counts as
+    installed; None for whether it is. Raises ConfigError if the config has no place for either engine."""
     if cfg.rollout.engine != "auto":
         return cfg
     has_vllm = find_spec("vllm") is not None if has_vllm is None else has_vllm
+    model = cfg.model
     # In a synchronous run the torch engine shares the learner's model, so whole weights need not be sent.
-    servable = cfg.async_rl if cfg.model.lora_type == "full" else cfg.model.train_vision != "full"
-    engine = "vllm" if has_vllm and servable else "torch"
-    cfg = replace(cfg, rollout=replace(cfg.rollout, engine=engine))
-    check(cfg)  # the config may need the other engine
-    return cfg
+    servable = cfg.async_rl if model.lora_type == "full" else model.train_vision != "full"
+    # Measured by tora.bench.engines: docs/numbers.md.
+    slower = not (cfg.async_rl or on_gpu or model.quantize_base) and cfg.learner_ranks == 1
+    engines = ["torch"] if not (has_vllm and servable) else ["torch", "vllm"] if slower else ["vllm", "torch"]
+    refusals: list[ConfigError] = []
+    for engine in engines:
+        resolved = replace(cfg, rollout=replace(cfg.rollout, engine=engine))
+        try:
+            check(resolved)
+        except ConfigError as refusal:  # the config needs the other engine, or neither can run it
+            refusals.append(refusal)
+        else:
+            return resolved
+    raise refusals[0]
 
 
 def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
@@ -177,7 +193,6 @@ def _rollout_base(cfg: RunConfig, resources: ExitStack) -> str:
     if not cfg.model.quantize_base or cfg.rollout.base == "checkpoint":
         return cfg.model.path
     from learner.policy import DTYPES
-    from tora.distributed.device import device_for
     from tora.models.dequantized import dequantized_folder, in_use
 
     cache, device = Path(cfg.output_dir) / ROLLOUT_BASE, device_for(cfg.device, World.from_environment().local_rank)
@@ -275,7 +290,6 @@ def make_torch_engine(cfg: RunConfig) -> Engine:
     """A torch engine with its own copy of the learner's model."""
     from learner.compile import compile_layers
     from learner.policy import build_policy
-    from tora.distributed.device import device_for
 
     device = device_for(cfg.device)
     model = build_policy(cfg, device)
