@@ -23,9 +23,9 @@ def install() -> None:
     from vllm.v1.sample.sampler import Sampler
 
     wrap_v1(Sampler)
-    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
-    if current_platform.is_cuda_alike():  # the V2 runner needs Triton
+    if HAS_TRITON:  # without it there is no V2 runner
         from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
 
         wrap_v2(SamplerV2)
