@@ -91,7 +91,6 @@ INTERNALS: Mapping[str, str] = {
     "vllm.v1.sample.sampler:batched_count_greater_than": "is compiled for ranks that nobody reads",
     "vllm.triton_utils:HAS_TRITON": "whether there is a second model runner, with a sampler of its own",
     "vllm.v1.worker.gpu.sample.sampler:Sampler.__call__": "the same as Sampler.forward in Model Runner V2",
-    "vllm.triton_utils:HAS_TRITON": "whether there is a second model runner, with a sampler of its own",
     "vllm.v1.worker.gpu.sample.sampler:Sampler.sampling_states": "the temperatures there",
     # tools
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": "vLLM's parsers of tool calls ask for it",
