@@ -92,3 +92,40 @@ def test_a_rank_that_hangs_while_it_saves_or_restores_is_restarted(tmp_path: Pat
     assert "in state_dict" in stacks and "in load_state_dict" in stacks
     check_history(folder, 30, 4, 1)
     check_nothing_lost(folder, 30)
+
+
+_STUCK_SCHEDULE = """
+import os
+from pathlib import Path
+import torch
+
+HERE = Path(__file__).parent
+
+class StuckAtSomeSteps(torch.optim.lr_scheduler.ConstantLR):
+    \"\"\"Puts a pipe that nobody reads in the place of a file of two checkpoints, once each.\"\"\"
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer, total_iters=0)
+
+    def state_dict(self):
+        for folder in HERE.glob("run/checkpoints/.step_*"):
+            if folder.name in (".step_000002", ".step_000009") and not (HERE / folder.name).exists():
+                (HERE / folder.name).touch()
+                os.mkfifo(folder / "learner.json")
+        return super().state_dict()
+"""
+
+
+def test_a_checkpoint_whose_write_never_ends_costs_itself(tmp_path: Path) -> None:
+    """As to a file server that is gone, in the middle of a run and at its end, where no step follows."""
+    folder = tmp_path / "run"
+    (tmp_path / "stuck_schedules.py").write_text(_STUCK_SCHEDULE)
+    own = [f"import_from=[{tmp_path}]", "lr_scheduler._component_=stuck_schedules.StuckAtSomeSteps"]
+    with tora_run(folder, *TORCH, *own, "learner_timeout_s=15", "num_steps=9", "max_learner_restarts=1") as run:
+        assert run.wait(300) == 0
+    lost = [line for line in output(folder).splitlines() if "the learner is lost" in line]
+    assert ["it wrote a checkpoint for learner_timeout_s=15" in line for line in lost] == [True, True], lost
+    assert ["restarting it from step 1" in lost[0], "restarting it from step 8" in lost[1]] == [True, True], lost
+    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == [f"step_{n:06d}" for n in range(1, 10)]
+    check_history(folder, 9, 4, 1)
+    check_nothing_lost(folder, 9)

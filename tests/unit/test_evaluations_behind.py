@@ -71,6 +71,21 @@ def test_the_quick_workers_take_more_of_it() -> None:
         assert max(w.most_at_once for w in workers) == 1, "no more than the limit"
 
 
+def test_it_gets_on_while_groups_take_all_the_room() -> None:
+    """One call of each worker has a place of its own."""
+
+    class Busy(FakeWorker):
+        async def run_group(self, prompt: Prompt) -> GroupResult:
+            await asyncio.sleep(0.02)
+            return await super().run_group(prompt)
+
+    with running(config(1, workers=1, concurrency=1), Busy) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        rollouts.start_evaluation(pinned=True)
+        train_steps(rollouts, 0, 3)
+        assert rollouts.evaluated(wait=False) is not None
+
+
 def test_a_lost_worker_gives_its_calls_back() -> None:
     class Dying(FakeWorker):
         async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
