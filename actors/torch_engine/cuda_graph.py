@@ -32,12 +32,15 @@ class GraphedStep:
     def _record(self, token_B: torch.Tensor, cache: CachedAttention) -> None:
         self._token_B = token_B.clone()
         # Run once outside the graph, so that libraries can allocate their buffers. Running a step again is harmless: it
-        # writes to the same cache slots.
+        # writes to the same cache slots, and states that it moves on are put back.
+        before = [state.clone() for state in cache.states()]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._step(self._token_B, cache)
         torch.cuda.current_stream().wait_stream(side)
+        for state, value in zip(cache.states(), before, strict=True):
+            state.copy_(value)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits_BV = self._step(self._token_B, cache)

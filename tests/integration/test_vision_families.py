@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
 def test_three_steps_of_grpo(tmp_path: Path, folder: Path, engine: str) -> None:
-    if engine == "vllm" and folder.name == "gemma3_vl" and not torch.cuda.is_available():
+    if engine == "vllm" and folder.name in ("gemma3_vl", "qwen3_5_vl") and not torch.cuda.is_available():
         pytest.skip("refused: test_generic_vision.py")
     overrides = ["async_rl=false", f"rollout.engine={engine}", f"model.path={folder}", "model.lora_type=dora_cache"]
     overrides += [f"model.train_vision={'lora' if engine == 'torch' else 'none'}", "max_generated_tokens=24"]

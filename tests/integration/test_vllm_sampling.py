@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from tiny import make_text_model, make_tokenizer
 from torch_engines import engine_of
 from vllm_engines import LONG_PROMPT, PROMPT, start_engine
 
+from actors.vllm_engine.engine import VLLMEngine
 from learner.learner import Learner
+from tora.tasks.tokenizer import load_tokenizer, stop_token_ids
 from tora.types import Completion, Group, SampleRequest, Sampling
 
 pytest.importorskip("vllm")
@@ -39,15 +42,20 @@ def learner(folder: Path) -> Learner:
 
 
 @pytest.fixture(scope="module")
-def completions(folder: Path, learner: Learner) -> Iterator[dict[str, list[list[Completion]]]]:
-    """Of all settings, drawn in one batch of vLLM's, so that rows of every kind share its sampler."""
+def engine(folder: Path, learner: Learner) -> Iterator[VLLMEngine]:
     engine = start_engine(folder)
     engine.install(learner.snapshot())
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def completions(engine: VLLMEngine) -> dict[str, list[list[Completion]]]:
+    """Of all settings, drawn in one batch of vLLM's, so that rows of every kind share its sampler."""
     settings = {name: Sampling(12, **changes) for name, changes in SETTINGS.items()}
     requests = [SampleRequest(ids, 4, 7, sampling) for sampling in settings.values() for ids in PROMPTS]
     answers = iter(engine.generate(requests))
-    yield {name: [next(answers) for _ in PROMPTS] for name in settings}
-    engine.close()
+    return {name: [next(answers) for _ in PROMPTS] for name in settings}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -88,17 +96,14 @@ def test_equal_policies_have_ratio_one(
 
 
 def test_stop_strings_end_vllms_completions_where_they_end_the_torch_engines(
-    folder: Path, learner: Learner, completions: dict[str, list[list[Completion]]]
+    engine: VLLMEngine, learner: Learner
 ) -> None:
     """The texts differ, since the engines draw differently; each is cut where a whole decoding has the string."""
     tokenizer = make_tokenizer()
-    engine = start_engine(folder)
-    engine.install(learner.snapshot())
     free = [SampleRequest(ids, 4, 7, Sampling(24)) for ids in PROMPTS]
     ids_PG = [[c.token_ids.tolist() for c in group] for group in engine.generate(free)]
     stop = free_texts(tokenizer, ids_PG)
     stopped = engine.generate([replace(request, sampling=Sampling(24, stop=stop)) for request in free])
-    engine.close()
     seen = 0
     for before, after in zip((ids for g in ids_PG for ids in g), (c for g in stopped for c in g), strict=True):
         expected = cut(tokenizer, before, stop)
@@ -112,3 +117,25 @@ def test_stop_strings_end_vllms_completions_where_they_end_the_torch_engines(
         unbound = [c.token_ids.tolist() for c in torch_engine.generate([request])[0]]
         bound = torch_engine.generate([replace(request, sampling=Sampling(24, stop=stop))])[0]
         assert [c.token_ids.tolist() for c in bound] == [cut(tokenizer, ids, stop) for ids in unbound]
+
+
+def test_both_engines_stop_at_each_end_token_that_the_model_lists(
+    tmp_path: Path, folder: Path, engine: VLLMEngine, learner: Learner
+) -> None:
+    """Greedily, so that both have the same tokens; each list entry ends a completion that has it first."""
+    free = [SampleRequest(ids, 1, 7, Sampling(24, temperature=0.0)) for ids in PROMPTS]
+    whole = [group[0].token_ids.tolist() for group in engine.generate(free)]
+    ends = [ids[5 + 7 * i] for i, ids in enumerate(whole)]
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    stop = stop_token_ids(tmp_path, load_tokenizer(tmp_path, None))
+    assert len(set(ends)) == 2 and set(ends) < set(stop)
+    bound = [replace(request, sampling=replace(request.sampling, stop_token_ids=stop)) for request in free]
+    for served in (engine, engine_of(learner)):
+        found = [group[0] for group in served.generate(bound)]
+        cut = [ids[: min(ids.index(end) for end in ends if end in ids) + 1] for ids in whole]
+        assert [c.token_ids.tolist() for c in found] == cut
+        assert all(c.stopped for c in found) and {ids[-1] for ids in cut} == set(ends)
+        (unbound,) = served.generate([replace(bound[0], sampling=replace(bound[0].sampling, max_tokens=3))])
+        assert not unbound[0].stopped and len(unbound[0].token_ids) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from decoders import CPU
 from tiny import picture
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.smolvlm import processing_smolvlm as smolvlm
 from vision_inputs import hugging_face_inputs
 from vision_learners import LOSS, check_gradients, vl_config
 
@@ -191,13 +193,24 @@ def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(tiny: Tiny)
         with_served_model(cfg, "vllm")
     assert with_served_model(cfg, "auto").rollout.engine == "torch"
     gap = vllm_gap(vl_config(tiny.folder, "lora", "none"))
-    assert (gap is None) == (tiny.ours.hf.config.model_type != "gemma3" or torch.cuda.is_available())
+    refused = tiny.ours.hf.config.model_type in ("gemma3", "qwen3_5") and not torch.cuda.is_available()
+    assert (gap is not None) == refused
+
+
+def test_a_package_that_a_processor_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smolvlm, "num2words", str)
+    write_vision_family(tmp_path, "smolvlm")
+    monkeypatch.setattr(smolvlm, "num2words", None)
+    with pytest.raises(ConfigError, match=r"^the processor of '.*' cannot be loaded: .*pip install num2words`\.$"):
+        ImageProcessor(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "SmolVLMProcessor"}))
+    with pytest.raises(ConfigError, match=r"^the processor of '.*' cannot be loaded: .* image processor"):
+        ImageProcessor(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("qwen3_5", "layers of type 'linear_attention'"),
         ("llama4", "layers of type 'chunked_attention'"),
         ("gemma3n", "its layers share keys and values"),
         ("florence2", "it has an encoder"),

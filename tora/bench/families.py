@@ -23,6 +23,14 @@ class TinyFamily:
 
 
 _WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+LINEAR_ATTENTION: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+"""A layer that carries a state, and one of attention."""
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 _CAPPED = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 64}
 _LONGROPE = {
@@ -56,6 +64,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "granite": TinyFamily("Granite", "Granite", _MULTIPLIERS),
     "glm4": TinyFamily("GLM-4", "Glm4", {"tie_word_embeddings": False}),
     "cohere2": TinyFamily("Cohere 2", "Cohere2", {**_WINDOWS, "logit_scale": 0.25}),
+    "qwen3_5": TinyFamily("Qwen3.5, text", "Qwen3_5", LINEAR_ATTENTION, config_class="Qwen3_5TextConfig"),
     "qwen2_moe": TinyFamily("Qwen2-MoE", "Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 64}),
     "qwen3_moe": TinyFamily("Qwen3-MoE", "Qwen3Moe", _EXPERTS),
 }
@@ -103,6 +112,8 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0, 0.15, generator=generator)
+            elif name.endswith("A_log"):  # a state that lasts some tokens
+                parameter.uniform_(-3, 0, generator=generator)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2, generator=generator)
             else:  # scales of 1 would hide a norm in the wrong place

@@ -14,9 +14,11 @@ import argparse
 import io
 import math
 import multiprocessing
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,9 @@ from tora.types import (
 
 _PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _BEGIN, _END = "<!-- begin: python -m tora.bench.models --write -->\n", "<!-- end -->\n"
-_NOT_RUN = "not run"
+_NOT_RUN, _REFUSED, _VLLM = "not run", "refused", "vLLM"
+_NOTE = re.compile(r"- (.+?), ([\w ]+): (.+)\.")
+"""A family, a column, and why that is refused."""
 _METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_type": "lora"},
     "DoRA": {"lora_type": "dora_cache"},
@@ -219,23 +223,35 @@ def vllm_gap(folder: Path, name: str) -> float | str:
         engine.close()
 
 
-def row(name: str, *, with_vllm: bool, folder: Path) -> list[str]:
-    """One family's cells."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What holds for one family."""
+
+    cells: list[str]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Of what is refused, by column."""
+
+
+def row(name: str, *, with_vllm: bool, folder: Path) -> Row:
+    """One family's."""
     write(folder, name)
-    gaps = {method: torch_gap(folder, name, method) for method in _METHODS}
+    gaps: dict[str, float | str] = {method: torch_gap(folder, name, method) for method in _METHODS}
     numbers = [gap for gap in gaps.values() if isinstance(gap, float)]
-    methods = ["refused" if isinstance(gap, str) else "x" if gap < 1e-4 else f"{gap:.0e}" for gap in gaps.values()]
-    vllm = vllm_gap(folder, name) if with_vllm else _NOT_RUN
-    served = f"{vllm:.0e}" if isinstance(vllm, float) else _NOT_RUN if vllm == _NOT_RUN else "refused"
+    methods = [_REFUSED if isinstance(gap, str) else "x" if gap < 1e-4 else f"{gap:.0e}" for gap in gaps.values()]
+    served = _NOT_RUN
+    if with_vllm:
+        gaps[_VLLM] = vllm = vllm_gap(folder, name)
+        served = _REFUSED if isinstance(vllm, str) else f"{vllm:.0e}"
     layers = f"`{' '.join(target_leaves(make_config(folder, 'torch').model))}`"
     title = VISION_FAMILIES[name].title if takes_images(name) else FAMILIES[name].title
     takes = "text, images" if takes_images(name) else "text"
     worst = max(numbers, default=math.nan)
-    return [title, takes, layers, *methods, f"{packed_gap(folder, name):.0e}", f"{worst:.0e}", served]
+    cells = [title, takes, layers, *methods, f"{packed_gap(folder, name):.0e}", f"{worst:.0e}", served]
+    return Row(cells, {column: gap for column, gap in gaps.items() if isinstance(gap, str)})
 
 
-def rows(names: Sequence[str], *, with_vllm: bool) -> Iterator[list[str]]:
-    """The cells of each family."""
+def rows(names: Sequence[str], *, with_vllm: bool) -> Iterator[Row]:
+    """Each family's."""
     for name in names:
         with tempfile.TemporaryDirectory(prefix="tora-models-") as folder:
             yield row(name, with_vllm=with_vllm, folder=Path(folder))
@@ -243,21 +259,35 @@ def rows(names: Sequence[str], *, with_vllm: bool) -> Iterator[list[str]]:
 
 def table(found: Sequence[Sequence[str]]) -> str:
     """The table in Markdown."""
-    head = ["family", "takes", "layers with adapters", *_METHODS, "packed", "torch", "vLLM"]
+    head = ["family", "takes", "layers with adapters", *_METHODS, "packed", "torch", _VLLM]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *found])
 
 
-def merged(page: str, found: Sequence[list[str]]) -> str:
-    """The page with these rows in its table, in place of those of the same families. A cell of vLLM that was not run
-    stays as it is on the page."""
+def _notes(found: Row) -> dict[tuple[str, str], str]:
+    """The reasons, by family and column."""
+    return {(found.cells[0], column): reason for column, reason in found.reasons.items()}
+
+
+def merged(page: str, found: Sequence[Row]) -> str:
+    """The page with these rows in its table, in place of those of the same families, and with why something is refused.
+    What is said of vLLM stays as it is on the page where it was not run."""
     before, _, rest = page.partition(_BEGIN)
     old, _, after = rest.partition(_END)
     lines = [line.strip("|").split("|") for line in old.splitlines() if line.startswith("|")][2:]
     kept = {cells[0]: cells for cells in ([cell.strip() for cell in line] for line in lines)}
-    for cells in found:
-        has_vllm = cells[-1] != _NOT_RUN or cells[0] not in kept
-        kept[cells[0]] = cells if has_vllm else [*cells[:-1], kept[cells[0]][-1]]
-    return f"{before}{_BEGIN}\n{table([*kept.values()])}\n{_END}{after}"
+    found_notes = [_NOTE.fullmatch(line) for line in old.splitlines()]
+    notes = {(note[1], note[2]): note[3] for note in found_notes if note}
+    for each in found:
+        cells, family = each.cells, each.cells[0]
+        has_vllm = cells[-1] != _NOT_RUN or family not in kept
+        stale = {key for key in notes if key[0] == family and (has_vllm or key[1] != _VLLM)}
+        notes = {key: reason for key, reason in notes.items() if key not in stale} | _notes(each)
+        kept[family] = cells if has_vllm else [*cells[:-1], kept[family][-1]]
+    order = [family.title for family in (*FAMILIES.values(), *VISION_FAMILIES.values())]
+    kept = {title: kept[title] for title in order if title in kept}
+    written = [(note, notes[note]) for title in order for note in notes if note[0] == title]
+    reasons = "".join(f"- {family}, {column}: {reason}.\n" for (family, column), reason in written)
+    return f"{before}{_BEGIN}\n{table([*kept.values()])}\n{reasons and reasons + chr(10)}{_END}{after}"
 
 
 def main() -> None:
@@ -266,10 +296,12 @@ def main() -> None:
     parser.add_argument("--vllm", action="store_true", help="serve each family with vLLM too")
     parser.add_argument("--write", action="store_true", help="put each row into docs/models.md as it is found")
     args = parser.parse_args()
-    for cells in rows(args.families, with_vllm=args.vllm):
-        print(f"| {' | '.join(cells)} |", flush=True)
+    for found in rows(args.families, with_vllm=args.vllm):
+        print(f"| {' | '.join(found.cells)} |", flush=True)
+        for (family, column), reason in _notes(found).items():
+            print(f"- {family}, {column}: {reason}.", flush=True)
         if args.write:
-            _PAGE.write_text(merged(_PAGE.read_text(), [cells]))
+            _PAGE.write_text(merged(_PAGE.read_text(), [found]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tora.bench.families import SIZES, randomize
+from tora.bench.families import LINEAR_ATTENTION, SIZES, randomize
 
 _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _SIDE = 28
@@ -40,6 +40,8 @@ class VisionFamily:
     """Of the language model, beyond the sizes that all share."""
     extra: tuple[str, ...] = ()
     """More special tokens."""
+    processor_class: str | None = None
+    """Where it is not `prefix`Processor."""
     released: tuple[tuple[str, str], ...] = ()
     """Prefixes of tensors' names as transformers 5 writes them, and as they are in the folders that are released, which
     alone vLLM 0.32 reads; empty where they are the same."""
@@ -75,6 +77,40 @@ def _qwen2_5_processor() -> dict[str, Any]:
     return {
         "image_processor": transformers.Qwen2VLImageProcessor(size=size, **patches),
         "video_processor": transformers.Qwen2VLVideoProcessor(**patches),
+    }
+
+
+_PATCH3 = 8
+
+
+def _qwen3_5(ids: Mapping[str, int]) -> dict[str, Any]:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": _PATCH3,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 25,
+    }
+    own = {f"vision_{end}_token_id": ids[f"vision_{word}_token"] for end, word in (("start", "bos"), ("end", "eos"))}
+    return {
+        **own,
+        "image_token_id": ids["image_token"],
+        "video_token_id": ids["video_token"],
+        "vision_config": vision,
+        "tie_word_embeddings": True,
+    }
+
+
+def _qwen3_5_processor() -> dict[str, Any]:
+    import transformers
+
+    size: Any = {"shortest_edge": (2 * _PATCH3) ** 2, "longest_edge": 64**2}
+    patches: Any = {"patch_size": _PATCH3, "merge_size": 2}
+    return {
+        "image_processor": transformers.Qwen2VLImageProcessor(size=size, **patches),
+        "video_processor": transformers.Qwen3VLVideoProcessor(**patches),
     }
 
 
@@ -168,6 +204,16 @@ _PIECE_TOKENS = {
 _PLACES = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
 _GEMMA_TOKENS = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}}
+_HYBRID = {
+    **LINEAR_ATTENTION,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+    },
+}
 _WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 64}
 _TOWER_NAMES = (("vision_tower.", "vision_tower.vision_model."),)
 _LLAMA = {"model_type": "llama"}
@@ -181,6 +227,16 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
         _qwen2_5,
         _qwen2_5_processor,
         _MROPE,
+    ),
+    "qwen3_5_vl": VisionFamily(
+        "Qwen3.5",
+        "Qwen3_5",
+        _QWEN_TOKENS,
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        _qwen3_5,
+        _qwen3_5_processor,
+        _HYBRID,
+        processor_class="Qwen3VLProcessor",
     ),
     "gemma3_vl": VisionFamily(
         "Gemma 3",
@@ -233,7 +289,7 @@ def write_vision_family(folder: Path, name: str, *, dtype: torch.dtype = torch.f
     model.to(dtype).save_pretrained(folder)
     if family.released:
         _rename(folder / "model.safetensors", family.released)
-    made = getattr(transformers, f"{family.prefix}Processor")(
+    made = getattr(transformers, family.processor_class or f"{family.prefix}Processor")(
         tokenizer=tokenizer, chat_template=tokenizer.chat_template, **family.processor()
     )
     made.save_pretrained(folder)

@@ -22,6 +22,7 @@ from tora.commands.parity_row import Method, ParityRow, Reference, compare
 from tora.config.schema import ALL_LINEAR, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
 from tora.launch.engines import INSTALL, make_vllm_engine
+from tora.launch.servable import vllm_gap
 from tora.models.load import empty_decoder
 from tora.models.vision.processor import ImageProcessor, has_image_processor
 from tora.reporting.strict_json import to_json
@@ -110,7 +111,8 @@ def _noise(size: tuple[int, int]) -> bytes:
 
 
 def _config(model: Path, scratch: Path, dtype: str, quantize_base: bool) -> RunConfig:
-    return RunConfig(
+    """With adapters in a tower where vLLM has them there. Raises ConfigError if it cannot serve the model at all."""
+    cfg = RunConfig(
         name="parity",
         output_dir=str(scratch / f"{dtype}_{quantize_base}"),
         dtype="fp32" if dtype == "fp32" else "bf16",
@@ -124,6 +126,11 @@ def _config(model: Path, scratch: Path, dtype: str, quantize_base: bool) -> RunC
         dataset={},
         rewards=[],
     )
+    if vllm_gap(cfg) is not None:
+        cfg = replace(cfg, model=replace(cfg.model, train_vision="none"))
+    if gap := vllm_gap(cfg):
+        raise ConfigError(f"--parity {model}: {gap}.")
+    return cfg
 
 
 def _print(rows: Sequence[ParityRow]) -> None:

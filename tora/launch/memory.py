@@ -228,8 +228,8 @@ def _engine(cfg: RunConfig, training: Training, limits: EngineLimits, devices: D
     if devices.capacity is None:
         # a cache for all rollouts, as it is not known what vLLM's share is
         needed = vllm_memory(training, limits, 0).held.total()
-        cache = limits.rows * limits.longest * training.shapes.kv_per_token(limits.itemsize, limits.tensor_parallel)
-        return vllm_memory(training, limits, needed + cache)
+        each = training.shapes.kv_per_sequence(limits.longest, limits.itemsize, limits.tensor_parallel)
+        return vllm_memory(training, limits, needed + limits.rows * each)
     utilization = cfg.rollout.gpu_memory_utilization or GPU_MEMORY * share
     return vllm_memory(training, limits, int(utilization * devices.capacity))
 

@@ -32,11 +32,14 @@ def with_served_model(cfg: RunConfig, wanted: str) -> RunConfig:
 def vllm_gap(cfg: RunConfig) -> str | None:
     """Why vLLM cannot serve the model as the learner has it; None if nothing speaks against it."""
     config = read_config(Path(cfg.model.path))
-    if not hasattr(config, "vision_config") or implementation_of(config, cfg.model.implementation) == "native":
+    if implementation_of(config, cfg.model.implementation) == "native":
         return None
-    if cfg.model.train_vision == "lora":
+    takes_images, on_gpu = hasattr(config, "vision_config"), torch.cuda.is_available()
+    if takes_images and cfg.model.train_vision == "lora":
         return f"vLLM serves no adapter in the vision tower of a {config.model_type!r} model (model.train_vision=lora)"
-    if config.model_type in SEES_WHOLE_IMAGES and not torch.cuda.is_available():
+    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()) and not on_gpu:
+        return f"vLLM's linear attention, as a {config.model_type!r} model has it, takes no adapters on a CPU"
+    if takes_images and config.model_type in SEES_WHOLE_IMAGES and not on_gpu:
         return (
             f"the features of an image see each other in a {config.model_type!r} model, which vLLM's attention on a "
             "CPU does not allow"

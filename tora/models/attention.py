@@ -9,10 +9,13 @@ head size; b and s are any batch and sequence size, n either number of heads.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+
+from tora.models.recurrence import Continuing, DocumentRows, KeepingState, Recurrence
 
 
 class Scores(NamedTuple):
@@ -43,6 +46,10 @@ class AttentionContext(Protocol):
     def at(self, layer: int) -> LayerAttention:
         """The attention of one layer; called for layers in order. Every layer gets the same type, so that compiled
         layers share one graph."""
+        ...
+
+    def recurrent_at(self, layer: int) -> Recurrence:
+        """The same for a layer that carries a state in place of attention."""
         ...
 
 
@@ -89,6 +96,7 @@ class PackedAttention:
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
         """`lengths_B`: int64 on the model's device."""
+        self._lengths_B = lengths_B
         longest = int(lengths_B.max())
         starts_B = lengths_B.cumsum(0) - lengths_B
         column_L = torch.arange(longest, device=lengths_B.device)
@@ -99,6 +107,13 @@ class PackedAttention:
 
     def at(self, layer: int) -> LayerAttention:
         return self
+
+    def recurrent_at(self, layer: int) -> Recurrence:
+        return self.rows
+
+    @cached_property
+    def rows(self) -> DocumentRows:
+        return DocumentRows.of_documents(self._lengths_B)
 
     def _documents(self, x_1TND: torch.Tensor) -> torch.Tensor:
         """[1, T, n, D] -> [B, n, L, D]"""
@@ -112,13 +127,25 @@ class PackedAttention:
 
 
 class PrefillAttention(PackedAttention):
-    """Packed attention that also records each layer's keys and values, for `CachedAttention`."""
+    """Packed attention that also records each layer's keys and values, or state, for `CachedAttention`."""
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
         super().__init__(lengths_B)
+        self.layers: list[int] = []
+        """The layers that have keys and values, in order."""
         self.keys: list[torch.Tensor] = []
-        """Per layer [B, K, L, D]; entries beyond a document's length are undefined."""
+        """Of each of them [B, K, L, D]; entries beyond a document's length are undefined."""
         self.values: list[torch.Tensor] = []
+        self.states: dict[int, KeepingState] = {}
+        """Of the other layers."""
+
+    def at(self, layer: int) -> LayerAttention:
+        self.layers.append(layer)
+        return self
+
+    def recurrent_at(self, layer: int) -> Recurrence:
+        self.states[layer] = KeepingState(self.rows)
+        return self.states[layer]
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
         self.keys.append(self._documents(k))
@@ -148,20 +175,31 @@ class CachedAttention:
         positions_B: torch.Tensor | None = None,
     ) -> None:
         """Row b continues prefilled document `rows_B[b]`, of length `lengths_B[b]`. Its next token has position
-        `positions_B[b]`, by default the length; images take fewer positions than tokens. All int64 [B]."""
+        `positions_B[b]`, by default the length; images take fewer positions than tokens. All int64 [B]. The states of
+        `prefill` are this object's from now on."""
         self._longest = int(lengths_B.max())  # kept on the host, so that no step synchronises with the device
         self._size = _round_up(self._longest + 1)
         self.lengths_B = lengths_B.clone()
         self.positions_B = (lengths_B if positions_B is None else positions_B).clone()
-        room = self._size - prefill.keys[0].shape[2]
-        self._layers = [
-            _LayerCache(*(F.pad(x.index_select(0, rows_B), (0, 0, 0, room)) for x in layer))
-            for layer in zip(prefill.keys, prefill.values, strict=True)
-        ]
+        room = self._size - prefill.shape[1]
+        self._layers = {
+            layer: _LayerCache(*(F.pad(x.index_select(0, rows_B), (0, 0, 0, room)) for x in keys_and_values))
+            for layer, *keys_and_values in zip(prefill.layers, prefill.keys, prefill.values, strict=True)
+        }
+        self._recurrent = {layer: Continuing(keeping.state) for layer, keeping in prefill.states.items()}
+        for state in self._recurrent.values():
+            state.keep(rows_B)
         self._update_layers()
 
     def at(self, layer: int) -> LayerAttention:
         return self._layers[layer]
+
+    def recurrent_at(self, layer: int) -> Recurrence:
+        return self._recurrent[layer]
+
+    def states(self) -> list[torch.Tensor]:
+        """What a step does not write anew but moves on, in place."""
+        return [tensor for state in self._recurrent.values() for tensor in state.tensors()]
 
     def advance(self) -> None:
         """Make room for the next token; call after all layers have processed one."""
@@ -171,7 +209,7 @@ class CachedAttention:
         if self._longest == self._size:
             before, self._size = self._size, _round_up(self._size + self._size // 4 + 1)
             room = self._size - before
-            for layer in self._layers:
+            for layer in self._layers.values():
                 layer.keys, layer.values = (F.pad(x, (0, 0, 0, room)) for x in (layer.keys, layer.values))
             self._update_layers()
         else:
@@ -180,8 +218,10 @@ class CachedAttention:
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only these rows (indices, int64) and drop the others."""
         self.lengths_B, self.positions_B = self.lengths_B[rows], self.positions_B[rows]
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for state in self._recurrent.values():
+            state.keep(rows)
         self._update_layers()
 
     def _mask(self) -> torch.Tensor:
@@ -191,7 +231,7 @@ class CachedAttention:
 
     def _update_layers(self) -> None:
         self.mask_B11S = self._mask()
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.lengths_B, layer.mask_B11S = self.lengths_B, self.mask_B11S
 
 

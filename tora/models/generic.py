@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ from torch import nn
 
 from tora.models.attention import AttentionContext, LayerAttention, Scores
 from tora.models.base import Decoder, identity
-from tora.models.generic_support import head_map, is_router
+from tora.models.generic_support import head_map, is_router, recurrent_part
 from tora.models.quantize import FrozenLinear
+from tora.models.recurrence import Recurrence
 
 NAME = "tora"
 """Of our attention, in transformers' registry."""
 _ATTEND = "tora_attend"
 """The keyword argument that carries it: an `AttentionContext` to the model, a `LayerAttention` to a layer."""
+_RECUR = "tora_recur"
+"""In its place for a layer that carries a state: a `Recurrence`."""
 _PREFIX = "hf."
 
 
@@ -85,8 +89,14 @@ class GenericDecoder(Decoder):
         self.is_tied = bool(hf.config.tie_word_embeddings)
         if self.is_tied:  # one module less, whose weight would have to be tied again after loading
             hf.set_output_embeddings(None)
+        self.recurrent: set[int] = set()
+        """The layers that carry a state in place of attention."""
         for index, layer in enumerate(self._layers):
-            layer.register_forward_pre_hook(_at(index), with_kwargs=True)
+            if part := recurrent_part(hf, index, layer):
+                self.recurrent.add(index)
+                part.layer_idx = 0  # in a cache of its own, and for compiled layers the same in all of them
+                part.forward = partial(_with_recurrence, part.forward)
+            layer.register_forward_pre_hook(_at(index, recurrent=index in self.recurrent), with_kwargs=True)
         for module in hf.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # training mode is for adapters' dropout; see `learner.dropout`
@@ -110,7 +120,8 @@ class GenericDecoder(Decoder):
         return {f"{name}.weight" for name in self._linears}
 
     def gap(self, *, full: bool, quantize: bool) -> str | None:
-        experts = [n for n, p in self.named_parameters() if p.ndim == 3]
+        convolutions = {f"{n}.weight" for n, module in self.named_modules() if isinstance(module, nn.Conv1d)}
+        experts = [n for n, p in self.named_parameters() if p.ndim == 3 and n not in convolutions]
         if not experts or not (full or quantize):
             return None
         key = "model.lora_type=full" if full else "model.quantize_base=true"
@@ -149,11 +160,35 @@ class GenericDecoder(Decoder):
         return name
 
 
-def _at(index: int) -> Callable[..., Any]:
+def _at(index: int, *, recurrent: bool) -> Callable[..., Any]:
     """A hook that gives a layer its own attention. Outside the layer's forward, so that compiled layers share one
     graph."""
 
     def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, _ATTEND: kwargs[_ATTEND].at(index)} if _ATTEND in kwargs else kwargs
+        if _ATTEND not in kwargs:
+            return args, kwargs
+        others = {name: value for name, value in kwargs.items() if name != _ATTEND}
+        context: AttentionContext = kwargs[_ATTEND]
+        own = {_RECUR: context.recurrent_at(index)} if recurrent else {_ATTEND: context.at(index)}
+        return args, {**others, **own}
 
     return hook
+
+
+def _with_recurrence(
+    forward: Callable[..., torch.Tensor],
+    hidden_states: torch.Tensor,
+    *,
+    tora_recur: Recurrence | None = None,
+    cache_params: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    **others: Any,
+) -> torch.Tensor:
+    """`forward` of a part of transformers' that carries a state, as `tora_recur` has it; without one, its own."""
+    if tora_recur is None:
+        return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **others)
+
+    def run(x_RLH: torch.Tensor, *, mask_RL: torch.Tensor | None, cache: Any) -> torch.Tensor:
+        return forward(x_RLH, cache_params=cache, attention_mask=mask_RL, **others)
+
+    return tora_recur(run, hidden_states)

@@ -41,9 +41,14 @@ def build_generic(config: Any, linear: type[nn.Linear] = nn.Linear) -> GenericDe
     return model
 
 
+_KEPT = (".A_log",)
+"""Logarithms of decays of a state: files and vLLM have them in float32, and bf16 would change a decay by 1 %."""
+
+
 def cast_parameters(model: GenericDecoder, dtype: torch.dtype) -> None:
-    """Give parameters, which are on the meta device, the dtype that transformers would load them in."""
-    kept = tuple(getattr(model.hf, "_keep_in_fp32_modules_strict", None) or ())
+    """Give parameters, which are on the meta device, the dtype that transformers would load them in; to decays
+    float32."""
+    kept = (*(getattr(model.hf, "_keep_in_fp32_modules_strict", None) or ()), *_KEPT)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not any(part in f"{module_name}.{name}" for part in kept):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch import nn
 from tora.errors import ConfigError
 from tora.models.head import LogitMap
 
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_RECURRENT = "linear_attention"
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", _RECURRENT})
 _ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 """Last names of the linear layers that choose experts. They get no adapter: their choices would differ by rounding
 between learner and engine."""
@@ -30,7 +33,7 @@ def why_not(config: Any) -> str | None:
         return "its weights are quantised; use the original ones, with model.quantize_base=true for NF4"
     odd = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind not in _LAYER_TYPES})
     if odd:
-        return f"it has layers of type {odd[0]!r}; only full and sliding-window attention can be packed"
+        return f"it has layers of type {odd[0]!r}; only attention and linear attention can be packed"
     if getattr(text, "num_kv_shared_layers", 0):
         return "its layers share keys and values"
     if getattr(config, "is_encoder_decoder", False):
@@ -47,12 +50,39 @@ def check_config(config: Any) -> None:
 def check_class(hf: Any) -> None:
     """Raises ConfigError unless the model's attention can be replaced and its layers are found."""
     name = type(hf).__name__
-    if not getattr(type(hf), "_supports_attention_backend", False):
+    if not _looks_attention_up(type(hf)):
         raise ConfigError(f"{name} cannot be trained: transformers does not let its attention be replaced")
     if not hasattr(hf.get_decoder(), "layers"):
         raise ConfigError(f"{name} cannot be trained: its decoder has no `layers`")
     if any("sinks" in parameter for parameter, _ in hf.named_parameters()):
         raise ConfigError(f"{name} cannot be trained: its attention has sinks")
+
+
+def _looks_attention_up(kind: type[nn.Module]) -> bool:
+    """Whether a class of transformers takes its attention from the registry. Some, such as Qwen3.5's, do so without
+    the flag that says it."""
+    if getattr(kind, "_supports_attention_backend", False):
+        return True
+    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in inspect.getsource(sys.modules[kind.__module__])
+
+
+def recurrent_part(hf: Any, index: int, layer: nn.Module) -> Any:
+    """The part of a decoder layer that carries a state along the sequence; None in a layer of attention.
+
+    Raises ConfigError if the layer keeps its state otherwise than in the cache that Tora gives it.
+    """
+    kinds = getattr(hf.config.get_text_config(), "layer_types", None) or []
+    if index >= len(kinds) or kinds[index] != _RECURRENT:
+        return None
+    parts = [
+        m for m in layer.modules() if {"cache_params", "attention_mask"} <= {*inspect.signature(m.forward).parameters}
+    ]
+    if len(parts) != 1:
+        raise ConfigError(
+            f"{type(hf).__name__} cannot be trained: its layers of type {kinds[index]!r} have no part that takes "
+            "`cache_params` and a mask, as those of transformers that can be packed do"
+        )
+    return parts[0]
 
 
 def head_map(hf: Any) -> LogitMap:

@@ -6,9 +6,12 @@ together, H query heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from tora.models.attention import PLAIN, AttentionContext, LayerAttention, PackedAttention, Scores, sdpa
+from tora.models.recurrence import DocumentRows, Recurrence
 from tora.models.varlen import VarlenAttention, supports_varlen
 
 
@@ -24,6 +27,7 @@ class SharedPrefixAttention:
     def __init__(self, prompt_lengths_P: torch.Tensor, lengths_B: torch.Tensor, prompt_B: torch.Tensor) -> None:
         """The fields of `MicroBatch`, int64 on the model's device."""
         device = lengths_B.device
+        self._lengths = prompt_lengths_P, lengths_B, prompt_B
         self._prompts = PackedAttention(prompt_lengths_P)
         starts_P = prompt_lengths_P.cumsum(0) - prompt_lengths_P
         starts_B = prompt_lengths_P.sum() + lengths_B.cumsum(0) - lengths_B
@@ -51,6 +55,19 @@ class SharedPrefixAttention:
 
     def at(self, layer: int) -> LayerAttention:
         return self
+
+    def recurrent_at(self, layer: int) -> Recurrence:
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> DocumentRows:
+        """The prompts, and each completion behind its prompt, which a layer with a state computes again."""
+        prompt_lengths_P, lengths_B, prompt_B = self._lengths
+        own_R = torch.cat([prompt_lengths_P, lengths_B])
+        starts_R = own_R.cumsum(0) - own_R
+        before_R = torch.cat([starts_R[: len(prompt_lengths_P)], starts_R[prompt_B]])
+        prefix_R = torch.cat([torch.zeros_like(prompt_lengths_P), prompt_lengths_P[prompt_B]])
+        return DocumentRows(starts_R, own_R, before_R, prefix_R)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
         mask_B1LS, window = self._mask_B1LS, scores.window

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from tora.models.attention import PLAIN, LayerAttention, PackedAttention, Scores
+from tora.models.recurrence import DocumentRows, Recurrence
 
 _CAUSAL, _ALL = (-1, 0), (-1, -1)
 """Attention windows: unlimited to the left, none or unlimited to the right."""
@@ -31,6 +34,13 @@ class VarlenAttention:
 
     def at(self, layer: int) -> LayerAttention:
         return self
+
+    def recurrent_at(self, layer: int) -> Recurrence:
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> DocumentRows:
+        return DocumentRows.of_documents(self.lengths_B)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
         if scores.cap is not None or q.shape[3] > _MAX_HEAD:  # the kernel knows no cap

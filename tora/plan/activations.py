@@ -27,10 +27,8 @@ CHUNK_BYTES = 1 << 27
 class LayerBytes:
     """What autograd keeps of one micro-batch, counted on a model whose layers are not known."""
 
-    first: int
-    """Of the first layer, the final norm and what all layers share."""
-    each: int
-    """Of any later layer."""
+    layers: tuple[int, ...]
+    """Of each layer; the first one's with the final norm and what all layers share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +101,7 @@ def activations(training: Training, batch: MicroBatch) -> Activations:
 def _counted(training: Training, batch: MicroBatch, counted: LayerBytes) -> Activations:
     width = batch.tokens * training.shapes.hidden * training.itemsize
     saved, recomputed = Counter[str](), 0
-    for index in range(training.shapes.layers):
-        own = counted.each if index else counted.first
+    for index, own in enumerate(counted.layers):
         if is_checkpointed(batch.checkpointing, index):
             saved["layer inputs"] += 0 if batch.offloading else width
             recomputed = max(recomputed, own)
@@ -255,7 +252,7 @@ def _backward(training: Training, batch: MicroBatch) -> int:
     """Gradients of activations within one layer's backward pass, which is largest in its MLP. Measured."""
     shapes, size = training.shapes, training.itemsize
     passing = batch.tokens * (_MLP_COPIES * shapes.mlp + _WIDTH_COPIES * shapes.hidden) * size
-    largest = max(linear.weights for linear in shapes.layer())
+    largest = max(linear.weights for index in range(shapes.layers) for linear in shapes.layer(index))
     if training.quantize:
         passing += largest * 2 * size  # one weight, expanded, and a part of its scratch
     if training.full:

@@ -62,8 +62,8 @@ class EngineMemory:
 def vllm_memory(training: Training, limits: EngineLimits, budget: int | None) -> EngineMemory:
     """`budget`: bytes of the GPU that vLLM takes; None on a CPU."""
     shapes, size, shards = training.shapes, limits.itemsize, limits.tensor_parallel
-    adapters = [*training.layers[0].values()] if training.layers and limits.slots else []
-    per_slot = shapes.layers * sum(
+    adapters = [adapter for layer in training.layers for adapter in layer.values()] if limits.slots else []
+    per_slot = sum(
         limits.rank * (a.linear.inputs + a.linear.outputs) * size + a.linear.outputs * MASTER for a in adapters
     )
     held = Counter({"engine weights": shapes.weights * size // shards, "adapter slots": limits.slots * per_slot})
@@ -73,8 +73,7 @@ def vllm_memory(training: Training, limits: EngineLimits, budget: int | None) ->
         held["engine steps"] = step + limits.rows * shapes.vocab * 4 * _LOGITS_COPIES
         held["CUDA graphs"] = _GRAPHS if limits.graphs else 0
     cache = limits.cache_bytes if budget is None else budget - held.total()
-    tokens = max(0, cache) // shapes.kv_per_token(size, shards)
-    return EngineMemory(held, cache, tokens // limits.longest)
+    return EngineMemory(held, cache, max(0, cache) // shapes.kv_per_sequence(limits.longest, size, shards))
 
 
 def torch_memory(training: Training, limits: EngineLimits, *, shares: bool) -> EngineMemory:
@@ -86,5 +85,5 @@ def torch_memory(training: Training, limits: EngineLimits, *, shares: bool) -> E
     casts = training.master_weights * size if size < MASTER and shares else 0
     step = limits.rows * shapes.vocab * 4 * _LOGITS_COPIES
     held = Counter({"engine weights": weights + casts, "engine steps": step})
-    cache = round(limits.rows * limits.longest * _GROWTH) * shapes.kv_per_token(size)
+    cache = limits.rows * shapes.kv_per_sequence(round(limits.longest * _GROWTH), size)
     return EngineMemory(held, cache, limits.rows)

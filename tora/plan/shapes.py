@@ -106,8 +106,8 @@ class Shapes:
     def keys(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def layer(self) -> list[Linear]:
-        """The linear layers of one decoder layer."""
+    def layer(self, index: int = 0) -> list[Linear]:
+        """The linear layers of the decoder layer of this number."""
         return [
             Linear("self_attn.q_proj", self.hidden, self.queries, "attention", self.qkv_bias),
             Linear("self_attn.k_proj", self.hidden, self.keys, "attention", self.qkv_bias),
@@ -151,10 +151,21 @@ class Shapes:
     def weights(self) -> int:
         return self.decoder_weights + (self.tower.weights if self.tower else 0)
 
-    def kv_per_token(self, itemsize: int, tensor_parallel: int = 1) -> int:
-        """Bytes of keys and values of one token, on each of the devices that share the heads."""
+    @property
+    def kv_layers(self) -> int:
+        """The layers that have keys and values."""
+        return self.layers
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the other layers' state of one sequence, whatever its length."""
+        return 0
+
+    def kv_per_sequence(self, tokens: int, itemsize: int, tensor_parallel: int = 1) -> int:
+        """Bytes of keys, values and states of a sequence, on each of the devices that share the heads."""
         heads = max(1, self.kv_heads // tensor_parallel)
-        return 2 * self.layers * heads * self.head_dim * itemsize
+        per_token = 2 * self.kv_layers * heads * self.head_dim * itemsize
+        return tokens * per_token + self.state_bytes // tensor_parallel
 
 
 def read_shapes(config: Any) -> Shapes:

@@ -138,7 +138,7 @@ def training_of(cfg: RunConfig, shapes: Shapes, start: PeftConfig | None = None)
         if full
         else {
             linear.name: adapter(name, linear)
-            for linear in shapes.layer()
+            for linear in shapes.layer(index)
             if matches(model.lora_targets, name := shapes.name(index, linear))
         }
         for index in range(shapes.layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tora.config.schema import RunConfig
 from tora.models.attention import PLAIN, LayerAttention, Scores
 from tora.models.generic import GenericDecoder
 from tora.models.generic_build import build_generic, cast_parameters
+from tora.models.recurrence import Continuing, Recurrence, Unpadded
 from tora.plan.activations import LayerBytes
 from tora.plan.shapes import Linear, Shapes
 
@@ -34,16 +36,27 @@ class TransformersShapes(Shapes):
     """`Shapes` whose sums are counted in the model."""
 
     config: Any
-    linears: tuple[Linear, ...]
-    """Of one decoder layer, those that may carry an adapter."""
+    linears: tuple[tuple[Linear, ...], ...]
+    """Of each decoder layer, those that may carry an adapter."""
+    recurrent: frozenset[int]
+    """The layers that carry a state in place of keys and values."""
+    counted_state: int
     counted_layer: int
     counted_quantized: int
     counted_weights: int
     known: dict[tuple[str, ...], LayerBytes] = field(default_factory=dict, compare=False, repr=False)
     """Of a token, by what it depends on: advice asks for many numbers of them."""
 
-    def layer(self) -> list[Linear]:
-        return [*self.linears]
+    def layer(self, index: int = 0) -> list[Linear]:
+        return [*self.linears[index]]
+
+    @property
+    def kv_layers(self) -> int:
+        return self.layers - len(self.recurrent)
+
+    @property
+    def state_bytes(self) -> int:
+        return self.counted_state
 
     @property
     def norm_weights(self) -> int:
@@ -74,14 +87,17 @@ def read_transformers_shapes(config: Any) -> TransformersShapes:
     text = config.get_text_config()
     layers = model.stacks()[-1]
     names = {module: name for name, module in model.named_modules()}
-    first = f"{names[layers[0]]}."
+    prefixes = [f"{names[layer]}." for layer in layers]
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     modules = [(name, model.get_submodule(name)) for name in model.adaptable()]
     linears = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
     inside = [
-        Linear(name.removeprefix(first), m.in_features, m.out_features, name, m.bias is not None)
-        for name, m in linears
-        if name.startswith(first)
+        tuple(
+            Linear(name.removeprefix(prefix), m.in_features, m.out_features, name, m.bias is not None)
+            for name, m in linears
+            if name.startswith(prefix)
+        )
+        for prefix in prefixes
     ]
     return TransformersShapes(
         hidden=text.hidden_size,
@@ -97,10 +113,12 @@ def read_transformers_shapes(config: Any) -> TransformersShapes:
         output_bias=False,
         mlp_bias=False,
         longest=text.max_position_embeddings,
-        prefix=model.names.module_to_hf(first).removesuffix("layers.0."),
+        prefix=model.names.module_to_hf(prefixes[0]).removesuffix("layers.0."),
         tower=None,
         config=config,
         linears=tuple(inside),
+        recurrent=frozenset(model.recurrent),
+        counted_state=_state_bytes(model) if model.recurrent else 0,
         counted_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         counted_quantized=sum(m.weight.numel() for _, m in linears),
         counted_weights=sum(p.numel() for p in model.parameters()),
@@ -115,7 +133,7 @@ def layer_bytes(
     if key not in shapes.known:
         shapes.known[key] = _of_one_sequence(cfg, shapes.config, start, longest, on_gpu=on_gpu)
     one = shapes.known[key]
-    return LayerBytes(one.first * tokens // longest, one.each * tokens // longest)
+    return LayerBytes(tuple(own * tokens // longest for own in one.layers))
 
 
 def _of_one_sequence(
@@ -128,7 +146,7 @@ def _of_one_sequence(
     except (RuntimeError, NotImplementedError):
         # experts in float32 run one by one, with shapes that depend on values; in bf16 they are one product
         half = _layer_bytes(cfg, config, start, torch.bfloat16, attend, longest)
-        return LayerBytes(2 * half.first, 2 * half.each)
+        return LayerBytes(tuple(2 * own for own in half.layers))
 
 
 def _layer_bytes(
@@ -142,8 +160,21 @@ def _layer_bytes(
     model.requires_grad_(cfg.model.lora_type == "full")
     if cfg.model.lora_type != "full":
         inject(model, cfg.model.lora_type, adapter_shapes(model, cfg.model, start), dropout=cfg.model.lora_dropout)
-    one, two = (_saved(model, count, tokens, attend) for count in (1, 2))
-    return LayerBytes(one, max(0, two - one))
+    kinds = [index in model.recurrent for index in range(len(model.stacks()[-1]))]
+    saved = cache(lambda count: _saved(model, count, tokens, attend))
+    # later layers of a kind all keep the same
+    places = {kind: index for index, kind in reversed([*enumerate(kinds)]) if index}
+    later = {kind: max(0, saved(index + 1) - saved(index)) for kind, index in places.items()}
+    return LayerBytes((saved(1), *(later[kind] for kind in kinds[1:])))
+
+
+def _state_bytes(model: GenericDecoder) -> int:
+    """Of all layers' states of one sequence, in the dtype of the model's parameters."""
+    keeping = _Keeping()
+    ids = torch.zeros(1, 1, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        model(ids, positions=ids, attend=keeping)
+    return sum(x.numel() * x.itemsize for state in keeping.states for x in state.tensors())
 
 
 def _saved(model: GenericDecoder, layers: int, tokens: int, attend: _Attend) -> int:
@@ -184,6 +215,9 @@ class _Attend:
     def at(self, layer: int) -> LayerAttention:
         return self
 
+    def recurrent_at(self, layer: int) -> Recurrence:
+        return Unpadded()
+
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores = PLAIN) -> torch.Tensor:
         rows = 1
         if scores.cap is not None:
@@ -192,6 +226,18 @@ class _Attend:
             rows = self._longest
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         return _Attention.apply(q, k, v, rows)  # pyright: ignore[reportReturnType]
+
+
+class _Keeping(_Attend):
+    """The same, and layers' states are kept."""
+
+    def __init__(self) -> None:
+        super().__init__(1, fused=True)
+        self.states: list[Continuing] = []
+
+    def recurrent_at(self, layer: int) -> Recurrence:
+        self.states.append(Continuing.from_nothing())
+        return self.states[-1]
 
 
 class _Attention(torch.autograd.Function):

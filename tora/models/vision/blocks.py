@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tora.models.attention import PLAIN, AttentionContext, LayerAttention, Scores, sdpa
+from tora.models.recurrence import Recurrence
 from tora.models.vision.places import Places
 
 
@@ -75,6 +76,9 @@ class BlockAttention:
 
     def at(self, layer: int) -> LayerAttention:
         return _LayerBlocks(self._inner.at(layer), self._blocks)
+
+    def recurrent_at(self, layer: int) -> Recurrence:
+        return self._inner.recurrent_at(layer)
 
 
 class _LayerBlocks:

@@ -209,7 +209,7 @@ def _load(folder: Path) -> Any:
 
     try:
         return AutoProcessor.from_pretrained(folder)
-    except ImportError as error:
+    except (ImportError, OSError, ValueError) as error:  # a package or a file is missing, or a value in one is odd
         raise ConfigError(f"the processor of {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
