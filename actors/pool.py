@@ -210,7 +210,7 @@ class AsyncRollouts:
             self._evaluator.dispatch()
 
     def _dispatch_groups(self) -> None:
-        free = FreeSeats(self._seats)
+        free = FreeSeats(self._seats if self._retries or self._buffer.may_grant() else ())  # often none may start
         while not self._paused and self._failure is None and (start := self._next_start(free)) is not None:
             seat, slot = start
             free.remove(seat)

@@ -34,6 +34,7 @@ class Spread:
         self._began = 0.0
         self._metrics: Metrics = {}
         self._is_measured = False
+        self._looks_at = 0
 
     async def latest(self, lost: Any) -> Any:
         """The newest snapshot, as soon as there is one other than `lost`."""
@@ -73,4 +74,10 @@ class Spread:
 
     @property
     def is_done(self) -> bool:
-        return all(seat.installed is self.snapshot for seat in self._seats if seat.up)
+        """Whether every seat that is up has the newest."""
+        for _ in self._seats:  # on from the one that was behind when it was last asked
+            seat = self._seats[self._looks_at % len(self._seats)]
+            if seat.up and seat.installed is not self.snapshot:
+                return False
+            self._looks_at += 1
+        return True

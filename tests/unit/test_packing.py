@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -18,6 +19,7 @@ from torch._dynamo.utils import counters
 
 from learner.learner import Learner
 from tora.batching.batch import micro_batches
+from tora.batching.packing import distinct
 from tora.bench.packing import PaddedLearner
 from tora.models.attention import PackedAttention, Scores
 from tora.models.varlen import VarlenAttention, VarlenFrameAttention, supports_varlen
@@ -148,3 +150,14 @@ def test_varlen_attention_equals_packed_attention(monkeypatch: pytest.MonkeyPatc
     q, k, v = (x.repeat_interleave(heads, 2) for x, heads in zip(inputs, (1, 2, 2), strict=True))
     torch.testing.assert_close(*(attend(q, k, v) for attend in frames))
     assert not supports_varlen(torch.device("cpu"), torch.bfloat16)
+
+
+def test_images_that_differ_in_their_middle_alone_are_distinct() -> None:
+    """Equal ones are the same image wherever they come from."""
+    rng = np.random.default_rng(0)
+    pool = [b"", b"\x00", *(b"start" * 20 + rng.bytes(3) + b"end" * 30 for _ in range(4)), rng.bytes(50), bytes(500)]
+    for _ in range(50):
+        shown = [bytes(bytearray(pool[i])) for i in rng.integers(0, len(pool), rng.integers(0, 12))]
+        images, image_I = distinct(shown)
+        assert images == tuple(dict.fromkeys(shown))
+        assert [images[i] for i in image_I] == shown and image_I.dtype == np.int64

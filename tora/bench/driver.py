@@ -2,8 +2,9 @@
 
 The real loop, pool and buffer, and Ray's calls and objects. Two Ray actors answer at once for all 256 workers, and the
 learner only puts its batch into the object store, where ranks would read it: what is measured is the driver's own
-work, as the processor time of its whole process, Ray's threads included, and of its event loop's thread. The images
-are made before, as a dataset has them. Sizes are those of the pickled messages.
+work, as the processor time of its whole process, Ray's threads included, and of its event loop's thread. Image files
+are made before, as a dataset has them, and are not decoded, as a model's processor would do to know their sizes. Sizes
+are those of the pickled messages.
 """
 
 from __future__ import annotations
@@ -112,10 +113,10 @@ def measure(num_workers: int, image_bytes: int, num_steps: int) -> Work:
     import ray
 
     rng = np.random.default_rng(0)
-    images = [encoded(rng.bytes(image_bytes)) for _ in range(2 * num_workers)]  # all that are in use at a time differ
+    files = [rng.bytes(image_bytes) for _ in range(num_workers)]
 
     def prompt_at(number: int) -> Prompt:
-        return Prompt(number, tuple(range(_TOKENS)), "", {}, (images[number % len(images)],))
+        return Prompt(number, tuple(range(_TOKENS)), "", {}, (encoded(files[number % num_workers]),))
 
     scenario = Scenario(num_workers, 0.0, 0.0, 0.0, num_steps)
     with ray_session(_NUM_ACTORS, snapshot_bytes=0):
