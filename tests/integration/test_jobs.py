@@ -15,6 +15,8 @@ import pytest
 from ray_head import Head, ray_head
 from runs import read, steps
 
+from tora.run.identity import run_id_in
+
 SHORT = ["num_steps=3", "batch_size=4", "grpo_samples=4", "eval=null", "rollout.concurrency=4", "num_threads=1"]
 
 
@@ -69,15 +71,19 @@ def test_submit_runs_the_quickstart(head: Head, tmp_path: Path, engine: str) -> 
 
 
 @pytest.mark.slow
-def test_stopping_a_job_leaves_a_checkpoint(head: Head, tmp_path: Path) -> None:
+def test_a_stopped_job_leaves_a_checkpoint_and_the_next_goes_on_from_it(head: Head, tmp_path: Path) -> None:
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": "600", "TORA_OUTPUT_ROOT": str(tmp_path)}
-    words = [*SHORT, "num_steps=500", "rollout.engine=torch", "output_dir=run"]
-    submitted = head.ray(
-        *("job", "submit", "--no-wait", "--submission-id", "endless", "--working-dir", "."),
-        *("--runtime-env-json", json.dumps({"env_vars": variables})),
-        *("--", "tora", "run", "quickstart", *words),
-    )
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+
+    def submit(num_steps: int, *options: str) -> None:
+        words = [*SHORT, f"num_steps={num_steps}", "rollout.engine=torch", "output_dir=run"]
+        submitted = head.ray(
+            *("job", "submit", *options, "--working-dir", "."),
+            *("--runtime-env-json", json.dumps({"env_vars": variables})),
+            *("--", "tora", "run", "quickstart", *words),
+        )
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+
+    submit(500, "--no-wait", "--submission-id", "endless")
     deadline = time.monotonic() + 240
     while not steps(read(tmp_path / "run")):
         assert time.monotonic() < deadline, head.ray("job", "logs", "endless").stdout
@@ -90,3 +96,7 @@ def test_stopping_a_job_leaves_a_checkpoint(head: Head, tmp_path: Path) -> None:
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists(), "the run ended by itself and was not killed"
     _, alive = psutil.wait_procs(drivers(head), timeout=10)
     assert not alive
+    name = run_id_in(tmp_path / "run")
+    submit(done + 2)
+    assert run_id_in(tmp_path / "run") == name and not (tmp_path / "run.1").exists()
+    assert [row["version"] for row in steps(read(tmp_path / "run"))] == [*range(1, done + 3)]
