@@ -28,7 +28,8 @@ class Place:
 def find_places(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
     """The modules' places by Hugging Face name.
 
-    Raises SyncError if a module has no LoRA layer in this engine, or shares its place with another.
+    Raises SyncError if a module has no LoRA layer in this engine, shares its place with another, or is in a layer that
+    has other parts than modules.
     """
     places, rename = all_places(manager), renamer(manager.model)
     found: dict[str, Place] = {}
@@ -38,6 +39,9 @@ def find_places(manager: Any, modules: Iterable[str]) -> dict[str, Place]:
             raise SyncError(f"{name} matches no LoRA layer of the engine; its layers end in {_endings(places)}")
         if place in found.values():
             raise SyncError(f"{name} and another module of the snapshot map to the same layer of the engine")
+        layer, packed = manager.modules[place.layer], len(manager.packed_modules.get(place.layer, [name]))
+        if isinstance(layer, GainLayer) and layer.n_slices != packed:
+            raise SyncError(f"{name} is one of {packed} modules in a layer of the engine with {layer.n_slices} parts")
         found[name] = place
     return found
 

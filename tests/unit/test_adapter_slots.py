@@ -19,6 +19,7 @@ from vllm_layers import PACKED, RANK_MAX, SIZES, adapter, layers, manager, share
 from actors.vllm_engine import worker_extension
 from actors.vllm_engine.adapter_slots import stage
 from actors.vllm_engine.model_differences import unpacked_as_stored
+from actors.vllm_engine.slot_places import find_places
 from actors.vllm_engine.streams import HostStreams
 from actors.vllm_engine.worker_extension import SnapshotExtension
 from tora.adapters.snapshot import GAIN, LORA_A, LORA_B, engine_digest, pack, split_by_module
@@ -239,3 +240,12 @@ def test_a_layer_that_is_stored_whole_takes_one_adapter() -> None:
     assert unpacked_as_stored(listed, stored) == {**listed, "gate_up_proj": ["gate_up_proj"]}
     assert unpacked_as_stored(listed, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}) == listed
     assert unpacked_as_stored(listed, set()) == listed
+
+
+def test_a_layer_with_more_parts_than_modules_takes_none_of_them() -> None:
+    """vLLM has Qwen3.5's in_proj_qkv and in_proj_z as one layer of four: a module's number is not its part's."""
+    found = manager(layers(torch.float32))
+    assert find_places(found, ["k_proj"])["k_proj"].part == 1
+    found.packed_modules = {**PACKED, "qkv": ["qk_proj", "v_proj"]}
+    with pytest.raises(SyncError, match="v_proj is one of 2 modules in a layer of the engine with 3 parts"):
+        find_places(found, ["v_proj"])

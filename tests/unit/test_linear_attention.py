@@ -23,7 +23,7 @@ from tora.cli import main
 from tora.config.schema import ALL_LINEAR, RolloutConfig, RunConfig
 from tora.errors import ConfigError
 from tora.launch.memory import model_shapes
-from tora.launch.servable import with_served_model
+from tora.launch.servable import vllm_gap, with_served_model
 from tora.models.attention import CachedAttention, PrefillAttention
 from tora.models.generic import GenericDecoder
 from tora.models.load import load_decoder
@@ -196,10 +196,20 @@ def served(folder: Path, engine: str) -> RunConfig:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has kernels for it")
 def test_vllm_is_refused_on_a_cpu_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())  # a folder without weights
-    words = r"vLLM's linear attention, as a 'qwen3_5_text' model has it, takes no adapters .*needs rollout.engine=torch"
+    words = r"vLLM's linear attention, as a 'qwen3_5_text' model has it, computes in bf16 .*needs rollout.engine=torch"
     with pytest.raises(ConfigError, match=words):
         served(tmp_path, "vllm")
     assert served(tmp_path, "auto").rollout.engine == "torch"
+
+
+def test_vllm_on_a_gpu_is_refused_where_it_has_no_place_for_an_adapter(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"no place for adapters on in_proj_qkv and in_proj_z \(model.lora_targets\)"):
+        served(folder, "vllm")
+    assert vllm_gap(config(folder, model={"lora_targets": ["q_proj", "in_proj_a", "up_proj"]})) is None
+    assert vllm_gap(config(folder, "full")) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has kernels for it")

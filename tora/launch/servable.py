@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tora.adapters.targets import target_leaves
 from tora.config.rules import check
 from tora.config.schema import RunConfig
 from tora.errors import ConfigError
@@ -37,11 +38,27 @@ def vllm_gap(cfg: RunConfig) -> str | None:
     takes_images, on_gpu = hasattr(config, "vision_config"), torch.cuda.is_available()
     if takes_images and cfg.model.train_vision == "lora":
         return f"vLLM serves no adapter in the vision tower of a {config.model_type!r} model (model.train_vision=lora)"
-    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()) and not on_gpu:
-        return f"vLLM's linear attention, as a {config.model_type!r} model has it, takes no adapters on a CPU"
+    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        return _linear_attention_gap(cfg, config.model_type, on_gpu=on_gpu)
     if takes_images and config.model_type in SEES_WHOLE_IMAGES and not on_gpu:
         return (
             f"the features of an image see each other in a {config.model_type!r} model, which vLLM's attention on a "
             "CPU does not allow"
+        )
+    return None
+
+
+_FUSED = ("in_proj_qkv", "in_proj_z")
+"""One layer of four parts in vLLM, where Tora's slots have one part for each module."""
+
+
+def _linear_attention_gap(cfg: RunConfig, model_type: str, *, on_gpu: bool) -> str | None:
+    if not on_gpu:
+        return f"vLLM's linear attention, as a {model_type!r} model has it, computes in bf16 alone on a CPU"
+    adapted = [] if cfg.model.lora_type == "full" else [leaf for leaf in target_leaves(cfg.model) if leaf in _FUSED]
+    if adapted:
+        return (
+            f"vLLM has the projections of a {model_type!r} model's linear attention in one layer, in which Tora has no "
+            f"place for adapters on {' and '.join(adapted)} (model.lora_targets)"
         )
     return None
