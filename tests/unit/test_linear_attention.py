@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from adapters import shake
 from decoders import CPU, packed_logits, random_sequences
 from families import make_family
@@ -18,6 +19,8 @@ from torch_engines import engine_of
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from learner.learner import Learner
+from tora.bench.families import LINEAR_ATTENTION, SIZES, randomize
+from tora.bench.models import packed_gap, torch_gap
 from tora.bench.vision_families import write_vision_family
 from tora.cli import main
 from tora.config.schema import ALL_LINEAR, RolloutConfig, RunConfig
@@ -191,6 +194,27 @@ def test_a_folder_with_tower_and_multi_token_prediction_is_a_text_model_too(tmp_
 def served(folder: Path, engine: str) -> RunConfig:
     cfg = config(folder, model={"lora_targets": ALL_LINEAR}, rollout=RolloutConfig(engine="vllm"))
     return with_served_model(replace(cfg, rewards=REWARDS), engine)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "Qwen3Next": {**LINEAR_ATTENTION, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "OlmoHybrid": LINEAR_ATTENTION,
+    "Bamba": {"attn_layer_indices": [1]},
+    "GraniteMoeHybrid": {"layer_types": LINEAR_ATTENTION["layer_types"]},
+}
+"""Families that no table has: gated delta nets of other layouts, and Mamba 2."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_models_with_a_state_are_admitted_by_the_same_proof(tmp_path: Path, family: str) -> None:
+    own = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None, **OTHERS[family]}
+    made = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**{**SIZES, **own}))
+    randomize(made, 0)
+    made.save_pretrained(tmp_path)
+    assert packed_gap(tmp_path, "qwen3_5") < 1e-4
+    gap = torch_gap(tmp_path, "qwen3_5", "DoRA")
+    assert isinstance(gap, float) and gap < 1e-4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has kernels for it")

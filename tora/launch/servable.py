@@ -52,7 +52,12 @@ _FUSED = ("in_proj_qkv", "in_proj_z")
 """One layer of four parts in vLLM, where Tora's slots have one part for each module."""
 
 
+_TRIED = ("qwen3_5", "qwen3_5_text", "qwen3_next")
+
+
 def _linear_attention_gap(cfg: RunConfig, model_type: str, *, on_gpu: bool) -> str | None:
+    if model_type not in _TRIED:
+        return f"Tora has not been tried with vLLM's layers that carry a state, as a {model_type!r} model has them"
     if not on_gpu:
         return f"vLLM's linear attention, as a {model_type!r} model has it, computes in bf16 alone on a CPU"
     adapted = [] if cfg.model.lora_type == "full" else [leaf for leaf in target_leaves(cfg.model) if leaf in _FUSED]
