@@ -16,6 +16,7 @@ from runs import read, steps
 from tora.run.manifest import damage
 
 _TORCH = ["rollout.engine=torch", "eval.num_prompts=16", "eval.every=3", "checkpoint.every=3"]
+_NUM_STEPS = 18
 _SITES = {
     "async": ["async_rl=true", "rollout.num_workers=2"],
     "sync": ["async_rl=false"],
@@ -58,17 +59,21 @@ def test_a_stop_in_the_first_second_ends_the_run(number: signal.Signals, tmp_pat
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("site", "count"), [("async", 12), ("sync", 8), ("ranks", 6), ("vllm", 4)])
 def test_a_run_can_be_stopped_at_any_moment(site: str, count: int, tmp_path: Path) -> None:
-    """30 moments over all four, from the first one to the last; `tora_run` sees that nothing is left behind."""
-    words, rng = [*_TORCH, *_SITES[site], "num_steps=6"], random.Random(site)
+    """30 moments over all four, from the first one to the last; `tora_run` sees that nothing is left behind. Half of
+    them lie before the first step, for which a short run waits most of its life."""
+    words, rng = [*_TORCH, *_SITES[site], f"num_steps={_NUM_STEPS}"], random.Random(site)
     with tora_run(tmp_path / "whole", *words, evaluates=True) as run:
         began = time.monotonic()
+        wait_for(lambda: steps(read(tmp_path / "whole")), run, 300)
+        start = time.monotonic() - began
         assert run.wait(600) == 0
         life = time.monotonic() - began
     slowest, late, phases = 0.0, 0, []
     for number in range(count):
         folder, kind = tmp_path / f"run_{number}", rng.choice([signal.SIGINT, signal.SIGTERM])
-        # one moment of each stretch of the run's life
-        moment = life * (number + rng.random()) / count
+        # one moment of each stretch
+        share = 2 * (number + rng.random()) / count
+        moment = start * share if share < 1 else start + (life - start) * (share - 1)
         with tora_run(folder, *words, evaluates=True) as run:
             wait_until_it_listens(run)
             time.sleep(moment)
@@ -89,13 +94,15 @@ def test_a_run_can_be_stopped_at_any_moment(site: str, count: int, tmp_path: Pat
             assert checkpoints and damage(checkpoints[-1]) is None
             assert int(checkpoints[-1].name[-6:]) == done
     assert late <= count // 3
-    print(f"{site}: {count - late} stops in a life of {life:.0f} s, acknowledged within {slowest:.2f} s")
+    print(
+        f"{site}: {count - late} stops, acknowledged within {slowest:.2f} s; first step at {start:.0f} of {life:.0f} s"
+    )
     print("; ".join(phases))
     resumable = [tmp_path / f"run_{n}" for n in range(count) if [*(tmp_path / f"run_{n}").glob("checkpoints/step_*")]]
     for folder in resumable[:2]:
         with tora_run(folder, *words, "resume_from_checkpoint=true", evaluates=True) as run:
             assert run.wait(300) == 0
-        assert [row["step"] for row in steps(read(folder))] == [*range(6)]
+        assert [row["step"] for row in steps(read(folder))] == [*range(_NUM_STEPS)]
 
 
 @pytest.mark.slow
