@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ def make_engine(folder: Path) -> Callable[[], Any]:
     """Of an engine that generates until it is aborted, and leaves a file when it begins and when it ends."""
 
     def make() -> Any:
+        print("first words", flush=True)
         from actors.abort import raise_if_aborted
 
         class Endless:
@@ -44,13 +46,16 @@ def test_what_workers_are_sent_and_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A cancelled group ends in its engine, two workers share what they are sent, a node with other versions is named,
-    and a worker without room says so again and again."""
+    what a process printed is kept, and a worker without room says so again and again."""
     from actors.ray_worker import RayWorker, ray_workers
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("actors.ray_worker.WARN_UNPLACED_EVERY_S", 0.5)
     monkeypatch.setattr("actors.ray_worker.installed", lambda: {"torch": "0.1"})
-    pickled = []
+    pickled, kept, folder = [], list[str](), tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()  # a run's folder
+    cfg = replace(config(1), output_dir=str(folder))
 
     class Tokenizer:
         """Says that it is pickled, which takes long for a large vocabulary."""
@@ -75,6 +80,7 @@ def test_what_workers_are_sent_and_what_they_say(
         await wait_for("began")
         group.cancel()
         await wait_for("ended")
+        kept.append(workers[1].keep_log())
         await asyncio.gather(*(worker.close() for worker in workers))
         while sum("waiting for room" in said for said in caplog.messages) < 2:
             await asyncio.sleep(0.1)
@@ -92,9 +98,11 @@ def test_what_workers_are_sent_and_what_they_say(
             "group_size": 2,
             "seed": 0,
         }
-        make = ray_workers(arguments, config(1), num_cpus=1, max_concurrency=4)
-        unplaceable = ray_workers({}, config(1), num_cpus=1, resources={"nowhere": 1})
+        make = ray_workers(arguments, cfg, num_cpus=1, max_concurrency=4)
+        unplaceable = ray_workers({}, cfg, num_cpus=1, resources={"nowhere": 1})
         asyncio.run(use([make(), make()], unplaceable()))
     assert pickled == [1], "once for both"
+    (file,) = (folder / "logs").iterdir()
+    assert kept == [f"what it printed is in {file}"] and "first words" in file.read_text()
     named = f"the node of a rollout worker has torch {version('torch').partition('+')[0]} where the driver has 0.1"
     assert caplog.messages.count(named) == 2

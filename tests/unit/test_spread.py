@@ -154,15 +154,15 @@ def test_a_batch_that_takes_long_does_not_block_the_event_loop(monkeypatch: pyte
             return await super().occupancy()
 
     def slowly(*args: Any) -> Any:
-        time.sleep(0.2)
+        time.sleep(0.4)
         return make_batch(*args)
 
     monkeypatch.setattr("actors.pool.make_batch", slowly)
     with running(config(1), Watched, timing=QUICK) as rollouts:
-        for step in range(3):
+        for step in range(2):
             rollouts.publish(make_snapshot(step))
             next_batch(rollouts, step)
-    assert len(gaps) > 20 and max(gaps) < 0.15
+    assert len(gaps) > 10 and max(gaps) < 0.35
 
 
 def test_prompts_come_in_order_and_a_bad_row_ends_the_run() -> None:
