@@ -53,6 +53,9 @@ async def loop_exit(**arguments):
     asyncio.create_task(leave())
     await asyncio.sleep(3600)
 
+async def hold(**arguments):
+    time.sleep(3600)
+
 value = 3
 '''
 
@@ -165,6 +168,19 @@ def test_nothing_is_left_of_it(python: str, module: Path, how: str) -> None:
         assert len(pids) == (2 if how == "child" else 1)
         caller.send_signal(signal.SIGKILL)
     assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow  # seconds of grace
+def test_a_function_that_holds_up_its_event_loop_ends_without_a_traceback(
+    python: str, module: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = Elsewhere(python, "there.hold")
+    call = threading.Thread(target=made, daemon=True)
+    call.start()
+    call.join(1)
+    made.close()
+    time.sleep(8)
+    assert "elsewhere_main" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ from tora.types import Completion, GroupResult, Prompt, SampleRequest, Sampling
 _GROUP, _TOKENS, _ROOM = 8, 32, 4096
 """Episodes of a group, tokens of a turn, tokens of an episode."""
 _STEPS, _STALENESS = 4, 1
+_MOST_GROUPS = 1024
+"""Played at once."""
 
 
 class Waiting:
@@ -79,9 +82,11 @@ class PlayingWorker(SleepingWorker):
 
     def __init__(self, worker: RolloutWorker) -> None:
         self._worker, self._version = worker, 0
+        self._threads = ThreadPoolExecutor(_MOST_GROUPS)
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
-        return await asyncio.to_thread(self._worker.run_group, prompt, prompt.id)
+        play = partial(self._worker.run_group, prompt, prompt.id)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, play)
 
     async def close(self) -> None:
         self._worker.close()

@@ -13,7 +13,8 @@ import secrets
 from typing import Any
 
 from tora.environments import openenv_client
-from tora.environments.elsewhere import Elsewhere, RemoteError, shared
+from tora.environments.base import resolve
+from tora.environments.elsewhere import RemoteError, shared
 from tora.errors import ConfigError
 
 _DONE = "The episode is over."
@@ -36,7 +37,7 @@ class OpenEnv:
 
         Raises ConfigError if there is no such interpreter or OpenEnv is not installed.
         """
-        _check(python)
+        _load(python)
         self._base_url, self._python = base_url, python
         self._text, self._columns = text, {*_RESET, *reset_columns}
         self._name = secrets.token_hex(8)
@@ -79,16 +80,14 @@ class OpenEnv:
 
 
 @functools.cache
-def _check(python: str | None) -> None:
+def _load(python: str | None) -> None:
+    """Import OpenEnv where it is asked, while the process of environments starts and no rollout waits."""
+    nothing: dict[str, Any] = {"environment": "", "base_url": "", "operation": "import", "arguments": {}}
     try:
         if python is None:
-            openenv_client.check()
+            resolve(openenv_client.ask(**nothing))
         else:
-            there = Elsewhere(python, "tora.environments.openenv_client.check")
-            try:
-                there()
-            finally:
-                there.close()
+            shared(python, _ASK)(**nothing)
     except (ImportError, RemoteError) as error:
         where = "" if python is None else f" in {python}"
         raise ConfigError(f"OpenEnv needs its package{where}: pip install openenv ({error})") from error
