@@ -14,7 +14,7 @@ async def ask(environment, base_url, operation, arguments):
     from openenv.core.generic_client import GenericEnvClient  # pyright: ignore[reportMissingImports]
 
     if operation == "import":
-        return None, None, None
+        return {}, None, False
     client = _clients.get(environment)
     if client is None:
         client = GenericEnvClient(base_url=base_url)
