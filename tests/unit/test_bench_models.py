@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import AutoConfig, AutoTokenizer
+
 from tora.bench.families import FAMILIES
-from tora.bench.models import Row, merged, rows, table
+from tora.bench.models import Row, merged, rows, table, write
 from tora.bench.vision_families import VISION_FAMILIES
 
 COLUMNS = ("LoRA", "DoRA", "NF4", "full", "vLLM")
@@ -21,6 +23,13 @@ def test_a_row_says_what_holds() -> None:
     assert 0 < float(packed) < 1e-4 and 0 < float(engine) < 1e-4 and vllm == "not run"
     assert found.reasons.keys() == {"NF4", "full"}
     assert all("does not reach the experts of Qwen3MoeForCausalLM" in reason for reason in found.reasons.values())
+
+
+def test_a_model_of_a_row_has_what_vllm_loads(tmp_path: Path) -> None:
+    """Its tokenizer too, with the end token that its config names."""
+    tokenizer = AutoTokenizer.from_pretrained(write(tmp_path, "mistral"))
+    assert tokenizer.eos_token_id == AutoConfig.from_pretrained(tmp_path).eos_token_id == 2
+    assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
 
 
 def test_the_page_has_a_row_for_every_family() -> None:

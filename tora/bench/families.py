@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,18 @@ def write_family(folder: Path, name: str, *, dtype: torch.dtype = torch.float32,
     randomize(model, seed)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+def byte_tokenizer(special: Sequence[str], **settings: Any) -> Any:
+    """One token per byte after the special tokens. `settings` go to transformers' tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

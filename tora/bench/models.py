@@ -30,7 +30,7 @@ from tora.adapters.inject import refresh, trained_parameters
 from tora.adapters.targets import target_leaves
 from tora.batching.batch import pack
 from tora.batching.packing import OwnPrompts
-from tora.bench.families import FAMILIES, write_family
+from tora.bench.families import FAMILIES, byte_tokenizer, write_family
 from tora.bench.vision_families import VISION_FAMILIES, write_vision_family
 from tora.config.schema import ALL_LINEAR, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import ConfigError
@@ -84,8 +84,11 @@ def takes_images(name: str) -> bool:
 
 
 def write(folder: Path, name: str) -> Path:
-    """Write a family's model."""
-    return write_vision_family(folder, name) if takes_images(name) else write_family(folder, name)
+    """Write a family's model with a tokenizer, which vLLM needs."""
+    if takes_images(name):
+        return write_vision_family(folder, name)
+    byte_tokenizer(["<pad>", "<start>", "<end>"], pad_token="<pad>", eos_token="<end>").save_pretrained(folder)
+    return write_family(folder, name)
 
 
 def prompts_of(folder: Path, name: str) -> list[Prompt]:

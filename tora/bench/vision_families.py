@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tora.bench.families import LINEAR_ATTENTION, SIZES, randomize
+from tora.bench.families import LINEAR_ATTENTION, SIZES, byte_tokenizer, randomize
 
 _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _SIDE = 28
@@ -309,16 +309,9 @@ def _rename(file: Path, prefixes: tuple[tuple[str, str], ...]) -> None:
 
 def _tokenizer(family: VisionFamily) -> Any:
     """ChatML, with one token per byte after the special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     special = [_PAD, _START, _END, *family.tokens.values(), *family.extra]
-    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return byte_tokenizer(
+        special,
         pad_token=_PAD,
         eos_token=_END,
         additional_special_tokens=[_START, *family.extra],
