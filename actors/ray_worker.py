@@ -65,14 +65,26 @@ class RolloutActor(RolloutWorker):
             return super().logprobs(requests, adapter=adapter)
 
 
-def ray_workers(arguments: Mapping[str, Any], cfg: RunConfig, **options: Any) -> Callable[[], RayWorker]:
+FindPlace = Callable[[], tuple[Any, Callable[[], object]]]
+"""Returns Ray's scheduling strategy of a worker, and what to call once it is killed."""
+
+
+def anywhere() -> tuple[Any, Callable[[], object]]:
+    return "SPREAD", lambda: None
+
+
+def ray_workers(
+    arguments: Mapping[str, Any], cfg: RunConfig, find_place: FindPlace = anywhere, **options: Any
+) -> Callable[[], RayWorker]:
     """Makes workers. `arguments` go to `RolloutWorker`, and are pickled once for all of them: a tokenizer takes long.
-    `options` go to the actor."""
-    return partial(RayWorker, ray.put(dict(arguments)), cfg, **options)
+    `find_place` is asked for each worker. `options` go to the actor."""
+    return partial(RayWorker, ray.put(dict(arguments)), cfg, find_place, **options)
 
 
 class RayWorker:
-    def __init__(self, arguments: ray.ObjectRef, cfg: RunConfig, **options: Any) -> None:
+    def __init__(
+        self, arguments: ray.ObjectRef, cfg: RunConfig, find_place: FindPlace = anywhere, **options: Any
+    ) -> None:
         """Requests an actor from Ray. See `ray_workers`.
 
         The pool restarts lost actors, not Ray: an actor that Ray restarted would serve the base model.
@@ -80,13 +92,14 @@ class RayWorker:
         self._arguments, self._options, self._tickets = arguments, options, count()
         self._folders, self._output_dir = cfg.import_from or [], cfg.output_dir
         self._pid: int | None = None
-        self._actor = ray.remote(RolloutActor).options(**options).remote()
+        place, self._on_kill = find_place()
+        self._actor = ray.remote(RolloutActor).options(scheduling_strategy=place, **options).remote()
 
     async def start(self, limit_s: float) -> None:
         """Waits without limit for room in the cluster, then at most `limit_s` seconds for the engine."""
         placed = asyncio.ensure_future(_result(self._actor.ping.remote()))
         while not (await asyncio.wait({placed}, timeout=WARN_UNPLACED_EVERY_S))[0]:
-            needs = {name: self._options.get(name) for name in ("num_cpus", "num_gpus")}
+            needs = {name: self._options.get(name) for name in ("num_cpus", "num_gpus", "resources")}
             free = await asyncio.to_thread(ray.available_resources)
             _log.warning("a rollout worker is waiting for room in the cluster: it needs %s; free: %s", needs, free)
         self._pid = await placed
@@ -135,6 +148,8 @@ class RayWorker:
 
     def kill(self) -> None:
         ray.kill(self._actor)  # pyright: ignore[reportArgumentType]  Ray's types know handles by another class
+        self._on_kill()
+        self._on_kill = lambda: None
 
 
 async def _with_snapshot(ref: Awaitable[T], snapshot: SnapshotRef) -> T:

@@ -14,8 +14,6 @@ from typing import Any, NoReturn
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.learner import Learner
 from learner.rank_errors import told
@@ -110,35 +108,31 @@ class LearnerRank(Learner):
 class LearnerGroup:
     """Implements `tora.protocols.Learner` over N ranks; every method blocks until all have finished."""
 
-    def __init__(self, cfg: RunConfig, num_gpus: float, resources: Mapping[str, float]) -> None:
-        """Start `cfg.learner_ranks` Ray actors with `num_gpus` each, once the cluster has room for all of them; it may
-        still have to replace a node. Their models load in the background; the first call waits for them.
+    def __init__(
+        self, cfg: RunConfig, num_gpus: float, resources: Mapping[str, float], places: Sequence[Any] = ("DEFAULT",)
+    ) -> None:
+        """Start `cfg.learner_ranks` Ray actors with `num_gpus` each. Their models load in the background; the first
+        call waits for them.
 
-        `resources`: custom Ray resources that each actor also requests, which select the nodes it may run on.
+        `resources`: custom Ray resources that each actor also requests, which select the nodes it may run on. `places`:
+        Ray's scheduling strategy of each.
         """
         count, self._output_dir, self._limit_s = cfg.learner_ranks, cfg.output_dir, cfg.learner_timeout_s
         stacks = [stacks_file(cfg.output_dir, rank) for rank in range(count)]
         self._stacks = {file: size(file) for file in stacks}  # by an earlier learner, or by the run before
-        bundle = {"CPU": 1, "GPU": num_gpus, **resources}
-        self._placement = placement_group([bundle] * count, strategy="PACK")
-        while not self._placement.wait(_WARN_UNPLACED_AFTER_S):
-            told = "the learner is waiting for room in the cluster: it needs %d x %s; free: %s"
-            _log.warning(told, count, bundle, ray.available_resources())
         threads = {_BEAT: 1, _FILES: 1}
         remote = ray.remote(concurrency_groups=threads)(LearnerRank)  # pyright: ignore[reportCallIssue]  Ray has it
-        self._ranks = [
-            remote.options(
-                num_cpus=1,
-                num_gpus=num_gpus,
-                resources=dict(resources),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
-            ).remote()
-            for index in range(count)
-        ]
+        needs = {"num_cpus": 1, "num_gpus": num_gpus, "resources": dict(resources)}
+        self._ranks = [remote.options(**needs, scheduling_strategy=place).remote() for place in places]
+        assert len(self._ranks) == count, "a place for each rank"
         self._pids: list[int] = []  # of the ranks, once they are placed
         self._beats: dict[int, tuple[Any, float]] = {}
         """By rank: a heartbeat that is not answered yet, and when it was sent."""
-        self._pids = self._get([rank.pid.remote() for rank in self._ranks])
+        pids = [rank.pid.remote() for rank in self._ranks]
+        while len(ray.wait(pids, num_returns=count, timeout=_WARN_UNPLACED_AFTER_S)[0]) < count:
+            told = "the learner is waiting for room in the cluster, as after the loss of its node: %d x %s; free: %s"
+            _log.warning(told, count, needs, ray.available_resources())
+        self._pids = self._get(pids)
         locations = self._get([rank.location.remote() for rank in self._ranks])
         there = self._get([rank.versions.remote() for rank in self._ranks])
         for clause in sorted({differences(installed(), versions) for versions in there} - {""}):
@@ -198,10 +192,9 @@ class LearnerGroup:
                 raise LearnerLost(f"the learner is lost: {how}")
 
     def kill(self) -> None:
-        """End the ranks and give back what they take of the cluster."""
+        """End the ranks."""
         for rank in self._ranks:
             ray.kill(rank)  # pyright: ignore[reportArgumentType]  Ray types handles as another class
-        remove_placement_group(self._placement)
 
     def _fail(self, error: RayActorError) -> NoReturn:
         hung = self._hung()

@@ -106,6 +106,57 @@ def test_a_worker_joins_a_running_job_when_a_node_is_added(nodes: Any, tmp_path:
     check_nothing_lost(tmp_path / "run", len(seen))
 
 
+def test_a_run_without_room_for_all_of_it_holds_none(nodes: Any, tmp_path: Path) -> None:
+    """One run needs three CPUs of two. Before, its learner and one worker took them, and a run that needs two waited
+    for ever; so did two runs that each had a part of the other's."""
+    nodes.add_node(num_cpus=2, object_store_memory=200 << 20)
+    nodes.wait_for_nodes()
+    words = ["num_steps=2", "rollout.engine=torch"]
+    large, small = tmp_path / "large", tmp_path / "small"
+    with tora_run(large, *words, "rollout.num_workers=2") as waiting:
+        wait_for(lambda: "is waiting for room in the cluster" in output(large), waiting)
+        needs = "it needs 1 x (1 CPU) for the learner and 2 x (1 CPU) for rollout workers; (1 CPU) missing"
+        assert needs in output(large)
+        with tora_run(small, *words, "rollout.num_workers=1") as run:
+            assert run.wait(240) == 0
+        assert waiting.poll() is None and not read(large)
+        nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
+        assert waiting.wait(240) == 0
+    for folder in (large, small):
+        check_history(folder, 2, 4, 1)
+
+
+def test_a_run_begins_with_a_quorum_and_uses_the_node_that_is_late(nodes: Any, tmp_path: Path) -> None:
+    for _ in range(2):
+        nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
+    nodes.wait_for_nodes()
+    folder = tmp_path / "run"
+    words = ["num_steps=400", "rollout.engine=torch", "rollout.num_workers=2"]
+    with tora_run(folder, *words, "rollout.min_workers=1") as run:
+        wait_for(lambda: len(read(folder)) >= 3, run)
+        assert {row["rollout/workers"] for row in read(folder)} == {1}
+        nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
+        wait_for(lambda: read(folder)[-1]["rollout/workers"] == 2, run)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(120) == 130
+    seen = read(folder)
+    check_history(folder, len(seen), 4, 1)
+    check_nothing_lost(folder, len(seen))
+
+
+def test_a_run_waits_for_the_nodes_that_it_declares(nodes: Any, tmp_path: Path) -> None:
+    """Without the declaration it looks once, finds no marked node, and takes any."""
+    nodes.add_node(num_cpus=4, object_store_memory=200 << 20)
+    nodes.wait_for_nodes()
+    folder = tmp_path / "run"
+    with tora_run(folder, "num_steps=2", "rollout.engine=torch", "marked_nodes=true") as run:
+        wait_for(lambda: "(0.001 tora_learner, 0.001 tora_rollout) missing" in output(folder), run)
+        for name in ("learner", "rollout a"):
+            add(nodes, name)
+        assert run.wait(240) == 0
+    check_history(folder, 2, 4, 1)
+
+
 @pytest.mark.parametrize("lost", [["learner"], ["learner", "rollout a", "rollout b"]])
 def test_a_run_outlives_its_nodes(nodes: Any, tmp_path: Path, lost: list[str]) -> None:
     """The learner's node takes the newest snapshot with it, and perhaps all workers go at the same time. The run waits

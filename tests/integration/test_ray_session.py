@@ -106,6 +106,12 @@ def test_gpus_each(total: int, num_actors: int, device: str, each: float, monkey
     assert gpus_per_device(num_actors, device) == each
 
 
+@pytest.mark.parametrize(("total", "device", "each"), [(0, "auto", 1.0), (1, "cuda", 1.0), (4, "cpu", 0.0)])
+def test_declared_gpus_are_waited_for(total: int, device: str, each: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, **({"GPU": float(total)} if total else {})})
+    assert gpus_per_device(8, device, whole=True) == each
+
+
 @pytest.mark.parametrize("total", range(1, 9))
 def test_shares_of_gpus_can_be_placed(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": float(total)})
@@ -129,6 +135,8 @@ def test_what_needs_whole_gpus_is_refused_on_shares(change: dict[str, Any], monk
 def test_actors_use_nodes_that_are_marked_for_their_role(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "tora_rollout": 2.0})
     assert role_resources("learner") == {}
+    assert list(role_resources("learner", marked=True)) == ["tora_learner"], "it is waited for"
+    assert role_resources("rollout", marked=False) == {}
     assert list(role_resources("rollout")) == ["tora_rollout"] and 0 < role_resources("rollout")["tora_rollout"] <= 0.01
 
 

@@ -127,6 +127,12 @@ class RunConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
     """Where to run. `auto`: on GPUs if there are any, otherwise on the CPU. With `cuda` a run on a cluster waits for
     GPU nodes that have not joined yet."""
+    whole_gpus: Annotated[bool, FREE] = False
+    """An asynchronous run waits until the cluster has a GPU for each rank and worker. false: they get equal shares of
+    GPUs if it has fewer when the run starts."""
+    marked_nodes: Annotated[bool | None, FREE] = None
+    """Ranks of an asynchronous run keep to nodes that were started with Ray's resource `tora_learner`, and workers to
+    those with `tora_rollout`; the run waits for such nodes. null: if there are any when the run starts."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the base weights. Adapters and optimizer state are always float32."""
     lm_head_fp32: bool | None = None

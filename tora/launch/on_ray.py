@@ -18,6 +18,7 @@ from tora.errors import ConfigError
 from tora.launch.engines import largest_rank, make_torch_engine, make_vllm_engine, with_packing, worker_arguments
 from tora.launch.memory import Devices, here, snapshot_bytes
 from tora.launch.ray_cluster import gpus_per_device, ray_session, role_resources
+from tora.launch.room import Needs, Room
 from tora.launch.signals import Stop
 from tora.protocols import Learner, Rollouts
 from tora.run.checkpoints import RunState
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
 
 
 class OnRay:
-    """Learner ranks and rollout workers, each a Ray actor. All are requested before any is waited for."""
+    """Learner ranks and rollout workers, each a Ray actor. There is room for the first of them before any starts."""
 
     def __init__(self, cfg: RunConfig, stop: Stop | None = None) -> None:
         self._cfg, self.world, self._stop = cfg, World(), stop or Stop()
         self._learner: LearnerGroup | None = None
         # asked once: a node that is lost takes its resource with it, and what it ran waits for another such node
-        self._of_learner, self._of_rollout = role_resources("learner"), role_resources("rollout")
-        self._gpus = gpus_per_device(_num_devices(cfg), cfg.device)
+        self._of_learner = role_resources("learner", cfg.marked_nodes)
+        self._of_rollout = role_resources("rollout", cfg.marked_nodes)
+        self._gpus = gpus_per_device(_num_devices(cfg), cfg.device, whole=cfg.whole_gpus)
         self._cfg = with_packing(cfg, on_gpu=self._gpus > 0)
         self.devices = _devices(cfg, self._gpus)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
@@ -50,13 +52,23 @@ class OnRay:
                 f"{cfg.rollout.num_workers} the run needs {_num_devices(cfg)}, but the cluster has fewer. NCCL refuses "
                 "two ranks on one GPU; use learner_ranks=1 or fewer workers."
             )
+        self._worker_gpus = self._gpus * cfg.rollout.tensor_parallel
+        self._room = Room(
+            Needs(
+                ranks=cfg.learner_ranks,
+                rank={"CPU": 1.0, "GPU": self._gpus, **self._of_learner},
+                workers=cfg.rollout.min_workers or cfg.rollout.num_workers,
+                worker={"CPU": float(cfg.rollout.tensor_parallel), "GPU": self._worker_gpus, **self._of_rollout},
+            )
+        )
 
     def learner(self) -> Learner:
         from learner.ray_ranks import LearnerGroup
 
         if self._learner is not None:
             self._learner.kill()  # it may have been given up by another sign than the death of a rank
-        group = self._learner = LearnerGroup(self._cfg, self._gpus, self._of_learner)
+        self._room.wait()
+        group = self._learner = LearnerGroup(self._cfg, self._gpus, self._of_learner, self._room.of_ranks())
         if 0 < self._gpus < 1:
             # vLLM counts memory that others take while it starts as its own
             group.wait_until_loaded()
@@ -73,14 +85,13 @@ class OnRay:
         arguments = {"make_engine": partial(make, self._cfg), **worker_arguments(self._cfg, prompts)}
         options = {
             "num_cpus": self._cfg.rollout.tensor_parallel,
-            "num_gpus": self._gpus * self._cfg.rollout.tensor_parallel,
+            "num_gpus": self._worker_gpus,
             "resources": self._of_rollout,
-            "scheduling_strategy": "SPREAD",
             # one thread per group in flight, as many for calls of an evaluation, of which there is always room for one,
             # and one each for log-probs, snapshots, heartbeats and aborts
             "max_concurrency": 2 * self._cfg.rollout.concurrency + 5,
         }
-        make_worker = ray_workers(arguments, self._cfg, **options)
+        make_worker = ray_workers(arguments, self._cfg, self._room.of_worker, **options)
         return AsyncRollouts(
             self._cfg,
             make_worker,

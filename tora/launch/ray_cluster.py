@@ -158,13 +158,16 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, ours)
 
 
-def gpus_per_device(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> float:
+def gpus_per_device(num_wanted: int, device: Literal["auto", "cpu", "cuda"], *, whole: bool = False) -> float:
     """The number of GPUs for each of the `num_wanted` devices that a run needs.
 
     1 if the cluster has enough, 1/n with n devices on a GPU if it has fewer, and 0 if it has none or `device` is `cpu`.
-    With `cuda` and no GPU yet it is 1: the cluster may still be adding nodes.
+    With `cuda` and no GPU yet, or with `whole`, it is 1: the cluster may still be adding nodes.
     """
     import ray
+
+    if whole and device != "cpu":
+        return 1.0
 
     total = ray.cluster_resources().get("GPU", 0.0)
     if device == "cpu" or (total == 0 and device == "auto"):
@@ -176,13 +179,14 @@ def gpus_per_device(num_wanted: int, device: Literal["auto", "cpu", "cuda"]) -> 
 Role = Literal["learner", "rollout"]
 
 
-def role_resources(role: Role) -> dict[str, float]:
+def role_resources(role: Role, marked: bool | None = None) -> dict[str, float]:
     """The custom resource that places a Ray actor on the nodes meant for its role: those started with the resource
-    `tora_learner` or `tora_rollout`. Empty if there are no such nodes."""
+    `tora_learner` or `tora_rollout`. `marked`: whether there are such nodes, now or soon; None to look."""
     import ray
 
     name = f"tora_{role}"
-    return {name: 0.001} if name in ray.cluster_resources() else {}
+    marked = name in ray.cluster_resources() if marked is None else marked
+    return {name: 0.001} if marked else {}
 
 
 def is_submitted_job() -> bool:
