@@ -56,8 +56,8 @@ class Room:
         if self._group is not None:
             return
         needs = self._needs
-        together = ranks_by_node(needs.ranks, needs.rank, _free_by_node())
-        if needs.ranks > 1 and together is not None:
+        together = ranks_by_node(needs.ranks, needs.rank, _free_by_node()) if needs.ranks > 1 else None
+        if together is not None:
             if self._ask(together, "SPREAD").wait(_PATIENCE_S):
                 return
             self.give_up()
