@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ Tensors = dict[str, torch.Tensor]
 
 class Reference:
     """The base model and PEFT adapters on it, in transformers."""
+
+    unread: frozenset[int] = frozenset()
+    """Tokens that a completion may have, but the reference cannot read back."""
 
     def __init__(self, folder: Path, targets: str | list[str] | None = None) -> None:
         """`targets`: PEFT's `target_modules`; None for the decoder's linear layers."""
@@ -74,15 +78,16 @@ class Reference:
     @torch.no_grad()
     def errors(self, kind: str, seed: int, request: SampleRequest, completion: Completion) -> torch.Tensor:
         """[L]: difference of each sampled token's log-prob, under the policy or under the distribution drawn from,
-        whichever is larger."""
-        start, ids = len(request.token_ids), [*request.token_ids, *completion.token_ids.tolist()]
-        logits = self.logits(self.model(kind, seed), ids, request.images)
-        logits, token_L1 = logits[start - 1 : -1], torch.from_numpy(completion.token_ids)[:, None]
+        whichever is larger; L: up to the first that the reference takes no further."""
+        start, ids = len(request.token_ids), completion.token_ids.tolist()
+        end = next((at + 1 for at, token in enumerate(ids) if token in self.unread), len(ids))
+        logits = self.logits(self.model(kind, seed), [*request.token_ids, *ids[: end - 1]], request.images)
+        logits, token_L1 = logits[start - 1 :], torch.from_numpy(completion.token_ids)[:end, None]
         policy_L = log_policy(logits, request.sampling.temperature).gather(1, token_L1)[:, 0]
         drawn_L = log_distribution(logits, request.sampling).gather(1, token_L1)[:, 0]
         return torch.maximum(
-            (policy_L - torch.from_numpy(completion.logprobs)).abs(),
-            (drawn_L - torch.from_numpy(completion.sampling_logprobs)).abs(),
+            (policy_L - torch.from_numpy(completion.logprobs[:end])).abs(),
+            (drawn_L - torch.from_numpy(completion.sampling_logprobs[:end])).abs(),
         )
 
 
@@ -93,6 +98,9 @@ class VisionReference(Reference):
         decoder = rf".*language_model\..*\.({'|'.join(LINEARS)})"
         super().__init__(folder, rf"{decoder}|.*visual\..*\.(qkv|attn\.proj|linear_fc[12])" if tower else decoder)
         self.processor = ImageProcessor(folder, max_pixels)
+        config = json.loads((folder / "config.json").read_text())
+        # transformers would look for the features of an image that is not there
+        self.unread = frozenset({config["image_token_id"], config["video_token_id"]})
 
     def _load(self) -> Any:
         from transformers import AutoModelForImageTextToText

@@ -105,7 +105,8 @@ class SleepingWorker:
         return result_of(version)
 
     async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
-        return [await self.run_group(prompt) for prompt in prompts]
+        """Beside its group, and all together: an engine with room for them."""
+        return list(await asyncio.gather(*map(self.run_group, prompts)))
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         return [np.zeros(len(request.completion), np.float32) for request in requests]
@@ -194,7 +195,7 @@ def _versions(micro: MicroBatch) -> np.ndarray:
 def simulate(scenario: Scenario, max_staleness: int) -> Measured:
     cfg = scenario_config(scenario, max_staleness)
     numbers = count()
-    learner = timed_run(cfg, lambda: SleepingWorker(scenario, next(numbers)), _prompt, scenario.learn_latency)
+    learner = timed_run(cfg, lambda: SleepingWorker(scenario, next(numbers)), prompt, scenario.learn_latency)
     num_groups = cfg.batch_size * scenario.num_steps
     seconds = learner.seconds
     idle = scenario.gen_latency + scenario.learn_latency
@@ -216,10 +217,11 @@ def timed_run(
     prompt_at: Callable[[int], Prompt],
     learn_latency: float,
     learner: SleepingLearner | None = None,
+    eval_prompts: Sequence[Prompt] = (),
 ) -> SleepingLearner:
     """A run of `cfg` on workers of one's own, with a learner that sleeps `learn_latency` seconds a step, or another."""
     learner, state = learner or SleepingLearner(learn_latency), RunState()
-    rollouts = AsyncRollouts(cfg, make_worker, lambda i: partial(prompt_at, i), [], state.rollouts, version=0)
+    rollouts = AsyncRollouts(cfg, make_worker, lambda i: partial(prompt_at, i), eval_prompts, state.rollouts, version=0)
     try:
         with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
             run = Run(
@@ -228,11 +230,12 @@ def timed_run(
                 learner=learner,
                 make_learner=lambda: learner,
                 rollouts=rollouts,
-                canary=Canary.from_config(cfg, [_prompt(0)]),
+                canary=Canary.from_config(cfg, [prompt(0)]),
                 log=NoLog(),
                 is_alone=True,
                 checkpoints=Checkpoints(Path(scratch), keep=1),
                 state=state,
+                eval_sets={"held out": len(eval_prompts)},
                 prompt_at=prompt_at,
                 stop_requested=lambda: False,
             )
@@ -267,7 +270,7 @@ def _rollout_config(scenario: Scenario) -> RolloutConfig:
     return cfg
 
 
-def _prompt(prompt_id: int) -> Prompt:
+def prompt(prompt_id: int) -> Prompt:
     return Prompt(prompt_id, tuple(range(_TOKENS)), "", {})
 
 

@@ -1,8 +1,10 @@
-"""What an evaluation costs the learner: `python -m tora.bench.waiting [KEY=VALUE ...]`.
+"""What an evaluation costs the learner: `python -m tora.bench.waiting [--room] [KEY=VALUE ...]`.
 
 Runs the asynchronous quick-start without evaluations, with one every ten steps behind training, and with one that
 blocks it, in turn and `--rounds` times over. Of each run it reports the share of its wall time in which the learner
-waits, from the end of the first step to the end of the last, and seconds a step.
+waits, from the end of the first step to the end of the last, and seconds a step. With `--room` the real loop, pool and
+buffer run around workers and a learner that only sleep, as engines do that have room for an evaluation beside their
+groups; else it also costs the generation of its rollouts.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from subprocess import run
 from typing import Any
 
+from tora.bench.simulate import Scenario, SleepingWorker, prompt, scenario_config, timed_run
+from tora.config.schema import EvalConfig
 from tora.reporting.metrics import read_rows
 
 _EVALUATIONS = {
@@ -69,16 +74,33 @@ def measure(evaluation: str, overrides: list[str]) -> Waited:
         return waited(steps, json.loads(ends.read_text()))
 
 
+def measure_room(evaluation: str) -> Waited:
+    """A run whose workers need no longer for a group while they evaluate."""
+    scenario = Scenario(num_actors=16, gen_latency=0.2, learn_latency=0.1, jitter=0.0, num_steps=60)
+    cfg, prompts = scenario_config(scenario, 1), [prompt(number) for number in range(512)]
+    if evaluation != "off":
+        cfg = replace(
+            cfg, eval=EvalConfig(dataset={}, every=10, at_start=False, blocking=evaluation == "blocking", samples=1)
+        )
+    numbers = count()
+    learner = timed_run(
+        cfg, lambda: SleepingWorker(scenario, next(numbers)), prompt, scenario.learn_latency, eval_prompts=prompts
+    )
+    step_seconds = learner.seconds / scenario.num_steps
+    return Waited(1 - scenario.learn_latency / step_seconds, step_seconds)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tora.bench.waiting", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--room", action="store_true", help="engines that only sleep, with room for an evaluation")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args(arguments)
     found: dict[str, list[Waited]] = {name: [] for name in _EVALUATIONS}
     for _ in range(args.rounds):
         for name in _EVALUATIONS:
             began = time.perf_counter()
-            found[name].append(measure(name, args.overrides))
+            found[name].append(measure_room(name) if args.room else measure(name, args.overrides))
             last = found[name][-1]
             took = time.perf_counter() - began
             print(f"{name}: waits {last.share:.1%}, {last.step_seconds:.3f} s a step ({took:.0f} s)", flush=True)
