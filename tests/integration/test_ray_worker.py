@@ -80,9 +80,14 @@ def test_what_workers_are_sent_and_what_they_say(
         await wait_for("began")
         group.cancel()
         await wait_for("ended")
+        named = f"the node of a rollout worker has torch {version('torch').partition('+')[0]} where the driver has 0.1"
+        assert caplog.messages.count(named) == 2
         kept.append(workers[1].keep_log())
         await asyncio.gather(*(worker.close() for worker in workers))
+        caplog.clear()  # of what the others have said while they waited for their processes
+        deadline = time.monotonic() + 20
         while sum("waiting for room" in said for said in caplog.messages) < 2:
+            assert time.monotonic() < deadline
             await asyncio.sleep(0.1)
         waiting.cancel()
         homeless.kill()
@@ -104,5 +109,3 @@ def test_what_workers_are_sent_and_what_they_say(
     assert pickled == [1], "once for both"
     (file,) = (folder / "logs").iterdir()
     assert kept == [f"what it printed is in {file}"] and "first words" in file.read_text()
-    named = f"the node of a rollout worker has torch {version('torch').partition('+')[0]} where the driver has 0.1"
-    assert caplog.messages.count(named) == 2
