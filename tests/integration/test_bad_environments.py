@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ class Dots:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agents]:
     folder = make_tool_model(tmp_path_factory.mktemp("model"))
     (folder / "bad.py").write_text(ENVIRONMENT)
+    sys.modules.pop("bad", None)  # of another test
     tokenizer = AutoTokenizer.from_pretrained(folder)
     engine: Any = Dots(tokenizer(".")["input_ids"][0], tokenizer.eos_token_id)
     options: dict[str, Any] = {"factory": "bad.Bad", "iterations": 2, "timeout_s": 4.0, "memory_gib": 0.6}
@@ -174,6 +176,7 @@ def test_a_run_survives_them_all(
     ]
     varied = GUESSER.replace("float(self.calls)", "time.perf_counter() % 1")  # every group has a signal
     held_out = varied.replace('row["mark"]', 'row.get("mark", os.devnull)')  # nothing bad in evaluations
+    sys.modules.pop("bad", None)  # of another test
     (tmp_path / "bad.py").write_text(f"{held_out}\ndef rows():\n    return {rows!r}\n")
     monkeypatch.chdir(tmp_path)
     written = train("quickstart_guess", tmp_path / "run", *RUN, schedule)

@@ -73,7 +73,7 @@ def test_ratios_compare_rounds_in_pairs() -> None:
 
 
 def test_every_configs_model_has_shapes() -> None:
-    of_transformers = {"gemma3", "mistral", "phi4", "qwen2_5_vl", "qwen3_moe", "smollm3"}
+    of_transformers = {"gemma3", "mistral", "phi4", "qwen2_5_vl", "qwen3_5", "qwen3_moe", "smollm3"}
     # random weights are made of native models
     named = {shapes_of(name) for name in config_names() if "/" in name and name.split("/")[0] not in of_transformers}
     assert named and named <= set(shape_names())
