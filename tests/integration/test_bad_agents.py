@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import steps, train
+from runs import own_imports, steps, train
 
 from tora.reporting.completions import read_parquet
 
@@ -109,6 +109,7 @@ def test_a_run_survives_them_all(
     rows.append({"prompt": "What is 99 ?"})
     (tmp_path / "bad.py").write_text(f"{PROGRAM}\ndef rows():\n    return {rows!r}\n")
     monkeypatch.chdir(tmp_path)
+    own_imports(monkeypatch)
     overrides = [where]
     if where == "elsewhere":
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "other")], check=True)

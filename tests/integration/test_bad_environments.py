@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from agents import Agents, agents, always_look, make_tool_model
-from runs import steps, train
+from runs import own_imports, steps, train
 from transformers import AutoTokenizer
 
 from tora.reporting.completions import read_parquet
@@ -116,12 +115,12 @@ class Dots:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agents]:
     folder = make_tool_model(tmp_path_factory.mktemp("model"))
     (folder / "bad.py").write_text(ENVIRONMENT)
-    sys.modules.pop("bad", None)  # of another test
     tokenizer = AutoTokenizer.from_pretrained(folder)
     engine: Any = Dots(tokenizer(".")["input_ids"][0], tokenizer.eos_token_id)
     options: dict[str, Any] = {"factory": "bad.Bad", "iterations": 2, "timeout_s": 4.0, "memory_gib": 0.6}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        own_imports(patch)
         with agents(lambda: engine, folder, parse=always_look, **options) as one:
             yield one
 
@@ -176,9 +175,9 @@ def test_a_run_survives_them_all(
     ]
     varied = GUESSER.replace("float(self.calls)", "time.perf_counter() % 1")  # every group has a signal
     held_out = varied.replace('row["mark"]', 'row.get("mark", os.devnull)')  # nothing bad in evaluations
-    sys.modules.pop("bad", None)  # of another test
     (tmp_path / "bad.py").write_text(f"{held_out}\ndef rows():\n    return {rows!r}\n")
     monkeypatch.chdir(tmp_path)
+    own_imports(monkeypatch)
     written = train("quickstart_guess", tmp_path / "run", *RUN, schedule)
     said = caplog.text + "".join(capfd.readouterr())
     assert len(steps(written)) == 3, "the run ends well"

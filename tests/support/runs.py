@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tora.config.load import load_config
 from tora.launch.launcher import run
@@ -16,6 +19,12 @@ def train(config: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl` after a short run with a canary at the second step."""
     assert run(load_config(config, [*SHORT, "sync.canary_every=2", f"output_dir={folder}", *overrides]))
     return read(folder)
+
+
+def own_imports(patch: pytest.MonkeyPatch) -> None:
+    """A run adds folders to import from; they and the module `bad` of another test are out of the way."""
+    patch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("bad", None)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
