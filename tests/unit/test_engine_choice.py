@@ -24,8 +24,8 @@ def run_config(*, rollout: dict[str, Any] | None = None, model: dict[str, Any] |
     )
 
 
-SYNC: dict[str, Any] = {"async_rl": False}
-ASYNC: dict[str, Any] = {"async_rl": True}
+SYNC: dict[str, Any] = {"async_rl": False, "max_generated_tokens": 64}
+ASYNC: dict[str, Any] = {"async_rl": True, "max_generated_tokens": 64}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ ASYNC: dict[str, Any] = {"async_rl": True}
     [
         (run_config(**SYNC), False, "torch"),
         (run_config(**SYNC), True, "vllm"),
+        (run_config(async_rl=False, max_generated_tokens=65), False, "vllm"),
         (run_config(**ASYNC), False, "vllm"),
         (run_config(**ASYNC), True, "vllm"),
         (run_config(**SYNC, model={"lora_type": "full"}), True, "torch"),

@@ -34,8 +34,9 @@ class RolloutConfig:
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """What generates. `vllm`: vLLM. `torch`: the built-in engine; in a synchronous run it shares the learner's weights.
     `auto`: vLLM if it is installed, with three exceptions. It picks torch for a synchronous run of one rank on a CPU
-    unless the base is quantized, where torch is faster and needs less memory; for a synchronous run with
-    `model.lora_type=full`; and for an adapter together with `model.train_vision=full`, which vLLM cannot serve."""
+    with `max_generated_tokens` of at most 64 and a base that is not quantized, where torch is as fast and needs less
+    memory; for a synchronous run with `model.lora_type=full`; and for an adapter together with
+    `model.train_vision=full`, which vLLM cannot serve."""
     num_workers: Annotated[int, AtLeast(1), FREE] = 1
     """Rollout workers at the start of the run. More than one needs `async_rl=true`."""
     tensor_parallel: Annotated[int, AtLeast(1), FREE] = 1

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from tora.models.decoder import Decoder
 
 
+_SHORT = 64
+"""Tokens of a completion up to which vLLM is no faster on a CPU than the torch engine, which shares the learner's
+weights: between the 32 and the 128 that `python -m tora.bench.engines` measures."""
 INSTALL = "pip install -e '.[async_rl]', or '.[async_rl_cpu]' without a GPU"
 
 
@@ -65,8 +68,8 @@ def resolved_engine(cfg: RunConfig, *, on_gpu: bool, has_vllm: bool | None = Non
     model = cfg.model
     # In a synchronous run the torch engine shares the learner's model, so whole weights need not be sent.
     servable = cfg.async_rl if model.lora_type == "full" else model.train_vision != "full"
-    # Measured by tora.bench.engines: docs/numbers.md.
-    slower = not (cfg.async_rl or on_gpu or model.quantize_base) and cfg.learner_ranks == 1
+    is_short = cfg.max_generated_tokens <= _SHORT
+    slower = is_short and not (cfg.async_rl or on_gpu or model.quantize_base) and cfg.learner_ranks == 1
     engines = ["torch"] if not (has_vllm and servable) else ["torch", "vllm"] if slower else ["vllm", "torch"]
     refusals: list[ConfigError] = []
     for engine in engines:
