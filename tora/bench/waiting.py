@@ -96,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--room", action="store_true", help="engines that only sleep, with room for an evaluation")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args(arguments)
+    if args.room and args.overrides:
+        parser.error(f"--room runs no config, which {args.overrides[0]} would change")
     found: dict[str, list[Waited]] = {name: [] for name in _EVALUATIONS}
     for _ in range(args.rounds):
         for name in _EVALUATIONS:

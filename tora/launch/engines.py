@@ -52,10 +52,9 @@ def with_engine(cfg: RunConfig) -> RunConfig:
     has_vllm = find_spec("vllm") is not None
     if cfg.rollout.engine == "vllm" and not has_vllm:
         raise ConfigError(f"rollout.engine=vllm needs vLLM: {INSTALL}; or set rollout.engine=torch.")
-    if cfg.rollout.engine != "auto":
-        return cfg
-    # The driver of an asynchronous run may have no GPU of its own.
-    on_gpu = not cfg.async_rl and device_for(cfg.device, World.from_environment().local_rank).type == "cuda"
+    # Asked only where it matters: the driver of an asynchronous run may have no GPU of its own.
+    asks = cfg.rollout.engine == "auto" and not cfg.async_rl
+    on_gpu = asks and device_for(cfg.device, World.from_environment().local_rank).type == "cuda"
     return resolved_engine(cfg, on_gpu=on_gpu, has_vllm=has_vllm)
 
 
