@@ -14,8 +14,9 @@ _STOP_POLL_S = 0.2
 
 
 class LoopThread:
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, name: str, watch: Callable[[], object] = lambda: None) -> None:
+        """`watch`: called again and again while `wait_for` waits. What it raises ends the wait."""
+        self._loop, self._watch = asyncio.new_event_loop(), watch
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
@@ -27,9 +28,13 @@ class LoopThread:
     ) -> T:
         """The coroutine's result. `on_stop` is called on the loop, once or more, when a stop is requested meanwhile."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        while not wait_for_futures([future], timeout=_STOP_POLL_S).done:
-            if stop_requested():
-                self._loop.call_soon_threadsafe(on_stop)
+        try:
+            while not wait_for_futures([future], timeout=_STOP_POLL_S).done:
+                self._watch()
+                if stop_requested():
+                    self._loop.call_soon_threadsafe(on_stop)
+        finally:
+            future.cancel()  # nothing to a finished one
         return future.result()
 
     def call_soon(self, callback: Callable[[], object]) -> None:

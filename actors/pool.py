@@ -24,8 +24,8 @@ that it has. The learner waits for all of them only before the first groups, aft
 
 Nobody waits for a lost worker: its calls fail at once with `WorkerLost`, and every call has a time limit. The first
 `publish` waits until `min_workers` seats are up, and these in turn wait for its snapshot. `next_batch` also returns
-when a stop is requested, and `publish`, `evaluated` and `logprobs` with what they have by then. Waiting for groups or
-for a seat to come up ends when the run fails.
+when a stop is requested, and `publish`, `evaluated` and `logprobs` with what they have by then. A wait for groups or a
+seat ends when the run fails.
 
 An evaluation is cut into calls, which take the room that groups leave, but one of each worker at all times. While the
 learner waits for it, its calls go first.
@@ -80,11 +80,12 @@ class AsyncRollouts:
         version: int,
         timing: SeatTiming | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        watch: Callable[[], object] = lambda: None,
     ) -> None:
         """Starts the workers. Nothing is generated before the first `publish`.
 
         `make_worker` is called for every worker, including each replacement. `read_prompt`: see `PromptMaker`. The run
-        starts from `state` at policy version `version`. `stop_requested` ends every wait.
+        starts from `state` at policy version `version`. `stop_requested` ends a wait, and so does an error of `watch`.
         """
         self._cfg, self._make_worker, self._eval_prompts = cfg, make_worker, eval_prompts
         self._timing, self._stop_requested = timing or SeatTiming(), stop_requested
@@ -94,7 +95,7 @@ class AsyncRollouts:
         self._evaluator = Evaluator(self._seats, self._spawn, self._go_on, self._fail)
         self._spread = Spread(self._seats, self._spawn, self._go_on, self._fail)
         self._maker = PromptMaker(read_prompt)
-        self._loop = LoopThread("rollouts")
+        self._loop = LoopThread("rollouts", watch)
         self._reset(state, version)
         self._stopping, self._changed = asyncio.Event(), asyncio.Event()
         self._started, self._dispatches = False, False
@@ -362,8 +363,6 @@ class AsyncRollouts:
         if answers is None:
             return {}
         return {seat.number: answer for seat, answer in zip(seats, answers, strict=True) if answer is not None}
-
-    # State
 
     def state(self) -> RolloutState:
         return self._loop.run(self._state())

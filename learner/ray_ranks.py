@@ -157,7 +157,7 @@ class LearnerGroup:
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=_BEAT_EVERY_S)
             if not done:
-                self._check_beats()
+                self.check()
                 continue
             try:
                 ray.get(done)
@@ -178,11 +178,14 @@ class LearnerGroup:
                 raise
         return ray.get(list(answers))
 
-    def _check_beats(self) -> None:
-        """Raises LearnerLost if a rank has answered no heartbeat for `learner_timeout_s`."""
+    def check(self) -> None:
+        """Raises LearnerLost if a rank has died, or has answered no heartbeat for `learner_timeout_s`. For the times in
+        which no call waits for the ranks."""
         for rank, _ in enumerate(self._pids):  # none of a process that has yet to start
             beat, since = self._beats.get(rank, (None, 0.0))
-            if beat is None or ray.wait([beat], timeout=0)[0]:  # the death of a rank shows in its other answers
+            if beat is None or ray.wait([beat], timeout=0)[0]:
+                if beat is not None and (death := _death(beat)) is not None:
+                    self._fail(death)
                 fresh = self._ranks[rank].beat.options(concurrency_group=_BEAT).remote()
                 self._beats[rank] = fresh, time.monotonic()
             # one more look: it may be this process that was stopped, with the answer waiting for it

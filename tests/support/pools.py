@@ -46,6 +46,7 @@ def running(
     version: int = 0,
     timing: SeatTiming | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    watch: Callable[[], object] = lambda: None,
 ) -> Iterator[AsyncRollouts]:
     held_out = [make_prompt(i) for i in range(5)]
     rollouts = AsyncRollouts(
@@ -57,6 +58,7 @@ def running(
         version=version,
         timing=timing,
         stop_requested=stop_requested,
+        watch=watch,
     )
     try:
         yield rollouts

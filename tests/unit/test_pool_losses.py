@@ -316,3 +316,33 @@ def test_a_learner_is_missed_when_it_goes_with_all_workers() -> None:
         rollouts.publish(make_snapshot(1))
         with pytest.raises(LearnerLost, match="the node that held its newest policy is gone"):
             next_batch(rollouts, 1)
+
+
+def test_a_wait_for_workers_that_find_no_room_ends_with_the_learner() -> None:
+    """Its node went with theirs, and nothing calls it. The new learner's first batch is the old one's."""
+    found_room, lost = threading.Event(), threading.Event()
+
+    class Homeless(FakeWorker):
+        async def start(self, limit_s: float) -> None:
+            while not found_room.is_set():
+                await asyncio.sleep(0.01)
+
+    class Leaving(FakeWorker):
+        async def run_group(self, prompt: Prompt) -> GroupResult:
+            lost.set()
+            raise WorkerLost("its node is gone")
+
+    def check_learner() -> None:
+        if lost.is_set() and not found_room.is_set():
+            raise LearnerLost("one of its ranks died")
+
+    last = iter([Leaving()])
+    cfg = config(0, workers=1)
+    with running(cfg, lambda: next(last, None) or Homeless(), timing=QUICK, watch=check_learner) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        with pytest.raises(LearnerLost, match="one of its ranks died"):
+            next_batch(rollouts, 0)
+        rollouts.rewind(RolloutState(), 0)
+        found_room.set()
+        rollouts.publish(make_snapshot(0))
+        assert next_batch(rollouts, 0).prompt_ids == (0, 1, 2, 3)

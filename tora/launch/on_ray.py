@@ -100,7 +100,14 @@ class OnRay:
             state.rollouts,
             version=state.step,
             stop_requested=self._stop,
+            watch=self._check_learner,
         )
+
+    def _check_learner(self) -> None:
+        """Raises LearnerLost. A learner that is lost while nothing needs it is replaced at once: workers that were lost
+        with it may wait for long."""
+        if self._learner is not None:
+            self._learner.check()
 
 
 def _num_devices(cfg: RunConfig) -> int:
