@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.worker import RolloutWorker
+from tora.batching.stored_images import store
 from tora.config.components import import_from
 from tora.config.schema import RunConfig
 from tora.distributed.ray_logs import keep_log
@@ -51,6 +53,10 @@ class RolloutActor(RolloutWorker):
     def run_group(self, prompt: Prompt, ticket: int = 0) -> GroupResult:
         with portable_errors():
             return super().run_group(prompt, ticket)
+
+    def run_group_with(self, prompt: Prompt, ticket: int, *images: bytes) -> GroupResult:
+        """`images`: those of the prompt, which comes without them."""
+        return self.run_group(replace(prompt, images=images), ticket)
 
     def evaluate(self, prompts_P: Sequence[Prompt], pinned: PolicySnapshot | None = None) -> list[GroupResult]:
         with portable_errors():
@@ -114,7 +120,8 @@ class RayWorker:
         """A call that is cancelled is aborted in the engine."""
         ticket = next(self._tickets)
         try:
-            return await _result(self._actor.run_group.remote(prompt, ticket))
+            bare, images = replace(prompt, images=()), store(prompt.images)
+            return await _result(self._actor.run_group_with.remote(bare, ticket, *images))
         except asyncio.CancelledError:
             self._actor.abort.remote(ticket)
             raise

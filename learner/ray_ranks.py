@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from learner.learner import Learner
 from learner.rank_errors import told
 from learner.watchdog import Watchdog, size, stacks_file
+from tora.batching.stored_images import StoredBatch, with_images, without_images
 from tora.config.components import import_from
 from tora.config.schema import RunConfig
 from tora.distributed.process_group import STORE_KEY
@@ -68,6 +69,9 @@ class LearnerRank(Learner):
     def step(self, batch: TrainBatch) -> StepResult:
         with told(), self._watchdog.watching():
             return super().step(batch)
+
+    def step_with(self, stored: StoredBatch) -> StepResult:
+        return self.step(with_images(stored))
 
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         with told(), self._watchdog.watching():
@@ -224,7 +228,7 @@ class LearnerGroup:
             time.sleep(0.1)
 
     def step(self, batch: TrainBatch) -> StepResult:
-        return self._call_all("step", ray.put(batch))[0]
+        return self._call_all("step_with", ray.put(without_images(batch)))[0]
 
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         self._get(self._booted)

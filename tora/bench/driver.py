@@ -15,12 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 
+from tora.batching.stored_images import store, stored, without_images
 from tora.bench.simulate import WARM_UP, Scenario, SleepingLearner, result_of, scenario_config, timed_run
 from tora.launch.ray_cluster import ray_session
 from tora.models.vision.parts import encoded
@@ -37,7 +39,7 @@ class Answering:
     def __init__(self) -> None:
         self.version = 0
 
-    def run_group(self, prompt: Prompt, version: int) -> GroupResult:
+    def run_group(self, prompt: Prompt, version: int, *images: bytes) -> GroupResult:
         return result_of(version)
 
 
@@ -50,7 +52,8 @@ class SharedWorker:
     async def start(self, limit_s: float) -> None: ...
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
-        return await self._actor.run_group.remote(prompt, self._version)
+        bare, images = replace(prompt, images=()), store(prompt.images)
+        return await self._actor.run_group.remote(bare, self._version, *images)
 
     async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
         return [await self.run_group(prompt) for prompt in prompts]
@@ -84,7 +87,7 @@ class PuttingLearner(SleepingLearner):
     def step(self, batch: TrainBatch) -> StepResult:
         import ray
 
-        ray.put(batch)
+        ray.put(without_images(batch))
         self.process.append(time.process_time())
         self.loop.append(_seconds_of("rollouts"))
         return super().step(batch)
@@ -115,8 +118,11 @@ def measure(num_workers: int, image_bytes: int, num_steps: int) -> Work:
     rng = np.random.default_rng(0)
     files = [rng.bytes(image_bytes) for _ in range(num_workers)]
 
-    def prompt_at(number: int) -> Prompt:
+    def make(number: int) -> Prompt:
         return Prompt(number, tuple(range(_TOKENS)), "", {}, (encoded(files[number % num_workers]),))
+
+    def prompt_at(number: int) -> Prompt:
+        return stored(partial(make, number))
 
     scenario = Scenario(num_workers, 0.0, 0.0, 0.0, num_steps)
     with ray_session(_NUM_ACTORS, snapshot_bytes=0):
@@ -128,7 +134,7 @@ def measure(num_workers: int, image_bytes: int, num_steps: int) -> Work:
     return Work(
         process_ms=1000 * (learner.process[last] - learner.process[first]) / groups,
         loop_ms=1000 * (learner.loop[last] - learner.loop[first]) / groups,
-        sent=len(pickle.dumps(prompt_at(0))),
+        sent=len(pickle.dumps(make(0))),
         received=len(pickle.dumps(result_of(0))),
     )
 

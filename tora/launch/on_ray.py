@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tora.batching.stored_images import stored
 from tora.config.schema import RunConfig
 from tora.distributed.device import machine_memory
 from tora.distributed.process_group import World
@@ -95,7 +96,7 @@ class OnRay:
         return AsyncRollouts(
             self._cfg,
             make_worker,
-            prompts.read,
+            lambda position: partial(stored, prompts.read(position)),
             prompts.held_out,
             state.rollouts,
             version=state.step,

@@ -11,7 +11,8 @@ class EncodedImage(bytes):
     them once, into its object store, where plain `bytes` are copied several times. An image that one message has twice
     is sent once."""
 
-    __slots__ = ()
+    stored: tuple[str, Any] | None = None
+    """Where a copy of it is; see `tora.batching.stored_images`. Not sent along."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         if protocol < 5:
