@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,22 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def test_worker_and_learner_read_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    image, small = EncodedImage(bytes(LEAST_BYTES)), EncodedImage(b"small")
+    assert store([small, b""]) == [small, b""], "without a cluster"
     with ray_session(2):
-        yield
+        first, second, third = store([image, small, bytes(LEAST_BYTES)])
+        assert ray.get(first) == image and second is small and third == bytes(LEAST_BYTES)
+        assert store([image]) == [first]
+        check_one_copy(tmp_path)
+    with ray_session(1):  # a script may run twice, each time on a cluster of its own
+        assert ray.get(store([image])) == [image]
 
 
-@pytest.mark.usefixtures("cluster")
-def test_worker_and_learner_read_one_copy(tmp_path: Path) -> None:
+def check_one_copy(tmp_path: Path) -> None:
     from actors.ray_worker import ray_workers
     from learner.ray_ranks import LearnerGroup
 
@@ -124,17 +131,3 @@ def test_worker_and_learner_read_one_copy(tmp_path: Path) -> None:
     learner.kill()
     groups.clear()
     wait_until(lambda: stored_mib() <= before)
-
-
-def test_images_of_another_cluster_are_stored_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script may run twice, each time on a cluster of its own. Small images and plain bytes travel as they are."""
-    import ray
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    image, small = EncodedImage(bytes(LEAST_BYTES)), EncodedImage(b"small")
-    assert store([small, b""]) == [small, b""], "without a cluster"
-    for _ in range(2):
-        with ray_session(1):
-            first, second, third = store([image, small, bytes(LEAST_BYTES)])
-            assert ray.get(first) == image and second is small and third == bytes(LEAST_BYTES)
-            assert store([image]) == [first]
