@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
-
 from tora.models.vision.encoded_image import EncodedImage
 from tora.types import Prompt, TrainBatch
 
@@ -31,6 +29,8 @@ def stored(make: Callable[[], Prompt]) -> Prompt:
 
 
 def _reference(image: bytes, here: str) -> Any:
+    import ray
+
     if not isinstance(image, EncodedImage):
         return image
     if image.stored is None or image.stored[0] != here:
@@ -40,6 +40,8 @@ def _reference(image: bytes, here: str) -> Any:
 
 def _cluster() -> str:
     """Names this process's connection to a cluster. References do not outlive it."""
+    import ray
+
     context = ray.get_runtime_context()
     return context.get_node_id() + context.get_job_id()
 
@@ -55,6 +57,8 @@ def without_images(batch: TrainBatch) -> StoredBatch:
 
 def with_images(stored: StoredBatch) -> TrainBatch:
     """Raises Ray's ObjectLostError if an image is on no node any more."""
+    import ray
+
     batch, images = stored
     references = {each for shown in images for each in shown if isinstance(each, ray.ObjectRef)}
     found = dict(zip(references, ray.get(list(references)), strict=True))
