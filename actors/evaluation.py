@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
-from actors.seat import Seat
+from actors.seat import Seat, is_fatal
 from tora.config.schema import RunConfig
 from tora.errors import SnapshotLost, WorkerLost
 from tora.types import Group, GroupResult, Prompt
 
+_log = logging.getLogger(__name__)
 _LEAST_CALLS = 4
 """For each worker, of an engine that runs one call at a time: many small calls would be slow, and few could not be
 shared out."""
@@ -69,7 +71,9 @@ def prompts_per_call(cfg: RunConfig, num_prompts: int, num_workers: int) -> int:
 class Evaluator:
     """Runs one evaluation at a time on the pool's seats. All calls come from the pool's event loop.
 
-    Its calls take the room that groups leave, but one of each seat at all times; once it is awaited they go first.
+    It may have seats of its own, whose workers do nothing else. Without one that is up, and once it is awaited, its
+    calls go to the pool's seats too: they take the room that groups leave, but one of each seat at all times; once it
+    is awaited they go first.
     """
 
     def __init__(
@@ -82,8 +86,31 @@ class Evaluator:
         """`seats`: the pool's list, which grows. `on_call_ended`: called when a seat has room again. `fail`: called
         with an error that ends the run."""
         self._seats, self._spawn, self._on_call_ended, self._fail = seats, spawn, on_call_ended, fail
+        self.own: list[Seat] = []
         self._evaluation: Evaluation | None = None
         self.is_awaited = False
+
+    def add(self, count: int, make_seat: Callable[..., Seat]) -> list[Seat]:
+        """Seats of its own, which the caller starts. `make_seat` takes a number and `SeatEvents`."""
+        self.own += [make_seat(number, events=self) for number in range(count)]
+        return self.own
+
+    def on_worker_up(self, seat: Seat) -> None:
+        self._on_call_ended()
+
+    def on_worker_lost(self, seat: Seat, error: BaseException) -> None:
+        """The pool's workers do its work meanwhile, so that no number of losses ends the run."""
+        if is_fatal(error):
+            self._fail(error)
+        reason = f"{error}; {seat.kept_log}" if seat.kept_log else str(error)
+        _log.warning("evaluation worker %d is lost (%s)", seat.number, reason)
+        self._on_call_ended()
+
+    def on_snapshot_lost(self, snapshot: Any) -> None:
+        """The pool hears it from its own seats."""
+
+    def on_capacity(self) -> None:
+        self._on_call_ended()
 
     def start(self, evaluation: Evaluation) -> None:
         self._evaluation = evaluation
@@ -119,7 +146,9 @@ class Evaluator:
             self._spawn(self._run(call, seat, evaluation)).add_done_callback(partial(self._on_ended, seat))
 
     def _least_loaded(self) -> Seat | None:
-        free = (seat for seat in self._seats if seat.up and _has_room(seat))
+        own = [seat for seat in self.own if seat.up]
+        seats = [*own, *self._seats] if self.is_awaited or not own else own
+        free = (seat for seat in seats if seat.up and _has_room(seat))
         return min(free, key=lambda seat: (seat.num_evaluations, seat.outstanding_tokens), default=None)
 
     async def _run(self, call: range, seat: Seat, evaluation: Evaluation) -> None:

@@ -27,8 +27,8 @@ Nobody waits for a lost worker: its calls fail at once with `WorkerLost`, and ev
 when a stop is requested, and `publish`, `evaluated` and `logprobs` with what they have by then. A wait for groups or a
 seat ends when the run fails.
 
-An evaluation is cut into calls, which take the room that groups leave, but one of each worker at all times. While the
-learner waits for it, its calls go first.
+An evaluation is cut into calls, which take workers of their own, or the room that groups leave, but one of each worker
+at all times. While the learner waits for it, its calls go first.
 
 Dispatch gives a slot from the buffer to the seat that is up, has room and has the fewest tokens outstanding. The slots
 of a lost worker go to the next seat with room, before any new slot. A slot ends with one group, put once, so no group
@@ -81,14 +81,15 @@ class AsyncRollouts:
         timing: SeatTiming | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         watch: Callable[[], object] = lambda: None,
+        make_evaluator: Callable[[], WorkerHandle] | None = None,
     ) -> None:
         """Starts the workers. Nothing is generated before the first `publish`.
 
-        `make_worker` is called for every worker, including each replacement. `read_prompt`: see `PromptMaker`. The run
-        starts from `state` at policy version `version`. `stop_requested` ends a wait, and so does an error of `watch`.
+        `make_worker` is called for every worker, including each replacement; `make_evaluator` for those of
+        `eval.num_workers`. `read_prompt`: see `PromptMaker`. The run starts from `state` at policy version `version`.
+        `stop_requested` ends a wait, and so does an error of `watch`.
         """
-        self._cfg, self._make_worker, self._eval_prompts = cfg, make_worker, eval_prompts
-        self._timing, self._stop_requested = timing or SeatTiming(), stop_requested
+        self._cfg, self._eval_prompts, self._stop_requested = cfg, eval_prompts, stop_requested
         self._failure: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._seats: list[Seat] = []
@@ -104,8 +105,7 @@ class AsyncRollouts:
         self._running: dict[Slot, asyncio.Task[None]] = {}
         self._tokens_per_group = RunningMean(cfg.grpo_samples * cfg.max_generated_tokens)
         self._last_batch = time.perf_counter()
-        for _ in range(cfg.rollout.max_workers or cfg.rollout.num_workers):
-            self._loop.run(self._add_seat())
+        self._loop.run(self._open(timing or SeatTiming(), make_worker, make_evaluator or make_worker))
 
     def _reset(self, state: RolloutState, version: int) -> None:
         """Nothing is dispatched until the next publish."""
@@ -131,12 +131,12 @@ class AsyncRollouts:
         self._stopping.set()
         self._changed.set()
 
-    async def _add_seat(self) -> None:
-        seat = Seat(
-            len(self._seats), self._make_worker, self._spread.latest, self._cfg.rollout, self, timing=self._timing
-        )
-        self._seats.append(seat)
-        self._spawn(seat.run_forever())
+    async def _open(self, timing: SeatTiming, *makers: Callable[[], WorkerHandle]) -> None:
+        cfg, of_evaluations = self._cfg.rollout, self._cfg.eval.num_workers if self._cfg.eval else 0
+        of_groups, own = (partial(Seat, make, self._spread.latest, cfg, timing=timing) for make in makers)
+        self._seats += [of_groups(number, events=self) for number in range(cfg.max_workers or cfg.num_workers)]
+        for seat in (*self._seats, *self._evaluator.add(of_evaluations, own)):
+            self._spawn(seat.run_forever())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -393,7 +393,8 @@ class AsyncRollouts:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        endings = await asyncio.gather(*(seat.close() for seat in self._seats), return_exceptions=True)
-        for seat, ending in zip(self._seats, endings, strict=True):
+        seats = [*self._seats, *self._evaluator.own]
+        endings = await asyncio.gather(*(seat.close() for seat in seats), return_exceptions=True)
+        for seat, ending in zip(seats, endings, strict=True):
             if isinstance(ending, BaseException):  # the run is over: its result does not depend on this
                 _log.warning("rollout worker %d did not close: %s", seat.number, described(ending))

@@ -27,6 +27,7 @@ from tora.types import GroupResult, LogprobRequest, PolicySnapshot, Prompt, Snap
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 20
+_LOWEST_PRIORITY = 19
 WARN_UNPLACED_EVERY_S = 60
 _log = logging.getLogger(__name__)
 
@@ -44,9 +45,13 @@ class RolloutActor(RolloutWorker):
     def versions(self) -> dict[str, str]:
         return installed()
 
-    def build(self, arguments: Mapping[str, Any], folders: Sequence[str]) -> None:
-        """`folders`: to import components from."""
+    def build(self, arguments: Mapping[str, Any], folders: Sequence[str], gives_way: bool = False) -> None:
+        """`folders`: to import components from. `gives_way`: its engine and its evaluations have the operating system's
+        lowest priority. What it answers to heartbeats has not."""
         import_from(folders)
+        self._gives_way = gives_way
+        if gives_way:
+            _give_way()  # threads that this one starts, the engine's among them, do too
         with portable_errors():
             super().__init__(**arguments)
 
@@ -59,6 +64,8 @@ class RolloutActor(RolloutWorker):
         return self.run_group(replace(prompt, images=images), ticket)
 
     def evaluate(self, prompts_P: Sequence[Prompt], pinned: PolicySnapshot | None = None) -> list[GroupResult]:
+        if self._gives_way:
+            _give_way()
         with portable_errors():
             return super().evaluate(prompts_P, pinned)
 
@@ -71,6 +78,11 @@ class RolloutActor(RolloutWorker):
             return super().logprobs(requests, adapter=adapter)
 
 
+def _give_way() -> None:
+    """On Linux of the calling thread alone."""
+    os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
+
+
 FindPlace = Callable[[], tuple[Any, Callable[[], object]]]
 """Returns Ray's scheduling strategy of a worker, and what to call once it is killed."""
 
@@ -79,23 +91,28 @@ def anywhere() -> tuple[Any, Callable[[], object]]:
     return "SPREAD", lambda: None
 
 
-def ray_workers(
-    arguments: Mapping[str, Any], cfg: RunConfig, find_place: FindPlace = anywhere, **options: Any
-) -> Callable[[], RayWorker]:
+def ray_workers(arguments: Mapping[str, Any], cfg: RunConfig, **options: Any) -> Callable[..., RayWorker]:
     """Makes workers. `arguments` go to `RolloutWorker`, and are pickled once for all of them: a tokenizer takes long.
-    `find_place` is asked for each worker. `options` go to the actor."""
-    return partial(RayWorker, ray.put(dict(arguments)), cfg, find_place, **options)
+    `options` go to the actor. What this returns takes the other arguments of `RayWorker`."""
+    return partial(RayWorker, ray.put(dict(arguments)), cfg, **options)
 
 
 class RayWorker:
     def __init__(
-        self, arguments: ray.ObjectRef, cfg: RunConfig, find_place: FindPlace = anywhere, **options: Any
+        self,
+        arguments: ray.ObjectRef,
+        cfg: RunConfig,
+        find_place: FindPlace = anywhere,
+        gives_way: bool = False,
+        **options: Any,
     ) -> None:
-        """Requests an actor from Ray. See `ray_workers`.
+        """Requests an actor from Ray. See `ray_workers`. `find_place` is asked once. `gives_way`: see
+        `RolloutActor.build`.
 
         The pool restarts lost actors, not Ray: an actor that Ray restarted would serve the base model.
         """
         self._arguments, self._options, self._tickets = arguments, options, count()
+        self._gives_way = gives_way
         self._folders, self._output_dir = cfg.import_from or [], cfg.output_dir
         self._pid: int | None = None
         place, self._on_kill = find_place()
@@ -111,8 +128,9 @@ class RayWorker:
         self._pid = await placed
         if clause := differences(installed(), await _result(self._actor.versions.remote())):
             _log.warning("the node of a rollout worker %s", clause)
+        building = _result(self._actor.build.remote(self._arguments, self._folders, self._gives_way))
         try:
-            await asyncio.wait_for(_result(self._actor.build.remote(self._arguments, self._folders)), limit_s)
+            await asyncio.wait_for(building, limit_s)
         except TimeoutError as error:
             raise WorkerLost(f"its engine did not start within {limit_s:g} s") from error
 

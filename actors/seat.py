@@ -92,12 +92,12 @@ class SeatEvents(Protocol):
 class Seat:
     def __init__(
         self,
-        number: int,
         make_worker: Callable[[], WorkerHandle],
         latest_snapshot: Callable[[Any], Coroutine[Any, Any, Any]],
         cfg: RolloutConfig,
-        events: SeatEvents,
+        number: int,
         *,
+        events: SeatEvents,
         timing: SeatTiming,
     ) -> None:
         """`latest_snapshot` waits for the first one to be published, and for another than its argument."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,10 +20,12 @@ from tora.types import Sampling
 
 
 def make_engine(folder: Path) -> Callable[[], Any]:
-    """Of an engine that generates until it is aborted, and leaves a file when it begins and when it ends."""
+    """Of an engine that generates until it is aborted, and leaves files: with its thread's priority when it is made,
+    when it begins and when it ends."""
 
     def make() -> Any:
         print("first words", flush=True)
+        (folder / f"priority_{os.getpriority(os.PRIO_PROCESS, 0)}").touch()
         from actors.abort import raise_if_aborted
 
         class Endless:
@@ -46,7 +49,7 @@ def test_what_workers_are_sent_and_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A cancelled group ends in its engine, two workers share what they are sent, a node with other versions is named,
-    what a process printed is kept, and a worker without room says so again and again."""
+    what a process printed is kept, one that gives way does so, and a worker without room says so again and again."""
     from actors.ray_worker import RayWorker, ray_workers
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -105,7 +108,8 @@ def test_what_workers_are_sent_and_what_they_say(
         }
         make = ray_workers(arguments, cfg, num_cpus=1, max_concurrency=4)
         unplaceable = ray_workers({}, cfg, num_cpus=1, resources={"nowhere": 1})
-        asyncio.run(use([make(), make()], unplaceable()))
+        asyncio.run(use([make(), make(gives_way=True)], unplaceable()))
     assert pickled == [1], "once for both"
+    assert sorted(file.name for file in tmp_path.glob("priority_*")) == ["priority_0", "priority_19"]
     (file,) = (folder / "logs").iterdir()
     assert kept == [f"what it printed is in {file}"] and "first words" in file.read_text()

@@ -47,6 +47,7 @@ def running(
     timing: SeatTiming | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     watch: Callable[[], object] = lambda: None,
+    make_evaluator: Any = None,
 ) -> Iterator[AsyncRollouts]:
     held_out = [make_prompt(i) for i in range(5)]
     rollouts = AsyncRollouts(
@@ -59,6 +60,7 @@ def running(
         timing=timing,
         stop_requested=stop_requested,
         watch=watch,
+        make_evaluator=make_evaluator,
     )
     try:
         yield rollouts

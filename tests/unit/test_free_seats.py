@@ -18,7 +18,9 @@ def made_seats(rng: random.Random) -> list[Seat]:
     nobody: Any = None
     seats = []
     for number in range(rng.randint(0, 12)):
-        seat = Seat(number, nobody, nobody, RolloutConfig(concurrency=rng.randint(1, 4)), nobody, timing=SeatTiming())
+        seat = Seat(
+            nobody, nobody, RolloutConfig(concurrency=rng.randint(1, 4)), number, events=nobody, timing=SeatTiming()
+        )
         seat.up, seat.installed = rng.random() < 0.8, make_snapshot(rng.randint(0, 2))
         for ticket in range(rng.randint(0, 4)):
             seat.reserve(Slot(ticket, make_prompt(ticket), 0), rng.choice([10.0, 20.0]))

@@ -1,10 +1,10 @@
 """What an evaluation costs the learner: `python -m tora.bench.waiting [--room] [KEY=VALUE ...]`.
 
-Runs the asynchronous quick-start without evaluations, with one every ten steps behind training, and with one that
-blocks it, in turn and `--rounds` times over. Of each run it reports the share of its wall time in which the learner
-waits, from the end of the first step to the end of the last, and seconds a step. With `--room` the real loop, pool and
-buffer run around workers and a learner that only sleep, as engines do that have room for an evaluation beside their
-groups; else it also costs the generation of its rollouts.
+Runs the asynchronous quick-start without evaluations, and with one every ten steps: behind training, behind it apart on
+a worker of its own (`eval.num_workers=1`), and blocking it. The four come in turn, `--rounds` times over. Of each run
+it reports the share of its wall time in which the learner waits, from the end of the first step to the end of the
+last, and seconds a step. With `--room` the real loop, pool and buffer run around workers and a learner that only sleep,
+as engines do that have room for an evaluation beside their groups; else it also costs the generation of its rollouts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tora.reporting.metrics import read_rows
 _EVALUATIONS = {
     "off": ["eval=null"],
     "behind": ["eval.every=10", "eval.at_start=false"],
+    "apart": ["eval.every=10", "eval.at_start=false", "eval.num_workers=1"],
     "blocking": ["eval.every=10", "eval.at_start=false", "eval.blocking=true"],
 }
 
@@ -79,9 +80,8 @@ def measure_room(evaluation: str) -> Waited:
     scenario = Scenario(num_actors=16, gen_latency=0.2, learn_latency=0.1, jitter=0.0, num_steps=60)
     cfg, prompts = scenario_config(scenario, 1), [prompt(number) for number in range(512)]
     if evaluation != "off":
-        cfg = replace(
-            cfg, eval=EvalConfig(dataset={}, every=10, at_start=False, blocking=evaluation == "blocking", samples=1)
-        )
+        how = {"blocking": evaluation == "blocking", "num_workers": int(evaluation == "apart")}
+        cfg = replace(cfg, eval=EvalConfig(dataset={}, every=10, at_start=False, samples=1, **how))
     numbers = count()
     learner = timed_run(
         cfg, lambda: SleepingWorker(scenario, next(numbers)), prompt, scenario.learn_latency, eval_prompts=prompts

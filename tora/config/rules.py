@@ -101,6 +101,15 @@ def _broken_workers(cfg: RunConfig) -> Iterator[str]:
                 f"rollout.max_workers={cfg.rollout.max_workers} must be at least rollout.num_workers, "
                 f"which is {cfg.rollout.num_workers}."
             )
+    if cfg.eval is not None and (count := cfg.eval.num_workers) > 0:
+        trains_whole = cfg.model.lora_type == "full" or cfg.model.train_vision == "full"
+        for broken, needs in (
+            (not cfg.async_rl, "async_rl=true"),
+            (cfg.eval.blocking, "eval.blocking=false"),
+            (trains_whole, "adapters alone to be trained, of which engines can hold two versions"),
+        ):
+            if broken:
+                yield f"eval.num_workers={count} needs {needs}."
     if cfg.rollout.sleep is True and (cfg.async_rl or cfg.rollout.engine == "torch"):
         yield "rollout.sleep=true needs async_rl=false and rollout.engine=vllm."
     if cfg.rollout.tensor_parallel > 1 and not (cfg.async_rl and cfg.rollout.engine != "torch"):

@@ -23,6 +23,8 @@ def banner(cfg: RunConfig, *, step: int = 0) -> list[str]:
     base = "NF4" if model.quantize_base else cfg.dtype
     name = Path(named(model).path).name if Path(model.path).is_absolute() else model.path
     workers = f"{cfg.rollout.num_workers} worker{'s' if cfg.rollout.num_workers > 1 else ''}"
+    if cfg.eval is not None and cfg.eval.num_workers:
+        workers += f" and {cfg.eval.num_workers} for evaluations"
     where = f"{workers} on Ray" if cfg.async_rl else "in this process"
     ranks = f", {cfg.learner_ranks} ranks" if cfg.learner_ranks > 1 else ""
     groups, size = f"{cfg.batch_size} prompts x {cfg.grpo_samples} rollouts", cfg.batch_size * cfg.grpo_samples

@@ -67,8 +67,7 @@ def plan_run(cfg: RunConfig, shapes: Shapes, devices: Devices, start: PeftConfig
         engine = _engine(cfg, training, limits, devices, sync_share(cfg, on_gpu=True))
         places = [_together(cfg, "GPU", learner, engine, devices, processes=1)]
         return RunPlan(places, engine.rollouts, limits.rows, limits.longest)
-    wanted = cfg.learner_ranks + cfg.rollout.num_workers * cfg.rollout.tensor_parallel
-    on_each = math.ceil(wanted / devices.gpus) if devices.gpus else 1
+    on_each = math.ceil(num_devices(cfg) / devices.gpus) if devices.gpus else 1
     engine = _engine(cfg, training, limits, devices, 1 / on_each)
     if on_each == 1:
         places = [
@@ -78,6 +77,16 @@ def plan_run(cfg: RunConfig, shapes: Shapes, devices: Devices, start: PeftConfig
     else:
         places = [_together(cfg, "GPU", learner, engine, devices, processes=on_each)]
     return RunPlan(places, engine.rollouts, limits.rows, limits.longest)
+
+
+def num_devices(cfg: RunConfig) -> int:
+    """GPUs, or CPUs without any, that an asynchronous run's actors need."""
+    return cfg.learner_ranks + num_engine_devices(cfg)
+
+
+def num_engine_devices(cfg: RunConfig) -> int:
+    of_evaluations = 0 if cfg.eval is None else cfg.eval.num_workers
+    return (cfg.rollout.num_workers + of_evaluations) * cfg.rollout.tensor_parallel
 
 
 def sync_share(cfg: RunConfig, *, on_gpu: bool) -> float:
@@ -255,7 +264,7 @@ def _together(
 def _on_cpu(
     cfg: RunConfig, training: Training, learner: LearnerMemory, limits: EngineLimits, devices: Devices
 ) -> RunPlan:
-    workers = cfg.rollout.num_workers * cfg.rollout.tensor_parallel if cfg.async_rl else 1
+    workers = num_engine_devices(cfg) if cfg.async_rl else 1
     if limits.kind == "torch":
         engine = torch_memory(training, limits, shares=not cfg.async_rl)
     else:

@@ -17,7 +17,7 @@ from tora.distributed.device import machine_memory
 from tora.distributed.process_group import World
 from tora.errors import ConfigError
 from tora.launch.engines import largest_rank, make_torch_engine, make_vllm_engine, with_packing, worker_arguments
-from tora.launch.memory import Devices, here, snapshot_bytes
+from tora.launch.memory import Devices, here, num_devices, snapshot_bytes
 from tora.launch.ray_cluster import gpus_per_device, ray_session, role_resources
 from tora.launch.room import Needs, Room
 from tora.launch.signals import Stop
@@ -38,19 +38,19 @@ class OnRay:
         # asked once: a node that is lost takes its resource with it, and what it ran waits for another such node
         self._of_learner = role_resources("learner", cfg.marked_nodes)
         self._of_rollout = role_resources("rollout", cfg.marked_nodes)
-        self._gpus = gpus_per_device(_num_devices(cfg), cfg.device, whole=cfg.whole_gpus)
+        self._gpus = gpus_per_device(num_devices(cfg), cfg.device, whole=cfg.whole_gpus)
         self._cfg = with_packing(cfg, on_gpu=self._gpus > 0)
         self.devices = _devices(cfg, self._gpus)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
             raise ConfigError(
                 f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs: with rollout.num_workers="
-                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} the run needs {_num_devices(cfg)}, "
+                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} the run needs {num_devices(cfg)}, "
                 "but the cluster has fewer."
             )
         if cfg.learner_ranks > 1 and 0 < self._gpus < 1:
             raise ConfigError(
                 f"learner_ranks={cfg.learner_ranks} needs whole GPUs: with rollout.num_workers="
-                f"{cfg.rollout.num_workers} the run needs {_num_devices(cfg)}, but the cluster has fewer. NCCL refuses "
+                f"{cfg.rollout.num_workers} the run needs {num_devices(cfg)}, but the cluster has fewer. NCCL refuses "
                 "two ranks on one GPU; use learner_ranks=1 or fewer workers."
             )
         self._worker_gpus = self._gpus * cfg.rollout.tensor_parallel
@@ -92,16 +92,17 @@ class OnRay:
             # and one each for log-probs, snapshots, heartbeats and aborts
             "max_concurrency": 2 * self._cfg.rollout.concurrency + 5,
         }
-        make_worker = ray_workers(arguments, self._cfg, self._room.of_worker, **options)
+        make_worker = ray_workers(arguments, self._cfg, **options)
         return AsyncRollouts(
             self._cfg,
-            make_worker,
+            partial(make_worker, self._room.of_worker),
             lambda position: partial(stored, prompts.read(position)),
             prompts.held_out,
             state.rollouts,
             version=state.step,
             stop_requested=self._stop,
             watch=self._check_learner,
+            make_evaluator=partial(make_worker, gives_way=True),
         )
 
     def _check_learner(self) -> None:
@@ -111,22 +112,17 @@ class OnRay:
             self._learner.check()
 
 
-def _num_devices(cfg: RunConfig) -> int:
-    """GPUs, or CPUs without any, that the run's actors need."""
-    return cfg.learner_ranks + cfg.rollout.num_workers * cfg.rollout.tensor_parallel
-
-
 def _devices(cfg: RunConfig, share: float) -> Devices:
     """As far as this machine tells: on a cluster of several, GPUs are taken to be like its own."""
     if share == 0:
         return here(cfg) if "RAY_ADDRESS" not in os.environ else Devices(False, None)
     capacity = machine_memory(torch.device("cuda", 0)) if torch.cuda.is_available() else None
-    return Devices(True, capacity, math.ceil(_num_devices(cfg) * share))
+    return Devices(True, capacity, math.ceil(num_devices(cfg) * share))
 
 
 @contextmanager
 def on_ray(cfg: RunConfig, stop: Stop) -> Iterator[OnRay]:
     """Joins or starts a Ray cluster, and leaves or stops it at the end."""
     scratch = stop.leftovers.scratch if stop.leftovers is not None else None
-    with ray_session(_num_devices(cfg), snapshot_bytes=snapshot_bytes(cfg), scratch=scratch):
+    with ray_session(num_devices(cfg), snapshot_bytes=snapshot_bytes(cfg), scratch=scratch):
         yield OnRay(cfg, stop)

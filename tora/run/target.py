@@ -28,10 +28,14 @@ _ALONE: dict[str, Any] = {
     "compile": False,
     "resume_from_checkpoint": False,
     "share_prefix": None,
+    "whole_gpus": False,
+    "marked_nodes": False,
 }
 _ROLLOUT: dict[str, Any] = {
     "num_workers": 1,
+    "min_workers": None,
     "max_workers": None,
+    "stragglers": "wait",
     "tensor_parallel": 1,
     "update": "between_rollouts",
     "recompute_kv": False,
@@ -182,6 +186,8 @@ def _base(config: str | None, name: str) -> tuple[Path, dict[str, Any]]:
 def _load(tree: Tree, overrides: Sequence[str], home: Path) -> RunConfig:
     """A checked config of a tree, for one process. `home`: see `load_config`."""
     tree = {**tree, **_ALONE, "rollout": {**(tree.get("rollout") or {}), **_ROLLOUT}}
+    if tree.get("eval"):
+        tree["eval"] = {**tree["eval"], "num_workers": 0}
     with tempfile.TemporaryDirectory(prefix="tora-config-") as scratch:
         file = Path(scratch, "config.yaml")
         file.write_text(yaml.safe_dump(dict(tree)))
