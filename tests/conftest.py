@@ -21,7 +21,7 @@ import tora  # noqa: E402, F401  (its import fixes must precede transformers and
 _WITHOUT_ENGINES = {
     f"tests/integration/test_{name}.py"
     for name in (
-        *("async_rewards", "bad_environments", "bad_values_end_to_end", "compile", "distributed"),
+        *("abandoned_children", "async_rewards", "bad_environments", "bad_values_end_to_end", "compile", "distributed"),
         *("distributed_reference", "environments", "memory_plan", "optimizer_ranks", "reward_processes"),
         *("vision_scale", "vision_torch_runs"),
     )

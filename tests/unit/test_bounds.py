@@ -24,7 +24,7 @@ AT_LEAST = {
     2: "grpo_samples",
     0: "seed num_threads max_staleness top_k eval.temperature rollout.max_refills rollout.oversample sync.canary_every "
     "rollout.max_restarts max_learner_restarts max_failed_rewards max_bad_steps max_idle_steps min_p eval.top_k "
-    "eval.min_p model.lora_dropout eval.seed log_completions",
+    "eval.min_p model.lora_dropout eval.seed eval.num_workers log_completions",
 }
 ABOVE_0 = (
     "temperature top_p clip_grad_norm model.lora_alpha rollout.kv_cache_gib rollout.gpu_memory_utilization "

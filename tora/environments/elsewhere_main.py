@@ -126,10 +126,12 @@ def main():
     try:
         function = _locate(**json.loads(lines.readline()))
     except BaseException as error:  # a user's module may raise anything
-        connection.sendall(f"{json.dumps(_said(error))}\n".encode())
+        with contextlib.suppress(OSError):  # the parent is gone
+            connection.sendall(f"{json.dumps(_said(error))}\n".encode())
         return
     server = _Server(connection, function)
-    connection.sendall(b"{}\n")
+    with contextlib.suppress(OSError):
+        connection.sendall(b"{}\n")
     server.serve(lines)
     last = threading.Timer(_END_S, _end_group)
     last.daemon = True

@@ -28,7 +28,7 @@ from tora.environments.base import resolve, tool_methods
 from tora.environments.content import Content, content_of, text_content
 from tora.environments.tools import ToolCall
 from tora.errors import ConfigError, portable
-from tora.rewards.processes import end_with_parent, outlive_stops
+from tora.rewards.processes import end_with_parent, outlive_stops, say
 from tora.rewards.rewarder import Call, Column, Unanswered, build_rewarder
 from tora.types import Prompt
 
@@ -217,7 +217,7 @@ def serve() -> None:
 
     def send(number: int, answer: Any) -> None:
         with sending:
-            connection.send((number, answer))
+            say(connection, (number, answer))
 
     outlive_stops()
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -228,15 +228,15 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (asked if hard == resource.RLIM_INFINITY else min(asked, hard), hard))
         host = Host(setup, send)
     except BaseException as error:  # a mistake in the config, or whatever a user's module raises, SystemExit too
-        connection.send(portable(error))
+        say(connection, portable(error))
         return
-    connection.send(host.scored_here)
+    say(connection, host.scored_here)
     # If an environment holds the interpreter lock forever and the parent is gone, only the kernel can end it.
     most_s, hard = int(timeout_s * (os.cpu_count() or 1)) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]
     while True:
         try:
             number, operation, arguments = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             os._exit(0)  # a thread may hang in an environment
         if hard == resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + most_s, hard))

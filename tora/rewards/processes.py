@@ -285,22 +285,30 @@ def serve() -> None:
     try:
         rewarder = build_rewarder(connection.recv())
     except BaseException as error:  # a mistake in the config, or whatever a user's module raises, SystemExit too
-        connection.send(portable(error))
+        say(connection, portable(error))
         return
     numbers = range(len(rewarder.rewards))
-    connection.send((list(map(rewarder.is_async, numbers)), any(map(rewarder.takes_images, numbers))))
+    say(connection, (list(map(rewarder.is_async, numbers)), any(map(rewarder.takes_images, numbers))))
     sys.stdout = printed = Printed(sys.stdout)
     # If a function holds the interpreter lock forever and the parent is gone, only the kernel can end it.
     most_s, hard = int(timeout_s * (os.cpu_count() or 1)) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]
     while True:
         try:
             prompt, calls = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         if hard == resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + most_s, hard))
         columns = rewarder.columns(prompt, calls, timeout_s)
-        connection.send((columns, [call.notes for call in calls], printed.take()))
+        say(connection, (columns, [call.notes for call in calls], printed.take()))
+
+
+def say(connection: Connection, message: Any) -> None:
+    """Send to the parent. One that no longer listens needs this process no more, which then ends."""
+    try:
+        connection.send(message)
+    except (BrokenPipeError, ConnectionResetError):
+        sys.exit()
 
 
 def outlive_stops() -> None:
