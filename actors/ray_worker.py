@@ -46,8 +46,8 @@ class RolloutActor(RolloutWorker):
         return installed()
 
     def build(self, arguments: Mapping[str, Any], folders: Sequence[str], gives_way: bool = False) -> None:
-        """`folders`: to import components from. `gives_way`: its engine and its evaluations have the operating system's
-        lowest priority. What it answers to heartbeats has not."""
+        """`folders`: to import components from. `gives_way`: its engine and its evaluations run when nothing else
+        wants their processor. What it answers to heartbeats is not held up."""
         import_from(folders)
         self._gives_way = gives_way
         if gives_way:
@@ -79,8 +79,12 @@ class RolloutActor(RolloutWorker):
 
 
 def _give_way() -> None:
-    """On Linux of the calling thread alone."""
-    os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
+    """The calling thread, and those that it starts, run when nothing else wants their processor. Where the system has
+    no such policy, this process gets the lowest priority."""
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # Ray's workers have a niceness of 15 anyway
+    else:
+        os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
 
 
 FindPlace = Callable[[], tuple[Any, Callable[[], object]]]

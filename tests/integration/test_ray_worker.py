@@ -20,12 +20,12 @@ from tora.types import Sampling
 
 
 def make_engine(folder: Path) -> Callable[[], Any]:
-    """Of an engine that generates until it is aborted, and leaves files: with its thread's priority when it is made,
+    """Of an engine that generates until it is aborted, and leaves files: with its thread's policy when it is made,
     when it begins and when it ends."""
 
     def make() -> Any:
         print("first words", flush=True)
-        (folder / f"priority_{os.getpriority(os.PRIO_PROCESS, 0)}").touch()
+        (folder / f"policy_{os.sched_getscheduler(0)}").touch()
         from actors.abort import raise_if_aborted
 
         class Endless:
@@ -110,6 +110,7 @@ def test_what_workers_are_sent_and_what_they_say(
         unplaceable = ray_workers({}, cfg, num_cpus=1, resources={"nowhere": 1})
         asyncio.run(use([make(), make(gives_way=True)], unplaceable()))
     assert pickled == [1], "once for both"
-    assert sorted(file.name for file in tmp_path.glob("priority_*")) == ["priority_0", "priority_19"]
+    policies = {int(file.name.rpartition("_")[2]) for file in tmp_path.glob("policy_*")}
+    assert policies == {os.SCHED_OTHER, os.SCHED_IDLE}
     (file,) = (folder / "logs").iterdir()
     assert kept == [f"what it printed is in {file}"] and "first words" in file.read_text()

@@ -93,9 +93,9 @@ class EvalConfig:
     there. Synchronous runs, and those that train whole weights, always pause."""
     num_workers: Annotated[int, AtLeast(0), FREE] = 0
     """Workers for evaluations alone, beside `rollout.num_workers`, for an asynchronous run that trains on while it
-    evaluates. They cost training no time where the machine has a processor to spare, or the cluster a GPU; each runs at
-    the lowest priority of the operating system. Until one is up, and before the run ends, the rollout workers help. 0:
-    they do all of it."""
+    evaluates. They cost training no time where the machine has a processor to spare, or the cluster a GPU; a processor
+    is theirs when nothing else wants it. Until one is up, and before the run ends, the rollout workers help. 0: they do
+    all of it."""
     keep_best: bool = False
     """Export the policy to the folder `best` in `output_dir` whenever the held-out reward of `dataset` is higher than
     it has been."""
