@@ -102,6 +102,7 @@ class Evaluator:
         """The pool's workers do its work meanwhile, so that no number of losses ends the run."""
         if is_fatal(error):
             self._fail(error)
+            return
         reason = f"{error}; {seat.kept_log}" if seat.kept_log else str(error)
         _log.warning("evaluation worker %d is lost (%s)", seat.number, reason)
         self._on_call_ended()

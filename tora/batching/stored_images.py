@@ -55,11 +55,11 @@ def without_images(batch: TrainBatch) -> StoredBatch:
     return replace(batch, micro_batches=micro_batches), [store(each.images) for each in batch.micro_batches]
 
 
-def with_images(stored: StoredBatch) -> TrainBatch:
+def with_images(bare: StoredBatch) -> TrainBatch:
     """Raises Ray's ObjectLostError if an image is on no node any more."""
     import ray
 
-    batch, images = stored
+    batch, images = bare
     references = {each for shown in images for each in shown if isinstance(each, ray.ObjectRef)}
     found = dict(zip(references, ray.get(list(references)), strict=True))
     of_each = [tuple(found[each] if isinstance(each, ray.ObjectRef) else each for each in shown) for shown in images]
