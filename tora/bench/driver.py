@@ -20,6 +20,7 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
+import cloudpickle
 import numpy as np
 
 from tora.batching.stored_images import store, stored, without_images
@@ -39,8 +40,8 @@ class Answering:
     def __init__(self) -> None:
         self.version = 0
 
-    def run_group(self, prompt: Prompt, version: int, *images: bytes) -> GroupResult:
-        return result_of(version)
+    def run_group(self, prompt: Prompt, version: int, *images: bytes) -> bytes:
+        return cloudpickle.dumps(result_of(version))
 
 
 class SharedWorker:
@@ -53,7 +54,7 @@ class SharedWorker:
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
         bare, images = replace(prompt, images=()), store(prompt.images)
-        return await self._actor.run_group.remote(bare, self._version, *images)
+        return pickle.loads(await self._actor.run_group.remote(bare, self._version, *images))
 
     async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
         return [await self.run_group(prompt) for prompt in prompts]
