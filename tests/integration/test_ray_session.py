@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -22,14 +24,22 @@ from tora.launch.on_ray import OnRay
 from tora.launch.ray_cluster import gpus_per_device, output_folder, ray_session, role_resources
 
 
-def test_a_private_session_listens_on_loopback_requires_a_token_and_sends_no_usage_stats(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_private_session_listens_on_loopback_requires_a_token_and_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import ray
     from ray._common.usage.usage_lib import usage_stats_enabled
 
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_IGNORE_UNHANDLED_ERRORS"):
         monkeypatch.delenv(name, raising=False)
+
+    class Rank:
+        def works(self) -> None: ...
+
+        def fails(self) -> None:
+            raise ValueError("nobody hears this")
+
+    monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)
     before = psutil.Process().children(recursive=True)
     with ray_session(num_cpus=1):
         started = [p for p in psutil.Process().children(recursive=True) if p not in before]
@@ -40,6 +50,12 @@ def test_a_private_session_listens_on_loopback_requires_a_token_and_sends_no_usa
         assert not any("client.server" in " ".join(p.cmdline()) for p in started)
         assert not usage_stats_enabled()
         assert role_resources("learner") == {}
+        rank = ray.remote(Rank).remote()
+        answer = rank.fails.remote()
+        ray.get(rank.works.remote())
+        del answer  # as that of the second of two ranks, for which nobody asks
+        time.sleep(1)
+    assert not caplog.messages
     assert not ray.is_initialized()
     assert not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 

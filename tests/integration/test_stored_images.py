@@ -58,9 +58,11 @@ def enlarged(groups: list[Group]) -> list[Group]:
 
 
 def stored_mib() -> int:
+    import ray
     from ray._private.internal_api import memory_summary
 
-    (line,) = [line for line in memory_summary(stats_only=True).splitlines() if "Plasma memory usage" in line]
+    summary = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+    (line,) = [line for line in summary.splitlines() if "Plasma memory usage" in line]
     return int(line.split("usage ")[1].split(" MiB")[0])
 
 

@@ -47,6 +47,8 @@ def ray_session(num_cpus: int, *, snapshot_bytes: int | None = 0, scratch: Path 
 
     Raises ConfigError if nobody answers at RAY_ADDRESS, and ToraError if it is no cluster that can be joined.
     """
+    # of two ranks that fail together the first is told; Ray would print what the other raised
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.pop("RAY_ADDRESS", None)  # empty, which is as good as not set
     joins_existing = "RAY_ADDRESS" in os.environ
