@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def trains_full_weights(cfg: RunConfig) -> bool:
     """Whether any parameter of the model itself is trained, rather than an adapter."""
-    return cfg.model.lora_type == "full" or cfg.model.train_vision == "full"
+    return cfg.model.trains_whole
 
 
 def empty_policy(cfg: RunConfig, device: torch.device, *, masters: bool = False) -> Decoder:

@@ -102,11 +102,10 @@ def _broken_workers(cfg: RunConfig) -> Iterator[str]:
                 f"which is {cfg.rollout.num_workers}."
             )
     if cfg.eval is not None and (count := cfg.eval.num_workers) > 0:
-        trains_whole = cfg.model.lora_type == "full" or cfg.model.train_vision == "full"
         for broken, needs in (
             (not cfg.async_rl, "async_rl=true"),
             (cfg.eval.blocking, "eval.blocking=false"),
-            (trains_whole, "adapters alone to be trained, of which engines can hold two versions"),
+            (cfg.model.trains_whole, "adapters alone to be trained, of which engines can hold two versions"),
         ):
             if broken:
                 yield f"eval.num_workers={count} needs {needs}."

@@ -71,6 +71,11 @@ class ModelConfig:
     """Keep the frozen base in NF4, about 4.13 bits per weight: QLoRA, or QDoRA with `lora_type=dora` or `dora_cache`.
     Needs an adapter. See `rollout.base` for the weights that vLLM serves."""
 
+    @property
+    def trains_whole(self) -> bool:
+        """Whether weights of the model itself are trained, of which engines hold one version."""
+        return self.lora_type == "full" or self.train_vision == "full"
+
 
 @dataclass(kw_only=True)
 class EvalConfig:

@@ -21,8 +21,7 @@ from tora.types import Group
 
 def evaluates_behind(cfg: RunConfig) -> bool:
     """Whether the run trains on while it is evaluated. Engines hold no second version of whole weights."""
-    trains_whole = cfg.model.lora_type == "full" or cfg.model.train_vision == "full"
-    return cfg.eval is not None and not cfg.eval.blocking and cfg.async_rl and not trains_whole
+    return cfg.eval is not None and not cfg.eval.blocking and cfg.async_rl and not cfg.model.trains_whole
 
 
 class Evaluations:
