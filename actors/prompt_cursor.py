@@ -12,7 +12,7 @@ from tora.types import Group, Prompt, RolloutState
 
 
 class PromptCursor:
-    """Yields the prompts that an interrupted run left pending, then the stream in order, whichever is made first."""
+    """Yields the prompts that an interrupted run left pending, then the stream, in order, each once it is made."""
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from actors.buffer import split_by_deadline
 from tora.errors import ConfigError
 from tora.run.group_files import load_groups, save_groups
-from tora.types import Group, RolloutState, StopReason
+from tora.types import Group, Prompt, RolloutState, StopReason
 
 
 def test_it_resumes_with_pending_prompts_first() -> None:
@@ -107,13 +108,20 @@ def test_under_a_smaller_bound_late_groups_are_generated_again() -> None:
     assert (len(good), late) == (5, [])
     good, late = split_by_deadline(finished, 2, 1, 6)
     assert [g.prompt.id for _, g in good] == [2, 3, 4] and [g.prompt.id for _, g in late] == [0, 1]
+
+    def slow_at_1(prompt_id: int) -> Prompt:
+        time.sleep(0.05 * (prompt_id == 1))  # 0 is done before 1 is made; 5 waits for its turn all the same
+        return make_prompt(prompt_id)
+
     worker = FakeWorker()
     state = RolloutState(5, [], finished)
-    with running(config(1, workers=1, batch_size=2), lambda: worker, state=state, version=6) as rollouts:
+    cfg = config(1, workers=1, batch_size=2)
+    with running(cfg, lambda: worker, prompt_at=slow_at_1, state=state, version=6) as rollouts:
         rollouts.publish(make_snapshot(6))
         assert next_batch(rollouts, 6).prompt_ids == (2, 3)
-        rollouts.publish(make_snapshot(7))
-        next_batch(rollouts, 7)
+        for step in (7, 8):
+            rollouts.publish(make_snapshot(step))
+            next_batch(rollouts, step)
         assert worker.prompt_ids[:3] == [0, 1, 5]
 
 
