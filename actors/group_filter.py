@@ -71,14 +71,17 @@ class FailedRollouts:
     def __init__(self, max_share: float, window: int) -> None:
         """`window`: the number of most recent groups to average over. A window that is not yet full never raises."""
         self._max_share = max_share
-        self._recent: deque[tuple[int, int]] = deque(maxlen=window)
+        self._window = window
+        self._recent: deque[tuple[int, int]] = deque()
+        """Of each group the rollouts that failed, and all."""
+        self._failed = self._total = 0
+        """Their sums."""
         self._warned: dict[str | None, set[str]] = defaultdict(set)
         """Reasons without their numbers, by the name of the reward, and of the engine under None."""
 
     def add(self, group: Group) -> None:
         """Raises RolloutError if more than `max_share` of the recent rollouts have failed."""
-        failed = len(group.failures) + len(group.bad_logprobs)
-        self._recent.append((failed, group.num_left_out + len(group.rollouts)))
+        self._count(len(group.failures) + len(group.bad_logprobs), group.num_left_out + len(group.rollouts))
         for bad in group.bad_logprobs:
             self._last = f"the engine's log-prob of token {bad.index} is {bad.value} under policy version {bad.version}"
             if self._is_new(None, ""):
@@ -89,12 +92,19 @@ class FailedRollouts:
                 scores = "" if failure.parts is None else f", and scores {failure.parts.get(failure.name, 0.0):g}"
                 prompt = f"{group.prompt.id} ({shown(group.prompt)!r})"
                 _log.warning("%s, for a rollout of prompt %s%s", self._last, prompt, scores)
-        failed, total = (sum(column) for column in zip(*self._recent, strict=True))
-        if len(self._recent) == self._recent.maxlen and failed > self._max_share * total:
+        if len(self._recent) == self._window and self._failed > self._max_share * self._total:
             raise RolloutError(
-                f"{failed} of the last {total} rollouts failed, more than max_failed_rewards={self._max_share:g}; the "
-                f"last: {self._last}"
+                f"{self._failed} of the last {self._total} rollouts failed, more than "
+                f"max_failed_rewards={self._max_share:g}; the last: {self._last}"
             )
+
+    def _count(self, failed: int, total: int) -> None:
+        self._recent.append((failed, total))
+        if len(self._recent) > self._window:
+            old_failed, old_total = self._recent.popleft()
+            failed, total = failed - old_failed, total - old_total
+        self._failed += failed
+        self._total += total
 
     def _is_new(self, name: str | None, reason: str) -> bool:
         kind, known = re.sub(r"\d+", "", reason), self._warned[name]

@@ -5,6 +5,7 @@ Shape letters: G rollouts of a group, B sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,15 +19,16 @@ separates them is rounding, which a division by their standard deviation would t
 
 def differ(values: Sequence[float] | np.ndarray) -> bool:
     """Whether the values differ by more than `SIGNAL_EPSILON`. False for none, and if one is not finite."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0 or not np.isfinite(array).all():
+    numbers = np.asarray(values, dtype=np.float64).tolist()  # a group is too small for numpy to be faster
+    if not numbers or not all(map(math.isfinite, numbers)):
         return False
-    return bool(np.ptp(array) > SIGNAL_EPSILON * max(1.0, np.abs(array).max()))
+    low, high = min(numbers), max(numbers)
+    return high - low > SIGNAL_EPSILON * max(1.0, abs(low), abs(high))
 
 
 def _level(rewards_G: np.ndarray) -> bool:
     """Whether the rewards are finite and do not `differ`. Rewards that are not finite must show in the advantages."""
-    return bool(np.isfinite(rewards_G).all()) and not differ(rewards_G)
+    return not differ(rewards_G) and all(map(math.isfinite, rewards_G.tolist()))
 
 
 def group_advantages(rewards_G: Sequence[float] | np.ndarray, normalize: bool) -> np.ndarray:

@@ -44,16 +44,15 @@ def pack(
     """One micro-batch of the given sequences, whose response tokens have the weights `weights_B`."""
     _, rollouts, advantages_B, groups_B = zip(*sequences_B, strict=True)
     counts = [rollout.num_sampled for rollout in rollouts]
+    tokens, sampled = np.concatenate([r.token_ids for r in rollouts]), np.concatenate([r.sampled for r in rollouts])
     images, image_I = distinct(packing.images(sequences_B))
     return MicroBatch(
         **packing.lay_out(sequences_B),
-        targets_N=np.concatenate([r.token_ids[r.sampled] for r in rollouts]).astype(np.int64),
+        targets_N=tokens[sampled].astype(np.int64),
         sequence_N=np.repeat(np.arange(len(counts)), counts).astype(np.int64),
         actor_logprobs_N=np.concatenate([r.actor_logprobs for r in rollouts]).astype(np.float32),
         versions_N=np.concatenate([r.versions for r in rollouts]).astype(np.int64),
-        advantages_N=np.concatenate([np.broadcast_to(a, n) for a, n in zip(advantages_B, counts, strict=True)]).astype(
-            np.float32
-        ),
+        advantages_N=np.concatenate([np.full(n, a, np.float32) for a, n in zip(advantages_B, counts, strict=True)]),
         weights_N=np.repeat(weights_B, counts).astype(np.float32),
         rewards_B=np.asarray([r.reward for r in rollouts], dtype=np.float64),
         groups_B=np.asarray(groups_B, dtype=np.int64),

@@ -43,23 +43,20 @@ class OwnPrompts:
         return spread(bins(lengths, capacity), lengths, num_ranks)
 
     def lay_out(self, sequences_B: Sequence[TrainSequence]) -> Layout:
-        prompt_lengths = [len(prompt.token_ids) for prompt, _, _, _ in sequences_B]
-        counts = [len(rollout.token_ids) for _, rollout, _, _ in sequences_B]
-        lengths = np.add(prompt_lengths, counts)
-        starts = np.cumsum(lengths) - lengths
-        # a response token is predicted at the position before it
-        response = [
-            start + length - 1 + np.flatnonzero(rollout.sampled)
-            for start, length, (_, rollout, _, _) in zip(starts, prompt_lengths, sequences_B, strict=True)
-        ]
-        return _arrays(
-            [mask for prompt, rollout, _, _ in sequences_B for mask in (_all_of(prompt.token_ids), ~rollout.sampled)],
-            tokens_T=[ids for prompt, rollout, _, _ in sequences_B for ids in (prompt.token_ids, rollout.token_ids)],
-            positions_T=[np.arange(n) for n in lengths],
-            prompt_lengths_P=[[]],
-            lengths_B=[lengths],
-            prompt_B=[[]],
-            response_N=response,
+        lengths = np.array([len(prompt.token_ids) + len(rollout.token_ids) for prompt, rollout, _, _ in sequences_B])
+        given_T = np.concatenate(
+            [mask for prompt, rollout, _, _ in sequences_B for mask in (_all_of(prompt.token_ids), ~rollout.sampled)]
+        )
+        return _layout(
+            tokens_T=_joined(
+                ids for prompt, rollout, _, _ in sequences_B for ids in (prompt.token_ids, rollout.token_ids)
+            ),
+            positions_T=_counted(lengths),
+            prompt_lengths_P=np.array([]),
+            lengths_B=lengths,
+            prompt_B=np.array([]),
+            response_N=np.flatnonzero(~given_T) - 1,  # a response token is predicted at the position before it
+            given_T=given_T,
         )
 
 
@@ -102,24 +99,23 @@ class SharedPrompts:
         prompt_lengths = np.array([len(ids) for ids in prompts.values()])
         prompt_B = np.array([prompt_index[number] for _, _, _, number in sequences_B])
         counts = np.array([len(rollout.token_ids) for _, rollout, _, _ in sequences_B])
+        given_T = np.concatenate(
+            [*map(_all_of, prompts.values()), *(~rollout.sampled for _, rollout, _, _ in sequences_B)]
+        )
         prompt_ends, ends = np.cumsum(prompt_lengths), prompt_lengths.sum() + np.cumsum(counts)
         # a prompt's last position predicts the first token of each of its completions
-        response = [
-            np.concatenate([[prompt_ends[p] - 1], np.arange(end - count, end - 1)])[rollout.sampled]
-            for p, end, count, (_, rollout, _, _) in zip(prompt_B, ends, counts, sequences_B, strict=True)
-        ]
-        offsets = prompt_lengths[prompt_B]
-        return _arrays(
-            [*map(_all_of, prompts.values()), *(~rollout.sampled for _, rollout, _, _ in sequences_B)],
-            tokens_T=[*prompts.values(), *(rollout.token_ids for _, rollout, _, _ in sequences_B)],
-            positions_T=[
-                *(np.arange(n) for n in prompt_lengths),
-                *(n + np.arange(count) for n, count in zip(offsets, counts, strict=True)),
-            ],
-            prompt_lengths_P=[prompt_lengths],
-            lengths_B=[counts],
-            prompt_B=[prompt_B],
-            response_N=response,
+        predictor_T = np.arange(len(given_T)) - 1
+        predictor_T[ends - counts] = prompt_ends[prompt_B] - 1
+        return _layout(
+            tokens_T=_joined([*prompts.values(), *(rollout.token_ids for _, rollout, _, _ in sequences_B)]),
+            positions_T=np.concatenate(
+                [_counted(prompt_lengths), _counted(counts) + np.repeat(prompt_lengths[prompt_B], counts)]
+            ),
+            prompt_lengths_P=prompt_lengths,
+            lengths_B=counts,
+            prompt_B=prompt_B,
+            response_N=predictor_T[~given_T],
+            given_T=given_T,
         )
 
 
@@ -186,10 +182,18 @@ def halves(indices: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], l
     return parts
 
 
-def _arrays(given: Iterable[np.ndarray], **arrays: Sequence[Sequence[int] | np.ndarray]) -> Layout:
-    """Concatenate the parts of each array, `given_T` as bool and the others as int64."""
-    integers = {name: np.concatenate(parts).astype(np.int64) for name, parts in arrays.items()}
-    return {"given_T": np.concatenate([*given]), **integers}
+def _layout(given_T: np.ndarray, **arrays: np.ndarray) -> Layout:
+    return {"given_T": given_T, **{name: array.astype(np.int64, copy=False) for name, array in arrays.items()}}
+
+
+def _joined(parts: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+
+def _counted(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each length, end to end."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
 def _all_of(token_ids: Sequence[int]) -> np.ndarray:

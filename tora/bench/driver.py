@@ -23,6 +23,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from actors.packed_group import packed, unpacked
 from tora.batching.stored_images import store, stored, without_images
 from tora.bench.simulate import WARM_UP, Scenario, SleepingLearner, result_of, scenario_config, timed_run
 from tora.launch.ray_cluster import ray_session
@@ -40,8 +41,9 @@ class Answering:
     def __init__(self) -> None:
         self.version = 0
 
-    def run_group(self, prompt: Prompt, version: int, *images: bytes) -> bytes:
-        return cloudpickle.dumps(result_of(version))
+    def run_group_with(self, pickled: bytes, *images: bytes) -> bytes:
+        _, version = pickle.loads(pickled)
+        return packed(result_of(version))
 
 
 class SharedWorker:
@@ -54,7 +56,8 @@ class SharedWorker:
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
         bare, images = replace(prompt, images=()), store(prompt.images)
-        return pickle.loads(await self._actor.run_group.remote(bare, self._version, *images))
+        arguments = cloudpickle.dumps((bare, self._version))
+        return unpacked(await self._actor.run_group_with.remote(arguments, *images))
 
     async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
         return [await self.run_group(prompt) for prompt in prompts]
@@ -136,7 +139,7 @@ def measure(num_workers: int, image_bytes: int, num_steps: int) -> Work:
         process_ms=1000 * (learner.process[last] - learner.process[first]) / groups,
         loop_ms=1000 * (learner.loop[last] - learner.loop[first]) / groups,
         sent=len(pickle.dumps(make(0))),
-        received=len(pickle.dumps(result_of(0))),
+        received=len(packed(result_of(0))),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from tora.reporting.evaluation import EvalResult
 from tora.run.bad_steps import BadSteps
 from tora.run.evaluations import Evaluations
+from tora.run.frozen_heap import frozen_heap
 from tora.run.idle_steps import IdleSteps
 from tora.run.run import Run
 
@@ -37,6 +38,7 @@ class Outcome:
     """Whether no step of this process trained anything."""
 
 
+@frozen_heap()
 def train(run: Run) -> Outcome:
     """Train from `run.state.step` to `run.cfg.num_steps`, or until a stop is requested.
 
