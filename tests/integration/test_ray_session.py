@@ -18,7 +18,7 @@ import psutil
 import pytest
 from learners import config
 
-from tora.config.schema import RolloutConfig
+from tora.config.schema import EvalConfig, RolloutConfig
 from tora.errors import ConfigError
 from tora.launch.on_ray import OnRay
 from tora.launch.ray_cluster import gpus_per_device, output_folder, ray_session, role_resources
@@ -145,6 +145,15 @@ def test_what_needs_whole_gpus_is_refused_on_shares(change: dict[str, Any], monk
     OnRay(cfg)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0})
     with pytest.raises(ConfigError, match="needs whole GPUs"):
+        OnRay(cfg)
+
+
+def test_a_refusal_names_all_that_need_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(Path("model"), async_rl=True, learner_ranks=2, eval=EvalConfig(dataset={}, num_workers=1))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0})
+    OnRay(cfg)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 3.0})
+    with pytest.raises(ConfigError, match=r"eval\.num_workers=1 the run needs 4"):
         OnRay(cfg)
 
 

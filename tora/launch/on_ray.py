@@ -42,16 +42,11 @@ class OnRay:
         self._cfg = with_packing(cfg, on_gpu=self._gpus > 0)
         self.devices = _devices(cfg, self._gpus)
         if cfg.rollout.tensor_parallel > 1 and 0 < self._gpus < 1:
-            raise ConfigError(
-                f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs: with rollout.num_workers="
-                f"{cfg.rollout.num_workers} and learner_ranks={cfg.learner_ranks} the run needs {num_devices(cfg)}, "
-                "but the cluster has fewer."
-            )
+            raise ConfigError(f"rollout.tensor_parallel={cfg.rollout.tensor_parallel} needs whole GPUs{_wanted(cfg)}")
         if cfg.learner_ranks > 1 and 0 < self._gpus < 1:
             raise ConfigError(
-                f"learner_ranks={cfg.learner_ranks} needs whole GPUs: with rollout.num_workers="
-                f"{cfg.rollout.num_workers} the run needs {num_devices(cfg)}, but the cluster has fewer. NCCL refuses "
-                "two ranks on one GPU; use learner_ranks=1 or fewer workers."
+                f"learner_ranks={cfg.learner_ranks} needs whole GPUs{_wanted(cfg)} NCCL refuses two ranks on one "
+                "GPU; use learner_ranks=1 or fewer workers."
             )
         self._worker_gpus = self._gpus * cfg.rollout.tensor_parallel
         self._room = Room(
@@ -110,6 +105,14 @@ class OnRay:
         with it may wait for long."""
         if self._learner is not None:
             self._learner.check()
+
+
+def _wanted(cfg: RunConfig) -> str:
+    """The end of a sentence that says what needs whole GPUs."""
+    settings = [f"rollout.num_workers={cfg.rollout.num_workers}", f"learner_ranks={cfg.learner_ranks}"]
+    if cfg.eval is not None and cfg.eval.num_workers:
+        settings.append(f"eval.num_workers={cfg.eval.num_workers}")
+    return f": with {', '.join(settings)} the run needs {num_devices(cfg)}, but the cluster has fewer."
 
 
 def _devices(cfg: RunConfig, share: float) -> Devices:
