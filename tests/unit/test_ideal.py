@@ -1,9 +1,10 @@
-"""The event simulation of `tora.bench.ideal`."""
+"""The event simulation of `tora.bench.ideal`, and what it and the driver's bench refuse."""
 
 from __future__ import annotations
 
 import pytest
 
+from tora.bench import driver
 from tora.bench.ideal import main, time_per_step
 
 
@@ -28,3 +29,17 @@ def test_what_helps() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--actors", "4", "--steps", "20"]) == 0
     assert "oversample 0.25" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--actors", "0"], ["--steps", "0"], ["--staleness", "-1"]])
+def test_a_number_out_of_range(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--steps", "0"], ["--image-bytes", "-1"]])
+def test_a_number_out_of_range_for_the_driver(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        driver.main(words)
+    assert "at least 1" in capsys.readouterr().err

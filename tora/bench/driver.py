@@ -149,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image-bytes", type=int, default=10**6)
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args(arguments)
+    if min(args.workers, args.steps, args.image_bytes) < 1:
+        parser.error("--workers, --image-bytes and --steps are at least 1")
     work = measure(args.workers, args.image_bytes, args.steps)
     print(
         f"{args.workers} workers, prompts of {work.sent:,} bytes: {work.process_ms:.2f} ms of the driver a group, "

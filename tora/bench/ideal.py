@@ -79,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--staleness", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4000)
     args = parser.parse_args(arguments)
+    if min(args.actors, args.steps) < 1 or args.staleness < 0:
+        parser.error("--actors and --steps are at least 1, and --staleness at least 0")
     shares = (0.0, 0.25, 0.5, 1.0)
     table = Table(title=f"{args.actors} workers, max_staleness {args.staleness}", title_justify="left", box=None)
     table.add_column("jitter", justify="right")
