@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import pickle
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
-import cloudpickle
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from actors.packed_group import packed, unpacked
+from actors.packed_group import packed, packed_call, unpacked, unpacked_call
 from actors.worker import RolloutWorker
-from tora.batching.stored_images import store
 from tora.config.components import import_from
 from tora.config.schema import RunConfig
 from tora.distributed.ray_logs import keep_log
@@ -62,11 +58,9 @@ class RolloutActor(RolloutWorker):
         with portable_errors():
             return super().run_group(prompt, ticket)
 
-    def run_group_with(self, pickled: bytes, *images: bytes) -> bytes:
-        """`run_group`, with messages that cost the driver less: its arguments as bytes, which Ray takes as they are,
-        and its result `packed`. `images`: those of the prompt, which comes without them."""
-        prompt, ticket = pickle.loads(pickled)
-        return packed(self.run_group(replace(prompt, images=images), ticket))
+    def run_group_packed(self, *call: bytes) -> bytes:
+        """`run_group` of a `packed_call`. The result is `packed`."""
+        return packed(self.run_group(*unpacked_call(*call)))
 
     def evaluate(self, prompts_P: Sequence[Prompt], pinned: PolicySnapshot | None = None) -> list[GroupResult]:
         if self._gives_way:
@@ -147,9 +141,7 @@ class RayWorker:
         """A call that is cancelled is aborted in the engine."""
         ticket = next(self._tickets)
         try:
-            bare, images = replace(prompt, images=()), store(prompt.images)
-            arguments = cloudpickle.dumps((bare, ticket))
-            return unpacked(await _result(self._actor.run_group_with.remote(arguments, *images)))
+            return unpacked(await _result(self._actor.run_group_packed.remote(*packed_call(prompt, ticket))))
         except asyncio.CancelledError:
             self._actor.abort.remote(ticket)
             raise

@@ -1,4 +1,4 @@
-"""A group's result on its way from a worker to the driver."""
+"""A group's prompt and its result on their way between driver and worker."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.packed_group import packed, unpacked
+from actors.packed_group import packed, packed_call, unpacked, unpacked_call
 from tora.models.vision.encoded_image import EncodedImage
-from tora.types import BadLogprob, FailedReward, GroupResult, Rollout, StopReason
+from tora.types import BadLogprob, FailedReward, GroupResult, Prompt, Rollout, StopReason
 
 
 def episode(seed: int) -> Rollout:
@@ -73,6 +73,13 @@ def test_a_result_comes_back_as_it_was(name: str) -> None:
 def test_images_keep_their_kind() -> None:
     (rollout,) = unpacked(packed(results()["one"])).rollouts
     assert [type(image) for image in rollout.images] == [EncodedImage]
+
+
+def test_a_call_comes_back_as_it_was() -> None:
+    prompt = Prompt(7, (3, 4), [{"role": "user"}], {"answer": "4"}, (EncodedImage(b"png"), EncodedImage(b"jpeg")))
+    pickled, *images = packed_call(prompt, 9)
+    assert b"jpeg" not in pickled, "images go beside it"
+    assert unpacked_call(pickled, *images) == (prompt, 9)
 
 
 def test_arrays_may_be_written_to() -> None:

@@ -15,16 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any
 
-import cloudpickle
 import numpy as np
 
-from actors.packed_group import packed, unpacked
-from tora.batching.stored_images import store, stored, without_images
+from actors.packed_group import packed, packed_call, unpacked, unpacked_call
+from tora.batching.stored_images import stored, without_images
 from tora.bench.simulate import WARM_UP, Scenario, SleepingLearner, result_of, scenario_config, timed_run
 from tora.launch.ray_cluster import ray_session
 from tora.models.vision.parts import encoded
@@ -41,8 +40,8 @@ class Answering:
     def __init__(self) -> None:
         self.version = 0
 
-    def run_group_with(self, pickled: bytes, *images: bytes) -> bytes:
-        _, version = pickle.loads(pickled)
+    def run_group_packed(self, *call: bytes) -> bytes:
+        _, version = unpacked_call(*call)
         return packed(result_of(version))
 
 
@@ -55,9 +54,7 @@ class SharedWorker:
     async def start(self, limit_s: float) -> None: ...
 
     async def run_group(self, prompt: Prompt) -> GroupResult:
-        bare, images = replace(prompt, images=()), store(prompt.images)
-        arguments = cloudpickle.dumps((bare, self._version))
-        return unpacked(await self._actor.run_group_with.remote(arguments, *images))
+        return unpacked(await self._actor.run_group_packed.remote(*packed_call(prompt, self._version)))
 
     async def evaluate(self, prompts: Sequence[Prompt], pinned: Any = None) -> list[GroupResult]:
         return [await self.run_group(prompt) for prompt in prompts]
