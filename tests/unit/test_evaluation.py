@@ -158,6 +158,14 @@ def test_a_stopped_run_reports_no_score_that_it_did_not_measure(tmp_path: Path) 
     assert outcome.before is not None and outcome.before.reward == pytest.approx(0.1)
 
 
+def test_a_resumed_run_knows_the_step_of_its_first_score(tmp_path: Path) -> None:
+    run = make(tmp_path, Evaluated([0.2, 0.3, 0.4]), at_start=True)
+    run.state.step = 3
+    outcome = train(run)
+    assert outcome.before is not None and outcome.before.reward == pytest.approx(0.2)
+    assert (outcome.before_step, outcome.after_step) == (3, 5)
+
+
 def test_steps_that_train_nothing_are_said_once_in_a_row_and_end_the_run(tmp_path: Path) -> None:
     run = make(tmp_path, Evaluated([], idle=(0, 2, 3)))
     run.log = Warnings()

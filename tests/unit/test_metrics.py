@@ -160,26 +160,28 @@ def test_smooth_keeps_length_and_level():
 
 
 def test_summary_shows_scores_time_traffic_and_adapter(tmp_path: Path):
-    console = Console(file=io.StringIO(), width=60)
     adapter = tmp_path / "adapter"
-    print_summary(
-        name="demo",
-        before=EvalResult(reward=0.3, num_prompts=4, accuracy=0.2),
-        after=EvalResult(reward=0.875, num_prompts=4, accuracy=0.75),
-        after_step=30,
-        num_steps=40,
-        seconds=3723,
-        result=adapter,
-        curve=tmp_path / "reward_curve.png",
-        bytes_per_sync=28672,
-        console=console,
-    )
-    shown = cast(io.StringIO, console.file).getvalue()
-    assert (
-        "0.300 -> 0.875 (after step 30)" in shown
-        and "0.200 -> 0.750" in shown
-        and "40 in 1:02:03" in shown
-        and "28,672" in shown
-    )
+
+    def summary(before_step: int, after_step: int) -> str:
+        console = Console(file=io.StringIO(), width=60)
+        print_summary(
+            name="demo",
+            before=EvalResult(reward=0.3, num_prompts=4, accuracy=0.2),
+            before_step=before_step,
+            after=EvalResult(reward=0.875, num_prompts=4, accuracy=0.75),
+            after_step=after_step,
+            num_steps=40,
+            seconds=3723,
+            result=adapter,
+            curve=tmp_path / "reward_curve.png",
+            bytes_per_sync=28672,
+            console=console,
+        )
+        return cast(io.StringIO, console.file).getvalue()
+
+    shown = summary(0, 30)
+    assert "0.300 -> 0.875 (after step 30)" in shown and "0.200 -> 0.750 (after step 30)" in shown
+    assert "40 in 1:02:03" in shown and "28,672" in shown
     assert str(adapter) in "".join(line.strip() for line in shown.splitlines())
+    assert "0.300 (after step 10) -> 0.875\n" in "".join(line.rstrip() + "\n" for line in summary(10, 40).splitlines())
     assert duration(59.6) == "1:00"

@@ -243,6 +243,7 @@ def _report(finished: Run, outcome: Outcome) -> None:
         name=finished.cfg.name,
         outcome=_ending(finished, outcome),
         before=outcome.before,
+        before_step=outcome.before_step,
         after=outcome.after,
         after_step=outcome.after_step,
         num_steps=finished.state.step,

@@ -92,16 +92,16 @@ def _style(axis: Any) -> None:
     axis.margins(x=0.03)
 
 
-def _scores(name: str, before: float | None, after: float | None, when: str) -> tuple[str, str]:
-    """A row of the summary; `when` follows the last number."""
-    numbers = " -> ".join(f"{value:.3f}" for value in (before, after) if value is not None)
-    return name, f"[bold green]{numbers}[/]{when}"
+def _scores(name: str, *scores: tuple[float | None, str]) -> tuple[str, str]:
+    """A row of the summary, of the scores that there are, each with what follows it."""
+    return name, " -> ".join(f"[bold green]{value:.3f}[/]{when}" for value, when in scores if value is not None)
 
 
 def print_summary(
     *,
     name: str,
     before: EvalResult | None,
+    before_step: int,
     after: EvalResult | None,
     after_step: int,
     num_steps: int,
@@ -115,7 +115,7 @@ def print_summary(
 ) -> None:
     """Prints the run as a table, with only the held-out scores that were measured.
 
-    `after`: the evaluation after step `after_step`. `result`: the folder of the trained policy, `best` that of the best
+    `before`, `after`: the evaluations after steps `before_step` and `after_step`. `result`: the folder of the trained policy, `best` that of the best
     one. `outcome`: how the run ended before its last step, as a clause.
     """
     table = Table(title=name, title_style="bold", title_justify="left", show_header=False, box=None, pad_edge=False)
@@ -123,12 +123,15 @@ def print_summary(
     table.add_column(overflow="fold")  # users copy paths from here, so they are never cut
     if outcome:
         table.add_row("outcome", Text(outcome, style="bold yellow"))
-    when = f" (after step {after_step})" if after is not None and after_step != num_steps else ""
+    began = f" (after step {before_step})" if before_step else ""
+    ended = f" (after step {after_step})" if after_step != num_steps else ""
     measured = after or before
     if measured is not None:
-        table.add_row(*_scores("held-out reward", before and before.reward, after and after.reward, when))
+        rewards = (before and before.reward, began), (after and after.reward, ended)
+        table.add_row(*_scores("held-out reward", *rewards))
     if measured is not None and measured.accuracy not in (None, measured.reward):
-        table.add_row(*_scores("held-out accuracy", before and before.accuracy, after and after.accuracy, when))
+        accuracies = (before and before.accuracy, began), (after and after.accuracy, ended)
+        table.add_row(*_scores("held-out accuracy", *accuracies))
     table.add_row("steps", f"{num_steps} in {duration(seconds)}")
     table.add_row("bytes per sync", f"{bytes_per_sync:,}")
     table.add_row(result.name, Text(str(result)))

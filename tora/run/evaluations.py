@@ -31,11 +31,12 @@ class Evaluations:
         self._run, self._behind = run, evaluates_behind(run.cfg)
         self.before: EvalResult | None = None
         """Of the policy that training began with; None if it was not evaluated."""
+        self.before_step = run.state.step
+        """The step after which this process began."""
         self.after: EvalResult | None = None
         """The last one after a step; None if there is none."""
         self.after_step = 0
         """The step after which it was measured."""
-        self._first_step = run.state.step
         self._running: int | None = None
         """The version that is being evaluated."""
 
@@ -86,7 +87,7 @@ class Evaluations:
             return False
         step, self._running = self._running, None
         result = self._record(step, groups)
-        if step == self._first_step:
+        if step == self.before_step:
             self.before = result
         else:
             self.after, self.after_step = result, step

@@ -24,6 +24,8 @@ class Outcome:
 
     before: EvalResult | None
     """At the first step of this process; None if it was not evaluated then."""
+    before_step: int
+    """The step after which this process began: more than 0 if it resumed."""
     after: EvalResult | None
     """The last one after a step; None if there is none."""
     after_step: int
@@ -103,6 +105,7 @@ def train(run: Run) -> Outcome:
     seconds = time.perf_counter() - start
     return Outcome(
         before=evaluations.before,
+        before_step=evaluations.before_step,
         after=evaluations.after,
         after_step=evaluations.after_step,
         end=end,
