@@ -68,6 +68,10 @@ class RolloutActor(RolloutWorker):
         with portable_errors():
             return super().evaluate(prompts_P, pinned)
 
+    def evaluate_packed(self, prompts_P: Sequence[Prompt], pinned: PolicySnapshot | None = None) -> list[bytes]:
+        """`evaluate` with each result `packed`."""
+        return list(map(packed, self.evaluate(prompts_P, pinned)))
+
     def forward(self, snapshot: PolicySnapshot) -> SyncReport:
         with portable_errors():
             return super().forward(snapshot)
@@ -147,9 +151,12 @@ class RayWorker:
             raise
 
     async def evaluate(self, prompts: Sequence[Prompt], pinned: SnapshotRef | None = None) -> list[GroupResult]:
+        evaluate = self._actor.evaluate_packed.remote
         if pinned is None:
-            return await _result(self._actor.evaluate.remote(list(prompts)))
-        return await _with_snapshot(self._actor.evaluate.remote(list(prompts), pinned.data), pinned)
+            results = await _result(evaluate(list(prompts)))
+        else:
+            results = await _with_snapshot(evaluate(list(prompts), pinned.data), pinned)
+        return list(map(unpacked, results))
 
     async def logprobs(self, requests: Sequence[LogprobRequest], adapter: bool) -> list[np.ndarray]:
         return await _result(self._actor.logprobs.remote(list(requests), adapter=adapter))
