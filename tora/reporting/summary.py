@@ -115,8 +115,8 @@ def print_summary(
 ) -> None:
     """Prints the run as a table, with only the held-out scores that were measured.
 
-    `before`, `after`: the evaluations after steps `before_step` and `after_step`. `result`: the folder of the trained policy, `best` that of the best
-    one. `outcome`: how the run ended before its last step, as a clause.
+    `before`, `after`: the evaluations after steps `before_step` and `after_step`. `result`: the folder of the trained
+    policy, `best` that of the best one. `outcome`: how the run ended before its last step, as a clause.
     """
     table = Table(title=name, title_style="bold", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
