@@ -9,8 +9,6 @@ from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import uvloop
-
 T = TypeVar("T")
 _STOP_POLL_S = 0.2
 
@@ -18,7 +16,7 @@ _STOP_POLL_S = 0.2
 class LoopThread:
     def __init__(self, name: str, watch: Callable[[], object] = lambda: None) -> None:
         """`watch`: called again and again while `wait_for` waits. What it raises ends the wait."""
-        self._loop, self._watch = uvloop.new_event_loop(), watch
+        self._loop, self._watch = asyncio.new_event_loop(), watch
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
