@@ -183,5 +183,6 @@ def test_summary_shows_scores_time_traffic_and_adapter(tmp_path: Path):
     assert "0.300 -> 0.875 (after step 30)" in shown and "0.200 -> 0.750 (after step 30)" in shown
     assert "40 in 1:02:03" in shown and "28,672" in shown
     assert str(adapter) in "".join(line.strip() for line in shown.splitlines())
-    assert "0.300 (after step 10) -> 0.875\n" in "".join(line.rstrip() + "\n" for line in summary(10, 40).splitlines())
+    resumed = [line.rstrip() for line in summary(10, 40).splitlines()]
+    assert "held-out reward    0.300 (after step 10) -> 0.875" in resumed
     assert duration(59.6) == "1:00"

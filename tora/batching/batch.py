@@ -52,7 +52,7 @@ def pack(
         sequence_N=np.repeat(np.arange(len(counts)), counts).astype(np.int64),
         actor_logprobs_N=np.concatenate([r.actor_logprobs for r in rollouts]).astype(np.float32),
         versions_N=np.concatenate([r.versions for r in rollouts]).astype(np.int64),
-        advantages_N=_of_each_token(advantages_B, counts),
+        advantages_N=np.concatenate([np.full(n, a, np.float32) for a, n in zip(advantages_B, counts, strict=True)]),
         weights_N=np.repeat(weights_B, counts).astype(np.float32),
         rewards_B=np.asarray([r.reward for r in rollouts], dtype=np.float64),
         groups_B=np.asarray(groups_B, dtype=np.int64),
@@ -60,13 +60,6 @@ def pack(
         images=images,
         mini_batch=mini_batch,
     )
-
-
-def _of_each_token(advantages_B: Sequence[float | np.ndarray], counts: Sequence[int]) -> np.ndarray:
-    """[N] float32."""
-    if isinstance(advantages_B[0], float):
-        return np.repeat(np.asarray(advantages_B, np.float32), counts)
-    return np.concatenate(advantages_B).astype(np.float32)
 
 
 _LEAST_SAVED = 0.2

@@ -151,12 +151,9 @@ def distinct(shown_I: Sequence[bytes]) -> tuple[tuple[bytes, ...], np.ndarray]:
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of `lengths`, packed first-fit decreasing. No bin exceeds `capacity` unless a single length does."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    if order and sum(lengths) <= capacity:
-        return [order]
     result: list[list[int]] = []
     room: list[int] = []
-    for index in order:
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         fitting = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
         if fitting is None:
             result.append([])
