@@ -12,6 +12,9 @@ With S spare slots, S more may be granted, a step takes the B finished groups wi
 there are B, and `expire` then drops every group whose deadline has passed. Now a slow group holds up no step. No group
 is trained after its deadline either way.
 
+A step may take its groups in parts. Until it has all of them, what it has taken counts as finished and not trained, and
+the second rule is about the groups that it has yet to take.
+
 Pure bookkeeping: no threads, no I/O.
 """
 
@@ -47,13 +50,18 @@ class Buffer:
         version: int = 0,
         finished: Sequence[tuple[int, Group]] = (),
         spare: int = 0,
+        least: int | None = None,
     ) -> None:
         """`version`: the policy version that the run starts from; all earlier steps count as taken.
 
         `finished`: groups of an interrupted run, each with its slot's version; all must pass `split_by_deadline`.
+        `least`: groups that a step takes at least at a time; None for all.
         """
         self._per_step, self._bound, self._spare = groups_per_step, max_staleness, spare
+        self._least = groups_per_step if least is None else least
         self._version = version
+        self._begun: list[tuple[Slot, Group]] = []
+        """Groups of a step that has not taken all of them."""
         self._taken = version * groups_per_step
         self._tickets = count()
         self._in_flight: dict[int, Slot] = {}
@@ -103,30 +111,47 @@ class Buffer:
     def _insert(self, slot: Slot, group: Group) -> None:
         insort(self._ready, (slot, group), key=lambda item: (item[0].version, item[0].ticket))
 
-    def can_take(self, step: int) -> bool:
-        """Whether `take(step)` may be called. Step `step` trains policy version `step`."""
-        if len(self._ready) < self._per_step:
-            return False
+    @property
+    def num_begun(self) -> int:
+        """Groups that the present step has, if it has not all of them."""
+        return len(self._begun)
+
+    @property
+    def _wanted(self) -> int:
+        return self._per_step - len(self._begun)
+
+    def can_take(self, step: int) -> int:
+        """How many groups `take(step)` would take: as many as possible, 0 if those are fewer than `least` and not all
+        that the step still wants. Step `step` trains policy version `step`."""
+        most, least = min(len(self._ready), self._wanted), min(self._least, self._wanted)
+        return next((number for number in range(most, least - 1, -1) if self._leaves_room(step, number)), 0)
+
+    def _leaves_room(self, step: int, number: int) -> bool:
+        """Whether the other groups can meet their deadlines if `number` are taken."""
         if self._spare:
             return True
-        rest = self._untaken - Counter(slot.version for slot, _ in self._ready[: self._per_step])
+        rest = self._untaken - Counter(slot.version for slot, _ in self._ready[:number])
         return all(
             sum(number for version, number in rest.items() if version + self._bound <= later)
-            <= (later - step) * self._per_step
+            <= (later - step) * self._per_step + self._wanted - number
             for later in range(step, step + self._bound + 1)
         )
 
     def take(self, step: int) -> list[Group]:
-        """The groups that this step trains on."""
-        assert self.can_take(step), "check can_take first"
-        taken, self._ready = self._ready[: self._per_step], self._ready[self._per_step :]
-        self._taken += len(taken)
+        """All groups that the step has now, which are those that it trains on once `num_begun` is 0 again."""
+        number = self.can_take(step)
+        assert number, "check can_take first"
+        taken, self._ready = self._ready[:number], self._ready[number:]
+        self._taken += number
         self._untaken -= Counter(slot.version for slot, _ in taken)
-        return [group for _, group in taken]
+        so_far = [*self._begun, *taken]
+        self._begun = so_far if len(so_far) < self._per_step else []
+        return [group for _, group in so_far]
 
     def expire(self, step: int) -> tuple[list[Slot], list[Slot]]:
-        """Drop the groups that no step after `step` may train. Returns their slots: of those in flight, whose work is
-        now useless, and of those that are finished. Both are empty without spare slots, where every group is trained.
+        """Drop the groups that no step after `step`, which has taken all of its own, may train. Returns their slots: of
+        those in flight, whose work is now useless, and of those that are finished. Both are empty without spare slots,
+        where every group is trained.
         """
         late = [slot for slot in self._in_flight.values() if slot.version + self._bound <= step]
         for slot in late:
@@ -141,8 +166,9 @@ class Buffer:
         return sorted(slot.prompt.id for slot in self._in_flight.values())
 
     def finished(self) -> list[tuple[int, Group]]:
-        """Groups that are ready and not taken, each with its slot's version."""
-        return [(slot.version, group) for slot, group in self._ready]
+        """Groups that no step has trained on, each with its slot's version: those that are ready, and those of a step
+        that has not taken all of its own."""
+        return [(slot.version, group) for slot, group in (*self._begun, *self._ready)]
 
     @property
     def num_ready(self) -> int:
@@ -166,6 +192,14 @@ def split_by_deadline(
         step = version + len(usable) // groups_per_step
         (usable if step <= slot_version + max_staleness else late).append((slot_version, group))
     return usable, late
+
+
+def buffer_of(cfg: RunConfig, version: int, finished: Sequence[tuple[int, Group]]) -> tuple[Buffer, list[Group]]:
+    """The buffer of a run that starts at `version` with `finished` groups, and those of them that are too late."""
+    usable, late = split_by_deadline(finished, cfg.batch_size, cfg.max_staleness, version)
+    spare, least = spare_slots(cfg), math.ceil(cfg.batch_size / cfg.step_parts)
+    buffer = Buffer(cfg.batch_size, cfg.max_staleness, version=version, finished=usable, spare=spare, least=least)
+    return buffer, [group for _, group in late]
 
 
 def spare_slots(cfg: RunConfig) -> int:

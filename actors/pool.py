@@ -49,7 +49,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.buffer import Buffer, Slot, spare_slots, split_by_deadline
+from actors.buffer import Buffer, Slot, buffer_of
 from actors.evaluation import Evaluation, Evaluator, prompts_per_call
 from actors.free_seats import FreeSeats
 from actors.group_filter import SignalFilter, show_printed
@@ -59,7 +59,7 @@ from actors.prompts_ahead import LEAST_AHEAD, PromptMaker
 from actors.running_mean import RunningMean
 from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal, none_if_lost
 from actors.spread import Spread
-from tora.batching.train_batch import make_batch
+from tora.batching.train_batch import make_batch, make_part
 from tora.config.schema import RunConfig
 from tora.errors import LearnerLost, RolloutError, WorkerLost, described
 from tora.types import Group, LogprobRequest, Metrics, Prompt, RolloutState, TrainBatch
@@ -109,14 +109,11 @@ class AsyncRollouts:
 
     def _reset(self, state: RolloutState, version: int) -> None:
         """Nothing is dispatched until the next publish."""
-        per_step, bound = self._cfg.batch_size, self._cfg.max_staleness
-        usable, late = split_by_deadline(state.finished, per_step, bound, version)
-        pending = [*state.pending, *(group.prompt.id for _, group in late)]
-        rest = RolloutState(state.cursor, pending)
-        ahead, on_ready = max(LEAST_AHEAD, per_step), partial(self._loop.call_soon, self._dispatch_soon)
+        self._buffer, late = buffer_of(self._cfg, version, state.finished)
+        rest = RolloutState(state.cursor, [*state.pending, *(group.prompt.id for group in late)])
+        ahead, on_ready = max(LEAST_AHEAD, self._cfg.batch_size), partial(self._loop.call_soon, self._dispatch_soon)
         self._prompts = PromptCursor(self._maker.ask, rest, ahead=ahead, on_ready=on_ready)
         self._filter = SignalFilter(self._cfg)
-        self._buffer = Buffer(per_step, bound, version=version, finished=usable, spare=spare_slots(self._cfg))
         self._retries: deque[Slot] = deque()
         self._evaluator.give_up()
         self._failure = None if isinstance(self._failure, LearnerLost) else self._failure
@@ -186,8 +183,8 @@ class AsyncRollouts:
         self._changed.set()
 
     async def _wait_until(self, condition: Callable[[], bool]) -> None:
-        """Raises the run's failure if there is one."""
-        while self._failure is None and not condition():
+        """Or until a stop is requested. Raises the run's failure if there is one."""
+        while self._failure is None and not (self._stopping.is_set() or condition()):
             self._changed.clear()
             await self._changed.wait()
         if self._failure is not None:
@@ -278,11 +275,14 @@ class AsyncRollouts:
         return None if make is None else make()  # here, not on the event loop
 
     async def _take(self, step: int) -> Callable[[], TrainBatch] | None:
-        """What makes the batch of a step, whose groups are taken; None if a stop is requested first."""
-        await self._wait_until(lambda: self._stopping.is_set() or self._buffer.can_take(step))
+        """What makes a step's batch or next part, whose groups are taken; None if a stop is requested first."""
+        await self._wait_until(lambda: self._buffer.can_take(step) > 0)
         if not self._buffer.can_take(step):
             return None
+        first = self._buffer.num_begun
         groups = self._buffer.take(step)
+        if self._buffer.num_begun:
+            return partial(make_part, self._cfg, groups[first:], step, first)
         late, finished = self._buffer.expire(step)
         self._abort(late)
         self._prompts.put_back(slot.prompt for slot in (*late, *finished))
@@ -290,7 +290,7 @@ class AsyncRollouts:
         self._dispatch()
         since, self._last_batch = self._last_batch, time.perf_counter()
         seconds, metrics = self._last_batch - since, self._metrics()
-        return lambda: make_batch(self._cfg, groups, generated, drops, step, seconds, metrics)
+        return lambda: make_batch(self._cfg, groups, generated, drops, step, seconds, metrics, first=first)
 
     def _metrics(self) -> Metrics:
         counts = {
@@ -313,7 +313,7 @@ class AsyncRollouts:
         self._spread.begin(snapshot)
         if not self._started:
             least = self._cfg.rollout.min_workers or self._cfg.rollout.num_workers
-            await self._wait_until(lambda: self._stopping.is_set() or len(self._seats_up()) >= least)
+            await self._wait_until(lambda: len(self._seats_up()) >= least)
             self._started, self._last_batch = True, time.perf_counter()
         if self._paused:  # what workers have belongs to another history, or to none
             await self._until_spread()
@@ -327,7 +327,7 @@ class AsyncRollouts:
 
     async def _until_spread(self) -> None:
         """Every worker that is up has the newest snapshot, or a stop is requested."""
-        await self._wait_until(lambda: self._stopping.is_set() or self._spread.is_done)
+        await self._wait_until(lambda: self._spread.is_done)
 
     def start_evaluation(self, *, pinned: bool) -> None:
         self._wait_for(self._start_evaluation(pinned), self._stop_requested)
@@ -346,7 +346,7 @@ class AsyncRollouts:
         if wait:
             self._evaluator.is_awaited = True
             self._dispatch()
-            await self._wait_until(lambda: self._stopping.is_set() or self._evaluator.is_done)
+            await self._wait_until(lambda: self._evaluator.is_done)
         groups = self._evaluator.finished()
         if groups is not None:
             self._dispatch()

@@ -16,6 +16,7 @@ import torch
 
 from learner.activation import checkpoint_layers
 from learner.bad_values import check_weights, not_finite, suspects
+from learner.begun_step import BegunStep, Sums
 from learner.compile import compile_layers
 from learner.device_batch import InputBuilder, Inputs, forward
 from learner.dropout import AdapterDropout
@@ -39,7 +40,7 @@ from tora.config.calls import call
 from tora.config.schema import RunConfig
 from tora.distributed.device import device_for, memory_gib
 from tora.distributed.process_group import World, gather_objects, join, sum_over_ranks
-from tora.distributed.sharding import full_tensor
+from tora.distributed.sharding import full_tensor, local
 from tora.models.base import Decoder
 from tora.models.vision.processor import ImageProcessor
 from tora.types import Metrics, MicroBatch, PolicySnapshot, StepResult, TrainBatch
@@ -79,6 +80,7 @@ class Learner:
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
         processor = partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
         self._build_inputs = InputBuilder(self.model, processor, self.device)
+        self._begun: BegunStep | None = None
 
     def _build(self, *, frozen: bool = False) -> Decoder:
         model = empty_policy(self.cfg, self.device, masters=not frozen)
@@ -141,19 +143,20 @@ class Learner:
         others_have_images = self.world.size > 1 and any(batch.images for batch in step_batches)
         return [self._build_inputs(batch, other_ranks_have_images=others_have_images) for batch in share]
 
-    def step(self, batch: TrainBatch) -> StepResult:
-        """Optimizer updates on one batch, which all ranks receive and share among them: one for each of its
-        mini-batches, `ppo_epochs` times over.
+    def accumulate(self, batch: TrainBatch) -> None:
+        """Compute the gradients of a part of a step; `step` is given the last one, see `step_parts`."""
+        assert self.cfg.step_parts > 1 and not batch.is_last
+        self._begun = begun = self._begun or self._begin()
+        self._backward(begun, self._receive(begun, batch), begun.sums, batch.temperature, divisor=1.0)
 
-        An update whose loss or gradient norm is not finite on some rank is left out on all: it changes neither weights
-        nor optimizer state, and ends the step. An empty batch and a step without any update advance only the version
-        and the learning-rate schedule, which is a function of the step. Metrics of updates are means over the last
-        pass. Raises TrainingError if an update makes a weight that is not finite.
-        """
+    def _begin(self) -> BegunStep:
         self._dropout.begin(self.version)
+        return BegunStep()
+
+    def _receive(self, begun: BegunStep, batch: TrainBatch) -> slice:
+        """Add a batch to the step. Returns where this rank's micro-batches of it are."""
         share = share_micro_batches(batch.micro_batches, self.world.rank, self.world.size)
         inputs = self._to_inputs(share, batch.micro_batches)
-        metrics: Metrics = {"learner/lr": float(self._schedule.get_last_lr()[0])}
         ref = self._ref_logprobs(inputs, batch.temperature)
         if inputs and self.loss.kl_coeff > 0 and self.loss.kl_in == "reward":
             inputs = with_reward_kl(
@@ -166,31 +169,54 @@ class Learner:
                 advantage=self.cfg.advantage,
                 normalize_advantages=self.cfg.normalize_advantages,
             )
-        parts = mini_batch_slices(share)
-        planned = [*parts.items()] * self.cfg.ppo_epochs
-        at_start: list[torch.Tensor] | None = None
-        if len(planned) > 1 or self._dropout.is_on:
+        if self._dropout.is_on or len(mini_batch_slices(share)) * self.cfg.ppo_epochs > 1:
             with torch.no_grad():
                 at_start = [self._logprobs(self.model, x, batch.temperature)[0] for x in inputs]
+            begun.at_start = [*(begun.at_start or ()), *at_start]
+        first = len(begun.share)
+        begun.of_all_ranks += batch.micro_batches
+        begun.share += share
+        begun.inputs += inputs
+        begun.ref += ref
+        return slice(first, len(begun.share))
+
+    def step(self, batch: TrainBatch) -> StepResult:
+        """Optimizer updates on one batch, which all ranks receive and share among them: one for each of its
+        mini-batches, `ppo_epochs` times over. With `step_parts` the batch is the last part of a step, and the update is
+        that of all its parts.
+
+        An update whose loss or gradient norm is not finite on some rank is left out on all: it changes neither weights
+        nor optimizer state, and ends the step. An empty batch and a step without any update advance only the version
+        and the learning-rate schedule, which is a function of the step. Metrics of updates are means over the last
+        pass. Raises TrainingError if an update makes a weight that is not finite.
+        """
+        begun, self._begun = self._begun or self._begin(), None
+        new = self._receive(begun, batch)
+        metrics: Metrics = {"learner/lr": float(self._schedule.get_last_lr()[0])}
+        parts = mini_batch_slices(begun.share)
+        planned = [*parts.items()] * self.cfg.ppo_epochs
         updates: list[Metrics] = []
         bad = ""
         for number, part in planned:
-            own = [m.weights_N for m in batch.micro_batches if m.mini_batch == number]
-            total_weight = sum(float(weights_N.sum(dtype="float64")) for weights_N in own) or 1.0
-            proximal = None if at_start is None else at_start[part]
-            update, before, bad = self._update(inputs[part], ref[part], proximal, batch.temperature, total_weight)
+            total_weight = begun.total_weight(number)
+            # the weights of a part are made before that of the whole is known, which then scales what they sum to
+            divisor, scale = (1.0, 1.0 / total_weight) if self.cfg.step_parts > 1 else (total_weight, 1.0)
+            sums = Sums() if updates else begun.sums
+            rest = part if updates else slice(new.start, part.stop)
+            self._backward(begun, rest, sums, batch.temperature, divisor=divisor)
+            update, bad = self._update(sums, scale)
             if not updates:
-                metrics |= self._mismatch(inputs, before if at_start is None else at_start)
+                metrics |= self._mismatch(begun.inputs, sums.before if begun.at_start is None else begun.at_start)
             updates.append(update)
             if bad:
                 values = {
-                    "actor's log-probs": [x.actor_logprobs_N for x in inputs[part]],
-                    "learner's log-probs": before,
-                    "reference's log-probs": ref[part],
-                    "advantages": [x.advantages_N for x in inputs[part]],
+                    "actor's log-probs": [x.actor_logprobs_N for x in begun.inputs[part]],
+                    "learner's log-probs": sums.before,
+                    "reference's log-probs": begun.ref[part],
+                    "advantages": [x.advantages_N for x in begun.inputs[part]],
                 }
                 where = f" in update {len(updates)} of {len(planned)}" if len(updates) > 1 else ""
-                bad = f"{bad}{where}; {suspects(share[part], values, batch.prompt_ids)}"
+                bad = f"{bad}{where}; {suspects(begun.share[part], values, batch.prompt_ids)}"
                 break
             check_weights(self._parameters.values(), self.version + 1)
         if updates:
@@ -206,53 +232,50 @@ class Learner:
         """Log-probs of the policy that the loss clips around, [N]."""
         return x.actor_logprobs_N if self.loss.proximal == "actor" else at_start_N
 
-    def _update(
-        self,
-        inputs: Sequence[Inputs],
-        ref: Sequence[torch.Tensor | None],
-        proximal: Sequence[torch.Tensor] | None,
-        temperature: float,
-        total_weight: float,
-    ) -> tuple[Metrics, list[torch.Tensor], str]:
-        """One optimizer update over all micro-batches. Returns its metrics, the log-probs before it, [N] each, and why
-        it was left out, empty if it was made.
+    def _backward(self, begun: BegunStep, part: slice, sums: Sums, temperature: float, *, divisor: float) -> None:
+        """Add micro-batches to an update: their gradients to those of the parameters, the rest to `sums`.
 
-        `proximal`: log-probs of the policy before the step, [N] each; None if those are what this update computes.
+        `divisor`: by which a token's weight is divided for its share.
         """
-        totals: dict[str, torch.Tensor] = {}
-        total_loss = torch.zeros((), device=self.device)
-        before = []
-        for i, (x, ref_N) in enumerate(self._dropout.passes(zip(inputs, ref, strict=True))):
+        inputs, ref = begun.inputs[part], begun.ref[part]
+        at_start = [None] * len(inputs) if begun.at_start is None else begun.at_start[part]
+        for x, ref_N, at_start_N in self._dropout.passes(zip(inputs, ref, at_start, strict=True)):
             logprobs_N, entropy_N = self._logprobs(self.model, x, temperature)
-            before.append(logprobs_N.detach())
+            before_N = logprobs_N.detach()
             loss_inputs = LossInputs(
                 learner_logprobs_N=logprobs_N,
-                proximal_logprobs_N=self._proximal(x, before[i] if proximal is None else proximal[i]),
+                proximal_logprobs_N=self._proximal(x, before_N if at_start_N is None else at_start_N),
                 actor_logprobs_N=x.actor_logprobs_N,
                 ref_logprobs_N=ref_N,
                 entropy_N=entropy_N,
                 advantages_N=x.advantages_N,
                 weights_N=x.weights_N,
-                shares_N=x.weights_N / total_weight,
+                shares_N=x.weights_N / divisor,
                 sequence_N=x.sequence_N,
                 num_sequences=len(x.lengths_B),
             )
-            loss, parts = loss_of(self.cfg.loss, self.loss, loss_inputs)
+            loss, metrics = loss_of(self.cfg.loss, self.loss, loss_inputs)
             loss.backward()
-            total_loss += loss.detach()
-            parts["policy/entropy"] = (loss_inputs.shares_N * entropy_N.detach()).sum()
-            for name, value in parts.items():
-                totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value
+            metrics["policy/entropy"] = (loss_inputs.shares_N * entropy_N.detach()).sum()
+            sums.add(loss, metrics, before_N)
+
+    def _update(self, sums: Sums, scale: float) -> tuple[Metrics, str]:
+        """One optimizer update with `scale` times the gradients. Returns its metrics and why it was left out, empty if
+        it was made."""
+        parameters = list(self._parameters.values())
+        for parameter in parameters if scale != 1.0 else ():
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(scale)
         limit = self.cfg.clip_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), torch.inf if limit is None else limit)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf if limit is None else limit)
         grad_norm = full_tensor(norm).item()
-        loss_sum, *sums = sum_over_ranks(torch.stack([total_loss, *totals.values()]).double()).tolist()
-        bad = not_finite(loss=loss_sum, gradient_norm=grad_norm)  # both are sums over ranks, so all ranks agree
+        loss, *values = sum_over_ranks(sums.values(scale)).tolist()
+        bad = not_finite(loss=loss, gradient_norm=grad_norm)  # both are sums over ranks, so all ranks agree
         if not bad:
             call(self.cfg.optimizer, "optimizer", self._optimizer.step)
             refresh(self.model)
         self._optimizer.zero_grad(set_to_none=True)
-        return {**dict(zip(totals, sums, strict=True)), "learner/grad_norm": grad_norm}, before, bad
+        return {**dict(zip(sums.names, values, strict=True)), "learner/grad_norm": grad_norm}, bad
 
     def _mismatch(self, inputs: Sequence[Inputs], learner_logprobs: Sequence[torch.Tensor]) -> Metrics:
         """`mismatch` over the tokens of all ranks."""

@@ -73,6 +73,10 @@ class LearnerRank(Learner):
     def step_with(self, stored: StoredBatch) -> StepResult:
         return self.step(with_images(stored))
 
+    def accumulate_with(self, stored: StoredBatch) -> None:
+        with told(), self._watchdog.watching():
+            super().accumulate(with_images(stored))
+
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         with told(), self._watchdog.watching():
             return super().logprobs(batch, adapter=adapter)
@@ -229,6 +233,9 @@ class LearnerGroup:
 
     def step(self, batch: TrainBatch) -> StepResult:
         return self._call_all("step_with", ray.put(without_images(batch)))[0]
+
+    def accumulate(self, batch: TrainBatch) -> None:
+        self._call_all("accumulate_with", ray.put(without_images(batch)))
 
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         self._get(self._booted)

@@ -4,7 +4,7 @@ The training loop, in outline:
 
     for step in range(state.step, cfg.num_steps):
         batch = rollouts.next_batch(step, stop_requested)
-        result = learner.step(batch)
+        result = learner.step(batch)  # after `accumulate`, if the step comes in parts
         rollouts.publish(learner.snapshot())
 """
 
@@ -130,7 +130,11 @@ class Learner(Protocol):
     """Trains the policy: one rank in this process, or a handle to N ranks."""
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """Train on one batch of rollouts; the policy version grows by one."""
+        """Train on one batch of rollouts, and on the parts before it; the policy version grows by one."""
+        ...
+
+    def accumulate(self, batch: TrainBatch) -> None:
+        """Compute the gradients of a part of a step that is not its last."""
         ...
 
     def snapshot(self) -> Any:
@@ -169,7 +173,8 @@ class Rollouts(Protocol):
     """The generating side of a run. The only object in which synchronous and asynchronous runs differ."""
 
     def next_batch(self, step: int, stop_requested: Callable[[], bool]) -> TrainBatch | None:
-        """The batch for this step. None if a stop was requested before the step's groups were finished."""
+        """The batch for this step, or its next part if that is not `is_last`. None if a stop was requested before the
+        step's groups were finished."""
         ...
 
     def publish(self, snapshot: Any, *, generates: bool = True) -> Metrics:

@@ -298,7 +298,8 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """All micro-batches of one step, and what the rollout side measured while generating them."""
+    """All micro-batches of one step, and what the rollout side measured while generating them; or some of them, see
+    `step_parts`."""
 
     micro_batches: tuple[MicroBatch, ...]
     temperature: float
@@ -307,6 +308,9 @@ class TrainBatch:
     prompt_ids: tuple[int, ...] = ()
     """Prompts of all the step's groups, also of those that no micro-batch has: groups without a signal."""
     groups: tuple[Group, ...] = ()  # those groups, for the log; the learner does not get them
+    is_last: bool = True
+    """False for a part of a step that is followed by others: the learner makes no update yet. The last part has the
+    metrics, prompts and groups of the whole step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ class LossInputs:
     weights_N: torch.Tensor
     """Weight of each token in the loss, see `tora.batching.batch.token_weights`."""
     shares_N: torch.Tensor
-    """Weight of each token in metrics that are means: `weights_N`, scaled to sum to 1 over all ranks' micro-batches."""
+    """Weight of each token in metrics that are means: `weights_N`, scaled to sum to 1 over all ranks' micro-batches.
+    With `step_parts` both are too large or too small by one factor, with which the learner multiplies the sums."""
     sequence_N: torch.Tensor
     """int64 in [0, B): the sequence each token belongs to."""
     num_sequences: int

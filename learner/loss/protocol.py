@@ -28,6 +28,7 @@ class Loss(Protocol):
     `backward` on each result, and sums losses, gradients and metrics over all of them. So a loss sums over tokens,
     with `x.weights_N` for the loss and `x.shares_N` for metrics that are means, and never divides by the number of
     tokens or sequences of its micro-batch. A micro-batch holds whole sequences, but perhaps only part of a group.
+    With `step_parts` they must also grow in proportion to `x.weights_N` and `x.shares_N`, as such sums do.
 
     `learner.loss.objective.Terms` supplies the attributes, their validation and the terms that all losses share.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comparisons import compare, compare_metrics
 from learners import SETTINGS as ONE_RANK
-from learners import config, make_batch, make_groups
+from learners import config, in_parts, make_batch, make_groups
 from ranks import RANKS, RankProcesses
 from safetensors.torch import load_file
 from tiny import make_text_model
@@ -24,7 +24,7 @@ from tora.adapters.snapshot import unpack
 from tora.batching.batch import micro_batches
 from tora.batching.packing import spread
 from tora.distributed.process_group import World, join
-from tora.types import SampleRequest, Sampling, TrainBatch
+from tora.types import SampleRequest, Sampling, StepResult, TrainBatch
 
 TYPES = ("full", "lora", "dora", "dora_cache")
 LOSS = {"_component_": "learner.loss.GRPOLoss", "kl_coeff": 0.05}
@@ -47,7 +47,10 @@ def batches(num_mini_batches: int = 1) -> list[TrainBatch]:
 
 def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, Any]) -> None:
     learner = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **changes}))
-    results = [learner.step(batch) for batch in batches(learner.cfg.num_mini_batches)]
+    if learner.cfg.step_parts > 1:
+        results = [step_in_parts(learner, seed, capacity) for seed, capacity in enumerate((10_000, 50, 100))]
+    else:
+        results = [learner.step(batch) for batch in batches(learner.cfg.num_mini_batches)]
     snapshot = learner.snapshot()
     if learner.world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -56,10 +59,19 @@ def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, A
     learner.export(out / "export")
 
 
+def step_in_parts(learner: Learner, seed: int, capacity: int) -> StepResult:
+    """As a step of `batches`, with parts of 1 and 2 groups."""
+    first, last = in_parts(make_groups(3, seed=seed), [1], capacity, num_ranks=RANKS)
+    learner.accumulate(first)
+    return learner.step(last)
+
+
 @pytest.mark.parametrize(
     ("lora_type", "changes"),
     [
         *((t, {}) for t in TYPES),
+        *((t, {"step_parts": 2}) for t in ("full", "dora_cache")),
+        ("full", {"step_parts": 2, "dtype": "bf16", "fsdp_cpu_offload": True}),
         *((t, {"dtype": "bf16"}) for t in TYPES),
         ("full", {"dtype": "bf16", "activation_checkpointing": "full", "fsdp_cpu_offload": True}),
         ("lora", {"ppo_epochs": 2, "fsdp_reshard_after_forward": False}),

@@ -168,8 +168,8 @@ def base_bytes() -> int:
 
 @pytest.mark.parametrize(("lora_type", "bound"), [("lora", 1), pytest.param("dora_cache", 0, marks=pytest.mark.slow)])
 def test_asynchronous_with_vllm(tmp_path: Path, lora_type: str, bound: int) -> None:
-    ranks = f"learner_ranks={1 + bound}"
-    rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}", ranks)
+    ranks = [f"learner_ranks={1 + bound}", f"step_parts={1 + bound}"]
+    rows = train(tmp_path / "run", f"model.lora_type={lora_type}", f"max_staleness={bound}", *ranks)
     check_whole(tmp_path / "run", rows)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     # the adapter's magnitude is sent as a gain of the same size

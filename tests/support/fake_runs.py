@@ -44,6 +44,9 @@ class FakeLearner:
         self.version += 1
         return StepResult(self.version, {}, "loss is nan" if self.version - 1 in self._bad else "")
 
+    def accumulate(self, batch: TrainBatch) -> None:
+        raise AssertionError("the config has step_parts=1")
+
     def snapshot(self) -> SnapshotRef:
         return make_snapshot(self.version)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,16 @@ def make_groups(count: int = 3, seed: int = 0, version: int = 0, *, episodes: bo
 
 def make_batch(groups: list[Group], capacity: int = 10_000, temperature: float = 1.0, **changes: Any) -> TrainBatch:
     return TrainBatch(micro_batches(groups, capacity=capacity, **{**SETTINGS, **changes}), temperature)
+
+
+def in_parts(groups: Sequence[Group], cuts: Sequence[int], capacity: int = 60, **changes: Any) -> list[TrainBatch]:
+    """`cuts`: where a part ends and the next begins."""
+    bounds = [*pairwise([0, *cuts, len(groups)])]
+    asked = 2 * sum(len(group.rollouts) for group in groups)  # as if half of them were left out
+    settings = {**SETTINGS, **changes, "asked": asked, "is_part": True}
+    packed = [micro_batches(groups[a:b], capacity=capacity, first=a, **settings) for a, b in bounds]
+    ids = tuple(group.prompt.id for group in groups)
+    return [TrainBatch(micro, 1.0, prompt_ids=ids, is_last=i == len(bounds) - 1) for i, micro in enumerate(packed)]
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from tora.errors import ConfigError
 
 AT_LEAST = {
     1: "num_steps batch_size max_prompt_tokens max_generated_tokens ppo_epochs num_mini_batches "
-    "micro_batch_tokens learner_ranks "
+    "step_parts micro_batch_tokens learner_ranks "
     "model.lora_rank rollout.num_workers rollout.tensor_parallel rollout.min_workers rollout.max_workers "
     "rollout.concurrency rollout.max_model_len rollout.max_pixels rollout.partial reward_processes "
     "max_tool_calling_iterations environment_processes "

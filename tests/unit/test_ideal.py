@@ -24,6 +24,8 @@ def test_a_synchronous_step_waits_for_the_slowest() -> None:
 def test_what_helps() -> None:
     waiting, spare, older = (time_per_step(0.5, s, 16, k, 1000) for s, k in ((0.0, 1), (0.25, 1), (0.25, 2)))
     assert waiting > 1.2 * spare and spare > 1.1 * older > 1.1
+    in_parts = [time_per_step(0.5, spare, 16, 1, 1000, parts=4) for spare in (0.0, 0.25)]
+    assert waiting > 1.2 * in_parts[0] and spare > 1.07 * in_parts[1]
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,7 +33,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "oversample 0.25" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--actors", "0"], ["--steps", "0"], ["--staleness", "-1"]])
+@pytest.mark.parametrize("words", [["--actors", "0"], ["--steps", "0"], ["--staleness", "-1"], ["--parts", "0"]])
 def test_a_number_out_of_range(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(words)

@@ -153,9 +153,9 @@ def test_a_batch_that_takes_long_does_not_block_the_event_loop(monkeypatch: pyte
             gaps.append(time.perf_counter() - began)
             return await super().occupancy()
 
-    def slowly(*args: Any) -> Any:
+    def slowly(*args: Any, **keys: Any) -> Any:
         time.sleep(0.4)
-        return make_batch(*args)
+        return make_batch(*args, **keys)
 
     monkeypatch.setattr("actors.pool.make_batch", slowly)
     with running(config(1), Watched, timing=QUICK) as rollouts:

@@ -19,7 +19,12 @@ Regularizer = Literal["none", "loss", "reward"]
 
 
 def token_weights(
-    lengths_B: Sequence[int], normalization: LossNormalization, max_generated_tokens: int, asked: float | None = None
+    lengths_B: Sequence[int],
+    normalization: LossNormalization,
+    max_generated_tokens: int,
+    asked: float | None = None,
+    *,
+    is_part: bool = False,
 ) -> list[float]:
     """The weight in the loss of each token of sequence b, for each of B sequences with `lengths_B` response tokens.
 
@@ -29,13 +34,16 @@ def token_weights(
       the number of sequences that were asked for, or B if it is None. A token's weight depends on nothing that was
       sampled: neither on the length of its completion nor on how many others are kept.
 
-    Except for `constant`, the weights of all tokens sum to 1.
+    Except for `constant`, the weights of all tokens sum to 1. With `is_part` the sequences are some of the
+    step's. B and the number of all tokens are not known then: `asked` and `asked` · `max_generated_tokens` stand for
+    them, and in the end the learner divides by the sum of the weights.
     """
+    count = asked or len(lengths_B)
+    if normalization == "constant" or (is_part and normalization == "token"):
+        return [1.0 / (count * max_generated_tokens)] * len(lengths_B)
     if normalization == "token":
         return [1.0 / sum(lengths_B)] * len(lengths_B)
-    if normalization == "constant":
-        return [1.0 / ((asked or len(lengths_B)) * max_generated_tokens)] * len(lengths_B)
-    return [1.0 / (len(lengths_B) * n) for n in lengths_B]
+    return [1.0 / ((count if is_part else len(lengths_B)) * n) for n in lengths_B]
 
 
 def pack(
@@ -90,6 +98,8 @@ def micro_batches(
     mask_truncated: bool = False,
     num_mini_batches: int = 1,
     seed: Sequence[int] = (0,),
+    is_part: bool = False,
+    first: int = 0,
 ) -> tuple[MicroBatch, ...]:
     """The rollouts to train on, packed into micro-batches of up to `capacity` tokens.
 
@@ -103,10 +113,11 @@ def micro_batches(
     `mask_truncated`: truncated rollouts count in their group's advantages only. They are left
     out, or stay with a weight of 0 if the advantages are still to be penalized.
     `num_mini_batches`, `seed`: see `mini_batches`. A mini-batch's token weights are those of its sequences alone.
+    `is_part`: see `token_weights`; `first` is then the number of groups in the step's parts before this one.
     """
     shared = _saves_enough(groups_P) if share_prefix is None else share_prefix
     packing: Packing = SharedPrompts() if shared else OwnPrompts()
-    rollouts = [(number, rollout) for number, group in enumerate(groups_P) for rollout in group.rollouts]
+    rollouts = [(number, rollout) for number, group in enumerate(groups_P, first) for rollout in group.rollouts]
     rewards_B = np.array([rollout.reward for _, rollout in rollouts], dtype=np.float64)
     groups_B = np.array([number for number, _ in rollouts], dtype=np.int64)
     lengths_B = np.array([rollout.num_sampled for _, rollout in rollouts], dtype=np.int64)
@@ -117,7 +128,7 @@ def micro_batches(
     )
     members: dict[int, list[TrainSequence]] = {}
     for (number, rollout), advantage_b in zip(rollouts, advantages_B, strict=True):
-        members.setdefault(number, []).append((groups_P[number].prompt, rollout, advantage_b, number))
+        members.setdefault(number, []).append((groups_P[number - first].prompt, rollout, advantage_b, number))
 
     def masked(sequence: TrainSequence) -> bool:
         return mask_truncated and sequence[1].truncated
@@ -134,7 +145,8 @@ def micro_batches(
         if regularizer != "reward":
             sequences = [sequence for sequence in sequences if not masked(sequence)]
         lengths = [sequence[1].num_sampled for sequence in sequences if not masked(sequence)]
-        counted = iter(token_weights(lengths, normalization, max_generated_tokens, asked and asked / num_mini_batches))
+        of_each = asked and asked / num_mini_batches
+        counted = iter(token_weights(lengths, normalization, max_generated_tokens, of_each, is_part=is_part))
         weights = [0.0 if masked(sequence) else next(counted) for sequence in sequences]
         result += [
             pack(packing, [sequences[i] for i in indices], [weights[i] for i in indices], index)

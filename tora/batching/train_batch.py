@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from tora.batching.batch import micro_batches
 from tora.batching.signal import has_signal, regularizer_of
 from tora.batching.turns import turn_advantages
 from tora.config.schema import RunConfig
-from tora.types import Group, Metrics, StopReason, TrainBatch
+from tora.types import Group, Metrics, MicroBatch, StopReason, TrainBatch
 
 
 def group_advantages(cfg: RunConfig, groups_P: Sequence[Group]) -> list[list[float]]:
@@ -44,10 +45,13 @@ def make_batch(
     version: int,
     seconds: float,
     more: Metrics | None = None,
+    *,
+    first: int = 0,
 ) -> TrainBatch:
-    """`groups_P`: the groups to train on. `generated`: all groups since the last step, including those the filter
-    dropped; reward metrics average over these, or over `groups_P` if there are none. `drops`: how many were dropped.
-    `version`: the learner's. `seconds`: wall time since the last batch. `more`: further metrics.
+    """`groups_P`: the groups to train on; the first `first` are in parts already made, the batch has the others.
+    `generated`: all groups since the last step, including those the filter dropped; reward metrics average over these,
+    or over `groups_P` if there are none. `drops`: how many were dropped. `version`: the learner's. `seconds`: wall time
+    since the last batch. `more`: further metrics.
 
     `staleness/*`, in versions, is that of a group's oldest token; `rollout/mixed_share` is the share of rollouts
     sampled by more than one policy version.
@@ -85,7 +89,30 @@ def make_batch(
         metrics[f"logged/{name}"] = float(np.mean(logged)) if logged else math.nan
     for part in rollouts[0].reward_parts:
         metrics[f"reward/{part}"] = float(np.mean([r.reward_parts[part] for r in rollouts]))
-    micro = micro_batches(
+    micro = _micro_batches(cfg, groups_P[first:], version, first)
+    metrics["learner/tokens"] = _tokens(micro)
+    return TrainBatch(micro, cfg.temperature, metrics, tuple(group.prompt.id for group in groups_P), tuple(groups_P))
+
+
+def make_part(cfg: RunConfig, groups_P: Sequence[Group], version: int, first: int) -> TrainBatch:
+    """Groups that a step trains on before it has all of them, after `first` others."""
+    micro = _micro_batches(cfg, groups_P, version, first)
+    ids = tuple(group.prompt.id for group in groups_P)
+    return TrainBatch(micro, cfg.temperature, {}, ids, tuple(groups_P), is_last=False)
+
+
+def joined(parts: Sequence[TrainBatch]) -> TrainBatch:
+    """The batch of a whole step, whose last part has its metrics, prompts and groups."""
+    micro = tuple(each for part in parts for each in part.micro_batches)
+    return replace(parts[-1], micro_batches=micro, metrics={**parts[-1].metrics, "learner/tokens": _tokens(micro)})
+
+
+def _tokens(micro: Sequence[MicroBatch]) -> float:
+    return float(sum(len(m.tokens_T) for m in micro))
+
+
+def _micro_batches(cfg: RunConfig, groups_P: Sequence[Group], version: int, first: int) -> tuple[MicroBatch, ...]:
+    return micro_batches(
         groups_P,
         normalize_advantages=cfg.normalize_advantages,
         normalization=cfg.loss_normalization,
@@ -100,6 +127,6 @@ def make_batch(
         mask_truncated=cfg.mask_truncated,
         num_mini_batches=cfg.num_mini_batches,
         seed=(cfg.seed, version),
+        is_part=cfg.step_parts > 1,
+        first=first,
     )
-    metrics["learner/tokens"] = float(sum(len(m.tokens_T) for m in micro))
-    return TrainBatch(micro, cfg.temperature, metrics, tuple(group.prompt.id for group in groups_P), tuple(groups_P))

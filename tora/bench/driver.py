@@ -81,7 +81,7 @@ class PuttingLearner(SleepingLearner):
     """Notes the processor time of the process and of the event loop after each step."""
 
     def __init__(self) -> None:
-        super().__init__(0.0)
+        super().__init__(0.0, batch_size=1)
         self.process: list[float] = []
         self.loop: list[float] = []
 

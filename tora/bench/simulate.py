@@ -69,6 +69,7 @@ class Scenario:
     seed: int = 0
     oversample: float | None = None
     """`rollout.oversample`; None for steps that wait for slow groups."""
+    step_parts: int = 1
 
 
 @dataclass(slots=True)
@@ -129,8 +130,9 @@ class SleepingWorker:
 class SleepingLearner:
     """Records the staleness of its batches and when each step ends."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._version = seconds, 0
+    def __init__(self, seconds: float, batch_size: int) -> None:
+        """`seconds`: of a step of `batch_size` groups."""
+        self._seconds, self._batch_size, self._version = seconds, batch_size, 0
         self.staleness: Counter[int] = Counter()
         """Number of groups at each staleness, after the warm-up."""
         self.ends: list[float] = []
@@ -141,11 +143,18 @@ class SleepingLearner:
         """Of the steps after the warm-up."""
         return self.ends[-1] - self.ends[WARM_UP - 1]
 
+    def accumulate(self, batch: TrainBatch) -> None:
+        """Sleeps for the share of the step's groups that this part has."""
+        groups = 0
+        for micro in batch.micro_batches:
+            versions_P = _versions(micro)
+            groups += len(versions_P)
+            if self._version >= WARM_UP:
+                self.staleness.update((self._version - versions_P).tolist())
+        time.sleep(self._seconds * groups / self._batch_size)
+
     def step(self, batch: TrainBatch) -> StepResult:
-        if self._version >= WARM_UP:
-            for micro in batch.micro_batches:
-                self.staleness.update((self._version - _versions(micro)).tolist())
-        time.sleep(self._seconds)
+        self.accumulate(batch)
         self._version += 1
         self.ends.append(time.perf_counter())
         return StepResult(self._version, {})
@@ -220,7 +229,7 @@ def timed_run(
     eval_prompts: Sequence[Prompt] = (),
 ) -> SleepingLearner:
     """A run of `cfg` on workers of one's own, with a learner that sleeps `learn_latency` seconds a step, or another."""
-    learner, state = learner or SleepingLearner(learn_latency), RunState()
+    learner, state = learner or SleepingLearner(learn_latency, cfg.batch_size), RunState()
     rollouts = AsyncRollouts(cfg, make_worker, lambda i: partial(prompt_at, i), eval_prompts, state.rollouts, version=0)
     try:
         with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
@@ -254,7 +263,8 @@ def scenario_config(scenario: Scenario, max_staleness: int) -> RunConfig:
         batch_size=scenario.num_actors,
         grpo_samples=_GROUP,
         max_generated_tokens=_TOKENS,
-        micro_batch_tokens=1 << 30,  # one micro-batch per step, so no group is split
+        micro_batch_tokens=1 << 30,  # one micro-batch per part, so no group is split
+        step_parts=min(scenario.step_parts, scenario.num_actors),
         model=ModelConfig(path=""),
         dataset={},
         rewards=[],
@@ -284,12 +294,19 @@ def run(args: argparse.Namespace) -> int:
         "learn_latency": 0,
         "jitter": 0,
         "oversample": 0,
+        "parts": 1,
     }.items():
         value = getattr(args, name)
         if value is not None and not minimum <= value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {minimum}.")
     scenario = Scenario(
-        args.actors, args.gen_latency, args.learn_latency, args.jitter, args.steps, oversample=args.oversample
+        args.actors,
+        args.gen_latency,
+        args.learn_latency,
+        args.jitter,
+        args.steps,
+        oversample=args.oversample,
+        step_parts=args.parts,
     )
     asynchronous = simulate(scenario, args.staleness)
     synchronous = simulate(scenario, 0)

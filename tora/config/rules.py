@@ -164,6 +164,16 @@ def _broken_learner(cfg: RunConfig) -> Iterator[str]:
         yield "activation_offloading=true needs activation_checkpointing=full or selective."
     if cfg.num_mini_batches > cfg.batch_size:
         yield f"num_mini_batches={cfg.num_mini_batches} must be at most batch_size, which is {cfg.batch_size}."
+    if cfg.step_parts > 1:
+        for broken, needs in (
+            (not cfg.async_rl, "async_rl=true"),
+            (cfg.num_mini_batches > 1 or cfg.ppo_epochs > 1, "num_mini_batches=1 and ppo_epochs=1"),
+            (cfg.advantage == "reinforce++", "advantage=grpo or rloo; reinforce++ compares the whole batch"),
+            (cfg.loss_normalization == "constant", "loss_normalization=token or sequence"),
+            (cfg.step_parts > cfg.batch_size, f"batch_size of at least as many, which is {cfg.batch_size}"),
+        ):
+            if broken:
+                yield f"step_parts={cfg.step_parts} needs {needs}."
     if cfg.advantage == "rloo" and cfg.normalize_advantages:
         yield "advantage=rloo needs normalize_advantages=false."
     if cfg.credit == "turn":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from tora.reporting.evaluation import EvalResult
@@ -12,6 +12,7 @@ from tora.run.evaluations import Evaluations
 from tora.run.frozen_heap import frozen_heap
 from tora.run.idle_steps import IdleSteps
 from tora.run.run import Run
+from tora.run.step import train_step
 
 End = Literal["finished", "stopped", "early", "idle"]
 """Why a run ended: it reached its last step, a stop was requested, the held-out reward no longer rose, or steps
@@ -59,25 +60,18 @@ def train(run: Run) -> Outcome:
     bad_steps, idle_steps, saved = BadSteps(cfg.max_bad_steps), IdleSteps(cfg.max_idle_steps), state.step
     for step in range(state.step, cfg.num_steps):
         began = time.perf_counter()
-        batch = run.rollouts.next_batch(step, run.stop_requested)
-        if batch is None:
+        trained = train_step(run, step)
+        if trained is None:
             run.save(replaces=not bad_steps.in_a_row)
             end = "stopped"
             break
-        run.is_stepping, generated = True, time.perf_counter()
-        result = run.learner.step(replace(batch, groups=()))
-        learned = time.perf_counter()
-        state.step, state.seconds = step + 1, learned - start
-        run.is_stepping = False
+        batch, result = trained.batch, trained.result
+        state.seconds = time.perf_counter() - start
         sync = run.publish(result.version)
         bytes_per_sync = sync.get("sync/bytes", bytes_per_sync)  # absent while every worker is restarting
-        times = {
-            "time/rollout_s": generated - began,
-            "time/learner_s": learned - generated,
-            "time/step_s": time.perf_counter() - began,
-        }
+        own = {**trained.metrics, "time/step_s": time.perf_counter() - began}
         memory = {"memory/learner_gib": result.memory_gib} if result.memory_gib else {}
-        metrics = {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **memory, **times}
+        metrics = {"version": float(result.version), **batch.metrics, **result.metrics, **sync, **memory, **own}
         run.log.step(step, metrics, batch.prompt_ids)
         run.log_completions(step, batch)
         if sentence := idle_steps.add(step + 1, batch):
