@@ -22,3 +22,23 @@ def compare_metrics(a: dict[str, float], b: dict[str, float], rel: float = 1e-3)
     assert a.keys() == b.keys()
     for name in a:
         assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-5), name
+
+
+def compare_in_bf16(
+    a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], share: float
+) -> None:
+    """Raises AssertionError, with the name, if two tensors are further from each other than `share` of what bf16 costs,
+    which is how far `a` is from `exact`, a result in float32. How far apart they are differs between processors."""
+    assert a.keys() == b.keys() == exact.keys()
+    for name in a:
+        a_, b_, exact_ = (each[name].double() for each in (a, b, exact))
+        gap, cost = (a_ - b_).norm(), (a_ - exact_).norm()
+        assert gap <= share * cost + 1e-9 * exact_.norm(), f"{name}: {gap:g} against {cost:g}"
+
+
+def compare_metrics_in_bf16(a: dict[str, float], b: dict[str, float], exact: dict[str, float]) -> None:
+    """As `compare_metrics`, or within twice what bf16 costs."""
+    assert a.keys() == b.keys() == exact.keys()
+    for name in a:
+        cost = abs(a[name] - exact[name])
+        assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5 + 2 * cost), name
