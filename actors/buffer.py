@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from tora.config.parts import step_parts
 from tora.config.schema import RunConfig
 from tora.types import Group, Prompt
 
@@ -197,7 +198,7 @@ def split_by_deadline(
 def buffer_of(cfg: RunConfig, version: int, finished: Sequence[tuple[int, Group]]) -> tuple[Buffer, list[Group]]:
     """The buffer of a run that starts at `version` with `finished` groups, and those of them that are too late."""
     usable, late = split_by_deadline(finished, cfg.batch_size, cfg.max_staleness, version)
-    spare, least = spare_slots(cfg), math.ceil(cfg.batch_size / cfg.step_parts)
+    spare, least = spare_slots(cfg), math.ceil(cfg.batch_size / step_parts(cfg))
     buffer = Buffer(cfg.batch_size, cfg.max_staleness, version=version, finished=usable, spare=spare, least=least)
     return buffer, [group for _, group in late]
 

@@ -37,6 +37,7 @@ from learner.trial import Trial
 from tora.adapters.inject import adapter_layers, adapters_off, refresh, snapshot, trained_parameters
 from tora.adapters.snapshot import pack
 from tora.config.calls import call
+from tora.config.parts import step_parts
 from tora.config.schema import RunConfig
 from tora.distributed.device import device_for, memory_gib
 from tora.distributed.process_group import World, gather_objects, join, sum_over_ranks
@@ -80,6 +81,7 @@ class Learner:
         self._schedule = build_schedule(cfg.lr_scheduler, self._optimizer, cfg.num_steps)
         processor = partial(ImageProcessor, Path(cfg.model.path), cfg.rollout.max_pixels)
         self._build_inputs = InputBuilder(self.model, processor, self.device)
+        self._in_parts = step_parts(cfg) > 1
         self._begun: BegunStep | None = None
 
     def _build(self, *, frozen: bool = False) -> Decoder:
@@ -145,7 +147,7 @@ class Learner:
 
     def accumulate(self, batch: TrainBatch) -> None:
         """Compute the gradients of a part of a step; `step` is given the last one, see `step_parts`."""
-        assert self.cfg.step_parts > 1 and not batch.is_last
+        assert self._in_parts and not batch.is_last
         self._begun = begun = self._begun or self._begin()
         self._backward(begun, self._receive(begun, batch), begun.sums, batch.temperature, divisor=1.0)
 
@@ -200,7 +202,7 @@ class Learner:
         for number, part in planned:
             total_weight = begun.total_weight(number)
             # the weights of a part are made before that of the whole is known, which then scales what they sum to
-            divisor, scale = (1.0, 1.0 / total_weight) if self.cfg.step_parts > 1 else (total_weight, 1.0)
+            divisor, scale = (1.0, 1.0 / total_weight) if self._in_parts else (total_weight, 1.0)
             sums = Sums() if updates else begun.sums
             rest = part if updates else slice(new.start, part.stop)
             self._backward(begun, rest, sums, batch.temperature, divisor=divisor)

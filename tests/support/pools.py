@@ -27,6 +27,7 @@ def config(bound: int, *, workers: int = 2, concurrency: int = 3, batch_size: in
         async_rl=True,
         max_staleness=bound,
         batch_size=batch_size,
+        step_parts=1,
         grpo_samples=2,
         model=ModelConfig(path="none"),
         dataset={},

@@ -38,7 +38,7 @@ def test_oversampling_hides_slow_groups() -> None:
 
 
 def test_a_learner_that_begins_early_waits_less() -> None:
-    waiting = Scenario(16, gen_latency=0.1, learn_latency=0.1, jitter=0.5, num_steps=20)
+    waiting = Scenario(16, gen_latency=0.1, learn_latency=0.1, jitter=0.5, num_steps=20, step_parts=1)
     measured = simulate(replace(waiting, step_parts=4), 1)
     assert measured.seconds < 0.93 * simulate(waiting, 1).seconds
     assert max(measured.staleness) <= 1 and sum(measured.staleness.values()) == pytest.approx(1)
@@ -48,7 +48,7 @@ def test_a_learner_that_begins_early_waits_less() -> None:
 @pytest.mark.parametrize(("jitter", "bar"), [(0.5, 1.25), (1.0, 1.8)])
 def test_oversampling_keeps_the_pace_of_a_run_without_jitter(jitter: float, bar: float) -> None:
     even = Scenario(16, gen_latency=0.2, learn_latency=0.2, jitter=0.0, num_steps=60)
-    measured = simulate(replace(even, jitter=jitter, oversample=0.25, step_parts=4), 1)
+    measured = simulate(replace(even, jitter=jitter, oversample=0.25), 1)
     assert measured.seconds <= bar * simulate(even, 1).seconds
 
 

@@ -13,6 +13,7 @@ from tora.batching.advantage import advantages
 from tora.batching.batch import micro_batches
 from tora.batching.signal import has_signal, regularizer_of
 from tora.batching.turns import turn_advantages
+from tora.config.parts import step_parts
 from tora.config.schema import RunConfig
 from tora.types import Group, Metrics, MicroBatch, StopReason, TrainBatch
 
@@ -127,6 +128,6 @@ def _micro_batches(cfg: RunConfig, groups_P: Sequence[Group], version: int, firs
         mask_truncated=cfg.mask_truncated,
         num_mini_batches=cfg.num_mini_batches,
         seed=(cfg.seed, version),
-        is_part=cfg.step_parts > 1,
+        is_part=step_parts(cfg) > 1,
         first=first,
     )

@@ -85,13 +85,17 @@ class PuttingLearner(SleepingLearner):
         self.process: list[float] = []
         self.loop: list[float] = []
 
-    def step(self, batch: TrainBatch) -> StepResult:
+    def accumulate(self, batch: TrainBatch) -> None:
         import ray
 
         ray.put(without_images(batch))
+        super().accumulate(batch)
+
+    def step(self, batch: TrainBatch) -> StepResult:
+        result = super().step(batch)
         self.process.append(time.process_time())
         self.loop.append(_seconds_of("rollouts"))
-        return super().step(batch)
+        return result
 
 
 def _seconds_of(thread: str) -> float:

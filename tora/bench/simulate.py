@@ -69,7 +69,7 @@ class Scenario:
     seed: int = 0
     oversample: float | None = None
     """`rollout.oversample`; None for steps that wait for slow groups."""
-    step_parts: int = 1
+    step_parts: int | None = None
 
 
 @dataclass(slots=True)
@@ -264,7 +264,7 @@ def scenario_config(scenario: Scenario, max_staleness: int) -> RunConfig:
         grpo_samples=_GROUP,
         max_generated_tokens=_TOKENS,
         micro_batch_tokens=1 << 30,  # one micro-batch per part, so no group is split
-        step_parts=min(scenario.step_parts, scenario.num_actors),
+        step_parts=scenario.step_parts,
         model=ModelConfig(path=""),
         dataset={},
         rewards=[],

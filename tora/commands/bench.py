@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
     simulated.add_argument(
         "--oversample", type=float, metavar="SHARE", help="rollout.stragglers=oversample with this share"
     )
-    simulated.add_argument("--parts", type=int, default=1, help="step_parts")
+    simulated.add_argument("--parts", type=int, help="step_parts")
     simulated.add_argument("--staleness", type=int, default=1, help="max_staleness")
     simulated.add_argument("--steps", type=int, default=20, help="steps to time")
     episodes = bench.add_argument_group(

@@ -11,6 +11,7 @@ from tora.config.bounds import out_of_bounds
 from tora.config.components import class_literal
 from tora.config.convert import show
 from tora.config.hub_names import check_repo
+from tora.config.parts import lacks
 from tora.config.schema import ALL_LINEAR, RunConfig
 from tora.errors import ConfigError, nearest
 
@@ -164,16 +165,9 @@ def _broken_learner(cfg: RunConfig) -> Iterator[str]:
         yield "activation_offloading=true needs activation_checkpointing=full or selective."
     if cfg.num_mini_batches > cfg.batch_size:
         yield f"num_mini_batches={cfg.num_mini_batches} must be at most batch_size, which is {cfg.batch_size}."
-    if cfg.step_parts > 1:
-        for broken, needs in (
-            (not cfg.async_rl, "async_rl=true"),
-            (cfg.num_mini_batches > 1 or cfg.ppo_epochs > 1, "num_mini_batches=1 and ppo_epochs=1"),
-            (cfg.advantage == "reinforce++", "advantage=grpo or rloo; reinforce++ compares the whole batch"),
-            (cfg.loss_normalization == "constant", "loss_normalization=token or sequence"),
-            (cfg.step_parts > cfg.batch_size, f"batch_size of at least as many, which is {cfg.batch_size}"),
-        ):
-            if broken:
-                yield f"step_parts={cfg.step_parts} needs {needs}."
+    if cfg.step_parts is not None and cfg.step_parts > 1:
+        for needs in lacks(cfg, cfg.step_parts):
+            yield f"step_parts={cfg.step_parts} needs {needs}."
     if cfg.advantage == "rloo" and cfg.normalize_advantages:
         yield "advantage=rloo needs normalize_advantages=false."
     if cfg.credit == "turn":

@@ -241,11 +241,13 @@ class RunConfig:
     """Parts into which each step's batch is cut, with an optimizer update for each. All ratios are to the policy before
     the first update, so the loss's clip acts from the second on. Whole groups are dealt to them at random, reproducibly
     by `seed`. At most `batch_size`."""
-    step_parts: Annotated[int, AtLeast(1), FREE] = 1
-    """Asynchronous runs: parts in which the learner may begin a step while its last groups are still generated, so that
-    it waits less for slow ones. A part is at least this share of `batch_size`. The gradients of all parts make one
-    update, which equals that of a whole step up to rounding. Needs one update a step, `loss_normalization` `token` or
-    `sequence`, and advantages that compare a group's own rollouts. 1: a step begins once all its groups are there."""
+    step_parts: Annotated[int, AtLeast(1), FREE] | None = None
+    """With `async_rl`: the most parts in which the learner takes a step, so that it can begin one while the last groups
+    are still generated. A part is at least this share of `batch_size`; groups that are there already are one. The
+    gradients of all parts make one update, which equals that of a whole step up to rounding. Needs one update a step,
+    `loss_normalization` `token` or `sequence`, and advantages that compare a group's own rollouts. 1: a step begins
+    once all its groups are there. null: 4 where that can be, with `max_staleness` of at least 1 and a loss of Tora's
+    own; else 1."""
     micro_batch_tokens: Annotated[int, AtLeast(1), FREE] = 8192
     """Tokens that are packed into one forward and backward pass, prompts included. It bounds the learner's memory and
     does not change the result. A sequence longer than this gets a pass to itself."""

@@ -30,7 +30,7 @@ _ALONE: dict[str, Any] = {
     "share_prefix": None,
     "whole_gpus": False,
     "marked_nodes": False,
-    "step_parts": 1,
+    "step_parts": None,
 }
 _ROLLOUT: dict[str, Any] = {
     "num_workers": 1,
