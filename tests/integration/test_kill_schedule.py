@@ -53,7 +53,14 @@ def test_a_run_survives_kill_9_of_every_role(nodes: Any, tmp_path: Path) -> None
     """
     folder, rng, kills, three = tmp_path / "run", random.Random(0), Counter[str](), Nodes(nodes)
     words = ["async_rl=true", "rollout.engine=torch", "rollout.num_workers=2", f"num_steps={NUM_STEPS}"]
-    words += ["batch_size=8", "grpo_samples=4", "checkpoint.every=1", "checkpoint.keep=999", "max_idle_steps=0"]
+    words += [
+        "batch_size=8",
+        "grpo_samples=4",
+        "checkpoint.every=1",
+        "checkpoint.keep=999",
+        "max_idle_steps=0",
+        "step_parts=4",
+    ]
     here, order = os.getpid(), list[str]()  # the nodes' processes are this one's, as is the run
     with tora_run(folder, *words, config="quickstart_tools") as run:
         wait_for(lambda: read(folder), run, 600)
