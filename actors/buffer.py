@@ -21,7 +21,7 @@ Pure bookkeeping: no threads, no I/O.
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,21 +122,16 @@ class Buffer:
         return self._per_step - len(self._begun)
 
     def can_take(self, step: int) -> int:
-        """How many groups `take(step)` would take: as many as possible, 0 if those are fewer than `least` and not all
-        that the step still wants. Step `step` trains policy version `step`."""
-        most, least = min(len(self._ready), self._wanted), min(self._least, self._wanted)
-        return next((number for number in range(most, least - 1, -1) if self._leaves_room(step, number)), 0)
-
-    def _leaves_room(self, step: int, number: int) -> bool:
-        """Whether the other groups can meet their deadlines if `number` are taken."""
-        if self._spare:
-            return True
-        rest = self._untaken - Counter(slot.version for slot, _ in self._ready[:number])
-        return all(
-            sum(number for version, number in rest.items() if version + self._bound <= later)
-            <= (later - step) * self._per_step + self._wanted - number
-            for later in range(step, step + self._bound + 1)
-        )
+        """How many groups `take(step)` would take: as many as leave the others room to meet their deadlines, 0 if those
+        are fewer than `least` and not all that the step still wants. Step `step` trains policy version `step`."""
+        most = min(len(self._ready), self._wanted)
+        for later in range(step, step + self._bound + 1) if not self._spare else ():
+            due = later - self._bound  # the newest version whose groups no step after `later` may train
+            room = (later - step) * self._per_step + self._wanted
+            untaken = sum(number for version, number in self._untaken.items() if version <= due)
+            ready = bisect_right(self._ready, due, key=lambda item: item[0].version)
+            most = min(most, ready + room - untaken)
+        return most if most >= min(self._least, self._wanted) else 0
 
     def take(self, step: int) -> list[Group]:
         """All groups that the step has now, which are those that it trains on once `num_begun` is 0 again."""
