@@ -50,7 +50,7 @@ def batches(num_mini_batches: int = 1) -> list[TrainBatch]:
 
 def train_and_save(folder: Path, out: Path, lora_type: str, changes: dict[str, Any]) -> None:
     learner = Learner(config(folder, lora_type, **{"loss": LOSS, "optimizer": SMOOTH, **changes}))
-    if learner.cfg.step_parts > 1:
+    if learner.cfg.step_parts:
         results = [step_in_parts(learner, seed, capacity) for seed, capacity in enumerate((10_000, 50, 100))]
     else:
         results = [learner.step(batch) for batch in batches(learner.cfg.num_mini_batches)]
