@@ -16,6 +16,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from tora.batching.image_ref import ImageRef, fetched
 from tora.batching.stored_images import store
 from tora.types import GroupResult, Prompt, Rollout
 
@@ -28,13 +29,16 @@ _others_of, _rest_of = attrgetter(*_OTHERS), attrgetter(*_REST)
 
 def packed_call(prompt: Prompt, ticket: int) -> list[Any]:
     """The arguments of a call: the prompt without its images and the ticket, pickled; then each image, or its place in
-    the object store, from where Ray hands it to the worker."""
+    the object store, from where Ray hands it to the worker. References to images elsewhere stay with the prompt."""
+    if prompt.images and all(isinstance(image, ImageRef) for image in prompt.images):
+        return [cloudpickle.dumps((prompt, ticket))]
     return [cloudpickle.dumps((replace(prompt, images=()), ticket)), *store(prompt.images)]
 
 
 def unpacked_call(pickled: bytes, *images: bytes) -> tuple[Prompt, int]:
+    """The prompt with its images, and the ticket. Raises as `fetched`."""
     prompt, ticket = pickle.loads(pickled)
-    return replace(prompt, images=images), ticket
+    return replace(prompt, images=images or fetched(prompt.images)), ticket
 
 
 def packed(result: GroupResult) -> bytes:

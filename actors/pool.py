@@ -55,7 +55,7 @@ from actors.free_seats import FreeSeats
 from actors.group_filter import SignalFilter, show_printed
 from actors.loop_thread import LoopThread, all_or_none
 from actors.prompt_cursor import PromptCursor
-from actors.prompts_ahead import LEAST_AHEAD, PromptMaker
+from actors.prompts_ahead import LEAST_AHEAD, PromptSource
 from actors.running_mean import RunningMean
 from actors.seat import Seat, SeatTiming, WorkerHandle, is_fatal, none_if_lost
 from actors.spread import Spread
@@ -73,7 +73,7 @@ class AsyncRollouts:
         self,
         cfg: RunConfig,
         make_worker: Callable[[], WorkerHandle],
-        read_prompt: Callable[[int], Callable[[], Prompt]],
+        prompts: PromptSource,
         eval_prompts: Sequence[Prompt],
         state: RolloutState,
         *,
@@ -86,7 +86,7 @@ class AsyncRollouts:
         """Starts the workers. Nothing is generated before the first `publish`.
 
         `make_worker` is called for every worker, including each replacement; `make_evaluator` for those of
-        `eval.num_workers`. `read_prompt`: see `PromptMaker`. The run starts from `state` at policy version `version`.
+        `eval.num_workers`. `prompts` is closed with this object. The run starts from `state` at version `version`.
         `stop_requested` ends a wait, and so does an error of `watch`.
         """
         self._cfg, self._eval_prompts, self._stop_requested = cfg, eval_prompts, stop_requested
@@ -95,8 +95,7 @@ class AsyncRollouts:
         self._seats: list[Seat] = []
         self._evaluator = Evaluator(self._seats, self._spawn, self._go_on, self._fail)
         self._spread = Spread(self._seats, self._spawn, self._go_on, self._fail)
-        self._maker = PromptMaker(read_prompt)
-        self._loop = LoopThread("rollouts", watch)
+        self._maker, self._loop = prompts, LoopThread("rollouts", watch)
         self._reset(state, version)
         self._stopping, self._changed = asyncio.Event(), asyncio.Event()
         self._started, self._dispatches = False, False
@@ -208,8 +207,10 @@ class AsyncRollouts:
             self._evaluator.dispatch()
 
     def _dispatch_groups(self) -> None:
-        free = FreeSeats(self._seats if self._retries or self._buffer.may_grant() else ())  # often none may start
-        while not self._paused and self._failure is None and (start := self._next_start(free)) is not None:
+        if self._paused or not (self._retries or (self._buffer.may_grant() and self._prompts.is_ready())):
+            return
+        free = FreeSeats(self._seats)
+        while self._failure is None and (start := self._next_start(free)) is not None:
             seat, slot = start
             free.remove(seat)
             tokens = len(slot.prompt.token_ids) + self._tokens_per_group.mean
@@ -226,8 +227,7 @@ class AsyncRollouts:
                 self._retries.remove(slot)
                 return seat, slot
         try:
-            seat = free.find(self._buffer.may_grant)
-            if seat is None or (prompt := self._prompts.take()) is None:
+            if (seat := free.find(self._buffer.may_grant)) is None or (prompt := self._prompts.take()) is None:
                 return None
         except Exception as error:  # a dataset's row may be anything
             self._fail(error)
@@ -380,15 +380,15 @@ class AsyncRollouts:
         self._reset(state, version)
 
     def close(self) -> None:
-        """Stops every coroutine, then the workers."""
+        """Stops every coroutine, then the workers, then what makes their prompts."""
         self._loop.run(self._close())
+        self._maker.close()
         self._loop.close()
 
     async def _close(self) -> None:
         self._paused = True
         self._evaluator.give_up()
         self._prompts.give_up()
-        self._maker.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()

@@ -23,7 +23,8 @@ class PromptCursor:
         on_ready: Callable[[], object] = lambda: None,
     ) -> None:
         """`ask` begins to make the prompt at a position. `ahead`: prompts that are made or being made at a time, from
-        the first `take` on. `on_ready`: called, by any thread, for each prompt that is made.
+        the first `is_ready` or `take` on. `on_ready`: called, by any thread, when there may be a prompt after these had
+        none.
 
         All methods are for one thread.
         """
@@ -35,16 +36,26 @@ class PromptCursor:
         self._from_stream: set[int] = set()
         """Positions in `_asked` that were not pending."""
         self._dropped = 0
+        self._awaited: Future[Prompt] | None = None
+        """What `on_ready` will be called for."""
+
+    def is_ready(self) -> bool:
+        """Whether the next prompt, or an error, has come."""
+        while len(self._asked) < self._ahead:
+            self._ask_next()
+        future = self._asked[0][1]
+        if future.done():
+            return True
+        if future is not self._awaited:
+            self._awaited = future
+            future.add_done_callback(lambda _: self._on_ready())
+        return False
 
     def take(self) -> Prompt | None:
         """The next prompt that is not dropped; None if it is not made yet. Raises what the stream raises, and then
         stays where it is."""
-        while True:
-            while len(self._asked) < self._ahead:
-                self._ask_next()
+        while self.is_ready():
             position, future = self._asked[0]
-            if not future.done():
-                return None
             try:
                 prompt = future.result()
             except OverlongPrompt:
@@ -54,6 +65,7 @@ class PromptCursor:
             self._from_stream.discard(position)
             if prompt is not None:
                 return prompt
+        return None
 
     def _ask_next(self) -> None:
         if self._pending:
@@ -61,9 +73,7 @@ class PromptCursor:
         else:
             position, self._position = self._position, self._position + 1
             self._from_stream.add(position)
-        future = self._make(position)
-        self._insert(position, future)
-        future.add_done_callback(lambda _: self._on_ready())
+        self._insert(position, self._make(position))
 
     def _insert(self, position: int, future: Future[Prompt]) -> None:
         insort(self._asked, (position, future), key=lambda item: item[0])

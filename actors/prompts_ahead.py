@@ -7,8 +7,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import Protocol
 
 from tora.types import Prompt
+
+Read = Callable[[int], Callable[[], Prompt]]
+"""Reads the row at a position; what it returns makes the prompt, by any thread."""
 
 LEAST_AHEAD = 16
 """Prompts that are made or being made at a time; a step's if those are more."""
@@ -16,12 +20,23 @@ _MAKERS = 4
 """Threads that make prompts of rows. Tokenisers, Pillow and file systems work beside each other, Python does not."""
 
 
+class PromptSource(Protocol):
+    """Makes prompts beside its caller: a `PromptMaker` or an `actors.prompt_process.PromptProcess`."""
+
+    def ask(self, position: int) -> Future[Prompt]:
+        """Begin to make the prompt at a position."""
+        ...
+
+    def close(self) -> None:
+        """Nothing that is asked for from now on is made."""
+        ...
+
+
 class PromptMaker:
     """One thread reads the rows, in the order in which they are asked for, because a dataset need not be safe for
     several; a few make prompts of them. All are daemons: a row that never comes does not keep the process alive."""
 
-    def __init__(self, read: Callable[[int], Callable[[], Prompt]]) -> None:
-        """`read` reads the row at a position; what it returns makes the prompt, by any thread."""
+    def __init__(self, read: Read) -> None:
         self._read = read
         self._asked: SimpleQueue[tuple[int, Future[Prompt]] | None] = SimpleQueue()
         self._rows: SimpleQueue[tuple[Callable[[], Prompt], Future[Prompt]] | None] = SimpleQueue()
@@ -51,8 +66,12 @@ class PromptMaker:
 
     def _make_prompts(self) -> None:
         while (row := self._rows.get()) is not None:
-            make, future = row
-            try:
-                future.set_result(make())
-            except BaseException as error:
-                future.set_exception(error)
+            _fulfil(*row)
+            del row  # with its images
+
+
+def _fulfil(make: Callable[[], Prompt], future: Future[Prompt]) -> None:
+    try:
+        future.set_result(make())
+    except BaseException as error:
+        future.set_exception(error)

@@ -124,6 +124,8 @@ class Seat:
         self._worker: WorkerHandle | None = None
         self._lost: asyncio.Future[BaseException] | None = None
         """Resolves when the worker is lost, to the reason."""
+        self._pending: set[asyncio.Timeout] = set()
+        """The time limits of the calls to the worker; they end when it is lost."""
 
     async def run_forever(self) -> None:
         """Run forever, replacing each lost worker."""
@@ -228,26 +230,28 @@ class Seat:
         worker, lost = self._worker, self._lost
         if worker is None or lost is None or lost.done():
             raise WorkerLost(str(lost.result()) if lost and lost.done() else "it has not started")
-        call = asyncio.ensure_future(method(worker))
+        limit = asyncio.timeout(limit_s)
         try:
-            await asyncio.wait({call, lost}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not call.done():
-                call.cancel()
-        if not call.done():
-            error: BaseException | None = WorkerLost(f"it did not answer within {limit_s:g} s")
-        elif (error := call.exception()) is None:
-            return call.result()
-        if is_fatal(error) or isinstance(error, SnapshotLost):
-            raise error
-        self._mark_lost(error)
-        raise WorkerLost(str(lost.result())) from lost.result()
+            async with limit:
+                self._pending.add(limit)
+                try:
+                    return await method(worker)
+                finally:
+                    self._pending.remove(limit)
+        except Exception as error:
+            if is_fatal(error) or isinstance(error, SnapshotLost):
+                raise
+            self._mark_lost(WorkerLost(f"it did not answer within {limit_s:g} s") if limit.expired() else error)
+            raise WorkerLost(str(lost.result())) from lost.result()
 
     def _mark_lost(self, error: BaseException) -> None:
         """Fail all pending calls to the worker and refuse new ones."""
         self.up = False
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(error)
+            for limit in self._pending:
+                if not limit.expired():
+                    limit.reschedule(asyncio.get_running_loop().time())
 
     def _discard_worker(self, error: BaseException) -> None:
         self._mark_lost(error)

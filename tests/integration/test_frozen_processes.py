@@ -26,10 +26,17 @@ def test_a_stopped_process_of_any_role_is_noticed_and_replaced(tmp_path: Path) -
     """In one run, one role after the other: each victim is gone, and the run has trained ten more steps."""
     folder = tmp_path / "run"
     words = [*TORCH, "async_rl=true", "rollout.num_workers=2", "num_steps=4000", "max_idle_steps=0"]
-    words += ["rollout.heartbeat_s=10", "learner_timeout_s=30", "reward_timeout_s=3", "environment_timeout_s=3"]
+    words += [
+        "prompt_process=true",
+        "rollout.heartbeat_s=10",
+        "learner_timeout_s=30",
+        "reward_timeout_s=3",
+        "environment_timeout_s=3",
+    ]
     roles = {
         "reward process": lambda pid: children(pid, "tora.rewards.processes"),
         "environment process": lambda pid: children(pid, "tora.environments.host"),
+        "prompt process": lambda pid: actors(pid, "PromptActor"),
         "worker": lambda pid: actors(pid, "RolloutActor"),
         "rank": lambda pid: actors(pid, "LearnerRank"),
     }
@@ -45,6 +52,7 @@ def test_a_stopped_process_of_any_role_is_noticed_and_replaced(tmp_path: Path) -
         os.kill(run.pid, signal.SIGTERM)
         assert run.wait(60) == 130
     assert "is lost (it did not answer within 10 s" in output(folder)
+    assert "the process that makes prompts has not answered within rollout.heartbeat_s=10 s" in output(folder)
     assert "the learner is lost: rank 0 has answered nothing for learner_timeout_s=30" in output(folder)
     done = len(read(folder))
     check_history(folder, done, 4, 1)

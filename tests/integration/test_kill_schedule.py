@@ -18,7 +18,14 @@ from runs import read
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NUM_STEPS, EVERY_S = 60, 10.0
-ROLES = ["worker with its engine", "learner rank", "reward process", "environment process", "raylet of three"]
+ROLES = [
+    "worker with its engine",
+    "learner rank",
+    "prompt process",
+    "reward process",
+    "environment process",
+    "raylet of three",
+]
 
 
 class Nodes:
@@ -60,6 +67,7 @@ def test_a_run_survives_kill_9_of_every_role(nodes: Any, tmp_path: Path) -> None
         "checkpoint.keep=999",
         "max_idle_steps=0",
         "step_parts=4",
+        "prompt_process=true",
     ]
     here, order = os.getpid(), list[str]()  # the nodes' processes are this one's, as is the run
     with tora_run(folder, *words, config="quickstart_tools") as run:
@@ -75,6 +83,7 @@ def test_a_run_survives_kill_9_of_every_role(nodes: Any, tmp_path: Path) -> None
             victims = {
                 "worker with its engine": lambda: actors(here, "RolloutActor"),
                 "learner rank": lambda: actors(here, "LearnerRank"),
+                "prompt process": lambda: actors(here, "PromptActor"),
                 "reward process": lambda: children(here, "tora.rewards.processes"),
                 "environment process": lambda: children(here, "tora.environments.host"),
                 "raylet of three": three.raylets,

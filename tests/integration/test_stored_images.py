@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pools import config
+from stores import stored_mib, wait_until
 from tiny import make_vl_model
 from vision_learners import batch_of, vision_groups, vl_config
 
@@ -55,22 +55,6 @@ def enlarged(groups: list[Group]) -> list[Group]:
         return replace(prompt, images=tuple(images))
 
     return [replace(group, prompt=large(group.prompt)) for group in groups]
-
-
-def stored_mib() -> int:
-    import ray
-    from ray._private.internal_api import memory_summary
-
-    summary = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
-    (line,) = [line for line in summary.splitlines() if "Plasma memory usage" in line]
-    return int(line.split("usage ")[1].split(" MiB")[0])
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, stored_mib()
-        time.sleep(0.1)
 
 
 def test_worker_and_learner_read_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,8 @@ def test_whole_weights(tmp_path: Path) -> None:
 
 
 def test_asynchronous(tmp_path: Path) -> None:
-    rows = train(tmp_path / "run", TOWER, "model.lora_type=dora", "max_staleness=1")
+    """With images from a prompt process."""
+    rows = train(tmp_path / "run", TOWER, "model.lora_type=dora", "max_staleness=1", "prompt_process=true")
     assert {row["sync/modules"] for row in rows} == {DECODER_MODULES + TOWER_MODULES}
     fresh = [row["mismatch_kl"] for row in rows if row["staleness/max"] == 0]
     assert fresh and max(fresh) < 1e-9

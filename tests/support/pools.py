@@ -11,6 +11,7 @@ from typing import Any
 from fakes import FakeWorker, make_prompt
 
 from actors.pool import AsyncRollouts
+from actors.prompts_ahead import PromptMaker
 from actors.seat import SeatTiming
 from tora.config.schema import EvalConfig, ModelConfig, RolloutConfig, RunConfig
 from tora.errors import RolloutError, WorkerLost
@@ -54,7 +55,7 @@ def running(
     rollouts = AsyncRollouts(
         cfg,
         make_worker,
-        lambda position: partial(prompt_at, position),
+        PromptMaker(lambda position: partial(prompt_at, position)),
         held_out,
         state or RolloutState(),
         version=version,

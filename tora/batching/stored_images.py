@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
+from tora.batching.image_ref import fetched
 from tora.models.vision.encoded_image import EncodedImage
 from tora.types import Prompt, TrainBatch
 
@@ -56,12 +58,17 @@ def without_images(batch: TrainBatch) -> StoredBatch:
 
 
 def with_images(bare: StoredBatch) -> TrainBatch:
-    """Raises Ray's ObjectLostError if an image is on no node any more."""
+    """Raises Ray's ObjectLostError if an image is on no node any more, and as `fetched`."""
+    batch, images = bare
+    read = iter(_read([image for shown in images for image in shown]))
+    micro_batches = zip(batch.micro_batches, images, strict=True)
+    whole = tuple(replace(each, images=tuple(islice(read, len(shown)))) for each, shown in micro_batches)
+    return replace(batch, micro_batches=whole)
+
+
+def _read(images: Sequence[Any]) -> tuple[bytes, ...]:
     import ray
 
-    batch, images = bare
-    references = {each for shown in images for each in shown if isinstance(each, ray.ObjectRef)}
-    found = dict(zip(references, ray.get(list(references)), strict=True))
-    of_each = [tuple(found[each] if isinstance(each, ray.ObjectRef) else each for each in shown) for shown in images]
-    micro_batches = tuple(replace(each, images=shown) for each, shown in zip(batch.micro_batches, of_each, strict=True))
-    return replace(batch, micro_batches=micro_batches)
+    references = list({image for image in images if isinstance(image, ray.ObjectRef)})
+    found = dict(zip(references, ray.get(references), strict=True))
+    return fetched([found[image] if isinstance(image, ray.ObjectRef) else image for image in images])

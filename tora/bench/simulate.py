@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.pool import AsyncRollouts
+from actors.prompts_ahead import PromptMaker, PromptSource
 from tora.bench.rows import write_json
 from tora.config.schema import ModelConfig, RolloutConfig, RunConfig, SyncConfig
 from tora.errors import ConfigError
@@ -227,10 +228,13 @@ def timed_run(
     learn_latency: float,
     learner: SleepingLearner | None = None,
     eval_prompts: Sequence[Prompt] = (),
+    prompts: PromptSource | None = None,
 ) -> SleepingLearner:
-    """A run of `cfg` on workers of one's own, with a learner that sleeps `learn_latency` seconds a step, or another."""
+    """A run of `cfg` on workers of one's own, with a learner that sleeps `learn_latency` seconds a step, or another.
+    `prompts`: what makes them; None for `prompt_at` in threads."""
     learner, state = learner or SleepingLearner(learn_latency, cfg.batch_size), RunState()
-    rollouts = AsyncRollouts(cfg, make_worker, lambda i: partial(prompt_at, i), eval_prompts, state.rollouts, version=0)
+    prompts = prompts or PromptMaker(lambda position: partial(prompt_at, position))
+    rollouts = AsyncRollouts(cfg, make_worker, prompts, eval_prompts, state.rollouts, version=0)
     try:
         with tempfile.TemporaryDirectory(prefix="tora-bench-") as scratch:
             run = Run(

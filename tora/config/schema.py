@@ -203,6 +203,11 @@ class RunConfig:
     """Prompts per step; each gives one group of `grpo_samples` rollouts."""
     shuffle: bool = True
     """Read `dataset` in a new random order in each epoch, by `seed`. false: in its own order, as evaluation does."""
+    prompt_process: bool | None = None
+    """With `async_rl`: make the training prompts in a process of their own, which has its own tokenizer and dataset and
+    hands images to rollout workers and learner directly. It leaves the driver, which all groups pass through, without
+    the work of images. null: if the first prompt has an image of at least 100 KiB. A dataset object of a Python
+    program stays in the driver."""
     grpo_samples: Annotated[int, AtLeast(2)] = 8
     """Rollouts per prompt: the group whose rewards are compared with one another."""
     max_prompt_tokens: Annotated[int, AtLeast(1)] = 1024

@@ -86,7 +86,7 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """Keyword arguments of `RolloutWorker`, except `make_engine`."""
     from tora.rewards.processes import RewardProcesses
 
-    objects, of_turns = registered(cfg.rewards), registered(_of_turns(cfg))
+    objects, in_turns = registered(cfg.rewards), registered(of_turns(cfg))
     make_rewarder = (
         partial(_rewarder_of_objects, cfg.rewards, objects)
         if objects
@@ -110,7 +110,7 @@ def worker_arguments(cfg: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
         "num_steps": cfg.num_steps,
         "eval_seed": None if cfg.eval is None else cfg.eval.seed,
         "part_tokens": cfg.rollout.partial,
-        "make_player": None if turns is None else partial(_make_player, cfg, turns, prompts.tokenizer, of_turns),
+        "make_player": None if turns is None else partial(_make_player, cfg, turns, prompts.tokenizer, in_turns),
     }
 
 
@@ -123,7 +123,7 @@ def _rewarder_of_objects(components: list[Component], objects: Mapping[str, Call
     return build_rewarder(components)
 
 
-def _of_turns(cfg: RunConfig) -> list[Component]:
+def of_turns(cfg: RunConfig) -> list[Component]:
     """What the processes of environments call."""
     return [
         *cfg.rewards,

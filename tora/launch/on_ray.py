@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tora.batching.stored_images import stored
 from tora.config.schema import RunConfig
 from tora.distributed.device import machine_memory
 from tora.distributed.process_group import World
@@ -73,6 +72,7 @@ class OnRay:
     def rollouts(self, prompts: RunPrompts, state: RunState) -> Rollouts:
         from actors.pool import AsyncRollouts
         from actors.ray_worker import ray_workers
+        from tora.launch.prompt_source import prompt_source
 
         vllm = self._cfg.rollout.engine == "vllm"
         # a whole GPU or none, without which the share has no effect, is 1
@@ -91,7 +91,7 @@ class OnRay:
         return AsyncRollouts(
             self._cfg,
             partial(make_worker, self._room.of_worker),
-            lambda position: partial(stored, prompts.read(position)),
+            prompt_source(self._cfg, prompts),
             prompts.held_out,
             state.rollouts,
             version=state.step,
