@@ -20,6 +20,7 @@ images that it is asked for again, from the dataset.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 from collections import Counter, deque
@@ -88,8 +89,9 @@ class PromptActor:
         answers = [maker.ask(position) for position in positions]
         return cloudpickle.dumps(([self._answer(answer) for answer in answers], self._logged.drain()))
 
-    def ping(self) -> None:
-        """Answers while the process is alive, however long a row takes."""
+    def ping(self) -> int:
+        """This process's id, while it is alive, however long a row takes."""
+        return os.getpid()
 
     def images(self, places: Sequence[Place]) -> list[Any]:
         """Each image, or its reference in the object store. Raises ConfigError if there is another in its place."""
@@ -174,9 +176,11 @@ class PromptProcess:
         *,
         start_timeout_s: float = 600.0,
         heartbeat_s: float = 60.0,
+        keep_log: Callable[[int], str] = lambda pid: "",
     ) -> None:
         """Starts the process on this node, where the dataset's files are. See `PromptActor`. It is started again if it
-        takes longer than `start_timeout_s` seconds to start, or to answer than `heartbeat_s`."""
+        takes longer than `start_timeout_s` seconds to start, or to answer than `heartbeat_s`. `keep_log` keeps what the
+        process of this id has printed; a clause that names the file."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -192,7 +196,9 @@ class PromptProcess:
         self._actor: Any = (
             ray.remote(PromptActor).options(**options).remote(name, cloudpickle.dumps(make_read), list(folders))
         )
-        self._start_timeout_s, self._heartbeat_s, self._is_up = start_timeout_s, heartbeat_s, False
+        self._start_timeout_s, self._heartbeat_s, self._keep_log = start_timeout_s, heartbeat_s, keep_log
+        self._pid: int | None = None
+        """Of the process once it has started."""
         self._asked: SimpleQueue[tuple[int, Future[Prompt]] | None] = SimpleQueue()
         self._released: deque[int] = deque()
         self._thread = threading.Thread(target=self._ask_on, name="prompts", daemon=True)
@@ -213,6 +219,7 @@ class PromptProcess:
         self._thread.join()
 
     def _ask_on(self) -> None:
+        self._check_alive()
         while (asked := self._next_asked()) is not None:
             if not asked:
                 self._check_alive()
@@ -238,11 +245,10 @@ class PromptProcess:
             while not ray.wait([call], timeout=_CHECK_EVERY_S)[0]:
                 self._check_alive()
             answers, logged = cloudpickle.loads(ray.get(call))
-            self._is_up = True
             for name, message in logged:
                 logging.getLogger(name).warning("%s", message)
         except Exception as error:
-            answers = [_told(error, positions)] * len(asked)
+            answers = [self._told(error, positions)] * len(asked)
         for (_, future), answer in zip(asked, answers, strict=True):
             if isinstance(answer, Exception):
                 future.set_exception(answer)
@@ -254,17 +260,29 @@ class PromptProcess:
         import ray
         from ray.exceptions import GetTimeoutError, RayError
 
-        limit_s = self._heartbeat_s if self._is_up else self._start_timeout_s
+        limit_s = self._start_timeout_s if self._pid is None else self._heartbeat_s
         try:
-            ray.get(self._actor.ping.options(max_task_retries=0).remote(), timeout=limit_s)
-            self._is_up = True
+            self._pid = ray.get(self._actor.ping.options(max_task_retries=0).remote(), timeout=limit_s)
         except GetTimeoutError:
-            key = "rollout.heartbeat_s" if self._is_up else "rollout.start_timeout_s"
+            key = "rollout.start_timeout_s" if self._pid is None else "rollout.heartbeat_s"
             _log.warning("the process that makes prompts has not answered within %s=%g s; it is killed", key, limit_s)
-            self._is_up = False
+            self._pid = None
             ray.kill(self._actor, no_restart=False)
         except RayError:
-            self._is_up = False  # it is dead, and another starts
+            self._pid = None  # it is dead, and another starts
+
+    def _told(self, error: Exception, positions: Sequence[int]) -> Exception:
+        """What became of a call for prompts: what it raised in the process, or that the process died of it."""
+        from ray.exceptions import RayTaskError
+
+        if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+            return error.cause
+        which = f"the prompts {positions[0]} to {positions[-1]}" if len(positions) > 1 else f"prompt {positions[0]}"
+        kept = "" if self._pid is None else self._keep_log(self._pid)
+        return RolloutError(
+            f"the process that makes prompts died while it made {which}, and {_TRIES} times again "
+            f"({first_line(error)}){kept and '; '}{kept}"
+        )
 
     def _drain(self) -> list[int]:
         """The prompts that were dropped since the last call. Others may be dropped meanwhile, by any thread."""
@@ -286,15 +304,3 @@ class _Hold:
 
     def __del__(self) -> None:
         self._released.append(self._prompt_id)
-
-
-def _told(error: Exception, positions: Sequence[int]) -> Exception:
-    """What became of a call for prompts: what it raised in the process, or that the process died of it."""
-    from ray.exceptions import RayTaskError
-
-    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-        return error.cause
-    which = f"the prompts {positions[0]} to {positions[-1]}" if len(positions) > 1 else f"prompt {positions[0]}"
-    return RolloutError(
-        f"the process that makes prompts died while it made {which}, and {_TRIES} times again ({first_line(error)})"
-    )

@@ -29,6 +29,7 @@ from tora.batching.batch import micro_batches
 from tora.batching.image_ref import ImageRef, fetched
 from tora.batching.stored_images import LEAST_BYTES, with_images, without_images
 from tora.config.load import load_config
+from tora.distributed.ray_logs import keep_log
 from tora.errors import ConfigError, OverlongPrompt, RolloutError, ToraError
 from tora.launch.prompt_source import prompt_source
 from tora.launch.ray_cluster import ray_session
@@ -154,10 +155,15 @@ def test_a_frozen_process_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
     assert "the process that makes prompts has not answered within rollout.heartbeat_s=1 s" in caplog.text
 
 
-def test_a_row_that_kills_the_process_ends_in_a_sentence() -> None:
+def test_a_row_that_kills_the_process_ends_in_a_sentence(tmp_path: Path) -> None:
     again = "the process that makes prompts died while it made prompt 0, and 3 times again"
-    with closing(started(kills)) as process, pytest.raises(RolloutError, match=again):
+    (tmp_path / "config.yaml").touch()
+    keep = partial(keep_log, output_dir=str(tmp_path), name="prompt_process")
+    with closing(started(kills, keep_log=keep)) as process, pytest.raises(RolloutError, match=again) as raised:
         result(process.ask(0))
+    (log,) = tmp_path.rglob("prompt_process*")
+    assert str(log) in str(raised.value)
+    assert "its last words" in log.read_text()
 
 
 def test_an_image_that_cannot_be_made_again_is_named(tmp_path: Path) -> None:

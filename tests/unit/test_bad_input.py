@@ -116,6 +116,7 @@ CONFIG = {
     "validate quickstart rollout.engine=sglang": "must be one of auto, vllm, torch",
     "validate quickstart async_rl=false rollout.num_workers=2": "rollout.num_workers=2 needs async_rl=true",
     "validate quickstart rollout.partial=8 stop=[x]": "needs rollout.partial=null",
+    "validate quickstart prompt_process=true async_rl=false": "prompt_process=true needs async_rl=true",
     "validate quickstart rollout.update=in_flight async_rl=false": "needs async_rl=true",
     "validate quickstart rollout.max_model_len=5": "must be at least max_prompt_tokens",
     "validate quickstart rollout.refill_by=nothing": "is not one of the rewards",

@@ -76,7 +76,7 @@ def _broken_stop(cfg: RunConfig) -> Iterator[str]:
 def _broken_workers(cfg: RunConfig) -> Iterator[str]:
     if cfg.rollout.num_workers > 1 and not cfg.async_rl:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
-    for key in ("whole_gpus", "marked_nodes"):
+    for key in ("whole_gpus", "marked_nodes", "prompt_process"):
         if getattr(cfg, key) and not cfg.async_rl:
             yield f"{key}=true needs async_rl=true."
     if not cfg.async_rl and cfg.rollout.stragglers != "wait":

@@ -12,6 +12,7 @@ from actors.prompts_ahead import PromptMaker, PromptSource, Read
 from tora.batching.stored_images import LEAST_BYTES, stored
 from tora.config.components import registered, restore
 from tora.config.schema import RunConfig
+from tora.distributed.ray_logs import keep_log
 from tora.errors import ConfigError
 from tora.launch.engines import of_turns
 from tora.tasks.prompts import RunPrompts
@@ -30,6 +31,7 @@ def prompt_source(cfg: RunConfig, prompts: RunPrompts) -> PromptSource:
             cfg.import_from or (),
             start_timeout_s=cfg.rollout.start_timeout_s,
             heartbeat_s=cfg.rollout.heartbeat_s,
+            keep_log=lambda pid: keep_log(pid, cfg.output_dir, f"prompt_process_{pid}"),
         )
     return PromptMaker(lambda position: partial(stored, prompts.read(position)))
 
