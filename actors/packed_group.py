@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
-from tora.batching.image_ref import ImageRef, fetched
+from tora.batching.image_ref import ImageRef, Place, fetched
 from tora.batching.stored_images import store
 from tora.types import GroupResult, Prompt, Rollout
 
@@ -25,20 +25,22 @@ _OF_TOKENS, _OF_SAMPLED = ("token_ids", "sampled"), ("actor_logprobs", "versions
 _OTHERS = tuple(f.name for f in fields(Rollout) if f.name not in (*_OF_TOKENS, *_OF_SAMPLED))
 _REST = tuple(f.name for f in fields(GroupResult) if f.name != "rollouts")
 _others_of, _rest_of = attrgetter(*_OTHERS), attrgetter(*_REST)
+_fields_of = attrgetter(*(f.name for f in fields(Prompt) if f.name != "images"))
 
 
 def packed_call(prompt: Prompt, ticket: int) -> list[Any]:
-    """The arguments of a call: the prompt without its images and the ticket, pickled; then each image, or its place in
-    the object store, from where Ray hands it to the worker. References to images elsewhere stay with the prompt."""
-    if prompt.images and all(isinstance(image, ImageRef) for image in prompt.images):
-        return [cloudpickle.dumps((prompt, ticket))]
-    return [cloudpickle.dumps((replace(prompt, images=()), ticket)), *store(prompt.images)]
+    """The arguments of a call: the prompt's other fields and the ticket, pickled; then each image, or its place in the
+    object store, from where Ray hands it to the worker. References to images elsewhere are with the fields."""
+    places = [tuple(image.place) for image in prompt.images if isinstance(image, ImageRef)]
+    given = [] if len(places) == len(prompt.images) else store(prompt.images)
+    # builtin types, which pickle fastest
+    return [cloudpickle.dumps((_fields_of(prompt), [] if given else places, ticket)), *given]
 
 
 def unpacked_call(pickled: bytes, *images: bytes) -> tuple[Prompt, int]:
     """The prompt with its images, and the ticket. Raises as `fetched`."""
-    prompt, ticket = pickle.loads(pickled)
-    return replace(prompt, images=images or fetched(prompt.images)), ticket
+    values, places, ticket = pickle.loads(pickled)
+    return Prompt(*values, images=images or fetched([ImageRef(Place(*place)) for place in places])), ticket
 
 
 def packed(result: GroupResult) -> bytes:

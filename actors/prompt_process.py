@@ -42,7 +42,7 @@ from tora.errors import ConfigError, RolloutError, first_line, portable, portabl
 from tora.types import Prompt
 
 _log = logging.getLogger(__name__)
-_AT_A_TIME = 8
+_AT_A_TIME = 16
 """Prompts of one call, at most. The first waits for the last."""
 _TRIES = 3
 """How often Ray repeats a call whose process dies, in which a row may be what kills it."""
@@ -71,8 +71,7 @@ class PromptActor:
         self._name, self._make_read, self._folders = name, make_read, folders
         self._logged = _Logged()
         self._opening, self._keeping = threading.Lock(), threading.Lock()
-        self._read: Read | None = None
-        self._maker: PromptMaker | None = None
+        self._opened: tuple[Read, PromptMaker] | None = None
         self._kept: dict[int, _Kept] = {}
         """By prompt."""
         self._again = lru_cache(_MADE_AGAIN)(self._make_again)
@@ -85,7 +84,7 @@ class PromptActor:
         as it got it."""
         self._forget(released)
         with portable_errors():
-            maker = self._open()
+            _, maker = self._open()
         answers = [maker.ask(position) for position in positions]
         return cloudpickle.dumps(([self._answer(answer) for answer in answers], self._logged.drain()))
 
@@ -98,14 +97,14 @@ class PromptActor:
         with portable_errors():
             return [self._image(place) for place in places]
 
-    def _open(self) -> PromptMaker:
+    def _open(self) -> tuple[Read, PromptMaker]:
         with self._opening:
-            if self._read is None:
+            if self._opened is None:
                 import_from(self._folders)
-                self._read = cloudpickle.loads(self._make_read)()
+                read: Read = cloudpickle.loads(self._make_read)()
                 logging.getLogger("tora").addHandler(self._logged)  # what came before, the driver has said too
-            self._maker = self._maker or PromptMaker(self._read)
-            return self._maker
+                self._opened = read, PromptMaker(read)
+            return self._opened
 
     def _answer(self, answer: Future[Prompt]) -> Prompt | Exception:
         try:
@@ -142,9 +141,8 @@ class PromptActor:
 
     def _make_again(self, prompt_id: int) -> _Kept:
         """Of a prompt that another process has made, which is dead, or that the driver has dropped."""
-        self._open()
-        assert self._read is not None
-        return _kept(self._read(prompt_id)())
+        read, _ = self._open()
+        return _kept(read(prompt_id)())
 
 
 def _kept(prompt: Prompt) -> _Kept:

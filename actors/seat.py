@@ -21,7 +21,7 @@ import numpy as np
 from actors.buffer import Slot
 from actors.concurrency import next_limit
 from tora.config.schema import RolloutConfig
-from tora.errors import ConfigError, SnapshotLost, SyncError, WorkerLost
+from tora.errors import ConfigError, ImageLost, SnapshotLost, SyncError, WorkerLost
 from tora.protocols import Occupancy
 from tora.types import GroupResult, LogprobRequest, Prompt, SyncReport
 
@@ -124,6 +124,8 @@ class Seat:
         self._worker: WorkerHandle | None = None
         self._lost: asyncio.Future[BaseException] | None = None
         """Resolves when the worker is lost, to the reason."""
+        self._pause: asyncio.Future[None] | None = None
+        """Resolves at the time of the next heartbeat, or when the worker is lost."""
         self._pending: set[asyncio.Timeout] = set()
         """The time limits of the calls to the worker; they end when it is lost."""
 
@@ -212,8 +214,13 @@ class Seat:
     async def _watch(self) -> None:
         """Send heartbeats until the worker is lost. Raises as `_call` does."""
         assert self._lost is not None
+        loop = asyncio.get_running_loop()
         while True:
-            await asyncio.wait({self._lost}, timeout=self._timing.heartbeat_every_s)
+            if not self._lost.done():
+                self._pause = loop.create_future()
+                timer = loop.call_later(self._timing.heartbeat_every_s, _end, self._pause)
+                await self._pause
+                timer.cancel()
             occupancy = await self._call(lambda worker: worker.occupancy(), self._cfg.heartbeat_s)
             # the worker answers in another thread than the one that hangs
             if (seconds := occupancy.step_seconds) > (limit_s := self._cfg.heartbeat_s):
@@ -239,7 +246,7 @@ class Seat:
                 finally:
                     self._pending.remove(limit)
         except Exception as error:
-            if is_fatal(error) or isinstance(error, SnapshotLost):
+            if is_fatal(error) or isinstance(error, SnapshotLost | ImageLost):
                 raise
             self._mark_lost(WorkerLost(f"it did not answer within {limit_s:g} s") if limit.expired() else error)
             raise WorkerLost(str(lost.result())) from lost.result()
@@ -249,6 +256,7 @@ class Seat:
         self.up = False
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(error)
+            _end(self._pause)
             for limit in self._pending:
                 if not limit.expired():
                     limit.reschedule(asyncio.get_running_loop().time())
@@ -259,6 +267,11 @@ class Seat:
             self.kept_log = self._worker.keep_log()
             self._worker.kill()
             self._worker = None
+
+
+def _end(pause: asyncio.Future[None] | None) -> None:
+    if pause is not None and not pause.done():
+        pause.set_result(None)
 
 
 def is_fatal(error: BaseException) -> bool:

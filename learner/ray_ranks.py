@@ -24,7 +24,7 @@ from tora.config.schema import RunConfig
 from tora.distributed.process_group import STORE_KEY
 from tora.distributed.ray_logs import keep_log
 from tora.distributed.versions import differences, installed
-from tora.errors import LearnerLost, TrainingError
+from tora.errors import ImageLost, LearnerLost, TrainingError
 from tora.types import MicroBatch, PolicySnapshot, SnapshotRef, StepResult, TrainBatch
 
 _WARN_UNPLACED_AFTER_S = 60
@@ -71,11 +71,11 @@ class LearnerRank(Learner):
             return super().step(batch)
 
     def step_with(self, stored: StoredBatch) -> StepResult:
-        return self.step(with_images(stored))
+        return self.step(read_batch(stored))
 
     def accumulate_with(self, stored: StoredBatch) -> None:
         with told(), self._watchdog.watching():
-            super().accumulate(with_images(stored))
+            super().accumulate(read_batch(stored))
 
     def logprobs(self, batch: MicroBatch, *, adapter: bool) -> np.ndarray:
         with told(), self._watchdog.watching():
@@ -276,6 +276,15 @@ class LearnerGroup:
 
     def export(self, folder: Path) -> None:
         self._call_all("export", folder)
+
+
+def read_batch(stored: StoredBatch) -> TrainBatch:
+    """The batch with its images. Raises LearnerLost if one cannot be read: a learner that starts again gets a batch
+    whose images are made again."""
+    try:
+        return with_images(stored)
+    except ImageLost as error:
+        raise LearnerLost(f"the learner is lost: {error}") from error
 
 
 def _death(answer: Any) -> RayActorError | None:

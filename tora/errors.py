@@ -45,6 +45,10 @@ class SnapshotLost(WorkerLost):
     """A snapshot went with the learner that held it, as with its node. The worker that was to load it is sound."""
 
 
+class ImageLost(WorkerLost):
+    """An image went with the process that kept it, which is being replaced. The worker that was to show it is sound."""
+
+
 class TrainingError(ToraError, RuntimeError):
     """Training cannot continue: its values are no longer finite."""
 

@@ -25,12 +25,13 @@ from tiny import picture
 from actors.packed_group import packed_call, unpacked_call
 from actors.prompt_process import PromptProcess
 from actors.prompts_ahead import PromptMaker
+from learner.ray_ranks import read_batch
 from tora.batching.batch import micro_batches
 from tora.batching.image_ref import ImageRef, fetched
 from tora.batching.stored_images import LEAST_BYTES, with_images, without_images
 from tora.config.load import load_config
 from tora.distributed.ray_logs import keep_log
-from tora.errors import ConfigError, OverlongPrompt, RolloutError, ToraError
+from tora.errors import ConfigError, ImageLost, LearnerLost, OverlongPrompt, RolloutError, ToraError
 from tora.launch.prompt_source import prompt_source
 from tora.launch.ray_cluster import ray_session
 from tora.tasks.prompts import RunPrompts
@@ -170,7 +171,7 @@ def test_an_image_that_cannot_be_made_again_is_named(tmp_path: Path) -> None:
     with closing(started(partial(draws, tmp_path / "calls"))) as process:
         prompt = result(process.ask(4))
         os.kill(pid_of(process), signal.SIGKILL)
-        with pytest.raises(Exception, match=r"another image for prompt 4 .* set prompt_process=false"):
+        with pytest.raises(ConfigError, match=r"another image for prompt 4 .* set prompt_process=false"):
             whole(prompt)
 
 
@@ -182,6 +183,17 @@ def test_closing_does_not_wait_for_a_row_that_never_comes() -> None:
     began = time.monotonic()
     process.close()
     assert time.monotonic() - began < 10
+    started().close()
+    assert time.monotonic() - began < 20, "nor for a process that starts"
+
+
+def test_what_nobody_can_make_again_is_lost_to_worker_and_learner() -> None:
+    with closing(started()) as process:
+        prompt = result(process.ask(1))
+    with pytest.raises(ImageLost, match="images of prompt 1 are lost"):
+        whole(prompt)
+    with pytest.raises(LearnerLost, match="images of prompt 1 are lost"):
+        read_batch(without_images(batch_of([prompt])))
 
 
 def rows_with(path: Path, size: tuple[int, int]) -> str:

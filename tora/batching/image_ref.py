@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from tora.errors import ImageLost, first_line
+
 _DIGEST_BYTES = 16
 
 
@@ -45,7 +47,7 @@ def digest_of(image: bytes) -> bytes:
 def fetched(images: Sequence[bytes]) -> tuple[bytes, ...]:
     """The images, those that are elsewhere read from there, each once.
 
-    Raises RayError if they cannot be read, and ConfigError if a dataset has another image in the place of one that was
+    Raises ImageLost if one cannot be read, and ConfigError if a dataset has another image in the place of one that was
     lost.
     """
     places = {image.place: None for image in images if isinstance(image, ImageRef)}
@@ -63,17 +65,19 @@ _TRIES = 3
 
 def _of_keeper(keeper: str, places: list[Place]) -> dict[Place, bytes]:
     import ray
-    from ray.exceptions import ObjectLostError
+    from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
     for left in reversed(range(_TRIES)):
-        kept = ray.get(_actor(keeper).images.remote(places))
-        stored = [image for image in kept if isinstance(image, ray.ObjectRef)]
         try:
+            kept = ray.get(_actor(keeper).images.remote(places))
+            stored = [image for image in kept if isinstance(image, ray.ObjectRef)]
             read = dict(zip(stored, ray.get(stored), strict=True))
-        except ObjectLostError:
-            if not left:
-                raise
-            continue
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except (RayError, ValueError) as error:  # Ray's answer for a name that nobody has is a ValueError
+            if left and isinstance(error, ObjectLostError):
+                continue
+            raise ImageLost(f"images of prompt {places[0].prompt_id} are lost ({first_line(error)})") from error
         images = (read[image] if isinstance(image, ray.ObjectRef) else image for image in kept)
         return dict(zip(places, images, strict=True))
     raise AssertionError
