@@ -6,6 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,29 @@ def taken(cursor: PromptCursor, count: int) -> Iterator[Prompt]:
         else:
             assert time.monotonic() < deadline, "timed out"
             time.sleep(0.001)
+
+
+def test_who_waits_is_woken_for_the_next_prompt_alone() -> None:
+    futures: list[Future[Prompt]] = []
+    calls: list[int] = []
+
+    def ask(position: int) -> Future[Prompt]:
+        futures.append(Future())
+        return futures[-1]
+
+    cursor = PromptCursor(ask, RolloutState(), ahead=3, on_ready=lambda: calls.append(1))
+    assert not cursor.is_ready() and not cursor.is_ready()
+    assert len(futures) == 3
+    futures[1].set_result(make_prompt(1))
+    assert not calls and cursor.take() is None
+    futures[0].set_result(make_prompt(0))
+    assert len(calls) == 1
+    assert [cursor.take(), cursor.take(), cursor.take()] == [make_prompt(0), make_prompt(1), None]
+    futures[2].set_exception(OverlongPrompt("too long"))
+    assert len(calls) == 2 and cursor.is_ready(), "there may be one"
+    assert cursor.take() is None and not cursor.is_ready()
+    futures[3].set_result(make_prompt(3))
+    assert len(calls) == 3 and cursor.take() == make_prompt(3)
 
 
 def test_rows_are_read_in_order_by_one_thread_and_prompts_made_by_several() -> None:
