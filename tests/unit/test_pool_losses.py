@@ -26,7 +26,7 @@ from pools import (
 )
 
 from actors.seat import SeatTiming, WorkerHandle
-from tora.errors import LearnerLost, RolloutError, SnapshotLost, SyncError, WorkerLost
+from tora.errors import ImageLost, LearnerLost, RolloutError, SnapshotLost, SyncError, WorkerLost
 from tora.protocols import Occupancy
 from tora.types import GroupResult, LogprobRequest, Prompt, RolloutState, SyncReport
 
@@ -57,6 +57,25 @@ def test_no_group_is_lost_or_trained_twice_whatever_dies(bound: int, fault: str)
         state = rollouts.state()
         assert len(trained) == (step + 1) * 4
         check_each_prompt_once(trained, state)
+
+
+def test_a_worker_whose_images_are_lost_stays_and_the_group_runs_again() -> None:
+    class Unlucky(FakeWorker):
+        async def run_group(self, prompt: Prompt) -> GroupResult:
+            result = await super().run_group(prompt)
+            if prompt.id % 3 == 0 and self.prompt_ids.count(prompt.id) == 1:
+                raise ImageLost("images are lost")
+            return result
+
+    with running(config(1, workers=1), Unlucky, timing=QUICK) as rollouts:
+        rollouts.publish(make_snapshot(0))
+        trained: list[int] = []
+        for step in range(3):
+            batch = next_batch(rollouts, step)
+            trained += batch.prompt_ids
+            rollouts.publish(make_snapshot(step + 1))
+        assert batch.metrics["rollout/workers_lost"] == 0 < batch.metrics["rollout/groups_rerun"]
+        check_each_prompt_once(trained, rollouts.state())
 
 
 def test_publish_does_not_wait_for_dead_or_starting_workers() -> None:
