@@ -18,7 +18,7 @@ from tora.run.manifest import damage
 _TORCH = ["rollout.engine=torch", "eval.num_prompts=16", "eval.every=3", "checkpoint.every=3"]
 _NUM_STEPS = 18
 _SITES = {
-    "async": ["async_rl=true", "rollout.num_workers=2"],
+    "async": ["async_rl=true", "rollout.num_workers=2", "prompt_process=true"],
     "sync": ["async_rl=false"],
     "ranks": ["async_rl=false", "learner_ranks=2"],
     "vllm": ["async_rl=true", "rollout.engine=vllm"],
