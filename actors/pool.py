@@ -128,7 +128,7 @@ class AsyncRollouts:
         self._changed.set()
 
     async def _open(self, timing: SeatTiming, *makers: Callable[[], WorkerHandle]) -> None:
-        cfg, of_evaluations = self._cfg.rollout, self._cfg.eval.num_workers if self._cfg.eval else 0
+        cfg, of_evaluations = self._cfg.rollout, (self._cfg.eval.num_workers or 0) if self._cfg.eval else 0
         of_groups, own = (partial(Seat, make, self._spread.latest, cfg, timing=timing) for make in makers)
         self._seats += [of_groups(number, events=self) for number in range(cfg.max_workers or cfg.num_workers)]
         for seat in (*self._seats, *self._evaluator.add(of_evaluations, own)):

@@ -16,6 +16,7 @@ from pools import QUICK, config, evaluate, next_batch, running
 from tora.config.load import dump_yaml, load_config
 from tora.config.schema import EvalConfig, RunConfig
 from tora.errors import ConfigError, SyncError, WorkerLost
+from tora.launch.eval_workers import with_eval_workers
 from tora.run.target import find
 from tora.types import GroupResult, Prompt
 
@@ -153,6 +154,39 @@ def test_what_they_need(words: list[str], needs: str) -> None:
     with pytest.raises(ConfigError, match=f"eval.num_workers=.*{needs}"):
         load_config("quickstart", ["eval.num_workers=1", *words])
     assert load_config("quickstart", ["eval.num_workers=1"]).eval.num_workers == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("words", "gib", "number"),
+    [
+        ([], 24, 1),
+        ([], 8, 0),
+        ([], None, 0),
+        (["eval.num_workers=0"], 24, 0),
+        (["eval.num_workers=2"], 4, 2),
+        (["async_rl=false"], 24, 0),
+        (["eval.blocking=true"], 24, 0),
+        (["model.lora_type=full"], 24, 0),
+        (["rollout.tensor_parallel=2"], 24, 0),
+    ],
+)
+def test_their_number_on_a_machine_without_gpus(
+    words: list[str], gib: int | None, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("tora.launch.eval_workers.machine_memory", lambda device: None if gib is None else gib << 30)
+    cfg = load_config("quickstart", ["device=cpu", *words])
+    assert with_eval_workers(cfg).eval.num_workers == number  # type: ignore[union-attr]
+
+
+def test_there_is_none_on_gpus_in_a_cluster_and_without_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tora.launch.eval_workers.machine_memory", lambda device: 24 << 30)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cfg = load_config("quickstart", [])
+    assert with_eval_workers(cfg, on_gpu=True).eval.num_workers == 0  # type: ignore[union-attr]
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert with_eval_workers(cfg, on_gpu=False).eval.num_workers == 0  # type: ignore[union-attr]
+    assert with_eval_workers(load_config("quickstart", ["eval=null"])).eval is None
 
 
 def test_what_a_cluster_needs_does_not_keep_a_run_from_being_evaluated(tmp_path: Path) -> None:

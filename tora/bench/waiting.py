@@ -28,7 +28,7 @@ from tora.reporting.metrics import read_rows
 
 _EVALUATIONS = {
     "off": ["eval=null"],
-    "behind": ["eval.every=10", "eval.at_start=false"],
+    "behind": ["eval.every=10", "eval.at_start=false", "eval.num_workers=0"],
     "apart": ["eval.every=10", "eval.at_start=false", "eval.num_workers=1"],
     "blocking": ["eval.every=10", "eval.at_start=false", "eval.blocking=true"],
 }

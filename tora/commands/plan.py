@@ -30,6 +30,7 @@ def command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from tora.launch.engines import resolved_engine
+    from tora.launch.eval_workers import with_eval_workers
     from tora.launch.memory import Devices, here, model_shapes, nominal, plan_run, remedy
     from tora.plan.report import print_plan
 
@@ -39,6 +40,7 @@ def command(args: argparse.Namespace) -> int:
     else:
         devices = Devices(True, nominal(args.gpu_gib), args.gpus)
         cfg = resolved_engine(cfg, on_gpu=True, has_vllm=True)
+    cfg = with_eval_workers(cfg, on_gpu=devices.on_gpu)
     shapes = model_shapes(cfg)
     plan = plan_run(cfg, shapes, devices)
     print_plan(args.config, plan)

@@ -73,6 +73,17 @@ def _broken_stop(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def lacks_for_eval_workers(cfg: RunConfig) -> Iterator[str]:
+    """What the config would have to be for workers that evaluate alone."""
+    for broken, needs in (
+        (not cfg.async_rl, "async_rl=true"),
+        (cfg.eval is None or cfg.eval.blocking, "eval.blocking=false"),
+        (cfg.model.trains_whole, "adapters alone to be trained, of which engines can hold two versions"),
+    ):
+        if broken:
+            yield needs
+
+
 def _broken_workers(cfg: RunConfig) -> Iterator[str]:
     if cfg.rollout.num_workers > 1 and not cfg.async_rl:
         yield f"rollout.num_workers={cfg.rollout.num_workers} needs async_rl=true."
@@ -102,14 +113,9 @@ def _broken_workers(cfg: RunConfig) -> Iterator[str]:
                 f"rollout.max_workers={cfg.rollout.max_workers} must be at least rollout.num_workers, "
                 f"which is {cfg.rollout.num_workers}."
             )
-    if cfg.eval is not None and (count := cfg.eval.num_workers) > 0:
-        for broken, needs in (
-            (not cfg.async_rl, "async_rl=true"),
-            (cfg.eval.blocking, "eval.blocking=false"),
-            (cfg.model.trains_whole, "adapters alone to be trained, of which engines can hold two versions"),
-        ):
-            if broken:
-                yield f"eval.num_workers={count} needs {needs}."
+    if cfg.eval is not None and cfg.eval.num_workers:
+        for needs in lacks_for_eval_workers(cfg):
+            yield f"eval.num_workers={cfg.eval.num_workers} needs {needs}."
     if cfg.rollout.sleep is True and (cfg.async_rl or cfg.rollout.engine == "torch"):
         yield "rollout.sleep=true needs async_rl=false and rollout.engine=vllm."
     if cfg.rollout.tensor_parallel > 1 and not (cfg.async_rl and cfg.rollout.engine != "torch"):

@@ -96,11 +96,12 @@ class EvalConfig:
     """Whether an asynchronous run pauses training while it evaluates. false: it trains on, and the held-out prompts run
     under the version they began with, on workers' spare room; a result is logged with that version's step when it is
     there. Synchronous runs, and those that train whole weights, always pause."""
-    num_workers: Annotated[int, AtLeast(0), FREE] = 0
+    num_workers: Annotated[int, AtLeast(0), FREE] | None = None
     """Workers for evaluations alone, beside `rollout.num_workers`, for an asynchronous run that trains on while it
     evaluates. They cost training no time where the machine has a processor to spare, or the cluster a GPU; a processor
     is theirs when nothing else wants it. Until one is up, and before the run ends, the rollout workers help. 0: they do
-    all of it."""
+    all of it. null: 1 on a machine without GPUs, if the run with it takes at most half of the memory by its plan; 0
+    on GPUs, whose engines have room for evaluations, and in a cluster that the run joins."""
     keep_best: bool = False
     """Export the policy to the folder `best` in `output_dir` whenever the held-out reward of `dataset` is higher than
     it has been."""

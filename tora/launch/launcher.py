@@ -20,6 +20,7 @@ from tora.distributed.process_group import World
 from tora.errors import ComponentError, ConfigError, TrainingError, described
 from tora.launch.banner import banner
 from tora.launch.engines import ROLLOUT_BASE, with_engine
+from tora.launch.eval_workers import with_eval_workers
 from tora.launch.in_process import in_process
 from tora.launch.memory import check_memory
 from tora.launch.on_ray import on_ray
@@ -63,7 +64,7 @@ def run(cfg: RunConfig, stop: Stop | None = None) -> bool:
         cfg = replace(cfg, resume_from_checkpoint=resumes)
     if not resumes:
         _check_inputs(cfg, folder)
-    cfg = with_served_model(_with_model(cfg, folder / CONFIG), wanted)
+    cfg = with_eval_workers(with_served_model(_with_model(cfg, folder / CONFIG), wanted))
     with (
         _held(folder, stop, resumes=resumes is True) as claim,
         (on_ray if cfg.async_rl else in_process)(cfg, stop) as site,

@@ -85,8 +85,8 @@ def num_devices(cfg: RunConfig) -> int:
 
 
 def num_engine_devices(cfg: RunConfig) -> int:
-    of_evaluations = 0 if cfg.eval is None else cfg.eval.num_workers
-    return (cfg.rollout.num_workers + of_evaluations) * cfg.rollout.tensor_parallel
+    of_evaluations = cfg.eval.num_workers if cfg.eval is not None else 0
+    return (cfg.rollout.num_workers + (of_evaluations or 0)) * cfg.rollout.tensor_parallel
 
 
 def sync_share(cfg: RunConfig, *, on_gpu: bool) -> float:
@@ -114,6 +114,12 @@ def check_memory(cfg: RunConfig, devices: Devices) -> RunPlan | None:
         raise ConfigError(f"{sentence} memory_plan=warn starts it all the same.")
     _log.warning("%s", sentence)
     return plan
+
+
+def plan_or_none(cfg: RunConfig, devices: Devices) -> RunPlan | None:
+    """`plan_run` of a config's own model; None for one that transformers' code runs with a trained tower."""
+    shapes = _shapes(cfg, _model_config(cfg))
+    return None if shapes is None else plan_run(cfg, shapes, devices, _start(cfg))
 
 
 def snapshot_bytes(cfg: RunConfig) -> int | None:
