@@ -29,12 +29,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import Any, NamedTuple
 
 import cloudpickle
 
-from actors.prompts_ahead import PromptMaker, Read
+from actors.prompts_ahead import PromptMaker, PromptSource, Read
 from tora.batching.image_ref import ImageRef, Place, digest_of
 from tora.batching.stored_images import store
 from tora.config.components import import_from
@@ -164,7 +164,7 @@ class _Logged(logging.Handler):
         return [self._lines.popleft() for _ in range(len(self._lines))]
 
 
-class PromptProcess:
+class PromptProcess(PromptSource):
     """Asks a process of its own for prompts, as `PromptMaker` does threads."""
 
     def __init__(
@@ -182,6 +182,7 @@ class PromptProcess:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        super().__init__()
         name, here = f"prompts-{secrets.token_hex(8)}", ray.get_runtime_context().get_node_id()
         options = {
             "name": name,
@@ -197,15 +198,9 @@ class PromptProcess:
         self._start_timeout_s, self._heartbeat_s, self._keep_log = start_timeout_s, heartbeat_s, keep_log
         self._pid: int | None = None
         """Of the process once it has started."""
-        self._asked: SimpleQueue[tuple[int, Future[Prompt]] | None] = SimpleQueue()
         self._released: deque[int] = deque()
         self._thread = threading.Thread(target=self._ask_on, name="prompts", daemon=True)
         self._thread.start()
-
-    def ask(self, position: int) -> Future[Prompt]:
-        future: Future[Prompt] = Future()
-        self._asked.put((position, future))
-        return future
 
     def close(self) -> None:
         """Ends the process, also in the middle of a row."""

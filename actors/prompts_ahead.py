@@ -4,10 +4,10 @@ long, and the pool's event loop must not wait for it."""
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Protocol
 
 from tora.types import Prompt
 
@@ -20,33 +20,34 @@ _MAKERS = 4
 """Threads that make prompts of rows. Tokenisers, Pillow and file systems work beside each other, Python does not."""
 
 
-class PromptSource(Protocol):
+class PromptSource(ABC):
     """Makes prompts beside its caller: a `PromptMaker` or an `actors.prompt_process.PromptProcess`."""
+
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[tuple[int, Future[Prompt]] | None] = SimpleQueue()
+        """Positions and what their prompts go to, in order; None at the end."""
 
     def ask(self, position: int) -> Future[Prompt]:
         """Begin to make the prompt at a position."""
-        ...
+        future: Future[Prompt] = Future()
+        self._asked.put((position, future))
+        return future
 
+    @abstractmethod
     def close(self) -> None:
         """Nothing that is asked for from now on is made."""
-        ...
 
 
-class PromptMaker:
+class PromptMaker(PromptSource):
     """One thread reads the rows, in the order in which they are asked for, because a dataset need not be safe for
     several; a few make prompts of them. All are daemons: a row that never comes does not keep the process alive."""
 
     def __init__(self, read: Read) -> None:
+        super().__init__()
         self._read = read
-        self._asked: SimpleQueue[tuple[int, Future[Prompt]] | None] = SimpleQueue()
         self._rows: SimpleQueue[tuple[Callable[[], Prompt], Future[Prompt]] | None] = SimpleQueue()
         for name, work in [("rows", self._read_rows), *([("prompts", self._make_prompts)] * _MAKERS)]:
             threading.Thread(target=work, name=name, daemon=True).start()
-
-    def ask(self, position: int) -> Future[Prompt]:
-        future: Future[Prompt] = Future()
-        self._asked.put((position, future))
-        return future
 
     def close(self) -> None:
         """The rows that are read by now are the last."""
