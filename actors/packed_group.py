@@ -34,13 +34,13 @@ def packed_call(prompt: Prompt, ticket: int) -> list[Any]:
     places = [tuple(image.place) for image in prompt.images if isinstance(image, ImageRef)]
     given = [] if len(places) == len(prompt.images) else store(prompt.images)
     # builtin types, which pickle fastest
-    return [cloudpickle.dumps((_fields_of(prompt), [] if given else places, ticket)), *given]
+    return [cloudpickle.dumps((_fields_of(prompt), places, ticket)), *given]
 
 
 def unpacked_call(pickled: bytes, *images: bytes) -> tuple[Prompt, int]:
     """The prompt with its images, and the ticket. Raises as `fetched`."""
     values, places, ticket = pickle.loads(pickled)
-    return Prompt(*values, images=images or fetched([ImageRef(Place(*place)) for place in places])), ticket
+    return Prompt(*values, images=fetched(images or [ImageRef(Place(*place)) for place in places])), ticket
 
 
 def packed(result: GroupResult) -> bytes:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tora.distributed.ray_logs import keep_log
 from tora.errors import ConfigError, ImageLost, LearnerLost, OverlongPrompt, RolloutError, ToraError
 from tora.launch.prompt_source import prompt_source
 from tora.launch.ray_cluster import ray_session
+from tora.models.vision.encoded_image import EncodedImage
 from tora.tasks.prompts import RunPrompts
 from tora.types import Prompt, TrainBatch
 
@@ -96,6 +98,9 @@ def test_prompts_are_those_of_threads(process: PromptProcess) -> None:
     assert [whole(prompt) for prompt in prompts] == [make(position) for position in positions]
     assert all(len(i) < 40 for prompt in prompts for i in prompt.images), "the driver has no image"
     assert len(packed_call(prompts[0], 0)) == 1
+    png = EncodedImage(b"png")
+    both = replace(prompts[0], images=(*prompts[0].images, png))
+    assert whole(both).images == (*make(0).images, png)
 
 
 def test_errors_keep_their_kind_and_warnings_arrive(process: PromptProcess, caplog: pytest.LogCaptureFixture) -> None:

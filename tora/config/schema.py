@@ -100,8 +100,8 @@ class EvalConfig:
     """Workers for evaluations alone, beside `rollout.num_workers`, for an asynchronous run that trains on while it
     evaluates. They cost training no time where the machine has a processor to spare, or the cluster a GPU; a processor
     is theirs when nothing else wants it. Until one is up, and before the run ends, the rollout workers help. 0: they do
-    all of it. null: 1 on a machine without GPUs, if the run with it takes at most half of the memory by its plan; 0
-    on GPUs, whose engines have room for evaluations, and in a cluster that the run joins."""
+    all of it. null: 1 on a machine without GPUs, if the plan of the run with it, and 1.2 GiB for each process, come to
+    at most half of the memory; 0 on GPUs, whose engines have room for evaluations, and in a cluster that is joined."""
     keep_best: bool = False
     """Export the policy to the folder `best` in `output_dir` whenever the held-out reward of `dataset` is higher than
     it has been."""

@@ -38,7 +38,7 @@ def prompt_source(cfg: RunConfig, prompts: RunPrompts) -> PromptSource:
 
 def _has_large_images(prompts: RunPrompts) -> bool:
     """Whether those of the first prompt are among the ones that the object store gets."""
-    return any(len(image) >= LEAST_BYTES for image in prompts.first(1)[0].images)
+    return prompts.image_token is not None and any(len(image) >= LEAST_BYTES for image in prompts.first(1)[0].images)
 
 
 def _reading(cfg: RunConfig, objects: Mapping[str, Callable[..., Any]]) -> Read:
